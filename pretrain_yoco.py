@@ -1,0 +1,65 @@
+"""Pretrain a YOCO model, or its Transformer baseline, with Megatron's own trainer.
+
+    torchrun --nproc-per-node 8 pretrain_yoco.py --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml \\
+        --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER ...
+
+Every flag of Megatron's pretrain_gpt.py works; `--help` shows ours in the group YOCO. docs/configuration.md has more.
+"""
+
+import os
+import sys
+
+from yoco_megatron import runtime
+
+runtime.prepare()  # before anything imports megatron; also in the processes that write checkpoints
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from yoco_megatron.checkpoint import architecture  # noqa: E402
+from yoco_megatron.config import arguments  # noqa: E402
+from yoco_megatron.data.provider import build_datasets  # noqa: E402
+from yoco_megatron.model.builder import model_config_from_args  # noqa: E402
+from yoco_megatron.training.step import forward_step  # noqa: E402
+from yoco_megatron.training.upstream import count_yoco_flops  # noqa: E402
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """(train, validation, test) datasets of the run."""
+    return build_datasets(get_args(), get_tokenizer(), num_samples)
+
+
+datasets_provider.is_distributed = True
+
+
+def main(argv: list[str]) -> None:
+    """Train as the command line says.
+
+    Raises:
+        ValueError: a mistake in the command line or in the files it names, before anything is started.
+    """
+    args = arguments.parse(argv)
+    arguments.finalize(args)
+    model = model_config_from_args(args)
+    if args.save and args.rank == 0:
+        arguments.save_resolved_config(args, args.save)
+        architecture.save(args, args.save)
+    count_yoco_flops()
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        if os.environ.get("YOCO_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_yoco.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

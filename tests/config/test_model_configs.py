@@ -1,0 +1,150 @@
+"""Every YAML in configs/: its keys are flags, its sizes are the paper's, its batches and lengths add up."""
+
+from pathlib import Path
+
+import pytest
+from megatron.training.tokenizer.tokenizer import vocab_size_with_padding
+
+from yoco_megatron.config.arguments import build_parser
+from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.shape import ModelShape, body_parameters, parameter_count
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
+CL100K = 100_288
+
+# Millions of parameters without embeddings: gated retention, sliding window, the Llama-style twin (paper App. D, E).
+BODY = {
+    "160m": (89.7, 86.1, 85.0),
+    "400m": (317, 304, 302),
+    "830m": (713, 684, 680),
+    "1.4b": (1267, 1216, 1208),
+    "2.7b": (2635, 2530, 2517),
+    "6.8b": (6746, 6476, 6443),
+    "13b": (13162, 12636, 12583),
+    "3b": (2829, 2706, 2617),
+}
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return build_parser()
+
+
+def parse(parser, *names: str):
+    """The flags of the named configs, parsed by the parser that pretrain_yoco.py uses."""
+    config = load_config_files([str(CONFIGS / f"{name}.yaml") for name in names])
+    args = parser.parse_args(to_argv(config, parser))
+    args.padded_vocab_size = CL100K
+    return args
+
+
+def test_every_size_has_its_three_models():
+    wanted = {
+        form.format(size) for size in (*BODY, "tiny") for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")
+    }
+    assert set(MODELS) == wanted
+
+
+@pytest.mark.parametrize("size", BODY)
+def test_parameters_are_the_papers(parser, size):
+    retention, window, transformer = (
+        body_parameters(ModelShape.from_args(parse(parser, f"model/{form.format(size)}"))) / 1e6
+        for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")
+    )
+    assert retention == pytest.approx(BODY[size][0], abs=0.55 if BODY[size][0] > 100 else 0.06)
+    assert window == pytest.approx(BODY[size][1], abs=0.55 if BODY[size][1] > 100 else 0.06)
+    # The twin's FFN is 8/3 of the hidden size made a multiple of 64.
+    assert transformer == pytest.approx(BODY[size][2], rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_file_is_complete_and_consistent(parser, name):
+    args = parse(parser, f"model/{name}")
+    shape = ModelShape.from_args(args)
+    assert shape.architecture == name.partition("_")[0]
+    assert shape.self_decoder == ("sliding_window" if name.endswith("_swa") else "gated_retention")
+    assert args.max_position_embeddings == args.seq_length
+    assert shape.kv_channels * shape.num_attention_heads == shape.hidden_size
+    assert shape.tied == (not name.removesuffix("_swa").endswith("_3b"))
+    assert shape.ffn_hidden_size % 64 == 0
+    if shape.self_decoder == "gated_retention" and shape.architecture == "yoco":
+        width = {"yoco_3b": 128, "yoco_tiny": 64}.get(name, 256)
+        assert shape.self_decoder_head_dim == width
+    assert args.vocab_size is None  # the tokenizer's business
+
+
+@pytest.mark.parametrize("size", [*BODY, "tiny"])
+def test_window_variant_differs_in_the_self_decoder_alone(size):
+    retention, window = (
+        load_config_files([str(CONFIGS / "model" / f"{name}.yaml")])
+        for name in (f"yoco_{size}", f"yoco_{size}_swa")
+    )
+    different = {key for key in window if retention.get(key) != window[key]}
+    assert different <= {"self-decoder", "self-decoder-heads", "self-decoder-window"}
+    assert window["self-decoder-window"] == (32 if size == "tiny" else 1024)
+
+
+def test_vocabulary_padding_does_not_depend_on_tensor_parallelism(parser):
+    args = parse(parser, "model/yoco_3b")
+    padded = set()
+    for args.tensor_model_parallel_size in (1, 2, 4, 8, 16):
+        padded.add(vocab_size_with_padding(CL100K, args, logging_enabled=False))
+    assert padded == {100_352}
+
+
+# Recipe, model, tokens of a batch and of the run (paper 6B, 4B, 1.5B, 1T, 1.6T, 10B), learning rate, decay in tokens.
+RUNS = [
+    ("scaling", "yoco_160m", 2**18, 10.5e9, 1.5e-4, 10.5e9),
+    ("scaling_large", "yoco_13b", 2**18, 10.5e9, 7.5e-5, 10.5e9),
+    ("3b_1t", "yoco_3b", 2**22, 1e12, 3.2e-4, 5e12),
+    ("3b_1.6t", "yoco_3b", 2**22, 1.6e12, 3.2e-4, 5e12),
+    ("long_context_64k", "yoco_3b", 2**22, 6e9, 8e-5, None),
+    ("long_context_256k", "yoco_3b", 2**22, 4e9, 4e-5, None),
+    ("long_context_1m", "yoco_3b", 2**22, 1.5e9, 2e-5, None),
+]
+
+
+@pytest.mark.parametrize(("recipe", "model", "batch", "tokens", "lr", "decay"), RUNS)
+def test_recipe_trains_as_long_as_the_paper(parser, recipe, model, batch, tokens, lr, decay):
+    args = parse(parser, f"model/{model}", f"recipe/{recipe}")
+    assert args.global_batch_size * args.seq_length == batch
+    assert args.train_iters * batch == pytest.approx(tokens, rel=2e-3)
+    assert args.max_position_embeddings == args.seq_length
+    assert args.lr == lr and args.min_lr < lr
+    assert args.bf16 and args.optimizer == "adam"
+    if decay is None:
+        assert args.lr_decay_style == "constant"
+    else:
+        assert args.lr_decay_style == "linear"
+        assert args.lr_decay_iters * batch == pytest.approx(decay, rel=2e-3)
+    ModelShape.from_args(args)
+
+
+def test_every_recipe_is_tested():
+    assert {run[0] for run in RUNS} == set(RECIPES)
+
+
+def test_published_hyperparameters(parser):
+    study, base = parse(parser, "recipe/scaling"), parse(parser, "recipe/3b_1t")
+    assert (study.adam_beta1, study.adam_beta2, study.weight_decay, study.lr_warmup_iters) == (
+        0.9,
+        0.98,
+        0.05,
+        375,
+    )
+    assert (base.adam_beta1, base.adam_beta2, base.weight_decay, base.lr_warmup_iters) == (
+        0.9,
+        0.95,
+        0.1,
+        1000,
+    )
+    assert base.min_lr == 1.28e-5
+    thetas = [parse(parser, f"recipe/long_context_{length}").rotary_base for length in ("64k", "256k", "1m")]
+    assert thetas == [640_000, 5_000_000, 80_000_000]
+
+
+def test_3b_total(parser):
+    count = parameter_count(ModelShape.from_args(parse(parser, "model/yoco_3b")))
+    assert sum(count.values()) / 1e9 == pytest.approx(3.445, abs=5e-4)

@@ -1,0 +1,60 @@
+"""Which model a checkpoint folder holds, told without unpickling anything: a small JSON beside the checkpoints.
+
+Loading a checkpoint of another shape fails deep inside the distributed loader, after the GPUs are busy. The shape is
+therefore written when training starts, and compared before it starts again.
+"""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from yoco_megatron.config.shape import ModelShape
+
+FILE_NAME = "architecture.json"
+# Switches that change the function but not the parameter shapes.
+SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
+# What may differ between a run and the checkpoint that it continues.
+FREE = {"seq_length", "rotary_base"}
+
+
+def describe(args: Namespace) -> dict[str, object]:
+    """Everything that decides which function the weights compute."""
+    return asdict(ModelShape.from_args(args)) | {name: getattr(args, name) for name in SWITCHES}
+
+
+def save(args: Namespace, folder: str) -> Path:
+    """Write architecture.json into `folder`, in one step."""
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(describe(args), indent=1) + "\n")
+    aside.replace(path)
+    return path
+
+
+def check_loadable(args: Namespace) -> None:
+    """Compare --load with the model that the flags describe.
+
+    Raises:
+        ValueError: every field that differs, with both values. A folder without architecture.json (another program's
+        checkpoint) passes; Megatron's own checks then apply.
+    """
+    if args.load is None:
+        return
+    path = Path(args.load) / FILE_NAME
+    if not path.exists():
+        return
+    saved = json.loads(path.read_text())
+    wanted = describe(args)
+    ignored = FREE | ({"padded_vocab_size"} if wanted["padded_vocab_size"] is None else set())
+    different = [
+        f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
+        for name in wanted
+        if name in saved and name not in ignored and saved[name] != wanted[name]
+    ]
+    if different:
+        raise ValueError(
+            f"--load {args.load} holds another model: {'; '.join(different)}. "
+            "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
+        )

@@ -1,0 +1,178 @@
+"""From the command line and YAML configs to Megatron's validated arguments.
+
+Order: our defaults, then every --config left to right, then the command line. All errors a user can make are raised
+here as ValueError, before anything is started.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import yaml
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+
+from yoco_megatron import runtime
+from yoco_megatron.checkpoint.architecture import check_loadable
+from yoco_megatron.config import rules
+from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.yoco_config import YOCOConfig, YOCOFields
+from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
+
+# Megatron's defaults that are not a YOCO's (paper section 2 and the authors' code), by argparse destination.
+YOCO_DEFAULTS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "layernorm_epsilon": 1e-5,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ckpt_format": "torch_dist",
+    # A checkpoint must load at any mesh, optimizer included.
+    "dist_ckpt_optim_fully_reshardable": True,
+}
+
+
+def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "YOCO", our defaults and our error messages to Megatron's parser."""
+    group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
+    group.add_argument(
+        "--config",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
+    )
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(
+        **{dest: v for dest, v in (YOCO_DEFAULTS | runtime.argument_defaults()).items() if dest in known}
+    )
+
+    def error(message: str) -> NoReturn:
+        # argparse would print the usage of some nine hundred flags first.
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0]
+            message += rules.nearest(flag, parser._option_string_actions)
+        raise ValueError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's parser with our group: every flag that pretrain_gpt.py users know, and ours."""
+    parser = argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False)
+    return add_yoco_arguments(add_megatron_arguments(parser))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line with its configs and check it; touches no process group and no GPU.
+
+    Returns:
+        Megatron's arguments, not yet through Megatron's own validation (see `finalize`), with two more attributes:
+        `resolved_config`, the merged mapping of flags to values, and `yoco_config_argv`, the merged command line.
+    Raises:
+        ValueError: anything wrong that can be seen without starting.
+    """
+    parser = build_parser()
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", action="append", nargs="+", default=[])
+    given, rest = config_only.parse_known_args(argv)
+    from_files = to_argv(load_config_files([source for group in given.config for source in group]), parser)
+    merged = [*from_files, *rest]
+    with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
+        args = parse_args(extra_args_provider=add_yoco_arguments)
+    args.resolved_config = explicit_flags(merged)
+    check(args, parser)
+    return args
+
+
+def explicit_flags(argv: list[str]) -> dict[str, Any]:
+    """The flags that `argv` sets, by name without --, in the form that `load_config_files` reads back."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    # argparse gives typed values; what a YAML file should hold is what was written.
+    for action in parser._actions:
+        action.type = None
+        action.choices = None
+    namespace = parser.parse_args(argv)
+    by_dest = {}
+    for token in argv:
+        if token in parser._option_string_actions:
+            action = parser._option_string_actions[token]
+            value = True if action.nargs == 0 else getattr(namespace, action.dest)
+            by_dest[action.dest] = (token.lstrip("-").replace("_", "-"), value)
+    return {name: _plain(value) for name, value in by_dest.values()}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as numbers, so that the file reads as a person would write it; everything else as it came."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value) if str(kind(value)) == value else value
+            except ValueError:
+                continue
+    return value
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """All rules on parsed arguments, and on the files they name."""
+    for dest in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        flag = "--" + dest.replace("_", "-")
+        rules.require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    rules.check_mesh(args)
+    rules.check_ignored(args, parser)
+    if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
+            "leave the flag away for plain torch, or see tools/doctor.py for how to install it"
+        )
+    if not args.mock_data:
+        prefixes = data_prefixes_from_args(args)
+        rules.require(bool(prefixes) or args.skip_train, "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data")
+        check_data_prefixes(prefixes)
+    check_loadable(args)
+
+
+def finalize(args: argparse.Namespace) -> argparse.Namespace:
+    """Megatron's own validation, then its global state (tokenizer, timers, writers).
+
+    Raises:
+        ValueError: what Megatron asserts, as its message.
+    """
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise ValueError(str(error) or "Megatron refuses these arguments (see the assertion above)") from error
+    set_global_variables(args)
+    return args
+
+
+def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:
+    """Write the merged flags beside the checkpoints; `--config` reads the file back."""
+    path = Path(folder) / "resolved_config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(yaml.safe_dump(args.resolved_config, sort_keys=True))
+    aside.replace(path)
+    return path
+
+
+def yoco_config(args: argparse.Namespace) -> YOCOConfig:
+    """The model's configuration from Megatron's arguments."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    return core_transformer_config_from_args(args, YOCOConfig)

@@ -1,0 +1,81 @@
+"""YAML configs: Megatron's flag names as keys, merged left to right.
+
+A config is a YAML mapping from flag names (dashes or underscores, without the leading --) to values: `true` sets a
+switch, `false` or `null` leaves it at its default, a list gives a flag several values. The key `include` names other
+configs, relative to the file, that are merged first. Instead of a file, `key=value` may be given.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yoco_megatron.config.rules import nearest
+
+INCLUDE = "include"
+
+
+def load_config_files(sources: list[str]) -> dict[str, Any]:
+    """Merge configs left to right.
+
+    Args:
+        sources: paths of YAML files, or `key=value` items.
+    Returns:
+        flag name with dashes -> value.
+    Raises:
+        ValueError: a file that is missing, not YAML, or not a mapping.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        if "=" in source and not Path(source).exists():
+            merged |= _mapping(source.replace("=", ": ", 1), source)
+        else:
+            merged |= _load_file(Path(source))
+    return merged
+
+
+def _load_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in including:
+        raise ValueError(f"--config {path}: the file includes itself")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot read it ({error.strerror}); give the path of a YAML file") from None
+    own = _mapping(text, str(path))
+    merged: dict[str, Any] = {}
+    for name in own.pop(INCLUDE, []):
+        merged |= _load_file(path.parent / name, (*including, path.resolve()))
+    return merged | own
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {where}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {where}: must be a mapping of flag names to values, for example 'num-layers: 26'")
+    return {str(key).replace("_", "-"): value for key, value in content.items()}
+
+
+def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line that says what `config` says.
+
+    Raises:
+        ValueError: an unknown key (naming the nearest flag), or a value that is no true/false for a switch.
+    """
+    flags = {name.lstrip("-").replace("_", "-"): name for name in parser._option_string_actions if name.startswith("--")}
+    argv: list[str] = []
+    for key, value in config.items():
+        if key not in flags:
+            raise ValueError(f"config key '{key}' is no flag of pretrain_yoco.py{nearest(key, flags)}")
+        is_switch = parser._option_string_actions[flags[key]].nargs == 0
+        if is_switch and not isinstance(value, bool) and value is not None:
+            raise ValueError(f"config key '{key}' is a switch: its value is true or false, not {value!r}")
+        if value is None or value is False and is_switch:
+            continue
+        argv.append(flags[key])
+        if not is_switch:
+            argv += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return argv

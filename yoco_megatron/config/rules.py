@@ -1,0 +1,164 @@
+"""Every rule that sizes and meshes must obey, as one clear error that names the flag and the fix.
+
+Checked on the parsed arguments, before a process group or a GPU is touched, and again by `YOCOConfig` for those who
+build models from Python.
+"""
+
+import difflib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from typing import Any
+
+# Megatron flags that a YOCO model would silently ignore. Left at their defaults, or refused.
+IGNORED_BY_YOCO = {
+    "window_size": "--self-decoder-window sets the window",
+    "window_attn_skip_freq": "--num-self-decoder-layers sets which layers are windowed",
+    "rotary_percent": "YOCO rotates the whole head",
+    "use_rope_scaling": "raise --rotary-base, as the paper does for long context",
+    "rotary_seq_len_interpolation_factor": "raise --rotary-base, as the paper does for long context",
+    "no_rope_freq": "all YOCO layers rotate",
+    "qk_layernorm": "YOCO has no norm on queries and keys",
+    "qk_l2_norm": "YOCO has no norm on queries and keys",
+    "attention_output_gate": "gated retention has its own gate",
+    "softmax_type": "the cross-decoder uses the plain softmax",
+    "add_qkv_bias": "YOCO has no biases",
+    "num_experts": "mixture of experts is not built for YOCO",
+    "multi_latent_attention": "YOCO shares one K,V instead",
+    "mtp_num_layers": "multi-token prediction is not built for YOCO",
+    "heterogeneous_layers_config_path": "use --num-self-decoder-layers",
+    "hybrid_layer_pattern": "use --num-self-decoder-layers",
+    "experimental_attention_variant": "use --self-decoder",
+    "spec": "layers come from --self-decoder and --transformer-impl",
+    "cpu_offloading_num_layers": "offloading is not built for YOCO",
+    "use_mup": "use --init-law",
+    "yaml_cfg": "use --config",
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for the known name closest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _divides(divisor: int, number: int, number_name: str, divisor_name: str, fix: str) -> None:
+    require(
+        divisor > 0 and number % divisor == 0,
+        f"{number_name} {number} is not a multiple of {divisor_name} {divisor}: {fix}",
+    )
+
+
+def require_even_layers(num_layers: int) -> None:
+    """The paper's split is half and half, which an odd depth does not have."""
+    require(
+        num_layers % 2 == 0,
+        f"--num-layers {num_layers} is odd, so it has no half: set --num-self-decoder-layers to choose the split",
+    )
+
+
+def check_model(config: Any) -> None:
+    """Rules of the model alone. `config` has the fields of YOCOConfig, all resolved but kv_channels and groups."""
+    n_self, heads, self_heads = config.num_self_decoder_layers, config.num_attention_heads, config.self_decoder_heads
+    require(
+        0 <= n_self < config.num_layers,
+        f"--num-self-decoder-layers {n_self} must lie between 0 and --num-layers - 1 = {config.num_layers - 1}: "
+        "at least one layer has to read the shared K,V (for a model without one use --architecture transformer)",
+    )
+    groups = config.num_query_groups or heads
+    if config.kv_channels is None:
+        _divides(heads, config.hidden_size, "--hidden-size", "--num-attention-heads", "change one of them")
+    head_dims = {"--num-attention-heads": config.kv_channels or config.hidden_size // heads}
+    _divides(groups, heads, "--num-attention-heads", "--num-query-groups", "each K,V head serves a whole group")
+    if n_self:
+        _divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
+        head_dims["--self-decoder-heads"] = config.hidden_size // self_heads
+        _divides(
+            config.self_decoder_query_groups,
+            self_heads,
+            "--self-decoder-heads",
+            "--self-decoder-query-groups",
+            "each K,V head serves a whole group",
+        )
+        if config.self_decoder == "gated_retention":
+            require(
+                config.self_decoder_query_groups == self_heads,
+                "--self-decoder-query-groups is for --self-decoder sliding_window: retention has no shared K,V heads",
+            )
+    for flag, head_dim in head_dims.items():
+        require(head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one")
+    require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
+    require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
+    require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
+    check_tensor_parallel(config, groups)
+
+
+def check_tensor_parallel(config: Any, groups: int) -> None:
+    """Tensor parallelism splits heads, K,V heads and the FFN."""
+    tp = config.tensor_model_parallel_size
+    name = "--tensor-model-parallel-size"
+    split = {
+        "--num-attention-heads": config.num_attention_heads,
+        "--num-query-groups": groups,
+        "--ffn-hidden-size": config.ffn_hidden_size or 4 * config.hidden_size,
+    }
+    if config.num_self_decoder_layers:
+        split["--self-decoder-heads"] = config.self_decoder_heads
+        split["--self-decoder-query-groups"] = config.self_decoder_query_groups
+    for flag, size in split.items():
+        _divides(tp, size, flag, name, f"heads are split over tensor-parallel ranks, use a {name} that divides {size}")
+
+
+def check_mesh(args: Namespace) -> None:
+    """Rules of the mesh: how processes, pipeline, sequence and batch divide."""
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    model_parallel = tp * pp * cp
+    require(
+        args.world_size % model_parallel == 0,
+        f"{args.world_size} processes cannot be divided into --tensor-model-parallel-size {tp} x "
+        f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {model_parallel}: start a multiple of "
+        f"{model_parallel} processes or make the mesh smaller",
+    )
+    if args.architecture == "yoco":
+        require(
+            pp == 1,
+            f"--pipeline-model-parallel-size {pp}: YOCO's shared K,V does not cross pipeline stages in this version; "
+            "use --tensor-model-parallel-size and data parallelism",
+        )
+        require(
+            cp == 1,
+            f"--context-parallel-size {cp}: YOCO has no context parallelism in this version; use "
+            "--sequence-parallel with --tensor-model-parallel-size and --recompute-granularity for long sequences",
+        )
+    if args.sequence_parallel and tp > 1 and args.seq_length is not None:
+        _divides(tp, args.seq_length, "--seq-length", "--tensor-model-parallel-size", "--sequence-parallel splits it")
+    if args.global_batch_size is not None and args.micro_batch_size is not None:
+        data_parallel = args.world_size // model_parallel
+        _divides(
+            args.micro_batch_size * data_parallel,
+            args.global_batch_size,
+            "--global-batch-size",
+            f"--micro-batch-size {args.micro_batch_size} x {data_parallel} data-parallel ranks =",
+            "change one of them",
+        )
+
+
+def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
+    """Refuse Megatron flags that a YOCO model would read past."""
+    if args.architecture != "yoco":
+        return
+    for dest, instead in IGNORED_BY_YOCO.items():
+        if hasattr(args, dest):
+            require(
+                getattr(args, dest) == parser.get_default(dest),
+                f"--{dest.replace('_', '-')} has no effect on --architecture yoco: {instead}",
+            )
+    require(
+        args.position_embedding_type == "rope",
+        f"--position-embedding-type {args.position_embedding_type}: YOCO uses rope (see --rope-variant)",
+    )

@@ -1,0 +1,100 @@
+"""`YOCOConfig`: Megatron's `TransformerConfig` plus what a YOCO model adds (arXiv 2405.05254).
+
+Field names are flag names: `self_decoder_heads` is `--self-decoder-heads` on the command line and in a YAML config.
+Defaults are the paper's; every deviation from it is a switch here.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass
+class YOCOFields:
+    """The model's own switches; everything else is a Megatron flag. Defaults are the paper's."""
+
+    architecture: Literal["yoco", "transformer"] = "yoco"
+    """yoco: self-decoder, one shared K,V, cross-decoder. transformer: the Llama-style baseline, Megatron's own GPT."""
+
+    self_decoder: Literal["gated_retention", "sliding_window"] = "gated_retention"
+    """Mixer of the self-decoder layers (paper section 2.1 and 3)."""
+
+    num_self_decoder_layers: int | None = None
+    """Layers of the self-decoder; the rest are cross-decoder layers. 0 gives the paper's [0:1] ablation.
+    Default: half of --num-layers."""
+
+    self_decoder_heads: int | None = None
+    """Heads of the self-decoder. The paper's scaling runs use hidden-size/256 for gated retention.
+    Default: --num-attention-heads."""
+
+    self_decoder_query_groups: int | None = None
+    """K,V heads of sliding-window layers. Default: --self-decoder-heads (the paper uses no GQA in the self-decoder)."""
+
+    self_decoder_window: int = 1024
+    """Keys that a sliding-window query sees, itself included."""
+
+    decay_temperature: float = 16.0
+    """tau of gated retention: decay = sigmoid(x w)^(1/tau) (paper equation 5)."""
+
+    rope_variant: Literal["yoco", "standard"] = "yoco"
+    """yoco: frequencies theta^-linspace(0,1), interleaved pairs (the authors' code). standard: theta^(-2j/d), with the
+    pairing that --rotary-interleaved chooses."""
+
+    scale_embedding: bool = True
+    """Do not multiply embeddings by sqrt(hidden-size) (the authors' code multiplies)."""
+
+    init_law: Literal["yoco", "megatron"] = "yoco"
+    """yoco: the authors' laws, per module. megatron: normal of --init-method-std, output layers scaled by depth."""
+
+    retention_backend: str = "auto"
+    """Implementation of gated retention; tools/doctor.py lists what this machine can run."""
+
+    retention_chunk_size: int = 128
+    """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
+
+
+@dataclass
+class YOCOConfig(YOCOFields, TransformerConfig):
+    """Configuration of a YOCO model.
+
+    `num_attention_heads`, `num_query_groups` and `kv_channels` describe the cross-decoder and the shared K,V;
+    `self_decoder_config()` gives the view that self-decoder layers are built from.
+
+    Raises:
+        ValueError: sizes that do not fit, naming the flag and the fix.
+    """
+
+    def __post_init__(self) -> None:
+        from yoco_megatron.config import rules
+
+        if self.num_self_decoder_layers is None:
+            rules.require_even_layers(self.num_layers)
+            self.num_self_decoder_layers = self.num_layers // 2
+        if self.self_decoder_heads is None:
+            self.self_decoder_heads = self.num_attention_heads
+        if self.self_decoder_query_groups is None:
+            self.self_decoder_query_groups = self.self_decoder_heads
+        if self.rope_variant == "yoco":
+            self.rotary_interleaved = True
+        rules.check_model(self)
+        # Every parameter is drawn after the build, from its name (model/init.py), so that no mesh changes the model.
+        self.perform_initialization = False
+        super().__post_init__()
+
+    @property
+    def num_cross_decoder_layers(self) -> int:
+        """Layers that read the shared K,V."""
+        return self.num_layers - self.num_self_decoder_layers
+
+    def self_decoder_config(self) -> "YOCOConfig":
+        """The same config with the self-decoder's heads in Megatron's own fields, and its window."""
+        config = copy.copy(self)
+        config.num_attention_heads = self.self_decoder_heads
+        config.num_query_groups = self.self_decoder_query_groups
+        config.kv_channels = self.hidden_size // self.self_decoder_heads
+        if self.self_decoder == "sliding_window":
+            # Megatron counts the keys to the left of the query, without the query's own.
+            config.window_size = (self.self_decoder_window - 1, 0)
+        return config

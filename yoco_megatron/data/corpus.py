@@ -1,0 +1,126 @@
+"""From a folder of text files to a corpus: JSON lines, one document a line, in a shuffled order that is always the same.
+
+Megatron's `--split 95,4,1` cuts an indexed dataset by position. In the order of a folder the validation part would be
+whatever sorts last (all of one package, one author, one year); after a shuffle by a fixed seed it is a fair sample.
+"""
+
+import glob
+import json
+import random
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+# Installed packages are not the standard library, and Debian calls their folder dist-packages.
+STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class GatherReport:
+    """What `gather` did: documents and UTF-8 bytes of text written; files left out because not UTF-8, or empty."""
+
+    documents: int
+    bytes: int
+    not_utf8: int
+    empty: int
+
+
+def python_stdlib() -> tuple[Path, list[Path]]:
+    """The folder of the running interpreter's standard library, and its Python sources (any order)."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = (path for path in root.rglob("*.py") if STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts))
+    return root, [path for path in paths if path.is_file()]
+
+
+def find_files(root: Path, patterns: list[str]) -> list[Path]:
+    """Files below `root`, at any depth, whose name matches one of the glob patterns (any order, each once).
+
+    Raises:
+        ValueError: `root` is no folder, or nothing matches.
+    """
+    if not root.is_dir():
+        raise ValueError(f"--input {root} is not a folder; give the folder that holds the text files")
+    found = {path for pattern in patterns for path in root.rglob(pattern) if path.is_file()}
+    if not found:
+        raise ValueError(f"--input {root} holds no file that matches --glob {' '.join(patterns)}")
+    return list(found)
+
+
+def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> GatherReport:
+    """Write `paths` (all below `root`) to the corpus `output`, lines {"text": ..., "path": relative to root}.
+
+    The same files and seed give the same bytes. `output` appears when it is complete; if it lies inside `root` it is
+    not its own document.
+
+    Raises:
+        ValueError: none of the files holds UTF-8 text.
+    """
+    aside = output.with_name(output.name + ".tmp")
+    own = {output.resolve(), aside.resolve()}
+    by_name = {path.relative_to(root).as_posix(): path for path in paths if path.resolve() not in own}
+    names = sorted(by_name)
+    random.Random(seed).shuffle(names)
+
+    documents = size = not_utf8 = empty = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with aside.open("w", encoding="utf-8", newline="\n") as stream:
+            for name in tqdm(names, desc="gather", unit="file", disable=None):
+                raw = by_name[name].read_bytes()
+                try:
+                    text = raw.decode("utf-8")
+                except UnicodeDecodeError:
+                    not_utf8 += 1
+                    continue
+                if not text.strip():
+                    empty += 1
+                    continue
+                stream.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
+                documents += 1
+                size += len(raw)
+        if documents == 0:
+            raise ValueError(f"--input {root}: none of {len(names)} files holds UTF-8 text; check --glob")
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+    return GatherReport(documents, size, not_utf8, empty)
+
+
+def expand_inputs(patterns: list[str]) -> list[Path]:
+    """The files that `--input` names, globs expanded and sorted, in the order given, each once.
+
+    Raises:
+        ValueError: a name or pattern that matches no file.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        found = [Path(pattern)] if Path(pattern).is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise ValueError(f"--input {pattern} matches no file; check the path (a glob must be quoted)")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def parse_line(line: bytes, keys: list[str], where: str) -> list[str]:
+    """The texts under `keys` of one line of a JSON lines file.
+
+    Raises:
+        ValueError: what is wrong with the line, beginning with `where` ("file:line").
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # both malformed JSON and bytes that are not UTF-8
+        raise ValueError(f"{where}: not a line of JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: a line must be an object such as {{"text": "..."}}, not {type(record).__name__}')
+    for key in keys:
+        if not isinstance(record.get(key), str):
+            raise ValueError(f"{where}: no text under the key {key!r} (keys: {', '.join(record)}); see --json-keys")
+        try:
+            record[key].encode("utf-8")
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+            raise ValueError(f"{where}: {key!r} holds a lone surrogate, which is not Unicode text") from None
+    return [record[key] for key in keys]

@@ -1,0 +1,50 @@
+"""The datasets of a run: Megatron's GPTDataset over .bin/.idx files, blended as Megatron's flags say."""
+
+from argparse import Namespace
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
+from megatron.training.utils import get_blend_and_blend_per_split
+
+
+def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
+    """GPTDatasetConfig from Megatron's flags. No attention mask is made: YOCO is causal everywhere."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+    )
+
+
+def _is_built_here() -> bool:
+    """Only tensor-parallel rank 0 of the first and last stage reads data; the others get it by broadcast."""
+    ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+    return ends and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def build_datasets(
+    args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: list[int]
+) -> tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]:
+    """(train, validation, test); `num_samples` says how many samples each must yield at least."""
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, _is_built_here, dataset_config(args, tokenizer)).build()

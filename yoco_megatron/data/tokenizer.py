@@ -1,0 +1,134 @@
+"""Tokenizers: trained with Hugging Face tokenizers, saved as a Hugging Face folder, built by Megatron's own builder.
+
+The same folder serves preprocessing, training (`--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER`) and
+the exported checkpoint. Which tokenizer a `--tokenizer-type` means is decided in megatron.core.tokenizers alone.
+"""
+
+import argparse
+import copy
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from yoco_megatron.data.corpus import parse_line
+
+EOD = "<|endoftext|>"
+# Its own id: GPTDataset takes labels equal to the pad id out of the loss, and cannot pad at all without one.
+PAD = "<|pad|>"
+SPECIAL_TOKENS = [EOD, PAD]
+# Every byte has a token, so that any text can be encoded.
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+
+def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str = "text") -> int:
+    """Train a byte-level BPE on JSON lines files and save it as the Hugging Face folder `output`.
+
+    Ids 0 and 1 are <|endoftext|> (eos) and <|pad|>. The same text gives the same tokenizer.json, byte for byte.
+
+    Args:
+        corpus: JSON lines files.
+        vocab_size: of the whole vocabulary, special tokens included.
+        output: folder; files of an earlier tokenizer in it are replaced.
+        key: where a line holds its text.
+    Returns:
+        The size of the vocabulary: `vocab_size`, or less if the corpus is too small for so many merges.
+    Raises:
+        ValueError: a vocabulary smaller than the bytes, or a line without text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"--vocab-size {vocab_size} is too small; 256 bytes and 2 special tokens need {MIN_VOCAB_SIZE}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(corpus, key), trainer)
+
+    aside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD, pad_token=PAD).save_pretrained(aside)
+    _move_files(aside, output)
+    return tokenizer.get_vocab_size()
+
+
+def _texts(corpus: list[Path], key: str) -> Iterator[str]:
+    total = sum(path.stat().st_size for path in corpus)
+    with tqdm(total=total, desc="train tokenizer", unit="B", unit_scale=True, disable=None) as progress:
+        for path in corpus:
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield parse_line(line, [key], f"--input {path}:{number}")[0]
+                    progress.update(len(line))
+        progress.set_postfix_str("merging")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move the files of one folder into another, tokenizer.json last: it is what makes the folder a tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+        path.replace(target / path.name)
+    source.rmdir()
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Megatron's own tokenizer flags (--tokenizer-type, --tokenizer-model, ...), the same as in pretraining."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.config import TokenizerConfig
+
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+
+
+def build_tokenizer(args: Any) -> Any:
+    """Megatron's tokenizer for the flags `args` (a parsed namespace or a megatron.training TokenizerConfig).
+
+    Raises:
+        ValueError: no --tokenizer-type, or a tokenizer that cannot be loaded.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
+
+    if args.tokenizer_type is None:
+        raise ValueError("--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer")
+    args = copy.copy(args)
+    args.pad_vocab_size = False  # the padded size belongs to a model and its parallelism; data have neither
+    try:
+        return build(args)
+    except Exception as error:  # every tokenizer library has its own ways to fail
+        raise ValueError(
+            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model} cannot be loaded: {error}"
+        ) from error
+
+
+def batch_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """A thread-safe function that encodes many texts, each exactly as `tokenizer.tokenize(text)` would.
+
+    Tokenizers that have a Rust core encode the batch there, outside Python's lock; others text by text.
+    """
+    wrapper = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
+    core = getattr(getattr(wrapper, "tokenizer", None), "backend_tokenizer", None)
+    if core is None:
+        return lambda texts: [tokenizer.tokenize(text) for text in texts]
+    # A tokenizer.json may carry the truncation of its last use; transformers lifts it call by call, the core does not.
+    core.no_truncation()
+    core.no_padding()
+    special = wrapper.include_special_tokens
+    return lambda texts: [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def tokenizer_sha256(path: str | None) -> str | None:
+    """SHA-256, in hex, of the tokenizer.json in the folder `path`, or of the file `path`; None if there is neither."""
+    if path is None:
+        return None
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

@@ -1,0 +1,1 @@
+"""The network, and nothing about how it is spread over processes."""

@@ -1,0 +1,114 @@
+"""Megatron's ModelConfig / ModelBuilder pair for YOCO, and for the Transformer baseline at equal flags."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.core_attention import TorchAttention
+from yoco_megatron.model.init import initialize
+from yoco_megatron.model.norm import RMSNorm
+from yoco_megatron.model.yoco_model import YOCOModel
+
+
+@dataclass(kw_only=True)
+class YOCOModelConfig(GPTModelConfig):
+    """Megatron's GPT fields (vocabulary, tying, RoPE base, length) around a YOCOConfig."""
+
+    builder: ClassVar[str] = "yoco_megatron.model.builder.YOCOModelBuilder"
+    initialization: str = "yoco"
+    initialization_seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class TransformerModelConfig(YOCOModelConfig):
+    """The Llama-style baseline: Megatron's own GPTModel."""
+
+    builder: ClassVar[str] = "yoco_megatron.model.builder.TransformerModelBuilder"
+
+
+class YOCOModelBuilder(GPTModelBuilder):
+    """Builds a YOCOModel; wrapping for distributed training is GPTModelBuilder's."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> YOCOModel:
+        """One process's part of the model, with its initial weights."""
+        config = self._model_config
+        vocab_size = config.vocab_size
+        if config.should_pad_vocab:
+            vocab_size = calculate_padded_vocab_size(
+                vocab_size, config.make_vocab_size_divisible_by, config.tensor_model_parallel_size
+            )
+        model = YOCOModel(
+            config=config.transformer,
+            vocab_size=vocab_size,
+            max_sequence_length=config.seq_length,
+            rotary_base=config.rotary_base,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        return _initialized(model, config, pg_collection)
+
+
+class TransformerModelBuilder(GPTModelBuilder):
+    """Builds Megatron's GPTModel, with our initialisation and, without Transformer Engine, our norm and attention."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ):
+        """One process's part of the model, with its initial weights."""
+        model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        return _initialized(model, self._model_config, pg_collection)
+
+
+def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupCollection):
+    tp = pg_collection.tp
+    initialize(model, config.transformer, config.initialization_seed, config.initialization, tp.rank(), tp.size())
+    return model
+
+
+def local_gpt_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """GPT layers in plain torch that also know sequence parallelism (Megatron's local norm refuses it)."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = TorchAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=RMSNorm)
+
+
+def model_config_from_args(args: Namespace) -> YOCOModelConfig:
+    """The ModelConfig that the flags describe, for `--architecture` yoco or transformer.
+
+    Raises:
+        ValueError: sizes that do not fit, naming the flag.
+    """
+    if args.architecture == "yoco":
+        transformer = core_transformer_config_from_args(args, YOCOConfig)
+        config = gpt_config_from_args(args, config=transformer, model_config_cls=YOCOModelConfig)
+    else:
+        transformer = core_transformer_config_from_args(args)
+        transformer.perform_initialization = False
+        config = gpt_config_from_args(args, config=transformer, model_config_cls=TransformerModelConfig)
+        if args.transformer_impl == "local":
+            config.transformer_layer_spec = local_gpt_spec
+    config.initialization, config.initialization_seed = args.init_law, args.seed
+    return config

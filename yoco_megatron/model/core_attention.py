@@ -1,0 +1,38 @@
+"""The plain-torch `core_attention` of Megatron's attention layers: what Transformer Engine's does, on any device."""
+
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from yoco_megatron.ops.attention import causal_attention
+
+
+class TorchAttention(MegatronModule):
+    """Causal attention [s, b, heads, D] -> [s, b, heads * D], windowed when `config.window_size` says so."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        if softmax_scale is not None or config.attention_dropout:
+            raise ValueError(
+                "--attention-dropout and a softmax scale need Transformer Engine: --transformer-impl transformer_engine"
+            )
+        self.window = config.window_size[0] + 1 if config.window_size else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, b, H, D], key and value [s, b, G, D]; the mask is causal whatever is passed."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences need --transformer-impl transformer_engine")
+        out = causal_attention(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), window=self.window)
+        return out.permute(2, 0, 1, 3).flatten(2)

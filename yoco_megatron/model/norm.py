@@ -1,0 +1,30 @@
+"""RMSNorm in plain torch, for layers without Transformer Engine (paper section 2; yoco.md's norm table).
+
+y = x / sqrt(mean(x^2) + eps) in fp32, cast to the input's dtype, then times the weight.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm with weight [hidden_size]; Megatron's own `WrappedTorchNorm` refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # With sequence parallelism every rank sees other tokens, so the gradient is summed over ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., hidden_size], any float dtype."""
+        return rms_norm(x, self.eps) * self.weight
+
+
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS over the last dimension without a weight: the arithmetic in fp32 (or wider), the result in x's dtype."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,45 @@
+"""Rotary position embedding with the paper's frequencies.
+
+The authors' code spaces the exponents linearly from 0 to exactly 1: omega_j = theta^(-j / (R/2 - 1)), and rotates
+interleaved pairs (2j, 2j+1). The usual RoPE is theta^(-2j/R). Self- and cross-decoder have their own tables, because
+their head widths R may differ.
+"""
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+
+
+def inverse_frequencies(head_dim: int, base: float, variant: str) -> Tensor:
+    """Angles per position, fp32 [head_dim / 2]; `variant` as --rope-variant."""
+    if variant == "yoco":
+        exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
+    else:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return (1.0 / base**exponents).float()
+
+
+class YOCORotaryEmbedding(RotaryEmbedding):
+    """Megatron's angle table [s, 1, 1, head_dim] (fp32, positions from 0), with YOCO's frequencies."""
+
+    def __init__(self, config: YOCOConfig, head_dim: int, base: float, cp_group: object = None) -> None:
+        super().__init__(
+            head_dim,
+            rotary_percent=1.0,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_base=base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=cp_group,
+        )
+        self.inv_freq = inverse_frequencies(head_dim, base, config.rope_variant).to(self.inv_freq.device)
+
+
+def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
+    """Rotate every head of x [s, b, heads, head_dim] by angles [s, 1, 1, head_dim]; fp32 arithmetic, x's dtype back."""
+    if config.apply_rope_fusion:
+        return apply_rotary_pos_emb(x_SBHD, angles, config=config)  # Transformer Engine's kernel works in fp32
+    wide = x_SBHD if x_SBHD.dtype == torch.float64 else x_SBHD.float()
+    return apply_rotary_pos_emb(wide, angles, config=config).to(x_SBHD.dtype)

@@ -1,0 +1,143 @@
+"""Gated retention as the mixer of a self-decoder layer (paper section 3, equations 5-8).
+
+    q_t = R_t(x_t W_q),  k_t = R_t(x_t W_k),  v_t = x_t W_v,  log decay g_t = logsigmoid(x_t w) / tau
+    S_t = exp(g_t) S_{t-1} + D^-1/2 k_t^T v_t,  o_t = q_t S_t
+    out = (silu(x W_g) * RMS(o)) W_o                    RMS per head, without a weight
+
+Shapes: s sequence, b batch, h hidden, H heads of this tensor-parallel rank, D head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.norm import rms_norm
+from yoco_megatron.model.rotary import rotate
+from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
+
+
+@dataclass
+class GatedRetentionSubmodules:
+    """The two large projections; the decay's is so small that it stays out of tensor parallelism and FP8."""
+
+    linear_qkvg: type
+    linear_proj: type
+
+
+class GatedRetention(MegatronModule):
+    """Mixer [s, b, h] -> [s, b, h]; expects its input normalised, as TransformerLayer does it.
+
+    The rows of `linear_qkvg` are ordered by head (q, k, v, gate inside one head), so that tensor parallelism cuts
+    between heads. With sequence parallelism input and output are [s/tp, b, h].
+    """
+
+    def __init__(
+        self,
+        config: YOCOConfig,
+        submodules: GatedRetentionSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.head_dim = config.kv_channels
+        self.backend = resolve_backend(
+            config.retention_backend,
+            device=torch.device(torch.cuda.current_device()),
+            dtype=config.params_dtype,
+            key_dim=self.head_dim,
+            value_dim=self.head_dim,
+        )
+        self.recompute_core = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        width = config.num_attention_heads * self.head_dim
+        common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
+        self.linear_qkvg = submodules.linear_qkvg(
+            config.hidden_size,
+            4 * width,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **common,
+        )
+        self.linear_proj = submodules.linear_proj(
+            width,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            **common,
+        )
+        # One logit per head: all heads on every rank (a [h, heads] matrix), see `decay_logits`.
+        self.linear_decay = torch.nn.Linear(
+            config.hidden_size,
+            config.num_attention_heads,
+            bias=False,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        self.linear_decay.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None, *, rotary_pos_emb: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] -> (out [s, b, h], no bias)."""
+        qkvg, _ = self.linear_qkvg(hidden_states)
+        logits_SBH = self.decay_logits(hidden_states)
+        core = self._core
+        if self.recompute_core and self.training:
+            y = tensor_parallel.checkpoint(core, False, qkvg, logits_SBH, rotary_pos_emb)
+        else:
+            y = core(qkvg, logits_SBH, rotary_pos_emb)
+        return self.linear_proj(y)
+
+    def decay_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits [s, b, H] of this rank's heads.
+
+        Every rank computes all heads from the tokens that it holds, and the small result changes hands: gathering the
+        hidden states a second time for it would cost as much as the large projection's own communication.
+        """
+        logits = self.linear_decay(hidden_states)
+        if self.tp_group.size() == 1:
+            return logits
+        if not self.config.sequence_parallel:
+            return tensor_parallel.scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
+        _, batch, heads = logits.shape
+        logits = tensor_parallel.all_to_all_sp2hp(logits, group=self.tp_group)
+        return logits.view(-1, batch, heads // self.tp_group.size())
+
+    def _core(self, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """Projections [s, b, H*4*D] -> gated, normalised retention [s, b, H*D]."""
+        q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
+        q, k = rotate(q, rotary_pos_emb, self.config), rotate(k, rotary_pos_emb, self.config)
+        log_decay = log_decay_from_logits(logits_SBH, self.config.decay_temperature)
+        o, _ = gated_retention(
+            *(t.transpose(0, 1) for t in (q, k, v, log_decay)),
+            chunk_size=self.config.retention_chunk_size,
+            backend=self.backend.name,
+        )
+        o_SBHD = o.transpose(0, 1)
+        return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)
+
+    def backward_dw(self) -> None:
+        """Delayed weight gradients, as Megatron's schedules call them."""
+        self.linear_proj.backward_dw()
+        self.linear_qkvg.backward_dw()
+
+    def set_for_recompute_input_layernorm(self) -> None:
+        """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        set_save_original_input(self.linear_qkvg)

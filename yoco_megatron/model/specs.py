@@ -1,0 +1,118 @@
+"""ModuleSpecs of YOCO's layers: which class implements each part, Transformer Engine's or plain torch's.
+
+Megatron's `BackendSpecProvider` names the parts; the three functions below read like the paper's figure.
+"""
+
+from functools import partial
+
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.cross_attention import CrossDecoderLayer, SharedKVAttention, SharedKVAttentionSubmodules
+from yoco_megatron.model.norm import RMSNorm
+from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
+from yoco_megatron.model.shared_kv import SharedKVSubmodules
+from yoco_megatron.model.core_attention import TorchAttention
+
+
+class TorchSpecProvider(LocalSpecProvider):
+    """Megatron's local backend, with a norm that knows sequence parallelism and attention that knows windows."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return TorchAttention
+
+
+def backend_for(config: YOCOConfig) -> BackendSpecProvider:
+    """Transformer Engine or plain torch, as --transformer-impl says."""
+    return TESpecProvider() if config.transformer_impl == "transformer_engine" else TorchSpecProvider()
+
+
+def norm_and_linear(backend: BackendSpecProvider) -> tuple[type, type]:
+    """(norm, column-parallel linear); where the backend fuses them the norm is the identity."""
+    if backend.fuse_layernorm_and_linear():
+        return IdentityOp, backend.column_parallel_layer_norm_linear()
+    return backend.layer_norm(rms_norm=True), backend.column_parallel_linear()
+
+
+def _layer(module: type, backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None):
+    """A pre-norm layer: norm, attention, residual; norm, SwiGLU, residual.
+
+    `fused_into` is the linear that Transformer Engine fuses the first norm into; checkpoints use that name always.
+    """
+    mlp_norm, linear_fc1 = norm_and_linear(backend)
+    mlp = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=backend.row_parallel_linear())
+    names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if fused_into:
+        names["input_layernorm."] = f"self_attention.{fused_into}.layer_norm_"
+    return ModuleSpec(
+        module=module,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=mlp_norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def gated_retention_layer(backend: BackendSpecProvider) -> ModuleSpec:
+    """Self-decoder layer with gated retention. Its norm is not fused: the decay needs the normalised input too."""
+    attention = ModuleSpec(
+        module=GatedRetention,
+        submodules=GatedRetentionSubmodules(
+            linear_qkvg=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear()
+        ),
+    )
+    return _layer(TransformerLayer, backend, attention, backend.layer_norm(rms_norm=True), fused_into=None)
+
+
+def sliding_window_layer(backend: BackendSpecProvider) -> ModuleSpec:
+    """Self-decoder layer with sliding-window attention: Megatron's SelfAttention; the window is in the config."""
+    norm, linear_qkv = norm_and_linear(backend)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linear_qkv,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
+    return _layer(TransformerLayer, backend, attention, norm, fused_into="linear_qkv")
+
+
+def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
+    """Cross-decoder layer: queries of its own over the shared K,V."""
+    norm, linear_q = norm_and_linear(backend)
+    attention = ModuleSpec(
+        module=SharedKVAttention,
+        submodules=SharedKVAttentionSubmodules(
+            linear_q=linear_q,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
+    return _layer(CrossDecoderLayer, backend, attention, norm, fused_into="linear_q")
+
+
+def shared_kv(backend: BackendSpecProvider) -> SharedKVSubmodules:
+    """The projection to the one K,V, with its own norm."""
+    norm, linear_kv = norm_and_linear(backend)
+    return SharedKVSubmodules(linear_kv=linear_kv, layernorm=norm)
+
+
+SELF_DECODER_LAYERS = {"gated_retention": gated_retention_layer, "sliding_window": sliding_window_layer}

@@ -1,0 +1,139 @@
+"""A run of YOCO layers: self-decoder, shared K,V, cross-decoder; the whole model or one pipeline stage of it.
+
+The block returns hidden states AND the shared K,V, because a later stage needs both.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.recompute import checkpointed_forward
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model import specs
+from yoco_megatron.model.shared_kv import SharedKV
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers [first, last) of the model, counted from 0."""
+
+    first: int
+    last: int
+
+
+class YOCOBlock(MegatronModule):
+    """Layers `layers` of the model. The shared K,V belong to the block that holds the last self-decoder layer (or, with
+    an empty self-decoder, layer 0)."""
+
+    def __init__(
+        self,
+        config: YOCOConfig,
+        layers: LayerRange,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        border = config.num_self_decoder_layers
+        backend = specs.backend_for(config)
+        self_spec, cross_spec = specs.SELF_DECODER_LAYERS[config.self_decoder](backend), specs.cross_decoder_layer(backend)
+        self_config = config.self_decoder_config()
+
+        def build(index: int) -> TransformerLayer:
+            with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
+                return build_module(
+                    self_spec if index < border else cross_spec,
+                    config=self_config if index < border else config,
+                    layer_number=index + 1,
+                    pg_collection=pg_collection,
+                    vp_stage=vp_stage,
+                    add_layer_offset=False,
+                )
+
+        self.layers = nn.ModuleList(build(index) for index in range(layers.first, layers.last))
+        self.num_self = max(0, min(layers.last, border) - layers.first)
+        makes_kv = layers.first < border <= layers.last or border == layers.first == 0
+        self.shared_kv = None
+        if makes_kv:
+            with get_fp8_context(config, is_init=True) if config.fp8 else nullcontext():
+                self.shared_kv = SharedKV(config, specs.shared_kv(backend), pg_collection)
+
+    def forward(
+        self, hidden_states: Tensor, shared_kv: Tensor | None, self_angles: Tensor, cross_angles: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layers.
+
+        Args:
+            hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
+            shared_kv: [s, b, G, 2, D] from an earlier stage; None where this block makes it or does not need it yet.
+            self_angles, cross_angles: rotary angles [s, 1, 1, head width] of the two halves.
+        Returns:
+            hidden states as they came in, and the shared K,V (None before the border).
+        """
+        config = self.config
+        delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
+        rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
+        with rng, get_fp8_context(config) if delayed else nullcontext():
+            hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles)
+            if self.shared_kv is not None:
+                with self._layer_fp8(config.num_self_decoder_layers):
+                    shared_kv = self.shared_kv(hidden_states, cross_angles)
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, shared_kv, cross_angles)
+        return hidden_states, shared_kv
+
+    def _run(self, layers: nn.ModuleList, hidden: Tensor, shared_kv: Tensor | None, angles: Tensor) -> Tensor:
+        if not len(layers):
+            return hidden
+        if self.config.recompute_granularity == "full" and self.training:
+            inner_fp8 = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
+            half = _Half(layers, self.config, self.pg_collection, len(layers))
+            # The shared K,V are an input of every checkpoint, so no recomputation makes them again.
+            return checkpointed_forward(half, hidden, None, shared_kv, None, angles, None, None, inner_fp8)
+        for layer in layers:
+            with self._layer_fp8(layer.layer_number - 1):
+                hidden, _ = layer(
+                    hidden_states=hidden, attention_mask=None, context=shared_kv, rotary_pos_emb=angles
+                )
+        return hidden
+
+    def _layer_fp8(self, index: int):
+        """FP8 recipes other than delayed scaling are entered layer by layer (first and last layers may opt out)."""
+        if self.config.fp8 and self.config.fp8_recipe != Fp8Recipe.delayed:
+            return get_fp8_context(self.config, index)
+        return nullcontext()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys carry the layer's number in the whole model, so a checkpoint does not depend on where stages are cut."""
+        state: ShardedStateDict = {}
+        for index, layer in enumerate(self.layers):
+            local, of_model = f"{prefix}layers.{index}.", f"{prefix}layers.{layer.layer_number - 1}."
+            part = layer.sharded_state_dict(local, (), metadata)
+            replace_prefix_for_sharding(part, local, of_model)
+            state.update(part)
+        if self.shared_kv is not None:
+            name = f"{prefix}shared_kv."
+            state.update(sharded_state_dict_default(self.shared_kv, name, (), metadata, tp_group=self.tp_group))
+        return state
+
+
+@dataclass
+class _Half:
+    """What `checkpointed_forward` reads of a TransformerBlock."""
+
+    layers: nn.ModuleList
+    config: YOCOConfig
+    pg_collection: ProcessGroupCollection
+    num_layers_per_pipeline_rank: int

@@ -1,0 +1,120 @@
+"""YOCO (paper section 2): embedding -> self-decoder -> one shared K,V -> cross-decoder -> head."""
+
+import math
+
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model import specs
+from yoco_megatron.model.rotary import YOCORotaryEmbedding
+from yoco_megatron.model.yoco_block import LayerRange, YOCOBlock
+
+
+class YOCOModel(LanguageModule):
+    """A YOCO language model, or the pipeline stage of one that holds `layers`.
+
+    Args:
+        vocab_size: padded vocabulary, a multiple of the tensor-parallel size.
+        layers: layers of this stage; None for all of them.
+        share_embeddings_and_output_weights: one matrix for both (the sqrt(h) scale applies to the input alone).
+        parallel_output: leave logits split over tensor-parallel ranks, as the parallel cross entropy wants them.
+    """
+
+    def __init__(
+        self,
+        config: YOCOConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        rotary_base: float = 10000.0,
+        layers: LayerRange | None = None,
+        share_embeddings_and_output_weights: bool = False,
+        fp16_lm_cross_entropy: bool = False,
+        parallel_output: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        layers = layers or LayerRange(0, config.num_layers)
+        self.pre_process, self.post_process = layers.first == 0, layers.last == config.num_layers
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = vp_stage
+        self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.fp16_lm_cross_entropy, self.parallel_output = fp16_lm_cross_entropy, parallel_output
+        self.input_tensor: Tensor | None = None
+
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=self.tp_group
+            )
+        self_head_dim = config.hidden_size // config.self_decoder_heads
+        self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base, self.cp_group)
+        self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base, self.cp_group)
+        self.decoder = YOCOBlock(config, layers, self.pg_collection, vp_stage)
+        if self.post_process:
+            self.final_layernorm = specs.backend_for(config).layer_norm(rms_norm=True)(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=not parallel_output,
+                skip_weight_param_allocation=self.pre_process and share_embeddings_and_output_weights,
+                tp_group=self.tp_group,
+            )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """What the previous pipeline stage sent (Megatron's schedules call this)."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Loss per token, or logits.
+
+        Args:
+            input_ids: int64 [b, s].
+            position_ids: ignored, positions are 0..s-1; attention is always causal, so is `attention_mask`.
+            labels: int64 [b, s]; None asks for logits.
+        Returns:
+            fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`).
+        """
+        if packed_seq_params is not None:
+            raise ValueError("packed documents are not supported by YOCO in this version: pack without document masks")
+        hidden_states, shared_kv = self.embed(input_ids, position_ids), None
+        length = input_ids.shape[1]
+        hidden_states, shared_kv = self.decoder(
+            hidden_states, shared_kv, self.self_rotary(length), self.cross_rotary(length)
+        )
+        return self.head(hidden_states, labels)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """X^0 = sqrt(h) E[tokens], [s, b, h] ([s/tp, b, h] with sequence parallelism)."""
+        hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return hidden_states * math.sqrt(self.config.hidden_size) if self.config.scale_embedding else hidden_states
+
+    def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
+        """RMSNorm(X^L) W_vocab, and the cross entropy where there are labels."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(self.final_layernorm(hidden_states), weight=weight)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)

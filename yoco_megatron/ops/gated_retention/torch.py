@@ -1,0 +1,104 @@
+"""Gated retention in plain torch: correct on every device, linear memory in the sequence length.
+
+The chunkwise recurrent representation (paper 2405.05254, "Gated Retention" and App. B). With b_j the log
+decay summed from the start of a chunk of C tokens to its token j:
+
+    o_j = sum_{m<=j} exp(b_j - b_m) (q_j . k_m) v_m  +  exp(b_j) q_j R_{c-1}
+    R_c = exp(b_C) R_{c-1} + sum_m exp(b_C - b_m) k_m^T v_m
+
+Every exponent is <= 0, so nothing overflows and no second level of chunks is needed. Sums of log decay are
+taken inside a chunk only: over a long sequence they reach the thousands, where one float32 rounding already
+costs 2e-4 in a decay.
+
+Tensor legend: B batch, T time, H heads, K key width, V value width, N chunks, C chunk size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import check_layout
+
+
+def chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Gated retention of a whole sequence, differentiable in q, k, v, log_decay and initial_state.
+
+    Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
+    initial_state [B, H, K, V] (zeros if None). Any T >= 1, any strides. `scale` multiplies k, default
+    K ** -0.5. `chunk_size` changes the cost and the rounding, not the result.
+    Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V]. The arithmetic and the final state are
+    float32, or float64 if q is float64.
+    Raises ValueError for another layout or a chunk size below 1.
+    """
+    check_layout(q, k, v, log_decay, initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"gated retention needs chunk_size >= 1, got {chunk_size}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    compute = _compute_dtype(q)
+    C = min(chunk_size, T)
+    pad = -T % C
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, T, H, ...] of any strides -> contiguous [B, H, N, C, ...] in the computing dtype."""
+        x = x.transpose(1, 2)
+        if pad:
+            # Zeros at the end: such keys write nothing and such a log decay keeps the state as it is.
+            x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad))
+        return x.unflatten(2, (-1, C)).contiguous().to(compute)
+
+    q_BHNCK, k_BHNCK, v_BHNCV = chunks(q), chunks(k) * (K**-0.5 if scale is None else scale), chunks(v)
+    b_BHNC = chunks(log_decay).cumsum(-1)
+    b_last_BHN1 = b_BHNC[..., -1:]
+
+    # Inside the chunks: all of them in one batched matmul.
+    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # Mask before exp: above the diagonal the exponent is positive, and inf * 0 in the backward would be nan.
+    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~causal_CC, -torch.inf).exp()
+    o_BHNCV = (q_BHNCK @ k_BHNCK.transpose(-1, -2) * decay_BHNCC) @ v_BHNCV
+
+    # Between the chunks: what each one writes, then the scan that carries it, the only loop.
+    to_end_BHNC1 = (b_last_BHN1 - b_BHNC).exp()[..., None]
+    written_BHNKV = (k_BHNCK * to_end_BHNC1).transpose(-1, -2) @ v_BHNCV
+    S_BHKV = q.new_zeros(B, H, K, V, dtype=compute) if initial_state is None else initial_state.to(compute)
+    entering = []
+    for kept_BH1, new_BHKV in zip(b_last_BHN1.exp().unbind(2), written_BHNKV.unbind(2), strict=True):
+        entering.append(S_BHKV)
+        S_BHKV = kept_BH1[..., None] * S_BHKV + new_BHKV
+    o_BHNCV = o_BHNCV + (q_BHNCK * b_BHNC.exp()[..., None]) @ torch.stack(entering, dim=2)
+
+    o_BTHV = o_BHNCV.flatten(2, 3)[:, :, :T].transpose(1, 2).to(q.dtype).contiguous()
+    return o_BTHV, S_BHKV
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, S_t = exp(g_t) S_{t-1} + k_t^T v_t and o_t = q_t S_t, for decoding.
+
+    Shapes: q, k [B, H, K]; v [B, H, V]; log_decay [B, H]; state [B, H, K, V] (zeros if None).
+    Returns o [B, H, V] in q.dtype and the new state, a new tensor: float32, or float64 if q is float64.
+    (The authors decode in bfloat16, where exp(g) above 0.998 rounds to 1 and slow heads never forget.)
+    """
+    compute = _compute_dtype(q)
+    K = q.shape[-1]
+    if state is None:
+        state = q.new_zeros(*q.shape, v.shape[-1], dtype=compute)
+    k_BHK = k.to(compute) * (K**-0.5 if scale is None else scale)
+    decay_BH11 = log_decay.to(compute).exp()[..., None, None]
+    S_BHKV = decay_BH11 * state.to(compute) + k_BHK[..., :, None] * v.to(compute)[..., None, :]
+    o_BHV = (q.to(compute)[..., None, :] @ S_BHKV).squeeze(-2)
+    return o_BHV.to(q.dtype), S_BHKV
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,72 @@
+"""Repairs of megatron-core 0.19 that every machine, or every machine without Transformer Engine and Apex, needs.
+
+Each function names the upstream code that it repairs. `tests/runtime/test_upstream.py` fails when that code changes.
+"""
+
+import functools
+
+import torch
+
+
+def repair() -> None:
+    """Apply all repairs. Call before training; importing `megatron` for the first time happens here."""
+    _dataset_helpers_are_compiled()
+    _torch_adam_resumes()
+
+
+def _dataset_helpers_are_compiled() -> None:
+    """core/datasets/utils.py:compile_helpers runs `make` in a folder whose Makefile is not in the wheel, then exits.
+
+    The wheel does hold the compiled extension, so importing it is all there is to do.
+    """
+    from megatron.core.datasets import utils
+
+    def compile_helpers() -> None:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+    utils.compile_helpers = compile_helpers
+
+
+def _torch_adam_resumes() -> None:
+    """core/optimizer/distrib_optimizer.py cannot load a checkpoint into torch's AdamW (no Apex, no TE):
+
+    - `sharded_state_dict(is_loading=True)` reads the step of a state that does not exist yet;
+    - `_set_main_param_and_optimizer_states` looks for a 'step' tensor that no loader supplies;
+    - `load_state_dict` gives all parameters ONE step tensor, which AdamW then advances once per parameter, so that
+      the bias correction, and with it every later loss, is not that of the undisturbed run.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    cls = distrib_optimizer.DistributedOptimizer
+    sharded_state_dict = cls.sharded_state_dict
+    load_state_dict = cls.load_state_dict
+    set_states = cls._set_main_param_and_optimizer_states
+
+    @functools.wraps(sharded_state_dict)
+    def with_state(self, model_sharded_state_dict, is_loading=False, metadata=None):
+        if is_loading and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, metadata)
+
+    @functools.wraps(load_state_dict)
+    def with_own_steps(self, state_dict):
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    def without_step(self, model_param, tensors):
+        with torch.no_grad():
+            set_states(self, model_param, {"step": None} | tensors)
+
+    cls.sharded_state_dict = with_state
+    cls.load_state_dict = with_own_steps
+    cls._set_main_param_and_optimizer_states = without_step

@@ -1,0 +1,37 @@
+"""One micro-batch on this process: read on tensor-parallel rank 0, broadcast to the others."""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import get_args
+from torch import Tensor
+
+
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+    """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none)."""
+    args = get_args()
+    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    if not (first or last):
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
+    batch: dict[str, Tensor] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        device = torch.cuda.current_device()
+        batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
+    return get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,  # attention is causal everywhere; no mask travels
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )

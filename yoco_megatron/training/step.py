@@ -1,0 +1,66 @@
+"""`forward_step`: what Megatron's schedules call for each micro-batch, and the loss that they reduce."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import StragglerDetector
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from yoco_megatron.training.batch import get_batch
+
+SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest recent one is reported by --check-for-spiky-loss
+straggler = StragglerDetector()
+
+
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses that count.
+
+    Args:
+        loss_mask: fp32 [b, s]; losses: fp32 [b, s].
+    Returns:
+        (summed loss, number of counted tokens int32, {"lm loss": [sum, tokens]}); Megatron divides by the tokens.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    _validate(loss)
+    num_tokens = mask.sum().detach().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+
+
+def _validate(loss: Tensor) -> None:
+    """NaN, Inf and spikes go to the rerun state machine, which tells a bad GPU from a bad batch."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, rejects in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejects,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """Run one micro-batch: (losses [b, s], the function that reduces them)."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with straggler(bdata=True):
+        batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    with straggler:
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_func, batch["loss_mask"])
