@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from megatron.training.tokenizer.tokenizer import vocab_size_with_padding
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from yoco_megatron.config.arguments import build_parser
 from yoco_megatron.config.files import load_config_files, to_argv
@@ -14,7 +14,7 @@ MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
 CL100K = 100_288
 
-# Millions of parameters without embeddings: gated retention, sliding window, the Llama-style twin (paper App. D, E).
+# Millions of parameters without embeddings: gated retention, sliding window, the twin (paper App. D, E).
 BODY = {
     "160m": (89.7, 86.1, 85.0),
     "400m": (317, 304, 302),
@@ -88,13 +88,13 @@ def test_window_variant_differs_in_the_self_decoder_alone(size):
 
 def test_vocabulary_padding_does_not_depend_on_tensor_parallelism(parser):
     args = parse(parser, "model/yoco_3b")
-    padded = set()
+    args.rank, padded = 0, set()
     for args.tensor_model_parallel_size in (1, 2, 4, 8, 16):
         padded.add(vocab_size_with_padding(CL100K, args, logging_enabled=False))
     assert padded == {100_352}
 
 
-# Recipe, model, tokens of a batch and of the run (paper 6B, 4B, 1.5B, 1T, 1.6T, 10B), learning rate, decay in tokens.
+# Recipe, model, tokens of a batch, tokens of the run, learning rate, tokens until its decay ends.
 RUNS = [
     ("scaling", "yoco_160m", 2**18, 10.5e9, 1.5e-4, 10.5e9),
     ("scaling_large", "yoco_13b", 2**18, 10.5e9, 7.5e-5, 10.5e9),

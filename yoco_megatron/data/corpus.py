@@ -1,4 +1,4 @@
-"""From a folder of text files to a corpus: JSON lines, one document a line, in a shuffled order that is always the same.
+"""From a folder of text files to a corpus: JSON lines, one document a line, in a reproducibly shuffled order.
 
 Megatron's `--split 95,4,1` cuts an indexed dataset by position. In the order of a folder the validation part would be
 whatever sorts last (all of one package, one author, one year); after a shuffle by a fixed seed it is a fair sample.

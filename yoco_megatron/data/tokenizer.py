@@ -43,7 +43,9 @@ def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str 
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"--vocab-size {vocab_size} is too small; 256 bytes and 2 special tokens need {MIN_VOCAB_SIZE}")
+        raise ValueError(
+            f"--vocab-size {vocab_size} is too small; 256 bytes and 2 special tokens need {MIN_VOCAB_SIZE}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,9 +117,11 @@ def batch_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
     Tokenizers that have a Rust core encode the batch there, outside Python's lock; others text by text.
     """
-    wrapper = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
+    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
+
+    wrapper = getattr(tokenizer, "_tokenizer", None)
     core = getattr(getattr(wrapper, "tokenizer", None), "backend_tokenizer", None)
-    if core is None:
+    if core is None or not isinstance(wrapper, HuggingFaceTokenizer):
         return lambda texts: [tokenizer.tokenize(text) for text in texts]
     # A tokenizer.json may carry the truncation of its last use; transformers lifts it call by call, the core does not.
     core.no_truncation()

@@ -142,11 +142,6 @@ STAND_INS: dict[str, tuple[Any, str]] = {
     "max_memory_reserved": (_memory(), "training/utils: report_memory"),
     "reset_peak_memory_stats": (_nothing(), "training/training.py"),
     "mem_get_info": (lambda *a: psutil.virtual_memory()[1::-1], "training/training.py"),
-    # Typed constructors (training/utils: logical_and_across_model_parallel_group and friends)
-    "LongTensor": (lambda *a: torch.LongTensor(*a), "training/training.py"),
-    "IntTensor": (lambda *a: torch.IntTensor(*a), "core/optimizer"),
-    "FloatTensor": (lambda *a: torch.FloatTensor(*a), "core/optimizer"),
-    "ByteTensor": (lambda *a: torch.ByteTensor(*a), "core/tensor_parallel/random.py"),
 }
 
 

@@ -45,7 +45,7 @@ def _torch_adam_resumes() -> None:
     set_states = cls._set_main_param_and_optimizer_states
 
     @functools.wraps(sharded_state_dict)
-    def with_state(self, model_sharded_state_dict, is_loading=False, metadata=None):
+    def with_state(self, model_sharded_state_dict, is_loading=False, **kwargs):
         if is_loading and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for param in group["params"]:
@@ -54,7 +54,7 @@ def _torch_adam_resumes() -> None:
                         "exp_avg": torch.zeros_like(param),
                         "exp_avg_sq": torch.zeros_like(param),
                     }
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading, metadata)
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, **kwargs)
 
     @functools.wraps(load_state_dict)
     def with_own_steps(self, state_dict):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import check_layout
-from .torch import chunkwise
+from yoco_megatron.ops.gated_retention.reference import check_layout
+from yoco_megatron.ops.gated_retention.torch import chunkwise
 
 
 @dataclass(frozen=True)

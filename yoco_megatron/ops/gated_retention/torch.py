@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import check_layout
+from yoco_megatron.ops.gated_retention.reference import check_layout
 
 
 def chunkwise(

@@ -1,0 +1,33 @@
+"""Every test imports Megatron through the runtime, as users do; GPU tests are skipped, visibly, where there is none."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from yoco_megatron import runtime
+
+runtime.prepare()
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not runtime.has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Fresh random inputs in every test, the same in every run."""
+    return torch.Generator().manual_seed(torch.initial_seed() % 2**31 if os.environ.get("FRESH") else 20240508)
+
+
+@pytest.fixture
+def one_process():
+    """Megatron's groups for a world of one, in this process."""
+    from support.worlds import process_groups
+
+    with process_groups(rank=0, world_size=1):
+        yield

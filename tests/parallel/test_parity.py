@@ -1,0 +1,68 @@
+"""One step at every mesh equals one step of one process: loss, every gradient, every updated weight.
+
+The meshes of this list are the parity list of docs/architecture.md; a new parallel mode adds its line here.
+Tolerance: fp32 sums in another order, relative to each tensor's norm. Weights after Adam's first step move by lr times
+the sign of the gradient, so tiny gradients of either sign make them the coarser figure.
+"""
+
+import pytest
+import torch
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error, train_step
+from support.worlds import run_world
+
+LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+
+# name -> (processes, tensor parallel, distributed optimizer, config)
+MESHES = {
+    "TP2": (2, 2, False, {}),
+    "TP2 SP": (2, 2, False, dict(sequence_parallel=True)),
+    "TP4 SP": (4, 4, False, dict(sequence_parallel=True)),
+    "DP2": (2, 1, False, {}),
+    "DP2 distributed optimizer": (2, 1, True, {}),
+    "TP2 SP DP2 distributed optimizer": (4, 2, True, dict(sequence_parallel=True)),
+    "recompute full": (1, 1, False, FULL_RECOMPUTE),
+    "recompute selective": (1, 1, False, SELECTIVE),
+    "TP2 SP recompute full": (2, 2, False, dict(sequence_parallel=True, **FULL_RECOMPUTE)),
+    "TP2 SP recompute selective": (2, 2, False, dict(sequence_parallel=True, **SELECTIVE)),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process_step():
+    """The reference for each model, computed once."""
+    done: dict = {}
+
+    def step(kind: str, tied: bool) -> dict[str, torch.Tensor]:
+        if (kind, tied) not in done:
+            done[kind, tied] = run_world(1, train_step, dict(self_decoder=kind), tied)[0]
+        return done[kind, tied]
+
+    return step
+
+
+def compare(result: dict, reference: dict) -> None:
+    assert result.keys() == reference.keys()
+    for name, value in result.items():
+        limit = {"grad": GRAD, "weig": WEIGHT}.get(name[:4], LOSS)
+        error = relative_error(value, reference[name])
+        assert error < limit, f"{name}: relative error {error:.1e} against one process"
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
+    processes, tp, distributed_optimizer, overrides = MESHES[mesh]
+    tied = tp == 1  # tied and untied heads both go through the list
+    results = run_world(
+        processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp
+    )
+    for result in results:
+        compare(result, one_process_step(kind, tied))
+
+
+def test_the_comparison_can_fail(one_process_step) -> None:
+    """A step with another window is another step."""
+    other = run_world(1, train_step, dict(self_decoder="sliding_window", self_decoder_window=6), True)[0]
+    with pytest.raises(AssertionError, match="relative error"):
+        compare(other, one_process_step("sliding_window", True))

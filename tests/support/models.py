@@ -1,0 +1,149 @@
+"""Small YOCO models, and one training step of them at any mesh, for comparison with one process."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from yoco_megatron import runtime
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.init import initialize, named_parameters
+from yoco_megatron.model.yoco_model import YOCOModel
+
+VOCAB, SEQ = 256, 48
+SELF_DECODERS = ("gated_retention", "sliding_window")
+FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def tiny_config(**overrides: Any) -> YOCOConfig:
+    """A YOCO of four layers, width 64, with every shape different enough to catch a mix-up."""
+    fields = dict(
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=4,
+        self_decoder_heads=4,
+        self_decoder_window=7,
+        retention_chunk_size=16,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        transformer_impl="local",
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+    )
+    return YOCOConfig(**fields | overrides)
+
+
+def build(config: YOCOConfig, tied: bool = False, seed: int = 1234) -> YOCOModel:
+    """The part of the model that this rank holds, initialised, on its device."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = YOCOModel(
+        config, VOCAB, SEQ, share_embeddings_and_output_weights=tied, pg_collection=groups, parallel_output=True
+    )
+    initialize(model, config, seed, config.init_law, groups.tp.rank(), groups.tp.size())
+    return model.to(runtime.device())
+
+
+def batch(size: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels), int64 [size, SEQ], the same on every rank."""
+    tokens = torch.randint(0, VOCAB, (size, SEQ + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens.to(runtime.device())
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def gather_whole(name: str, tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The whole matrix of which this tensor-parallel rank holds a part (gradient or weight)."""
+    size = mpu.get_tensor_model_parallel_world_size()
+    if size == 1 or not getattr(param, "tensor_model_parallel", False):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=mpu.get_tensor_model_parallel_group())
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([torch.cat([part.chunk(2)[half] for part in parts]) for half in (0, 1)])
+    return torch.cat(parts, dim=param.partition_dim)
+
+
+def train_step(overrides: dict, tied: bool = False, distributed_optimizer: bool = False) -> dict[str, torch.Tensor]:
+    """One step on a fixed batch, split over data-parallel ranks.
+
+    Returns:
+        'loss' (mean over the whole batch), 'grad/NAME' and, after one Adam step, 'weight/NAME', by global name, whole.
+    """
+    config = tiny_config(
+        tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
+        **overrides,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    model = build(config, tied)
+    names = dict(named_parameters(model))
+    if config.bf16:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False, grad_reduce_in_fp32=True
+        ),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            weight_decay=0.1,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=distributed_optimizer,
+            clip_grad=0.0,
+        ),
+        [ddp],
+    )
+    tokens, labels = batch()
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    mine = slice(rank * len(tokens) // size, (rank + 1) * len(tokens) // size)
+    ddp.train()
+    loss = ddp(tokens[mine], None, None, labels=labels[mine]).mean()
+    loss.backward()
+    finalize_model_grads([ddp])
+    result = {"loss": loss.detach()}
+    torch.distributed.all_reduce(result["loss"], op=torch.distributed.ReduceOp.AVG, group=mpu.get_data_parallel_group())
+    for name, param in names.items():
+        grad = param.main_grad.clone()
+        if distributed_optimizer:  # after its reduce-scatter, each rank has its own part only
+            grad = _whole_from_shards(grad, param, ddp)
+        result[f"grad/{name}"] = gather_whole(name, grad, param).cpu()
+    optimizer.step()
+    for name, param in names.items():
+        result[f"weight/{name}"] = gather_whole(name, param.detach(), param).cpu()
+    return result
+
+
+def _whole_from_shards(grad: torch.Tensor, param: torch.Tensor, ddp: DistributedDataParallel) -> torch.Tensor:
+    """Each data-parallel rank's shard of the flat gradient buffer holds the reduced values; the rest is its own."""
+    buffer = next(b for b in ddp.buffers if param in b.param_index_map)
+    bucket = buffer.buckets[buffer.param_index_map[param][2]]
+    group = mpu.get_data_parallel_group()
+    flat = bucket.grad_data.clone()
+    shard = flat.chunk(group.size())[group.rank()].contiguous()
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, shard, group=group)
+    start, end, _ = buffer.param_index_map[param]
+    return torch.cat(parts)[start - bucket.offset : end - bucket.offset].view(param.shape)
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference|| in float64."""
+    value, reference = value.double().cpu(), reference.double().cpu()
+    return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference)).item()

@@ -1,0 +1,11 @@
+"""Imported once by the fork server, so that every test process starts with Megatron in memory."""
+
+from yoco_megatron import runtime
+
+runtime.prepare()
+
+import pretrain_yoco  # noqa: E402, F401
+import torch  # noqa: E402
+from support import models  # noqa: E402, F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,112 @@
+"""Worlds of processes for parity tests: gloo on a CPU, NCCL on GPUs, in this process or in fresh ones.
+
+`run_world` forks from a server that has imported Megatron once, so a world of four starts in a fraction of a second.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIMEOUT_S = 240
+
+
+@contextlib.contextmanager
+def process_groups(rank: int, world_size: int, store: str | None = None, tp: int = 1, pp: int = 1) -> Iterator[None]:
+    """Initialise torch.distributed and Megatron's model-parallel groups, and take them down again."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from yoco_megatron import runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        if runtime.has_gpu():
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group(
+            "nccl" if runtime.has_gpu() else "gloo",
+            init_method=f"file://{store or os.path.join(folder, 'store')}",
+            rank=rank,
+            world_size=world_size,
+        )
+        parallel_state.initialize_model_parallel(tp, pp)
+        model_parallel_cuda_manual_seed(1)
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def _server() -> Any:
+    # The fork server starts as a bare Python and ignores a preload that it cannot find.
+    tests = Path(__file__).resolve().parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preload"])
+    return context
+
+
+def _child(function: Callable, rank: int, world_size: int, folder: str, log: str | None, env: dict, args: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    } | env
+    if log:
+        out = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+    try:
+        torch.set_num_threads(1)
+        torch.save(function(*args), f"{folder}/result.{rank}")
+    except BaseException:
+        with open(f"{folder}/error.{rank}", "w") as file:
+            traceback.print_exc(file=file)
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def spawn(function: Callable, world_size: int, args: tuple = (), log: str | None = None, env: dict | None = None) -> list:
+    """Run `function(*args)` in `world_size` fresh processes with RANK and WORLD_SIZE set; their results by rank.
+
+    Raises:
+        AssertionError: with the traceback of the first process that failed, or when the world hangs.
+    """
+    context = _server()
+    with tempfile.TemporaryDirectory() as folder:
+        children = [
+            context.Process(target=_child, args=(function, rank, world_size, folder, log, env or {}, args))
+            for rank in range(world_size)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(TIMEOUT_S)
+        hung = [rank for rank, child in enumerate(children) if child.is_alive()]
+        for child in children:
+            child.kill()
+        errors = [f"{folder}/error.{rank}" for rank in range(world_size) if os.path.exists(f"{folder}/error.{rank}")]
+        assert not errors, open(errors[0]).read()
+        assert not hung, f"ranks {hung} still ran after {TIMEOUT_S} s"
+        codes = [child.exitcode for child in children]
+        assert codes == [0] * world_size, f"exit codes {codes}"
+        return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _in_groups(function: Callable, store: str, tp: int, pp: int, args: tuple) -> Any:
+    with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, tp, pp):
+        return function(*args)
+
+
+def run_world(world_size: int, function: Callable, *args: Any, tp: int = 1, pp: int = 1) -> list:
+    """`spawn`, inside Megatron's process groups."""
+    with tempfile.TemporaryDirectory() as folder:
+        return spawn(_in_groups, world_size, (function, f"{folder}/store", tp, pp, args))

@@ -1,0 +1,58 @@
+"""Tokenize JSON lines files into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report .json."""
+
+import argparse
+import os
+import warnings
+
+warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
+
+from yoco_megatron.data.corpus import expand_inputs  # noqa: E402
+from yoco_megatron.data.preprocess import preprocess  # noqa: E402
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, help="JSON lines files or quoted globs")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of a line's texts; one dataset each")
+    parser.add_argument("--output-prefix", required=True, help="path and beginning of the name of the outputs")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="threads that encode (default: all CPUs)"
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="count lines that are not valid, do not stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    add_tokenizer_arguments(parser)
+    args = parser.parse_args()
+    try:
+        tokenizer = build_tokenizer(args)
+        about = {
+            "type": args.tokenizer_type,
+            "model": args.tokenizer_model,
+            "sha256": tokenizer_sha256(args.tokenizer_model),
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod if args.append_eod else None,
+        }
+        reports = preprocess(
+            expand_inputs(args.input),
+            args.output_prefix,
+            tokenizer,
+            keys=args.json_keys,
+            append_eod=args.append_eod,
+            workers=args.workers,
+            skip_bad_lines=args.skip_bad_lines,
+            overwrite=args.overwrite,
+            about_tokenizer=about,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    for key, report in reports.items():
+        print(
+            f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
+            f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad lines, "
+            f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
+        )
+
+
+if __name__ == "__main__":
+    main()
