@@ -161,7 +161,10 @@ def check_torch(torch: Any) -> list[Piece]:
         return [Piece("torch", version, "wrong" if version else "missing", True, note, 'pip install "torch==2.11.*"')]
     pieces = [Piece("torch", torch.__version__, "ok", True)]
     pieces.append(_part_of_torch("CUDA", torch.version.cuda, "this torch is a CPU build"))
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    from yoco_megatron import runtime
+
+    count = torch.cuda.device_count() if runtime.has_gpu() else 0
+    names = [torch.cuda.get_device_name(index) for index in range(count)]
     gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     pieces.append(_part_of_torch("GPU", gpus or None, "training runs on the CPU, for correctness only"))
     pieces.append(_part_of_torch("Triton", version_of("triton"), "retention without its GPU kernels"))
@@ -185,9 +188,11 @@ def _cudnn_name(version: int | None) -> str | None:
 
 def choose(torch: Any, pieces: dict[str, Piece]) -> list[Choice]:
     """What each part of training uses; needs a torch that imports."""
-    gpu = torch.cuda.is_available()
+    from yoco_megatron import runtime
+
+    gpu = runtime.has_gpu()
     engine, apex = pieces["Transformer Engine"], pieces["NVIDIA Apex"]
-    has_engine = gpu and engine.state == "ok"
+    has_engine = runtime.has_transformer_engine() and engine.state == "ok"
     why = (
         "installed, and there is a GPU"
         if has_engine

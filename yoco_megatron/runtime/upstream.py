@@ -12,6 +12,7 @@ def repair() -> None:
     """Apply all repairs. Call before training; importing `megatron` for the first time happens here."""
     _dataset_helpers_are_compiled()
     _torch_adam_resumes()
+    _norm_recompute_without_transformer_engine()
 
 
 def _dataset_helpers_are_compiled() -> None:
@@ -70,3 +71,23 @@ def _torch_adam_resumes() -> None:
     cls.sharded_state_dict = with_state
     cls.load_state_dict = with_own_steps
     cls._set_main_param_and_optimizer_states = without_step
+
+
+def _norm_recompute_without_transformer_engine() -> None:
+    """core/tensor_parallel/random.py:CheckpointWithoutOutput takes its default `fp8=False` for FP8 on (`is not None`).
+
+    Without Transformer Engine the names that it then needs do not exist, and --recompute-modules layernorm dies with
+    a NameError.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if random.HAVE_TE:
+        return
+    init = random.CheckpointWithoutOutput.__init__
+
+    @functools.wraps(init)
+    def without_fp8(self, fp8=False):
+        init(self, fp8)
+        self.fp8 = False
+
+    random.CheckpointWithoutOutput.__init__ = without_fp8

@@ -1,0 +1,130 @@
+"""The trained tokenizer, as Hugging Face and as Megatron load it, and batched encoding against text by text."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.training.config import TokenizerConfig
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer
+from yoco_megatron.data.tokenizer import (
+    EOD,
+    MIN_VOCAB_SIZE,
+    PAD,
+    batch_encoder,
+    build_tokenizer,
+    tokenizer_sha256,
+    train_tokenizer,
+)
+
+# Not in the training text: other scripts, control characters, spaces at both ends, the special token itself.
+TEXTS = ["def f(x):\n\treturn x", "  two  spaces ", "größer 漢字 🙂", "\x00\x7f\r\n", f"one{EOD}two", "", "naïve"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    sentences = [f"the {n} quick foxes = {n * n} lazy dogs, return x_{n % 7}" for n in range(400)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    assert train_tokenizer([corpus], 300, output) == 300
+    return output
+
+
+def config(model: Path | None, kind: str = "HuggingFaceTokenizer", **more: object) -> TokenizerConfig:
+    return TokenizerConfig(tokenizer_type=kind, tokenizer_model=None if model is None else str(model), **more)
+
+
+def test_hugging_face_loads_it_and_any_text_survives(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (EOD, PAD)
+    assert len(tokenizer) == 300
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_megatron_builds_it_with_its_end_of_document(folder: Path) -> None:
+    tokenizer = build_tokenizer(config(folder))
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.eod == stored.token_to_id(EOD) == 0
+    assert tokenizer.pad == stored.token_to_id(PAD) != tokenizer.eod
+    assert tokenizer.vocab_size == 300
+    for text in TEXTS:
+        assert tokenizer.tokenize(text) == stored.encode(text).ids
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from yoco_megatron.data.tokenizer import train_tokenizer as train\n"
+    code += "train([Path(sys.argv[1])], 300, Path(sys.argv[2]))"
+    again = tmp_path / "again"
+    subprocess.run([sys.executable, "-c", code, corpus, again], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    names = sorted(path.name for path in folder.iterdir())
+    assert "tokenizer.json" in names
+    assert names == sorted(path.name for path in again.iterdir())
+    assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
+    assert tokenizer_sha256(str(folder)) == tokenizer_sha256(str(again / "tokenizer.json"))
+    assert tokenizer_sha256("no/such/folder") is None
+
+
+def test_training_again_replaces_and_leaves_nothing_aside(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bpe"
+    train_tokenizer([corpus], 300, output)
+    assert train_tokenizer([corpus], 280, output) == 280
+    assert len(AutoTokenizer.from_pretrained(output)) == 280
+    assert [path.name for path in tmp_path.iterdir()] == ["bpe"]
+
+
+def test_vocabulary_must_hold_the_bytes_and_may_end_early(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--vocab-size 257 .*{MIN_VOCAB_SIZE}"):
+        train_tokenizer([corpus], 257, tmp_path / "small")
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "ab ab ab"}\n')
+    assert MIN_VOCAB_SIZE < train_tokenizer([short], 5000, tmp_path / "few") < 270
+
+
+def test_bad_corpus_line_is_named(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n\n{"text": \n')
+    with pytest.raises(ValueError, match=r"--input .*bad\.jsonl:3: not a line of JSON"):
+        train_tokenizer([bad], 300, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_batches_encode_as_single_texts_do(folder: Path, tmp_path: Path, plain: bool) -> None:
+    """With what a tokenizer.json may carry: a beginning-of-text token, and the truncation and padding of its last use."""
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored.post_processor = processors.TemplateProcessing(single=f"{PAD} $A", special_tokens=[(PAD, 1)])
+    stored.enable_truncation(4)
+    stored.enable_padding(length=50)
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    stored.save(str(tmp_path / "tokenizer.json"))
+
+    expected = build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain))
+    encode = batch_encoder(build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain)))
+    ids = encode(TEXTS)
+    assert ids == [expected.tokenize(text) for text in TEXTS]
+    assert (ids[0][0] == 1) is not plain
+    assert max(map(len, ids)) > 4
+
+
+def test_tokenizers_without_a_rust_core_encode_too() -> None:
+    null = build_tokenizer(config(None, "NullTokenizer", vocab_size=100))
+    assert batch_encoder(null)(["1 2 3", "7"]) == [[1, 2, 3], [7]]
+
+
+def test_unusable_flags_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--tokenizer-type is missing"):
+        build_tokenizer(config(tmp_path, kind=None))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--tokenizer-model .* cannot be loaded"):
+        build_tokenizer(config(tmp_path))
