@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from yoco_megatron.data.corpus import expand_inputs, find_files, gather, parse_line, python_stdlib
 
 
@@ -46,6 +47,16 @@ def test_order_is_shuffled_by_the_seed_alone(folder: Path, tmp_path: Path) -> No
     assert sorted(order[0]) == sorted(order[2]) != order[0]
 
 
+def test_corpus_appears_by_renaming(folder: Path, tmp_path: Path) -> None:
+    """Who reads the old corpus (here by a second name) goes on reading the old one."""
+    corpus, old = tmp_path / "corpus.jsonl", tmp_path / "old.jsonl"
+    gather(folder, find_files(folder, ["*.txt"]), corpus)
+    old.hardlink_to(corpus)
+    content = old.read_bytes()
+    gather(folder, find_files(folder, ["*.py"]), corpus)
+    assert old.read_bytes() == content != corpus.read_bytes()
+
+
 def test_corpus_inside_the_folder_is_not_a_document(folder: Path) -> None:
     corpus = folder / "corpus.jsonl"
     first = gather(folder, find_files(folder, ["*"]), corpus)
@@ -55,7 +66,7 @@ def test_corpus_inside_the_folder_is_not_a_document(folder: Path) -> None:
 def test_failed_run_leaves_the_old_corpus(folder: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("old")
-    with pytest.raises(ValueError, match="--input .* UTF-8"):
+    with pytest.raises(ValueError, match=r"--input .* UTF-8"):
         gather(folder, [folder / "latin1.txt"], corpus)
     assert corpus.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "texts"]
@@ -64,7 +75,7 @@ def test_failed_run_leaves_the_old_corpus(folder: Path, tmp_path: Path) -> None:
 def test_unmatched_inputs_name_the_flag(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--glob \*\.rst"):
         find_files(folder, ["*.rst"])
-    with pytest.raises(ValueError, match="--input .* not a folder"):
+    with pytest.raises(ValueError, match=r"--input .* not a folder"):
         find_files(folder / "code.py", ["*"])
     with pytest.raises(ValueError, match=r"--input .*\.jsonl matches no file"):
         expand_inputs([str(tmp_path / "*.jsonl")])
@@ -97,6 +108,6 @@ def test_standard_library_is_python_without_installed_packages() -> None:
     ],
 )
 def test_bad_lines_say_where_and_why(line: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"^f.jsonl:7: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"^f.jsonl:7: .*{reason}"):
         parse_line(line, ["text"], "f.jsonl:7")
     assert parse_line(b'{"a": "1", "text": "\xc3\xa9"}', ["text", "a"], "") == ["é", "1"]

@@ -9,6 +9,7 @@ import pytest
 from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
+
 from yoco_megatron.data.tokenizer import (
     EOD,
     MIN_VOCAB_SIZE,
@@ -83,7 +84,7 @@ def test_training_again_replaces_and_leaves_nothing_aside(corpus: Path, tmp_path
 
 
 def test_vocabulary_must_hold_the_bytes_and_may_end_early(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"--vocab-size 257 .*{MIN_VOCAB_SIZE}"):
+    with pytest.raises(ValueError, match=rf"--vocab-size 257 .*{MIN_VOCAB_SIZE}"):
         train_tokenizer([corpus], 257, tmp_path / "small")
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "ab ab ab"}\n')
@@ -100,7 +101,7 @@ def test_bad_corpus_line_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_batches_encode_as_single_texts_do(folder: Path, tmp_path: Path, plain: bool) -> None:
-    """With what a tokenizer.json may carry: a beginning-of-text token, and the truncation and padding of its last use."""
+    """With what a tokenizer.json may carry (beginning of text, truncation, padding), and after a use that set both."""
     stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
     stored.post_processor = processors.TemplateProcessing(single=f"{PAD} $A", special_tokens=[(PAD, 1)])
     stored.enable_truncation(4)
@@ -110,8 +111,9 @@ def test_batches_encode_as_single_texts_do(folder: Path, tmp_path: Path, plain: 
     stored.save(str(tmp_path / "tokenizer.json"))
 
     expected = build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain))
-    encode = batch_encoder(build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain)))
-    ids = encode(TEXTS)
+    built = build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain))
+    built._tokenizer.tokenizer("used", truncation=True, max_length=4, padding="max_length")
+    ids = batch_encoder(built)(TEXTS)
     assert ids == [expected.tokenize(text) for text in TEXTS]
     assert (ids[0][0] == 1) is not plain
     assert max(map(len, ids)) > 4
@@ -125,6 +127,8 @@ def test_tokenizers_without_a_rust_core_encode_too() -> None:
 def test_unusable_flags_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--tokenizer-type is missing"):
         build_tokenizer(config(tmp_path, kind=None))
+    with pytest.raises(ValueError, match=r"--tokenizer-model .*/none does not exist"):
+        build_tokenizer(config(tmp_path / "none"))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"--tokenizer-model .* cannot be loaded"):
         build_tokenizer(config(tmp_path))

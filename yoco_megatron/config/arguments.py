@@ -5,7 +5,9 @@ here as ValueError, before anything is started.
 """
 
 import argparse
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -19,6 +21,7 @@ from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_loadable
 from yoco_megatron.config import rules
 from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOConfig, YOCOFields
 from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
 
@@ -32,6 +35,7 @@ YOCO_DEFAULTS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
+    "eval_interval": 1000,  # Megatron has none and then divides by it
     "ckpt_format": "torch_dist",
     # A checkpoint must load at any mesh, optimizer included.
     "dist_ckpt_optim_fully_reshardable": True,
@@ -49,6 +53,8 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="FILE",
         help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
     )
+    for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
     known = {action.dest for action in parser._actions}
     parser.set_defaults(
         **{dest: v for dest, v in (YOCO_DEFAULTS | runtime.argument_defaults()).items() if dest in known}
@@ -105,11 +111,11 @@ def explicit_flags(argv: list[str]) -> dict[str, Any]:
         action.choices = None
     namespace = parser.parse_args(argv)
     by_dest = {}
-    for token in argv:
-        if token in parser._option_string_actions:
-            action = parser._option_string_actions[token]
+    for flag in (token.partition("=")[0] for token in argv):  # --flag value, or --flag=value
+        if flag in parser._option_string_actions:
+            action = parser._option_string_actions[flag]
             value = True if action.nargs == 0 else getattr(namespace, action.dest)
-            by_dest[action.dest] = (token.lstrip("-").replace("_", "-"), value)
+            by_dest[action.dest] = (flag.lstrip("-").replace("_", "-"), value)
     return {name: _plain(value) for name, value in by_dest.values()}
 
 
@@ -131,10 +137,17 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for dest in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         flag = "--" + dest.replace("_", "-")
         rules.require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
+        rules.require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     rules.check_mesh(args)
     rules.check_ignored(args, parser)
+    rules.require(
+        args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),
+        f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
+    )
+    if args.architecture == "yoco":
+        rules.check_model(_model_fields(args))
     if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
         raise ValueError(
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
@@ -142,9 +155,23 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     if not args.mock_data:
         prefixes = data_prefixes_from_args(args)
-        rules.require(bool(prefixes) or args.skip_train, "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data")
+        rules.require(
+            bool(prefixes) or args.skip_train,
+            "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
+        )
         check_data_prefixes(prefixes)
     check_loadable(args)
+
+
+def _model_fields(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the arguments whose model fields mean what they will mean to YOCOConfig."""
+    fields = argparse.Namespace(**vars(args))
+    if not args.group_query_attention:
+        fields.num_query_groups = None
+    if args.ffn_hidden_size is None:
+        fields.ffn_hidden_size = ModelShape.from_args(args).ffn_hidden_size
+    rules.fill_in_defaults(fields)
+    return fields
 
 
 def finalize(args: argparse.Namespace) -> argparse.Namespace:
@@ -155,10 +182,16 @@ def finalize(args: argparse.Namespace) -> argparse.Namespace:
     """
     try:
         validate_args(args)
+        set_global_variables(args)
     except AssertionError as error:
-        raise ValueError(str(error) or "Megatron refuses these arguments (see the assertion above)") from error
-    set_global_variables(args)
+        raise ValueError(str(error) or _failed_assertion(error)) from error
     return args
+
+
+def _failed_assertion(error: AssertionError) -> str:
+    """Most of Megatron's assertions have no message: then the condition itself must say what is wrong."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron refuses these arguments: {place.line} ({place.filename}, line {place.lineno})"
 
 
 def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:

@@ -1,8 +1,8 @@
 """YAML configs: Megatron's flag names as keys, merged left to right.
 
 A config is a YAML mapping from flag names (dashes or underscores, without the leading --) to values: `true` sets a
-switch, `false` or `null` leaves it at its default, a list gives a flag several values. The key `include` names other
-configs, relative to the file, that are merged first. Instead of a file, `key=value` may be given.
+switch, `false` or `null` leaves it at its default, a list gives a flag several values. The key `include` names another
+config or a list of them, relative to the file, that are merged first. Instead of a file, `key=value` may be given.
 """
 
 import argparse
@@ -42,9 +42,12 @@ def _load_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ValueError(f"--config {path}: cannot read it ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path}: not a text file; give the path of a YAML file") from None
     own = _mapping(text, str(path))
     merged: dict[str, Any] = {}
-    for name in own.pop(INCLUDE, []):
+    included = own.pop(INCLUDE, [])
+    for name in [included] if isinstance(included, str) else included:
         merged |= _load_file(path.parent / name, (*including, path.resolve()))
     return merged | own
 
@@ -53,7 +56,7 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {where}: not valid YAML: {error}") from None
+        raise ValueError(f"--config {where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {where}: must be a mapping of flag names to values, for example 'num-layers: 26'")
     return {str(key).replace("_", "-"): value for key, value in content.items()}
@@ -65,7 +68,8 @@ def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str
     Raises:
         ValueError: an unknown key (naming the nearest flag), or a value that is no true/false for a switch.
     """
-    flags = {name.lstrip("-").replace("_", "-"): name for name in parser._option_string_actions if name.startswith("--")}
+    long_names = [name for name in parser._option_string_actions if name.startswith("--")]
+    flags = {name.lstrip("-").replace("_", "-"): name for name in long_names}
     argv: list[str] = []
     for key, value in config.items():
         if key not in flags:
@@ -73,9 +77,12 @@ def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str
         is_switch = parser._option_string_actions[flags[key]].nargs == 0
         if is_switch and not isinstance(value, bool) and value is not None:
             raise ValueError(f"config key '{key}' is a switch: its value is true or false, not {value!r}")
-        if value is None or value is False and is_switch:
+        if value is None or (value is False and is_switch):
             continue
-        argv.append(flags[key])
-        if not is_switch:
-            argv += [str(item) for item in (value if isinstance(value, list) else [value])]
+        if is_switch:
+            argv.append(flags[key])
+        elif isinstance(value, list):
+            argv += [flags[key], *map(str, value)]
+        else:
+            argv.append(f"{flags[key]}={value}")  # one token, because argparse takes -1e-5 for a flag
     return argv

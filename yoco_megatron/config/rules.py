@@ -62,6 +62,17 @@ def require_even_layers(num_layers: int) -> None:
     )
 
 
+def fill_in_defaults(config: Any) -> None:
+    """Give the fields of YOCOConfig whose default depends on another field their value, in place."""
+    if config.num_self_decoder_layers is None:
+        require_even_layers(config.num_layers)
+        config.num_self_decoder_layers = config.num_layers // 2
+    if config.self_decoder_heads is None:
+        config.self_decoder_heads = config.num_attention_heads
+    if config.self_decoder_query_groups is None:
+        config.self_decoder_query_groups = config.self_decoder_heads
+
+
 def check_model(config: Any) -> None:
     """Rules of the model alone. `config` has the fields of YOCOConfig, all resolved but kv_channels and groups."""
     n_self, heads, self_heads = config.num_self_decoder_layers, config.num_attention_heads, config.self_decoder_heads
@@ -70,7 +81,10 @@ def check_model(config: Any) -> None:
         f"--num-self-decoder-layers {n_self} must lie between 0 and --num-layers - 1 = {config.num_layers - 1}: "
         "at least one layer has to read the shared K,V (for a model without one use --architecture transformer)",
     )
-    groups = config.num_query_groups or heads
+    groups = heads if config.num_query_groups is None else config.num_query_groups
+    for flag in ("hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"):
+        size = getattr(config, flag)
+        require(size is None or size >= 1, f"--{flag.replace('_', '-')} {size} must be at least 1")
     if config.kv_channels is None:
         _divides(heads, config.hidden_size, "--hidden-size", "--num-attention-heads", "change one of them")
     head_dims = {"--num-attention-heads": config.kv_channels or config.hidden_size // heads}
@@ -91,7 +105,9 @@ def check_model(config: Any) -> None:
                 "--self-decoder-query-groups is for --self-decoder sliding_window: retention has no shared K,V heads",
             )
     for flag, head_dim in head_dims.items():
-        require(head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one")
+        require(
+            head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
+        )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
@@ -118,6 +134,12 @@ def check_mesh(args: Namespace) -> None:
     """Rules of the mesh: how processes, pipeline, sequence and batch divide."""
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     model_parallel = tp * pp * cp
+    for flag, size in (
+        ("--tensor-model-parallel-size", tp),
+        ("--pipeline-model-parallel-size", pp),
+        ("--context-parallel-size", cp),
+    ):
+        require(size >= 1, f"{flag} {size} must be at least 1")
     require(
         args.world_size % model_parallel == 0,
         f"{args.world_size} processes cannot be divided into --tensor-model-parallel-size {tp} x "

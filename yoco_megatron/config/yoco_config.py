@@ -69,13 +69,7 @@ class YOCOConfig(YOCOFields, TransformerConfig):
     def __post_init__(self) -> None:
         from yoco_megatron.config import rules
 
-        if self.num_self_decoder_layers is None:
-            rules.require_even_layers(self.num_layers)
-            self.num_self_decoder_layers = self.num_layers // 2
-        if self.self_decoder_heads is None:
-            self.self_decoder_heads = self.num_attention_heads
-        if self.self_decoder_query_groups is None:
-            self.self_decoder_query_groups = self.self_decoder_heads
+        rules.fill_in_defaults(self)
         if self.rope_variant == "yoco":
             self.rotary_interleaved = True
         rules.check_model(self)

@@ -8,6 +8,7 @@ A truncated copy shows up in Megatron as wrong tokens or an error on some rank, 
 """
 
 import os
+import re
 import struct
 from argparse import Namespace
 from pathlib import Path
@@ -77,6 +78,8 @@ def _advice(prefix: str) -> str:
     for suffix in (".idx", ".bin"):
         if prefix.endswith(suffix):
             return f"give the prefix without {suffix}"
+    if re.fullmatch(r"[\d.]+", prefix):
+        return f"{prefix} is no prefix: give W1 P1 W2 P2 ... with a weight for each prefix, or prefixes alone"
     folder, name = os.path.split(prefix)
     near = sorted(Path(folder or ".").glob(f"{name}*.idx")) if name else []
     if near:

@@ -102,13 +102,19 @@ def build_tokenizer(args: Any) -> Any:
 
     if args.tokenizer_type is None:
         raise ValueError("--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer")
+    model = args.tokenizer_model
+    missing = model is not None and not Path(model).exists()
+    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
+    if missing and (model.startswith((".", "/")) or model.count("/") > 1):
+        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
     args = copy.copy(args)
     args.pad_vocab_size = False  # the padded size belongs to a model and its parallelism; data have neither
     try:
         return build(args)
     except Exception as error:  # every tokenizer library has its own ways to fail
+        here = " (no such file or folder here)" if missing else ""
         raise ValueError(
-            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model} cannot be loaded: {error}"
+            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model}{here} cannot be loaded: {error}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
@@ -107,6 +108,7 @@ def model_config_from_args(args: Namespace) -> YOCOModelConfig:
     else:
         transformer = core_transformer_config_from_args(args)
         transformer.perform_initialization = False
+        transformer.gradient_accumulation_fusion &= runtime.has_fused_weight_gradient()
         config = gpt_config_from_args(args, config=transformer, model_config_cls=TransformerModelConfig)
         if args.transformer_impl == "local":
             config.transformer_layer_spec = local_gpt_spec

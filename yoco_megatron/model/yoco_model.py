@@ -1,5 +1,6 @@
 """YOCO (paper section 2): embedding -> self-decoder -> one shared K,V -> cross-decoder -> head."""
 
+import copy
 import math
 
 from megatron.core import tensor_parallel
@@ -10,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
 from yoco_megatron.model.rotary import YOCORotaryEmbedding
@@ -58,13 +60,16 @@ class YOCOModel(LanguageModule):
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base, self.cp_group)
         self.decoder = YOCOBlock(config, layers, self.pg_collection, vp_stage)
         if self.post_process:
+            # The head is Megatron's linear, not Transformer Engine's, and fuses gradients with Apex alone.
+            head_config = copy.copy(config)
+            head_config.gradient_accumulation_fusion &= runtime.has_fused_weight_gradient()
             self.final_layernorm = specs.backend_for(config).layer_norm(rms_norm=True)(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
-                config=config,
+                config=head_config,
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,

@@ -32,6 +32,15 @@ def has_transformer_engine() -> bool:
 
 
 @functools.cache
+def has_fused_weight_gradient() -> bool:
+    """Whether Apex's kernel is there, which Megatron's own linear layers need to add weight gradients in place.
+
+    Transformer Engine's layers have one of their own.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@functools.cache
 def prepare() -> None:
     """Make `import megatron` and `megatron.training.pretrain()` work on this machine. Idempotent."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism

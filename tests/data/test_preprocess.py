@@ -1,0 +1,180 @@
+"""Preprocessing: the datasets hold each line's own ids, in order, and appear whole or not at all."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.training.config import TokenizerConfig
+
+from yoco_megatron.data import preprocess as module
+from yoco_megatron.data.preprocess import preprocess, read_batches
+from yoco_megatron.data.tokenizer import build_tokenizer, train_tokenizer
+
+TEXTS = [f"document {n}: " + "words and größer words " * (n % 11) for n in range(57)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "title": text[:12]}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write_lines(folder / "corpus.jsonl", TEXTS)], 300, folder / "bpe")
+    return build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "bpe")))
+
+
+def run(files: list[Path], prefix: Path, tokenizer: Any, **more: Any) -> dict[str, module.Report]:
+    options = {"keys": ["text"], "append_eod": True, "workers": 2} | more
+    return preprocess(files, str(prefix), tokenizer, **options)
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_datasets_hold_each_line_in_order(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(module, "BATCH_LINES", 3)
+    files = [write_lines(tmp_path / "b.jsonl", TEXTS[:20]), write_lines(tmp_path / "a.jsonl", TEXTS[20:])]
+    reports = run(files, tmp_path / "out", tokenizer, keys=["text", "title"], workers=workers)
+
+    expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in TEXTS]
+    assert documents(tmp_path / "out_text_document") == expected
+    titles = [[*tokenizer.tokenize(text[:12]), tokenizer.eod] for text in TEXTS]
+    assert documents(tmp_path / "out_title_document") == titles
+    index = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert index.document_indices.tolist() == list(range(len(TEXTS) + 1))
+    assert index.index.dtype == np.uint16
+
+    report = reports["text"]
+    assert (report.documents, report.tokens) == (len(TEXTS), sum(map(len, expected)))
+    assert report.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert report.tokens_per_second > 0
+    assert json.loads((tmp_path / "out_text_document.json").read_text()) == asdict(report)
+
+
+def test_batches_are_all_lines_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 40)
+    path = tmp_path / "lines"
+    path.write_bytes(b"".join(b"%d" % n * (n % 9) + b"\n" for n in range(100)) + b"no newline")
+    batches = list(read_batches([path, path]))
+    assert b"".join(line for batch in batches for line in batch.lines) == path.read_bytes() * 2
+    lines = path.read_bytes().splitlines(keepends=True)
+    for batch in batches:
+        assert batch.lines == lines[batch.first_line - 1 :][: len(batch.lines)]
+        assert batch.size == sum(map(len, batch.lines)) < 40 + max(map(len, lines))
+
+
+def test_without_eod_ids_are_the_text_alone(tokenizer: Any, tmp_path: Path) -> None:
+    run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer, append_eod=False)
+    assert documents(tmp_path / "out_text_document") == [tokenizer.tokenize(text) for text in TEXTS]
+
+
+def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: Path) -> None:
+    report = run([write_lines(tmp_path / "f.jsonl", ["one", "", "two"])], tmp_path / "out", tokenizer)["text"]
+    assert (report.documents, report.empty_documents) == (2, 1)
+    with pytest.raises(ValueError, match=r"--input holds no text"):
+        run([write_lines(tmp_path / "e.jsonl", [""])], tmp_path / "none", tokenizer)
+
+
+def test_bad_line_stops_and_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_LINES", 4)
+    path = write_lines(tmp_path / "f.jsonl", TEXTS)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[30] = '{"text": broken\n'
+    lines[40] = '{"title": "no text"}\n'
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"--input .*f\.jsonl:31: .* --skip-bad-lines"):
+        run([path], tmp_path / "out", tokenizer)
+    assert names(tmp_path) == ["f.jsonl"]
+
+    reports = run([path], tmp_path / "out", tokenizer, skip_bad_lines=True, keys=["text", "title"])
+    assert [reports[key].bad_lines for key in ("text", "title")] == [2, 2]
+    assert [reports[key].documents for key in ("text", "title")] == [len(TEXTS) - 2] * 2
+
+
+def test_existing_data_are_replaced_only_on_demand(tokenizer: Any, tmp_path: Path) -> None:
+    path, out = write_lines(tmp_path / "f.jsonl", TEXTS), tmp_path / "out"
+    run([path], out, tokenizer)
+    old = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(ValueError, match=r"--output-prefix: .*out_text_document.idx exists.* --overwrite"):
+        run([path], out, tokenizer)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1"):
+        run([path, bad], out, tokenizer, overwrite=True)
+    bad.unlink()
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == old
+    run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
+    assert len(documents(tmp_path / "out_text_document")) == 5
+
+
+def test_index_is_the_last_to_appear(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that dies between the renames must not leave the index of data that are not there."""
+    path, out = write_lines(tmp_path / "f.jsonl", TEXTS), tmp_path / "out"
+    run([path], out, tokenizer)
+    replace, done = os.replace, []
+
+    def dies_at_the_index(source: str, target: str) -> None:
+        if target.endswith(".idx"):
+            raise OSError("power cut")
+        done.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies_at_the_index)
+    with pytest.raises(OSError, match=r"power cut"):
+        run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
+    assert done == ["out_text_document.bin", "out_text_document.json"]
+    assert names(tmp_path) == ["f.jsonl", *done]
+
+
+def test_tokenizer_without_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    class NoEnd:
+        eod = None
+
+    with pytest.raises(ValueError, match=r"--append-eod"):
+        run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", NoEnd())
+    with pytest.raises(ValueError, match=r"--workers 0"):
+        run([tmp_path / "f.jsonl"], tmp_path / "out", tokenizer, workers=0)
+
+
+def test_gpt_dataset_trains_on_the_same_stream(tokenizer: Any, tmp_path: Path) -> None:
+    """Every sample is a piece of the shuffled documents, and the last, padded one keeps padding out of the loss."""
+    run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer)
+    prefix = tmp_path / "out_text_document"
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=32, blend=([str(prefix)], None), split="80,20,0", tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "cache"), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False, drop_last_partial_validation_sequence=False,
+    )  # fmt: skip
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [20, None, None], lambda: True, config)
+    train, valid, test = builder.build()
+    assert test is None
+    every = documents(prefix)
+    stream = [token for document in train.document_index for token in every[document]]
+    samples = sorted((train.shuffle_index[index], index) for index in range(20))
+    for place, index in samples:
+        sample = train[index]
+        begin = place * 32
+        assert sample["tokens"].tolist() == stream[begin : begin + 32]
+        assert sample["labels"].tolist() == stream[begin + 1 : begin + 33]
+        assert sample["loss_mask"].sum() == 32
+
+    held_out = sum(len(every[document]) for document in set(valid.document_index.tolist()))
+    assert sum(int(valid[index]["loss_mask"].sum()) for index in range(len(valid))) == held_out - 1

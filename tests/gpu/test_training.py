@@ -1,0 +1,61 @@
+"""Whole runs of pretrain_yoco.py on one GPU: the losses of the CPU path, and models of real size."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.models import SELF_DECODERS
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--config configs/model/yoco_tiny.yaml --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 "
+    "--micro-batch-size 4 --global-batch-size 8 --train-iters 10 --lr 1e-3 --log-interval 1 --eval-iters 0 --bf16 "
+    "--use-distributed-optimizer"
+)
+# Mock data is easy, so losses fall fast; bf16 noise in the weights shows after the first steps.
+LOSS_NOISE = 2e-2
+
+
+def pretrain(flags: str, **env: str) -> list[float]:
+    """Losses by iteration of `torchrun --nproc-per-node 1 pretrain_yoco.py flags`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    run = subprocess.run(
+        [*command, "pretrain_yoco.py", *flags.split()],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert run.returncode == 0, run.stderr[-6000:]
+    print("\n".join(line for line in run.stdout.splitlines() if "elapsed time per iteration" in line or "memory" in line))
+    return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_losses_of_the_cpu_path(kind: str, tmp_path: Path) -> None:
+    """A CPU checkpoint loads into Transformer Engine's layers, and both train alike from it."""
+    flags = f"{TINY} --self-decoder {kind}"
+    cpu = dict(CUDA_VISIBLE_DEVICES="")
+    pretrain(f"{flags} --save {tmp_path} --save-interval 1 --exit-interval 1", **cpu)
+    resume = f"{flags} --load {tmp_path} --finetune"
+    on_cpu, on_gpu = pretrain(resume, **cpu), pretrain(resume)
+    assert len(on_cpu) == len(on_gpu) == 10
+    assert on_cpu[-1] < on_cpu[0] - 0.1
+    for step, (a, b) in enumerate(zip(on_cpu, on_gpu), start=1):
+        assert abs(a - b) < LOSS_NOISE * a, f"step {step}: {a} on the CPU, {b} on the GPU"
+
+
+@pytest.mark.parametrize("model", ["yoco_1.4b", "yoco_1.4b_swa"])
+def test_trains_at_1_4b(model: str) -> None:
+    losses = pretrain(
+        f"--config configs/model/{model}.yaml configs/recipe/scaling.yaml --mock-data --tokenizer-type NullTokenizer "
+        "--vocab-size 100000 --micro-batch-size 8 --global-batch-size 16 --exit-interval 12 --lr-warmup-iters 2 "
+        "--lr 3e-4 --log-interval 2 --eval-iters 0 --log-throughput"
+    )
+    assert len(losses) >= 5
+    assert losses[-1] < losses[0] - 0.3, losses

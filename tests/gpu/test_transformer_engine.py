@@ -1,0 +1,57 @@
+"""Layers of Transformer Engine compute what the plain-torch layers compute, on one GPU.
+
+Reference: the same weights in float32 with plain torch. Tolerances, relative to each tensor's norm: bf16 has 8 bits, so
+a single rounding is 2^-9 = 2e-3; a gradient that passed through four layers has collected a few percent at most.
+"""
+
+import pytest
+import torch
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error, train_step
+
+pytestmark = pytest.mark.gpu
+
+TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
+BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+LOSS_BF16, GRAD_BF16 = 5e-3, 6e-2
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+
+
+def plain_name(name: str) -> str:
+    """The name of a norm fused into a linear, in a model whose norms stand apart."""
+    for fused, apart in (
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("self_attention.linear_q.layer_norm_weight", "input_layernorm.weight"),
+        ("shared_kv.linear_kv.layer_norm_weight", "shared_kv.layernorm.weight"),
+    ):
+        name = name.replace(fused, apart)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _in_one_process(one_process):
+    """All tests here run in a world of one."""
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, SELECTIVE], ids=["plain", "full", "selective"])
+def test_bf16_equals_float32_torch(kind: str, recompute: dict) -> None:
+    reference = train_step(dict(self_decoder=kind))
+    result = {plain_name(k): v for k, v in train_step(dict(self_decoder=kind, **TE, **BF16, **recompute)).items()}
+    assert relative_error(result["loss"], reference["loss"]) < LOSS_BF16
+    grads = [name for name in reference if name.startswith("grad/")]
+    assert grads == [name for name in grads if name in result]
+    for name in grads:
+        error = relative_error(result[name], reference[name])
+        assert error < GRAD_BF16, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_bf16_torch_on_gpu_equals_float32(kind: str) -> None:
+    """Without Transformer Engine a GPU still trains."""
+    reference = train_step(dict(self_decoder=kind))
+    result = train_step(dict(self_decoder=kind, **BF16))
+    assert relative_error(result["loss"], reference["loss"]) < LOSS_BF16
+    for name in reference:
+        if name.startswith("grad/"):
+            assert relative_error(result[name], reference[name]) < GRAD_BF16, name

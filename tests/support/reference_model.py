@@ -1,0 +1,167 @@
+"""YOCO written down a second time: float64, one process, one equation per line, nothing shared with the project's model.
+
+Source: arXiv 2405.05254 sections 2 and 3, and the authors' code where the paper is silent (embedding scale, key scale,
+tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the right: y = x W^T with W [out, in].
+
+Legend: B batch, T tokens, d hidden, H query heads, G K,V heads, D head width. Rotary angles, their sines and cosines
+are fp32 as in the authors' code, everything else is float64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All that the weights do not say."""
+
+    num_layers: int
+    num_self_decoder_layers: int
+    self_decoder: str
+    self_heads: int
+    self_groups: int
+    heads: int
+    groups: int
+    window: int
+    tau: float = 16.0
+    theta: float = 10000.0
+    rope: str = "yoco"
+    interleaved: bool = True
+    scale_embedding: bool = True
+    eps: float = 1e-5
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def frequencies(width: int, sizes: Sizes) -> Tensor:
+    """yoco: theta^-e with the exponents e from 0 to exactly 1. standard: theta^(-2j / width)."""
+    pairs = width // 2
+    exponents = [j / (pairs - 1) if sizes.rope == "yoco" else 2 * j / width for j in range(pairs)]
+    return torch.tensor([sizes.theta**-e for e in exponents], dtype=torch.float32)
+
+
+def rope(x_BTHD: Tensor, sizes: Sizes) -> Tensor:
+    """Rotate pairs (2j, 2j + 1), or (j, j + D/2) when not interleaved, by position * frequency_j."""
+    T, D = x_BTHD.shape[1], x_BTHD.shape[-1]
+    angle_T1F = (torch.arange(T, dtype=torch.float32)[:, None] * frequencies(D, sizes))[:, None]
+    cos, sin = angle_T1F.cos().double(), angle_T1F.sin().double()
+    if sizes.interleaved:
+        a, b = x_BTHD[..., 0::2], x_BTHD[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    a, b = x_BTHD[..., : D // 2], x_BTHD[..., D // 2 :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def heads(x_BTN: Tensor, number: int) -> Tensor:
+    return x_BTN.unflatten(-1, (number, -1))
+
+
+def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int | None) -> Tensor:
+    """Query i sees keys i - window < j <= i; query head h reads K,V head floor(h G / H). Returns [B, T, H D]."""
+    T, H, D = q_BTHD.shape[1:]
+    of_head = [h * k_BTGD.shape[2] // H for h in range(H)]
+    scores = torch.einsum("bihd,bjhd->bhij", q_BTHD, k_BTGD[:, :, of_head]) / D**0.5
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    seen = (j <= i) & (i - j < (window or T))
+    probabilities = torch.where(seen, scores, -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", probabilities, v_BTGD[:, :, of_head]).flatten(2)
+
+
+def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
+    """S_t = gamma_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token; gamma_t = sigmoid(x_t w)^(1/tau)."""
+    H = sizes.self_heads
+    q, k, v = (heads(x @ w[f"{name}.{m}"].T, H) for m in "qkv")
+    q, k = rope(q, sizes), rope(k, sizes) / q.shape[-1] ** 0.5
+    gamma_BTH = torch.sigmoid(x @ w[f"{name}.decay"].T) ** (1 / sizes.tau)
+    S_BHDD, o = 0.0, []
+    for t in range(x.shape[1]):
+        S_BHDD = gamma_BTH[:, t, :, None, None] * S_BHDD + k[:, t, :, :, None] * v[:, t, :, None, :]
+        o.append(torch.einsum("bhd,bhde->bhe", q[:, t], S_BHDD))
+    y = rms(torch.stack(o, dim=1), sizes.eps).flatten(2)
+    return (silu(x @ w[f"{name}.gate"].T) * y) @ w[f"{name}.out"].T
+
+
+def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
+    q = heads(x @ w[f"{name}.q"].T, sizes.self_heads)
+    k, v = (heads(x @ w[f"{name}.{m}"].T, sizes.self_groups) for m in "kv")
+    return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T
+
+
+def ffn(x: Tensor, w: Weights, name: str) -> Tensor:
+    return (silu(x @ w[f"{name}.a"].T) * (x @ w[f"{name}.b"].T)) @ w[f"{name}.c"].T
+
+
+def logits(w: Weights, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
+    """Logits [B, T, vocabulary] of the whole model. A head that is not in `w` is tied to the embedding."""
+    return from_embeddings(w, w["embedding"][tokens_BT], sizes)
+
+
+def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
+    x = embedded_BTd * (embedded_BTd.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0)
+    mixer = {"gated_retention": retention, "sliding_window": window_attention}[sizes.self_decoder]
+    for layer in range(sizes.num_self_decoder_layers):
+        x = x + mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
+        x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
+    normed = rms(x, sizes.eps) * w["kv.norm"]
+    k, v = (heads(normed @ w[f"kv.{m}"].T, sizes.groups) for m in "kv")
+    k = rope(k, sizes)
+    for layer in range(sizes.num_self_decoder_layers, sizes.num_layers):
+        q = rope(heads((rms(x, sizes.eps) * w[f"{layer}.norm"]) @ w[f"{layer}.q"].T, sizes.heads), sizes)
+        x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
+        x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
+    return (rms(x, sizes.eps) * w["final_norm"]) @ w.get("head", w["embedding"]).T
+
+
+def mean_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[label]."""
+    chosen = logits_BTV.gather(-1, labels_BT[..., None]).squeeze(-1)
+    return (logits_BTV.logsumexp(-1) - chosen).mean()
+
+
+def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
+    """The project's parameters (names of a single process) as this file's, by views: gradients flow back through them.
+
+    What a fused matrix holds, in rows: qkvg per head [q, k, v, gate]; qkv per K,V head [its queries, k, v]; kv per head
+    [k, v]; fc1 [a; b].
+    """
+
+    def split(matrix: Tensor, groups: int, parts: list[int]) -> list[Tensor]:
+        """Rows of every group cut into parts of so many heads each."""
+        of_group = matrix.unflatten(0, (groups, sum(parts), -1))
+        return [part.flatten(0, 2) for part in of_group.split(parts, dim=1)]
+
+    w = {"embedding": state["embedding.word_embeddings.weight"], "final_norm": state["final_layernorm.weight"]}
+    if "output_layer.weight" in state:
+        w["head"] = state["output_layer.weight"]
+    w["kv.norm"] = state["decoder.shared_kv.layernorm.weight"]
+    w["kv.k"], w["kv.v"] = split(state["decoder.shared_kv.linear_kv.weight"], sizes.groups, [1, 1])
+    for layer in range(sizes.num_layers):
+        ours = f"decoder.layers.{layer}."
+        mixer = f"{ours}retention." if f"{ours}retention.linear_proj.weight" in state else f"{ours}self_attention."
+        w[f"{layer}.norm"] = state[f"{ours}input_layernorm.weight"]
+        w[f"{layer}.ffn_norm"] = state[f"{ours}pre_mlp_layernorm.weight"]
+        w[f"{layer}.a"], w[f"{layer}.b"] = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)
+        w[f"{layer}.c"] = state[f"{ours}mlp.linear_fc2.weight"]
+        w[f"{layer}.out"] = state[f"{mixer}linear_proj.weight"]
+        if layer >= sizes.num_self_decoder_layers:
+            matrices = {"q": state[f"{mixer}linear_q.weight"]}
+        elif sizes.self_decoder == "gated_retention":
+            parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
+            matrices = dict(zip(("q", "k", "v", "gate"), parts)) | {"decay": state[f"{mixer}linear_decay.weight"]}
+        else:
+            queries = sizes.self_heads // sizes.self_groups
+            parts = split(state[f"{mixer}linear_qkv.weight"], sizes.self_groups, [queries, 1, 1])
+            matrices = dict(zip("qkv", parts))
+        w |= {f"{layer}.{name}": matrix for name, matrix in matrices.items()}
+    return w

@@ -1,0 +1,105 @@
+"""The data command lines end to end, as a user runs them: text -> corpus -> tokenizer -> indexed dataset -> report."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
+
+
+def run(tool: str, *arguments: object, fails: bool = False) -> str:
+    """Standard output of tools/TOOL.py, or its standard error if it is to fail as argparse does."""
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == (2 if fails else 0), done.stderr
+    return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with everything made, and what each tool printed."""
+    folder = tmp_path_factory.mktemp("tools")
+    for number in range(40):
+        path = folder / "source" / f"module{number}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"def function_{number}(größe):\n    return größe * {number}\n" * (1 + number % 5))
+    (folder / "source" / "binary.py").write_bytes(b"\xff\xfe")
+    (folder / "source" / "readme.txt").write_text("not a Python file")
+    corpus, bpe, prefix = folder / "corpus.jsonl", folder / "bpe", folder / "out" / "code"
+    said = {
+        "gather": run("gather_text", "--input", folder / "source", "--glob", "*.py", "--output", corpus),
+        "train": run("train_tokenizer", "--input", corpus, "--vocab-size", 320, "--output", bpe),
+        "preprocess": run(
+            "preprocess_data", "--input", folder / "*.jsonl", "--json-keys", "text", *TOKENIZER, bpe,
+            "--append-eod", "--workers", 2, "--output-prefix", prefix,
+        ),
+    }  # fmt: skip
+    return folder, said
+
+
+def test_dataset_is_the_corpus_text_by_text(made: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = made
+    tokenizer = Tokenizer.from_file(str(folder / "bpe" / "tokenizer.json"))
+    texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").open(encoding="utf-8")]
+    dataset = IndexedDataset(str(folder / "out" / "code_text_document"))
+    assert len(dataset) == len(texts) == 40
+    for index, text in enumerate(texts):
+        assert dataset[index].tolist() == [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|endoftext|>")]
+    names = sorted(path.name for path in (folder / "out").iterdir())
+    assert names == [f"code_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+
+
+def test_tools_tell_what_they_did(made: tuple[Path, dict[str, str]]) -> None:
+    folder, said = made
+    size = sum(path.stat().st_size for path in (folder / "source").glob("module*.py"))
+    assert f"40 documents, {size:,} bytes" in said["gather"]
+    assert "1 files that are not UTF-8" in said["gather"]
+    digest = hashlib.sha256((folder / "bpe" / "tokenizer.json").read_bytes()).hexdigest()
+    assert f"320 tokens, sha256 {digest}" in said["train"]
+    report = json.loads((folder / "out" / "code_text_document.json").read_text())
+    assert report["tokenizer"]["sha256"] == digest
+    assert (report["documents"], report["bytes"], report["bad_lines"]) == (40, size, 0)
+    assert f"40 documents, {report['tokens']:,} tokens (uint16)" in said["preprocess"]
+
+
+def test_inspect_prints_text_and_json(made: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = made
+    prefix = folder / "out" / "code_text_document"
+    report = json.loads(Path(f"{prefix}.json").read_text())
+    content = json.loads(run("inspect_dataset", "--data-path", prefix, "--json"))
+    assert (content["documents"], content["tokens"]) == (40, report["tokens"])
+    assert 2 < content["unigram_entropy_nats"] < 5.8  # log of the vocabulary's size is 5.77
+    part = run("inspect_dataset", "--data-path", prefix, "--split", "90,10", "--part", "valid")
+    assert f"40 documents, {report['tokens']:,} tokens" in part
+    assert "unigram entropy of part valid of 90,10: " in part
+
+
+def test_truncated_data_are_refused(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, _ = made
+    for suffix, kept in (("bin", -2), ("idx", None)):
+        whole = (folder / "out" / f"code_text_document.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(whole[:kept])
+    error = run("inspect_dataset", "--data-path", tmp_path / "cut", fails=True)
+    assert "--data-path" in error
+    assert "cut.bin is shorter than its .idx says" in error
+
+
+def test_bad_line_ends_preprocessing_with_its_place(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, _ = made
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text"\n')
+    arguments = ["--input", bad, *TOKENIZER, folder / "bpe", "--output-prefix", tmp_path / "out"]
+    error = run("preprocess_data", *arguments, fails=True)
+    assert "bad.jsonl:2" in error
+    assert "--skip-bad-lines" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    assert "1 documents" in run("preprocess_data", *arguments, "--skip-bad-lines")
