@@ -13,16 +13,16 @@ from yoco_megatron import runtime
 
 runtime.prepare()  # before anything imports megatron; also in the processes that write checkpoints
 
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
-from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from yoco_megatron.checkpoint import architecture  # noqa: E402
-from yoco_megatron.config import arguments  # noqa: E402
-from yoco_megatron.data.provider import build_datasets  # noqa: E402
-from yoco_megatron.model.builder import model_config_from_args  # noqa: E402
-from yoco_megatron.training.step import forward_step  # noqa: E402
-from yoco_megatron.training.upstream import count_yoco_flops  # noqa: E402
+from yoco_megatron.checkpoint import architecture
+from yoco_megatron.config import arguments
+from yoco_megatron.data.provider import build_datasets
+from yoco_megatron.model.builder import model_config_from_args
+from yoco_megatron.training.step import forward_step
+from yoco_megatron.training.upstream import count_yoco
 
 
 def datasets_provider(num_samples, vp_stage=None):
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if args.save and args.rank == 0:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
-    count_yoco_flops()
+    count_yoco()
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets_provider,

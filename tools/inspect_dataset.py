@@ -7,7 +7,7 @@ import warnings
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data.check import check_data_prefixes, count_documents, unigram_entropy  # noqa: E402
+from yoco_megatron.data.check import check_data_prefixes, count_documents, unigram_entropy
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ import warnings
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data.corpus import expand_inputs  # noqa: E402
-from yoco_megatron.data.preprocess import preprocess  # noqa: E402
-from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256  # noqa: E402
+from yoco_megatron.data.corpus import expand_inputs
+from yoco_megatron.data.preprocess import preprocess
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def check_apex() -> Piece:
     """NVIDIA Apex, told apart from the unrelated project that has the name `apex` on PyPI."""
     version, folder = version_of("apex"), folder_of("apex")
     fix = "build it from source: github.com/NVIDIA/apex (never `pip install apex`)"
-    cost = "none beside Transformer Engine, which has the same optimizer"
+    cost = "nothing beside Transformer Engine; with neither, the optimizer is torch's, which is not fused"
     if version is None and folder is None:
         return Piece("NVIDIA Apex", None, "missing", False, cost, fix)
     if folder is None or not (folder / "optimizers").is_dir() or not (folder / "contrib").is_dir():
@@ -159,10 +159,10 @@ def check_torch(torch: Any) -> list[Piece]:
     if isinstance(torch, Exception):
         note = f"it does not import: {torch}" if version else "everything is built on it"
         return [Piece("torch", version, "wrong" if version else "missing", True, note, 'pip install "torch==2.11.*"')]
-    pieces = [Piece("torch", torch.__version__, "ok", True)]
-    pieces.append(_part_of_torch("CUDA", torch.version.cuda, "this torch is a CPU build"))
     from yoco_megatron import runtime
 
+    pieces = [Piece("torch", torch.__version__, "ok", True)]
+    pieces.append(_part_of_torch("CUDA", torch.version.cuda, "this torch is a CPU build"))
     count = torch.cuda.device_count() if runtime.has_gpu() else 0
     names = [torch.cuda.get_device_name(index) for index in range(count)]
     gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
@@ -224,7 +224,7 @@ def _retention(torch: Any, device: str) -> Choice:
         from yoco_megatron.ops.gated_retention.dispatch import explain, resolve_backend
 
         refused = "; ".join(f"{name}: {reason}" for name, reason in explain(**wanted).items() if reason)
-        return Choice("gated retention", resolve_backend("auto", **wanted).name, refused or "the best there is")
+        return Choice("gated retention", resolve_backend("auto", **wanted).name, refused or "first of the backends")
     except Exception as error:  # the doctor reports what is broken; it does not break with it
         return Choice("gated retention", "nothing", f"{type(error).__name__}: {error}")
 

@@ -41,9 +41,7 @@ def parse(parser, *names: str):
 
 
 def test_every_size_has_its_three_models():
-    wanted = {
-        form.format(size) for size in (*BODY, "tiny") for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")
-    }
+    wanted = {form.format(size) for size in (*BODY, "tiny") for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")}
     assert set(MODELS) == wanted
 
 
@@ -78,8 +76,7 @@ def test_model_file_is_complete_and_consistent(parser, name):
 @pytest.mark.parametrize("size", [*BODY, "tiny"])
 def test_window_variant_differs_in_the_self_decoder_alone(size):
     retention, window = (
-        load_config_files([str(CONFIGS / "model" / f"{name}.yaml")])
-        for name in (f"yoco_{size}", f"yoco_{size}_swa")
+        load_config_files([str(CONFIGS / "model" / f"{name}.yaml")]) for name in (f"yoco_{size}", f"yoco_{size}_swa")
     )
     different = {key for key in window if retention.get(key) != window[key]}
     assert different <= {"self-decoder", "self-decoder-heads", "self-decoder-window"}

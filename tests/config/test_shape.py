@@ -55,9 +55,7 @@ def shape(**args) -> ModelShape:
 def assert_millions(count: int, printed: str) -> None:
     """`count` is the printed number of millions, to its last digit."""
     unit = 10.0 ** -len(printed.partition(".")[2])
-    assert count / 1e6 == pytest.approx(
-        float(printed), abs=0.55 * unit
-    )  # the half, and 8d/3 made a whole number
+    assert count / 1e6 == pytest.approx(float(printed), abs=0.55 * unit)  # the half, and 8d/3 made a whole number
 
 
 def test_yoco_3b():
@@ -66,9 +64,9 @@ def test_yoco_3b():
     count = parameter_count(model)
     assert count["embedding"] == count["output_layer"] == CL100K * 3072
     assert sum(count.values()) / 1e9 == pytest.approx(3.445, abs=5e-4)
-    assert sum(
-        parameter_count(shape(**YOCO_3B | {"untie_embeddings_and_output_weights": False})).values()
-    ) == (sum(count.values()) - count["output_layer"])
+    assert sum(parameter_count(shape(**YOCO_3B | {"untie_embeddings_and_output_weights": False})).values()) == (
+        sum(count.values()) - count["output_layer"]
+    )
 
 
 def test_yoco_3b_part_by_part():

@@ -27,8 +27,10 @@ def fla_state(model, config) -> dict[str, torch.Tensor]:
     for index in range(config.num_layers):
         own = f"decoder.layers.{index}."
         retention = index < config.num_self_decoder_layers
-        there = f"model.self_layers.{index}." if retention else (
-            f"model.cross_layers.{index - config.num_self_decoder_layers}."
+        there = (
+            f"model.self_layers.{index}."
+            if retention
+            else (f"model.cross_layers.{index - config.num_self_decoder_layers}.")
         )
         state[there + "attn_norm.weight"] = ours[own + "input_layernorm.weight"]
         state[there + "mlp_norm.weight"] = ours[own + "pre_mlp_layernorm.weight"]

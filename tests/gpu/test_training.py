@@ -32,7 +32,9 @@ def pretrain(flags: str, **env: str) -> list[float]:
         timeout=540,
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    print("\n".join(line for line in run.stdout.splitlines() if "elapsed time per iteration" in line or "memory" in line))
+    print(
+        "\n".join(line for line in run.stdout.splitlines() if "elapsed time per iteration" in line or "memory" in line)
+    )
     return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
 
 

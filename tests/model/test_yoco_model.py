@@ -4,6 +4,7 @@ Both sides run in float64 on the same weights, drawn with random norms so that a
 Tolerances, relative to each tensor's norm:
 - logits, and gradients of a random linear function of them, 1e-11: float64 sums in another order over four layers.
 - loss and its gradients 1e-6: Megatron's cross entropy works in fp32 whatever the logits are.
+- bfloat16 2e-2: each of some forty roundings is 2^-9 = 2e-3, and they add up as a random walk.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference_model
-from support.models import VOCAB, build, relative_error, tiny_config
+from support.models import SELF_DECODERS, VOCAB, build, relative_error, tiny_config
 from support.reference_model import Sizes
 
 from yoco_megatron.config.yoco_config import YOCOConfig
@@ -22,30 +23,30 @@ EXACT, FP32_LOSS = 1e-11, 1e-6
 TOKENS = 37  # a multiple of neither the window (7) nor the retention chunk (16)
 pytestmark = pytest.mark.usefixtures("one_process")
 
-SLIDING = dict(self_decoder="sliding_window")
+SLIDING = {"self_decoder": "sliding_window"}
 CASES = {
     "retention": {},
     "sliding window": SLIDING,
-    "cross attention without groups": dict(num_query_groups=8),
-    "one K,V head": dict(num_query_groups=1),
+    "cross attention without groups": {"num_query_groups": 8},
+    "one K,V head": {"num_query_groups": 1},
     "self-decoder groups": dict(**SLIDING, self_decoder_query_groups=2),
     "one self-decoder K,V head": dict(**SLIDING, self_decoder_query_groups=1),
-    "split 3:1, retention": dict(num_self_decoder_layers=3),
+    "split 3:1, retention": {"num_self_decoder_layers": 3},
     "split 3:1, sliding window": dict(num_self_decoder_layers=3, **SLIDING),
-    "split 1:3, retention": dict(num_self_decoder_layers=1),
+    "split 1:3, retention": {"num_self_decoder_layers": 1},
     "split 1:3, sliding window": dict(num_self_decoder_layers=1, **SLIDING),
-    "split 0:1": dict(num_self_decoder_layers=0),
-    "odd depth": dict(num_layers=3, num_self_decoder_layers=1),
-    "standard rope, halves": dict(rope_variant="standard", rotary_interleaved=False),
+    "split 0:1": {"num_self_decoder_layers": 0},
+    "odd depth": {"num_layers": 3, "num_self_decoder_layers": 1},
+    "standard rope, halves": {"rope_variant": "standard", "rotary_interleaved": False},
     "standard rope, pairs": dict(rope_variant="standard", rotary_interleaved=True, **SLIDING),
-    "embedding not scaled": dict(scale_embedding=False),
+    "embedding not scaled": {"scale_embedding": False},
     "window longer than the sequence": dict(**SLIDING, self_decoder_window=TOKENS + 5),
     "window as long as the sequence": dict(**SLIDING, self_decoder_window=TOKENS),
     "window 1": dict(**SLIDING, self_decoder_window=1),
-    "heads of another width than hidden / heads": dict(kv_channels=16),
-    "another temperature": dict(decay_temperature=3.0),
-    "one chunk": dict(retention_chunk_size=64),
-    "another eps": dict(layernorm_epsilon=1e-2),
+    "heads of another width than hidden / heads": {"kv_channels": 16},
+    "another temperature": {"decay_temperature": 3.0},
+    "one chunk": {"retention_chunk_size": 64},
+    "another eps": {"layernorm_epsilon": 1e-2},
 }
 
 
@@ -127,14 +128,33 @@ def test_equals_the_reference(case: str, tied: bool, generator: torch.Generator)
     compare(gradients(model), dict(zip(weights, wanted)), FP32_LOSS)
 
 
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_bfloat16_and_its_fp32_residual(kind: str, generator: torch.Generator) -> None:
+    """--fp32-residual-connection keeps the stream between layers in fp32, which is closer to the truth."""
+    errors = []
+    tokens = random_batch(generator)[0]
+    for fp32_residual in (False, True):
+        config = tiny_config(
+            self_decoder=kind, bf16=True, params_dtype=torch.bfloat16, fp32_residual_connection=fp32_residual
+        )
+        model = build(config)
+        state = {name: param.detach().double() for name, param in named_parameters(model)}
+        sizes = sizes_of(config)
+        expected = reference_model.logits(reference_model.weights_from_yoco(state, sizes), tokens, sizes)
+        logits = model(tokens)
+        assert logits.dtype == torch.bfloat16
+        errors.append(relative_error(logits, expected))
+    assert errors[1] < errors[0] < 2e-2, errors
+
+
 DIFFERENT = {
-    "tau": dict(tau=15.0),
-    "theta": dict(theta=9999.0),
-    "rope": dict(rope="standard"),
-    "pairs": dict(interleaved=False),
-    "embedding scale": dict(scale_embedding=False),
-    "eps": dict(eps=1.1e-5),
-    "split": dict(num_self_decoder_layers=1),
+    "tau": {"tau": 15.0},
+    "theta": {"theta": 9999.0},
+    "rope": {"rope": "standard"},
+    "pairs": {"interleaved": False},
+    "embedding scale": {"scale_embedding": False},
+    "eps": {"eps": 1.1e-5},
+    "split": {"num_self_decoder_layers": 1},
 }
 
 
@@ -144,7 +164,6 @@ def test_the_comparison_can_fail(what: str, generator: torch.Generator) -> None:
     model = build_float64(False, generator)
     sizes, tokens = sizes_of(model.config), random_batch(generator)[0]
     weights = reference_model.weights_from_yoco(leaves(model), sizes)
-    weights |= {f"1.q": weights["1.q"]}
     other = reference_model.logits(weights, tokens, replace(sizes, **DIFFERENT[what]))
     assert relative_error(model(tokens), other) > 1e3 * EXACT
 

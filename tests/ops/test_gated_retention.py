@@ -59,9 +59,7 @@ def worst_head_error(got: Tensor, want: Tensor, head_dim: int) -> float:
     return (heads / want.movedim(head_dim, 0).flatten(1).norm(dim=1)).max().item()
 
 
-def assert_close(
-    got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float | dict[str, float]
-) -> None:
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float | dict[str, float]) -> None:
     assert got.keys() == want.keys()
     for name, expected in want.items():
         head_dim = 1 if "state" in name else 2
@@ -160,9 +158,7 @@ def test_strided_views_of_one_fused_projection():
     B, T, H, D = 2, 45, 3, 8
     rng = torch.Generator().manual_seed(41)
     fused = torch.randn(B, T, H, 4 * D, generator=rng, dtype=torch.float64, requires_grad=True)
-    log_decay = log_decay_from_logits(torch.randn(B, H, T, generator=rng, dtype=torch.float64)).transpose(
-        1, 2
-    )
+    log_decay = log_decay_from_logits(torch.randn(B, H, T, generator=rng, dtype=torch.float64)).transpose(1, 2)
     q, k, v, _ = fused.split(D, dim=-1)
     assert not q.is_contiguous() and not log_decay.is_contiguous()
     grads = []
@@ -257,9 +253,7 @@ def test_dispatch_runs_the_named_backend():
     inputs = make_inputs(71)
     want = chunkwise(**inputs, chunk_size=32)
     for backend in ("auto", "torch"):
-        torch.testing.assert_close(
-            gated_retention(**inputs, chunk_size=32, backend=backend), want, rtol=0, atol=0
-        )
+        torch.testing.assert_close(gated_retention(**inputs, chunk_size=32, backend=backend), want, rtol=0, atol=0)
 
 
 def test_unknown_backend_is_refused():

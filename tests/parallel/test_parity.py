@@ -54,9 +54,7 @@ def compare(result: dict, reference: dict) -> None:
 def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
     processes, tp, distributed_optimizer, overrides = MESHES[mesh]
     tied = tp == 1  # tied and untied heads both go through the list
-    results = run_world(
-        processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp
-    )
+    results = run_world(processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp)
     for result in results:
         compare(result, one_process_step(kind, tied))
 

@@ -4,8 +4,9 @@ from yoco_megatron import runtime
 
 runtime.prepare()
 
-import pretrain_yoco  # noqa: E402, F401
 import torch  # noqa: E402
+
+import pretrain_yoco  # noqa: E402, F401
 from support import models  # noqa: E402, F401
 
 torch.set_num_threads(1)

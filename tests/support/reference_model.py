@@ -1,4 +1,4 @@
-"""YOCO written down a second time: float64, one process, one equation per line, nothing shared with the project's model.
+"""YOCO written down a second time: float64, one process, an equation per line, nothing shared with the project's model.
 
 Source: arXiv 2405.05254 sections 2 and 3, and the authors' code where the paper is silent (embedding scale, key scale,
 tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the right: y = x W^T with W [out, in].

@@ -52,7 +52,9 @@ def _server() -> Any:
     return context
 
 
-def _child(function: Callable, rank: int, world_size: int, folder: str, log: str | None, env: dict, args: tuple) -> None:
+def _child(
+    function: Callable, rank: int, world_size: int, folder: str, log: str | None, env: dict, args: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -74,7 +76,9 @@ def _child(function: Callable, rank: int, world_size: int, folder: str, log: str
     os._exit(0)
 
 
-def spawn(function: Callable, world_size: int, args: tuple = (), log: str | None = None, env: dict | None = None) -> list:
+def spawn(
+    function: Callable, world_size: int, args: tuple = (), log: str | None = None, env: dict | None = None
+) -> list:
     """Run `function(*args)` in `world_size` fresh processes with RANK and WORLD_SIZE set; their results by rank.
 
     Raises:
@@ -94,7 +98,7 @@ def spawn(function: Callable, world_size: int, args: tuple = (), log: str | None
         for child in children:
             child.kill()
         errors = [f"{folder}/error.{rank}" for rank in range(world_size) if os.path.exists(f"{folder}/error.{rank}")]
-        assert not errors, open(errors[0]).read()
+        assert not errors, Path(errors[0]).read_text()
         assert not hung, f"ranks {hung} still ran after {TIMEOUT_S} s"
         codes = [child.exitcode for child in children]
         assert codes == [0] * world_size, f"exit codes {codes}"

@@ -119,13 +119,9 @@ def with_dense_attention(shape: ModelShape) -> float:
     return sum(flops.values())
 
 
-@pytest.mark.parametrize(
-    "shape", [SMALL, SMALL_WINDOW, SMALL_TRANSFORMER], ids=["retention", "window", "transformer"]
-)
+@pytest.mark.parametrize("shape", [SMALL, SMALL_WINDOW, SMALL_TRANSFORMER], ids=["retention", "window", "transformer"])
 def test_whole_model_forward_and_backward(shape):
-    x_ND = torch.randn(
-        N, shape.hidden_size, requires_grad=True
-    )  # an embedding: its gradient is needed as well
+    x_ND = torch.randn(N, shape.hidden_size, requires_grad=True)  # an embedding: its gradient is needed as well
     forward = counted(lambda x: whole_model(shape, x), x_ND)
     assert forward == pytest.approx(N * with_dense_attention(shape), rel=1e-12)
     both = counted(lambda x: whole_model(shape, x).sum().backward(), x_ND)

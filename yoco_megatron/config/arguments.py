@@ -92,6 +92,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     given, rest = config_only.parse_known_args(argv)
     from_files = to_argv(load_config_files([source for group in given.config for source in group]), parser)
     merged = [*from_files, *rest]
+    rules.require(
+        all(token.partition("=")[0] != "--yaml-cfg" for token in merged),
+        "--yaml-cfg replaces every other flag in Megatron, and knows none of ours: use --config",
+    )
     with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
         args = parse_args(extra_args_provider=add_yoco_arguments)
     args.resolved_config = explicit_flags(merged)

@@ -31,7 +31,14 @@ IGNORED_BY_YOCO = {
     "spec": "layers come from --self-decoder and --transformer-impl",
     "cpu_offloading_num_layers": "offloading is not built for YOCO",
     "use_mup": "use --init-law",
-    "yaml_cfg": "use --config",
+    "normalization": "YOCO's norms are RMSNorm",
+    "layernorm_zero_centered_gamma": "the weights of YOCO's norms start at 1",
+    "squared_relu": "YOCO's FFN is SwiGLU",
+    "quick_geglu": "YOCO's FFN is SwiGLU",
+    "apply_query_key_layer_scaling": "YOCO scales scores by the head width alone",
+    "qk_clip": "clipping of queries and keys is not built for YOCO",
+    "reset_position_ids": "positions run through a sequence, across its documents",
+    "reset_attention_mask": "attention is causal, across the documents of a sequence",
 }
 
 
@@ -174,11 +181,12 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model would read past."""
     if args.architecture != "yoco":
         return
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, instead in IGNORED_BY_YOCO.items():
         if hasattr(args, dest):
             require(
                 getattr(args, dest) == parser.get_default(dest),
-                f"--{dest.replace('_', '-')} has no effect on --architecture yoco: {instead}",
+                f"{flags[dest]} has no effect on --architecture yoco: {instead}",
             )
     require(
         args.position_embedding_type == "rope",

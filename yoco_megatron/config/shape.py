@@ -49,9 +49,7 @@ class ModelShape:
     """The output layer is the embedding matrix."""
 
     def __post_init__(self) -> None:
-        require(
-            self.architecture in ("yoco", "transformer"), f"--architecture {self.architecture} is unknown"
-        )
+        require(self.architecture in ("yoco", "transformer"), f"--architecture {self.architecture} is unknown")
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"--num-attention-heads {self.num_attention_heads} is not a multiple of --num-query-groups "
@@ -149,9 +147,7 @@ def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
         return {"decoder": q_and_out + k_and_v + ffn}
     self_attention = 2 * d * d + 2 * d * shape.self_decoder_query_groups * shape.self_decoder_head_dim
     if shape.self_decoder == "gated_retention":
-        self_attention += (
-            d * d + d * shape.self_decoder_heads
-        )  # the output gate, and one decay logit per head
+        self_attention += d * d + d * shape.self_decoder_heads  # the output gate, and one decay logit per head
     return {"self_decoder": self_attention + ffn, "shared_kv": k_and_v, "cross_decoder": q_and_out + ffn}
 
 

@@ -93,7 +93,9 @@ def local_gpt_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.submodules.core_attention = TorchAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=RMSNorm
+    )
 
 
 def model_config_from_args(args: Namespace) -> YOCOModelConfig:

@@ -20,8 +20,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., hidden_size], any float dtype."""
-        return rms_norm(x, self.eps) * self.weight
+        """x [..., hidden_size], any float dtype; the weight's dtype back (--fp32-residual-connection norms fp32)."""
+        return (rms_norm(x, self.eps) * self.weight).to(self.weight.dtype)
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,11 +16,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.cross_attention import CrossDecoderLayer, SharedKVAttention, SharedKVAttentionSubmodules
 from yoco_megatron.model.norm import RMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.shared_kv import SharedKVSubmodules
-from yoco_megatron.model.core_attention import TorchAttention
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -47,7 +47,10 @@ class YOCOBlock(MegatronModule):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         border = config.num_self_decoder_layers
         backend = specs.backend_for(config)
-        self_spec, cross_spec = specs.SELF_DECODER_LAYERS[config.self_decoder](backend), specs.cross_decoder_layer(backend)
+        self_spec, cross_spec = (
+            specs.SELF_DECODER_LAYERS[config.self_decoder](backend),
+            specs.cross_decoder_layer(backend),
+        )
         self_config = config.self_decoder_config()
 
         def build(index: int) -> TransformerLayer:
@@ -102,9 +105,7 @@ class YOCOBlock(MegatronModule):
             return checkpointed_forward(half, hidden, None, shared_kv, None, angles, None, None, inner_fp8)
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
-                hidden, _ = layer(
-                    hidden_states=hidden, attention_mask=None, context=shared_kv, rotary_pos_emb=angles
-                )
+                hidden, _ = layer(hidden_states=hidden, attention_mask=None, context=shared_kv, rotary_pos_emb=angles)
         return hidden
 
     def _layer_fp8(self, index: int):

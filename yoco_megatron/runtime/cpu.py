@@ -1,7 +1,7 @@
 """Stand-ins for the parts of `torch.cuda` that Megatron-Core 0.19 calls without asking whether there is a GPU.
 
-Each stand-in names the upstream place it serves (paths inside the installed package `megatron/`). Nothing here computes:
-a device answer becomes "cpu", a stream or event becomes an empty object, and the CUDA random state is the CPU's.
+Each stand-in names the upstream place it serves (paths inside the installed package `megatron/`). Nothing here
+computes: a device answer becomes "cpu", a stream or event an empty object, and the CUDA random state is the CPU's.
 `tests/runtime/test_cpu.py` fails when a new upstream version reaches for something that is not listed.
 """
 

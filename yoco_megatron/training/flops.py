@@ -47,9 +47,7 @@ def layer_flops_per_token(shape: ModelShape) -> dict[str, dict[str, float]]:
     elif shape.self_decoder == "gated_retention":
         mixing = {"self_decoder": retention_flops_per_token(shape), "cross_decoder": causal_attention}
     else:
-        window_attention = (
-            4 * shape.hidden_size * mean_visible_keys(shape.seq_length, shape.self_decoder_window)
-        )
+        window_attention = 4 * shape.hidden_size * mean_visible_keys(shape.seq_length, shape.self_decoder_window)
         mixing = {"self_decoder": window_attention, "cross_decoder": causal_attention}
     return {
         kind: {"linear": 2.0 * weights, "mixing": mixing.get(kind, 0.0)}

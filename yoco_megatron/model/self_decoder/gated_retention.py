@@ -57,9 +57,7 @@ class GatedRetention(MegatronModule):
             key_dim=self.head_dim,
             value_dim=self.head_dim,
         )
-        self.recompute_core = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
+        self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         width = config.num_attention_heads * self.head_dim
         common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
         self.linear_qkvg = submodules.linear_qkvg(

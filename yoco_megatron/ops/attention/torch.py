@@ -25,7 +25,7 @@ def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Blocks of W queries see their own block and the one before: a [W, 2W] band instead of a [T, T] mask."""
-    batch, heads, tokens, head_dim = q.shape
+    batch, tokens = q.shape[0], q.shape[2]
     pad = -tokens % window
     q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, window)) for t in (q, k, v))
     blocks = q.shape[2]

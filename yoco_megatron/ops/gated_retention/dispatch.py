@@ -40,9 +40,7 @@ BACKENDS: list[Backend] = [
 ]
 
 
-def explain(
-    *, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> dict[str, str | None]:
+def explain(*, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, str | None]:
     """Every backend, best first, with the reason why it cannot run (None: it can). For the doctor tool."""
     device = torch.device(device)
     return {backend.name: backend.why_not(device, dtype, key_dim, value_dim) for backend in BACKENDS}
@@ -65,9 +63,7 @@ def resolve_backend(
         listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"--retention-backend auto finds nothing that can run here ({listing})")
     if requested not in by_name:
-        raise ValueError(
-            f"--retention-backend {requested} is unknown; choose one of auto, {', '.join(by_name)}"
-        )
+        raise ValueError(f"--retention-backend {requested} is unknown; choose one of auto, {', '.join(by_name)}")
     if reasons[requested] is not None:
         raise ValueError(
             f"--retention-backend {requested} cannot run here: {reasons[requested]}; auto picks one that can"
@@ -94,9 +90,7 @@ def gated_retention(
     Raises ValueError for another layout, or naming `--retention-backend` if that backend cannot serve.
     """
     check_layout(q, k, v, log_decay, initial_state)
-    chosen = resolve_backend(
-        backend, device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1]
-    )
+    chosen = resolve_backend(backend, device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
     return chosen.run(q, k, v, log_decay, scale=scale, initial_state=initial_state, chunk_size=chunk_size)
 
 

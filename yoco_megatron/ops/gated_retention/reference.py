@@ -30,14 +30,11 @@ def check_layout(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_sta
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"gated retention needs v of shape [{B}, {T}, {H}, V], got {list(v.shape)}")
     if log_decay.shape != q.shape[:3]:
-        raise ValueError(
-            f"gated retention needs log_decay of shape [{B}, {T}, {H}], got {list(log_decay.shape)}"
-        )
+        raise ValueError(f"gated retention needs log_decay of shape [{B}, {T}, {H}], got {list(log_decay.shape)}")
     state_shape = (B, H, K, v.shape[-1])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(
-            f"gated retention needs initial_state of shape {list(state_shape)}, "
-            f"got {list(initial_state.shape)}"
+            f"gated retention needs initial_state of shape {list(state_shape)}, got {list(initial_state.shape)}"
         )
 
 

@@ -1,0 +1,45 @@
+# Two commands do everything, each installing what it needs:
+#   make demo    the main job, small: real text, training, resume, evaluation, generated text
+#   make test    all tests that need no GPU
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTEST := $(PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-quick test-gpu lint format doctor clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+env: $(VENV)/.installed ## the environment in .venv (Python 3.12, torch, megatron-core, ...)
+
+$(VENV)/.installed: pyproject.toml constraints.txt tools/make_env.sh
+	tools/make_env.sh $(VENV)
+	touch $@
+
+demo: env ## train a small YOCO on real text, CPU is enough; about four minutes; result in runs/demo
+	launch/demo.sh runs/demo
+
+test: env ## every test that needs no GPU
+	$(PYTEST) -n 2 --dist loadfile
+
+test-quick: env ## the tests that take seconds
+	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+
+test-gpu: ## GPU tests, with the Python that has torch and Transformer Engine (PYTHON=python3 make test-gpu)
+	$(PYTEST) -rs -s tests/gpu
+
+lint: env ## ruff: style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: env ## ruff: apply
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+doctor: env ## what is installed here, and what each part will use
+	$(PYTHON) tools/doctor.py
+
+clean: ## remove caches and runs, not the environment
+	rm -rf runs .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path './$(VENV)/*')

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The whole way once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About four minutes.
+#
+#   launch/demo.sh [FOLDER]        writes everything into FOLDER (default runs/demo), which must not exist
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=${1:-runs/demo}
+python=${PYTHON:-.venv/bin/python}
+if [ -e "$run/checkpoints" ]; then
+    echo "demo.sh: error: $run holds an earlier run; remove it or name another folder" >&2
+    exit 2
+fi
+mkdir -p "$run"
+step() { printf '\n== %s\n' "$*"; }
+
+step "1. Corpus: the source of Python's standard library"
+$python tools/gather_text.py --python-stdlib --output "$run/corpus.jsonl"
+
+step "2. Tokenizer: byte-level BPE, 4096 tokens"
+$python tools/train_tokenizer.py --input "$run/corpus.jsonl" --vocab-size 4096 --output "$run/tokenizer"
+
+step "3. Data: Megatron's .bin/.idx"
+tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer")
+$python tools/preprocess_data.py --input "$run/corpus.jsonl" "${tokenizer[@]}" --append-eod --output-prefix "$run/data"
+
+# Two processes, data-parallel, as one would start eight GPUs.
+pretrain() {
+    OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py \
+        --config configs/model/yoco_tiny.yaml configs/recipe/demo.yaml \
+        --data-path "$run/data_text_document" --split 98,2,0 "${tokenizer[@]}" \
+        --save "$run/checkpoints" --load "$run/checkpoints" --tensorboard-dir "$run/tensorboard" "$@" \
+        >>"$run/train.log" 2>&1 || { tail -n 40 "$run/train.log" >&2; exit 1; }
+}
+losses() { grep -E "iteration +[0-9]+/|on validation set" "$run/train.log" | grep -oE "iteration +[0-9]+|lm loss( value)?: [0-9.E+]+" | paste - - ; }
+
+step "4. Pretraining, first half; saves a checkpoint and stops"
+pretrain --exit-interval 200
+losses
+
+step "5. Pretraining, second half, resumed from the checkpoint; evaluation at the end"
+before=$(losses | wc -l)
+pretrain
+losses | tail -n +$((before + 1))
+
+step "6. Result"
+entropy=$($python tools/inspect_dataset.py --data-path "$run/data_text_document" --split 98,2,0 --part valid --json \
+    2>/dev/null | $python -c 'import json, sys; print(f"{json.load(sys.stdin)["unigram_entropy_nats"]:.3f}")')
+loss=$(grep "on validation set" "$run/train.log" | tail -n 1 | grep -oE "lm loss value: [0-9.E+]+" | grep -oE "[0-9.]+E[+-][0-9]+")
+printf 'unigram entropy of the validation text: %s nats a token\nvalidation loss:                        %.3f nats a token\n' \
+    "$entropy" "$loss"
+
+step "7. Text from the model"
+$python tools/generate.py --load "$run/checkpoints" --prompt 'def ' --max-new-tokens 120 2>/dev/null | tee "$run/sample.txt"
+
+step "Look further"
+echo "checkpoints  $run/checkpoints"
+echo "log          $run/train.log"
+echo "TensorBoard  $python -m tensorboard.main --logdir $run/tensorboard"

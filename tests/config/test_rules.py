@@ -1,0 +1,216 @@
+"""Every rule of sizes and meshes: a mistake raises one ValueError, of one line, that names the flag to change.
+
+Each case changes one thing in a command line that is accepted as it stands, so that the rule alone can be the reason.
+"""
+
+import pytest
+import torch
+from support.models import tiny_config
+
+from yoco_megatron.config import arguments, rules
+
+GOOD = {
+    "num-layers": 4,
+    "hidden-size": 64,
+    "ffn-hidden-size": 96,
+    "num-attention-heads": 8,
+    "group-query-attention": True,
+    "num-query-groups": 4,
+    "self-decoder": "sliding_window",
+    "self-decoder-heads": 4,
+    "self-decoder-query-groups": 4,
+    "self-decoder-window": 16,
+    "seq-length": 64,
+    "micro-batch-size": 2,
+    "global-batch-size": 16,
+    "tensor-model-parallel-size": 2,
+    "sequence-parallel": True,
+    "mock-data": True,
+}
+WORLD = 4
+RETENTION = {"self-decoder": "gated_retention"}
+
+# what is wrong -> (the change, what the message must name)
+MISTAKES = {
+    "mesh that does not divide the processes": (
+        {"tensor-model-parallel-size": 3},
+        ["tensor-model-parallel-size 3", "4"],
+    ),
+    "mesh larger than the world": (
+        {"tensor-model-parallel-size": 8},
+        ["tensor-model-parallel-size 8", "multiple of 8"],
+    ),
+    "mesh of nothing": ({"tensor-model-parallel-size": 0}, ["tensor-model-parallel-size 0"]),
+    "pipeline": ({"pipeline-model-parallel-size": 2}, ["pipeline-model-parallel-size 2", "tensor-model-parallel-size"]),
+    "context parallel": ({"context-parallel-size": 2}, ["context-parallel-size 2", "sequence-parallel"]),
+    "global batch": ({"global-batch-size": 15}, ["global-batch-size 15", "micro-batch-size 2 x 2 data-parallel"]),
+    "no layers": ({"num-layers": 0}, ["num-layers 0"]),
+    "odd layers": ({"num-layers": 5}, ["num-layers 5", "num-self-decoder-layers"]),
+    "no cross-decoder": ({"num-self-decoder-layers": 4}, ["num-self-decoder-layers 4", "architecture transformer"]),
+    "negative self-decoder": ({"num-self-decoder-layers": -1}, ["num-self-decoder-layers -1"]),
+    "no heads": ({"num-attention-heads": 0}, ["num-attention-heads 0"]),
+    "heads that do not divide": ({"num-attention-heads": 12}, ["num-attention-heads 12", "hidden-size 64"]),
+    "heads that do not divide, self": ({"self-decoder-heads": 12}, ["self-decoder-heads 12", "hidden-size 64"]),
+    "heads of odd width": ({"kv-channels": 7}, ["num-attention-heads", "7", "RoPE"]),
+    "heads of odd width, self": ({"self-decoder-heads": 64}, ["self-decoder-heads", "RoPE"]),
+    "groups": ({"num-query-groups": 3}, ["num-query-groups 3", "num-attention-heads 8"]),
+    "no groups": ({"num-query-groups": 0}, ["num-query-groups 0"]),
+    "groups without their switch": ({"group-query-attention": None}, ["num-query-groups 4", "group-query-attention"]),
+    "groups, self": ({"self-decoder-query-groups": 3}, ["self-decoder-query-groups 3", "self-decoder-heads 4"]),
+    "groups of retention": (
+        {**RETENTION, "self-decoder-query-groups": 2},
+        ["self-decoder-query-groups", "sliding_window"],
+    ),
+    "FFN against tensor parallelism": ({"ffn-hidden-size": 97}, ["ffn-hidden-size 97", "tensor-model-parallel-size 2"]),
+    "K,V heads against tensor parallelism": (
+        {"num-query-groups": 1},
+        ["num-query-groups 1", "tensor-model-parallel-size 2"],
+    ),
+    "self-decoder heads against tensor parallelism": (
+        {**RETENTION, "self-decoder-heads": 1, "self-decoder-query-groups": 1},
+        ["self-decoder-heads 1", "tensor-model-parallel-size 2"],
+    ),
+    "sequence against tensor parallelism": ({"seq-length": 63}, ["seq-length 63", "sequence-parallel"]),
+    "window 0": ({"self-decoder-window": 0}, ["self-decoder-window 0"]),
+    "window -1": ({"self-decoder-window": -1}, ["self-decoder-window -1"]),
+    "temperature 0": ({"decay-temperature": 0}, ["decay-temperature 0"]),
+    "chunk 0": ({"retention-chunk-size": 0}, ["retention-chunk-size"]),
+    "no sequence": ({"seq-length": 0}, ["seq-length 0"]),
+    "batch of nothing": ({"micro-batch-size": 0}, ["micro-batch-size 0"]),
+    "hidden size missing": ({"hidden-size": None}, ["hidden-size", "configs/model"]),
+    "no data": ({"mock-data": None}, ["data-path", "mock-data"]),
+    "positions": ({"position-embedding-type": "learned_absolute"}, ["position-embedding-type", "rope-variant"]),
+}
+
+# A value other than the default for each Megatron flag that a YOCO would read past.
+IGNORED = {
+    "window_size": "(3,0)",
+    "window_attn_skip_freq": "2",
+    "rotary_percent": "0.5",
+    "use_rope_scaling": True,
+    "rotary_seq_len_interpolation_factor": "2",
+    "no_rope_freq": "2",
+    "qk_layernorm": True,
+    "qk_l2_norm": True,
+    "attention_output_gate": True,
+    "softmax_type": "off-by-one",
+    "add_qkv_bias": True,
+    "num_experts": "4",
+    "multi_latent_attention": True,
+    "mtp_num_layers": "1",
+    "heterogeneous_layers_config_path": "layers.json",
+    "hybrid_layer_pattern": "M*-",
+    "experimental_attention_variant": "dsa",
+    "spec": "a b",
+    "cpu_offloading_num_layers": "1",
+    "use_mup": True,
+    "normalization": "LayerNorm",
+    "layernorm_zero_centered_gamma": True,
+    "squared_relu": True,
+    "quick_geglu": True,
+    "apply_query_key_layer_scaling": True,
+    "qk_clip": True,
+    "reset_position_ids": True,
+    "reset_attention_mask": True,
+}
+
+
+def argv(**flags) -> list[str]:
+    tokens = []
+    for name, value in flags.items():
+        if value is True:
+            tokens.append(f"--{name}")
+        elif value is not None:
+            tokens += [f"--{name}", *str(value).split()]
+    return tokens
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(WORLD))
+    monkeypatch.setenv("RANK", "0")
+
+
+def message_of(mistake: dict) -> str:
+    with pytest.raises(ValueError) as caught:
+        arguments.parse(argv(**GOOD | mistake))
+    message = str(caught.value)
+    assert "\n" not in message, "one line"
+    return message
+
+
+@pytest.mark.parametrize(
+    "also", [{}, RETENTION, {"num-self-decoder-layers": 1}, {"num-layers": 3, "num-self-decoder-layers": 1}]
+)
+def test_the_good_command_line_is_accepted(also):
+    arguments.parse(argv(**GOOD | also))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_names_its_flag(mistake):
+    change, named = MISTAKES[mistake]
+    message = message_of(change)
+    for part in named:
+        assert part in message, message
+
+
+def test_the_list_of_ignored_flags_is_tested_whole():
+    assert IGNORED.keys() == rules.IGNORED_BY_YOCO.keys()
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Megatron's flag for each attribute of its arguments."""
+    return {action.dest: action.option_strings[0] for action in arguments.build_parser()._actions}
+
+
+@pytest.mark.parametrize("dest", IGNORED)
+def test_flag_without_effect_is_refused(dest, flags):
+    flag = flags[dest]  # a KeyError here: Megatron has no such flag, and the rule never fires
+    message = message_of({flag.lstrip("-"): IGNORED[dest]})
+    assert message == f"{flag} has no effect on --architecture yoco: {rules.IGNORED_BY_YOCO[dest]}"
+
+
+@pytest.mark.parametrize("dest", ["normalization", "qk_layernorm", "rotary_percent", "window_size"])
+def test_the_transformer_baseline_may_use_them(dest, flags):
+    arguments.parse(argv(**GOOD | {"architecture": "transformer", flags[dest].lstrip("-"): IGNORED[dest]}))
+
+
+def test_the_transformer_baseline_may_use_pipelines():
+    change = {"architecture": "transformer", "pipeline-model-parallel-size": 2, "num-layers": 5, "mock-data": True}
+    assert arguments.parse(argv(**GOOD | change)).pipeline_model_parallel_size == 2
+
+
+# The same rules hold for models that are built from Python, without a command line.
+IN_PYTHON = {
+    "--num-layers": {"num_layers": 5},
+    "--num-self-decoder-layers": {"num_self_decoder_layers": 4},
+    "--self-decoder-heads": {"self_decoder_heads": 12},
+    "--num-query-groups": {"num_query_groups": 3},
+    "--self-decoder-window": {"self_decoder_window": 0},
+    "--self-decoder-query-groups": {"self_decoder_query_groups": 2},
+    "--ffn-hidden-size": {"ffn_hidden_size": 97, "tensor_model_parallel_size": 2},
+    "--decay-temperature": {"decay_temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("flag", IN_PYTHON)
+def test_yoco_config_obeys_the_same_rules(flag):
+    with pytest.raises(ValueError, match=flag):
+        tiny_config(**IN_PYTHON[flag])
+
+
+def test_defaults_that_depend_on_other_sizes():
+    config = tiny_config(num_layers=6, self_decoder_heads=None)
+    assert (config.num_self_decoder_layers, config.num_cross_decoder_layers) == (3, 3)
+    assert config.self_decoder_heads == config.self_decoder_query_groups == config.num_attention_heads
+
+
+def test_self_decoder_view():
+    """Self-decoder layers are built from a view with their own heads; the window counts the query's own key."""
+    config = tiny_config(self_decoder="sliding_window", self_decoder_query_groups=2, self_decoder_window=7)
+    view = config.self_decoder_config()
+    assert (view.num_attention_heads, view.num_query_groups, view.kv_channels) == (4, 2, 16)
+    assert view.window_size == (6, 0) and config.window_size is None
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 4, 8)
+    assert view.params_dtype == config.params_dtype == torch.float32

@@ -1,0 +1,74 @@
+"""`pretrain_yoco.main` in a process where every function of torch.cuda without a stand-in raises; run as a script.
+
+Prints, as its last line, a JSON list of the calls that were made all the same: [name, the place that called].
+"""
+
+import functools
+import inspect
+import json
+import sys
+import traceback
+
+import torch
+
+from yoco_megatron import runtime
+from yoco_megatron.runtime import cpu
+
+# Functions that need no stand-in, because without a GPU they answer correctly by themselves.
+ALLOWED: dict[str, str] = {}
+
+violations: list[tuple[str, str]] = []
+
+
+def unguarded(name: str, value: object) -> bool:
+    """Whether `torch.cuda.name` must raise: public, of torch.cuda itself, not served by the CPU runtime."""
+    of_cuda = getattr(value, "__module__", "").startswith("torch.cuda") and callable(value)
+    is_exception = inspect.isclass(value) and issubclass(value, BaseException)
+    return of_cuda and not name.startswith("_") and name not in (*cpu.STAND_INS, *ALLOWED) and not is_exception
+
+
+def refuse(name: str, original: object):
+    @functools.wraps(original, updated=())
+    def call(*args, **kwargs):
+        place = next(
+            f"{frame.filename}:{frame.lineno} {frame.line}"
+            for frame in reversed(traceback.extract_stack()[:-1])
+            if frame.filename != __file__
+        )
+        violations.append((name, place))
+        raise RuntimeError(f"torch.cuda.{name} has no stand-in in yoco_megatron/runtime/cpu.py; called by {place}")
+
+    return call
+
+
+def guard() -> list[str]:
+    """Make them raise; their names. Of a class it is the constructor, for the class may be named in annotations."""
+    names = [name for name in dir(torch.cuda) if unguarded(name, getattr(torch.cuda, name))]
+    for name in names:
+        value = getattr(torch.cuda, name)
+        if inspect.isclass(value):
+            value.__init__ = refuse(name, value.__init__)
+        else:
+            setattr(torch.cuda, name, refuse(name, value))
+    return names
+
+
+def main(argv: list[str]) -> None:
+    install = cpu.install
+
+    def install_and_guard() -> None:
+        install()
+        print("guarded:", *guard())
+
+    cpu.install = install_and_guard  # megatron is imported after it, and keeps names of torch.cuda
+    runtime.prepare()
+    import pretrain_yoco
+
+    try:
+        pretrain_yoco.main(argv)
+    finally:
+        print(json.dumps(violations))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,50 @@
+"""Documentation that a command line would contradict is a defect: flags, files and make targets named there exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from yoco_megatron.config.arguments import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+# Flags of other programs in our examples.
+OTHERS = {"--nproc-per-node", "--no-build-isolation", "--help"}
+
+
+def own_flags() -> set[str]:
+    """Every flag of pretrain_yoco.py, and those that a tool defines."""
+    flags = set(build_parser()._option_string_actions)
+    for tool in ROOT.glob("tools/*.py"):
+        flags |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', tool.read_text()))
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", page.read_text()))
+    assert named - own_flags() - OTHERS == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page: Path) -> None:
+    text = page.read_text()
+    named = set(re.findall(r"(?:configs|tools|docs|tests|launch|yoco_megatron|benchmarks)/[\w./-]*\w(?:\.\w+)?", text))
+    links = set(re.findall(r"\]\((?!https?:)([^)#]+)\)", text))
+    missing = [name for name in named if not (ROOT / name).exists() and "SIZE" not in name and "NAME" not in name]
+    missing += [link for link in links if not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", page.read_text())) <= targets
+
+
+def test_parity_list_is_the_tested_one() -> None:
+    from parallel.test_parity import MESHES
+
+    listed = re.findall(r"^\| ([^|]+) \| (?:un)?tied \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert listed == list(MESHES)
