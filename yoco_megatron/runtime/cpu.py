@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ import psutil
 import torch
 
 CPU = torch.device("cpu")
+
+# Installed on a machine without a GPU they import, and Megatron would choose their optimizers and kernels.
+GPU_ONLY = ("transformer_engine", "apex", "amp_C")
 
 # Creation functions that upstream calls with a literal device="cuda" (core/pipeline_parallel/schedules.py,
 # core/optimizer/clip_grads.py, core/rerun_state_machine.py, training/training.py, ...).
@@ -105,6 +109,15 @@ def _memory() -> Callable[..., int]:
     return lambda *args, **kwargs: psutil.Process().memory_info().rss
 
 
+def _memory_stats(*args: Any, **kwargs: Any) -> dict[str, int]:
+    """What --log-memory-to-tensorboard reads."""
+    size = psutil.Process().memory_info().rss
+    sizes = dict.fromkeys(
+        ("reserved_bytes.all.current", "allocated_bytes.all.current", "allocated_bytes.all.peak"), size
+    )
+    return sizes | {"allocation.all.current": 0}
+
+
 # name in torch.cuda -> (replacement, the upstream place that calls it)
 STAND_INS: dict[str, tuple[Any, str]] = {
     # Which device
@@ -135,7 +148,7 @@ STAND_INS: dict[str, tuple[Any, str]] = {
     "_lazy_call": (lambda callback, **k: callback(), "core/tensor_parallel/random.py"),
     # Memory reports
     "empty_cache": (_nothing(), "training/training.py"),
-    "memory_stats": (_always({}), "training/utils: report_memory, TensorBoard memory tags"),
+    "memory_stats": (_memory_stats, "training/training.py: --log-memory-to-tensorboard"),
     "memory_allocated": (_memory(), "training/utils: report_memory"),
     "max_memory_allocated": (_memory(), "training/utils: report_memory"),
     "memory_reserved": (_memory(), "training/utils: report_memory"),
@@ -191,6 +204,8 @@ def _tensor_type(original: Callable) -> Callable:
 
 def install() -> None:
     """Install every stand-in. Must run before `megatron` is imported, which keeps some of them by name."""
+    for name in GPU_ONLY:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it now raises ImportError
     for name, (replacement, _) in STAND_INS.items():
         setattr(torch.cuda, name, replacement)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "_lazy_init", "_lazy_call"):

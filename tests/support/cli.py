@@ -1,0 +1,89 @@
+"""`pretrain_yoco.py` as a user starts it, in fresh processes, and its log as data."""
+
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.worlds import spawn
+
+TINY = """
+--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
+--num-query-groups 2 --self-decoder-heads 2 --self-decoder-window 5 --seq-length 32 --micro-batch-size 2
+--global-batch-size 8 --train-iters 20 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3
+--weight-decay 0.1 --clip-grad 1.0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 63
+--log-interval 1 --eval-iters 2 --eval-interval 100
+""".split()
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the last rank printed; figures as printed, so that equal means bitwise equal as far as a user can see."""
+
+    losses: dict[int, str]
+    grad_norms: dict[int, str]
+    validation: dict[tuple[int, str], str]
+    """(iteration, 'validation' or 'test') -> loss."""
+    text: str
+
+    def loss(self, iteration: int) -> float:
+        return float(self.losses[iteration])
+
+
+def parse(text: str) -> Log:
+    """The figures of a log."""
+    steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", text)
+    evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set \| lm loss value: (\S+) ", text)
+    return Log(
+        losses={int(step): loss for step, loss, _ in steps},
+        grad_norms={int(step): norm for step, _, norm in steps},
+        validation={(int(step), part): loss for step, part, loss in evaluations},
+        text=text,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _main(flags: list[str]) -> None:
+    import pretrain_yoco
+
+    multiprocessing.set_start_method("fork", force=True)  # a fork server's child would go on with fork servers
+    try:
+        pretrain_yoco.main(flags)
+    except SystemExit as done:  # Megatron's way to stop at --exit-interval
+        if done.code:
+            raise
+    finally:
+        sys.stdout.flush()
+
+
+def train(world_size: int, *flags: str) -> Log:
+    """Run `pretrain_yoco.main` with TINY and `flags` (a later flag wins) in `world_size` processes.
+
+    Raises:
+        AssertionError: with the traceback of a process that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        spawn(_main, world_size, ([*TINY, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
+        return parse(Path(folder, f"log.{world_size - 1}").read_text())
+
+
+def checkpoint(folder: Path | str, iteration: int) -> dict[str, Any]:
+    """All tensors (and other entries) of a checkpoint, whole, by their global names."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as aside:
+        whole = os.path.join(aside, "whole.pt")
+        dcp_to_torch_save(os.path.join(folder, f"iter_{iteration:07d}"), whole)
+        return torch.load(whole, weights_only=False)
