@@ -51,6 +51,9 @@ class YOCOFields:
     retention_backend: str = "auto"
     """Implementation of gated retention; tools/doctor.py lists what this machine can run."""
 
+    fp32_kv_transport: bool = False
+    """Send the shared K,V, and with them their gradients, between pipeline stages in fp32 instead of bf16."""
+
     retention_chunk_size: int = 128
     """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
 

@@ -17,6 +17,7 @@ from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
 from yoco_megatron.model.norm import RMSNorm
 from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.stages import StagePlan
 
 
 @dataclass(kw_only=True)
@@ -45,8 +46,10 @@ class YOCOModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> YOCOModel:
-        """One process's part of the model, with its initial weights."""
+        """One process's part of the model (of its chunk `vp_stage`), with its initial weights."""
         config = self._model_config
+        plan = StagePlan.from_config(config.transformer)
+        stage = plan.stage((vp_stage or 0) * pg_collection.pp.size() + pg_collection.pp.rank())
         vocab_size = config.vocab_size
         if config.should_pad_vocab:
             vocab_size = calculate_padded_vocab_size(
@@ -57,6 +60,7 @@ class YOCOModelBuilder(GPTModelBuilder):
             vocab_size=vocab_size,
             max_sequence_length=config.seq_length,
             rotary_base=config.rotary_base,
+            stage=stage,
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
             fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
             parallel_output=config.parallel_output,

@@ -9,10 +9,10 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.kv_gradient import SharedKVReader
 
 
 @dataclass
@@ -61,11 +61,11 @@ class SharedKVAttention(Attention):
         )
 
     def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: Tensor, **_: Any
+        self, hidden_states: Tensor, key_value_states: SharedKVReader, **_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [s, b, h], shared K,V [s, b, G, 2, D] -> q [s, b, heads, D] and views k, v [s, b, G, D]."""
+        """hidden_states [s, b, h] -> q [s, b, heads, D], and views of the shared k, v [s, b, G, D]."""
         query, _ = self.linear_q(hidden_states)
-        key, value = key_value_states.unbind(3)
+        key, value = key_value_states.read()
         return query.unflatten(-1, (-1, self.hidden_size_per_attention_head)), key, value
 
     def forward(
@@ -73,11 +73,15 @@ class SharedKVAttention(Attention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        attention_bias: Tensor,
+        attention_bias: SharedKVReader,
         rotary_pos_emb: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`attention_bias` carries the shared K,V (see CrossDecoderLayer); K is rotated already, so only q is here."""
+        """`attention_bias` carries the shared K,V; K is rotated already, so only q is here.
+
+        TransformerLayer, and Megatron's full recompute, hand `attention_bias` to the attention untouched. YOCO has no
+        bias, so the K,V ride there, and a cross-decoder layer needs no layer class of its own.
+        """
         return super().forward(
             hidden_states,
             attention_mask,
@@ -97,16 +101,3 @@ class SharedKVAttention(Attention):
 
         set_save_original_input(self.linear_q)
 
-
-class CrossDecoderLayer(TransformerLayer):
-    """A TransformerLayer whose attention reads `context`, the shared K,V, and hands it on unchanged.
-
-    TransformerLayer passes `attention_bias` to its attention untouched. YOCO has no bias, so the K,V ride there, and
-    everything else (norm recompute, offload, dropout-add) stays Megatron's.
-    """
-
-    def _forward_attention(
-        self, hidden_states: Tensor, context: Tensor, attention_bias: None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        hidden_states, _ = super()._forward_attention(hidden_states, attention_bias=context, **kwargs)
-        return hidden_states, context

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
-from yoco_megatron.model.cross_attention import CrossDecoderLayer, SharedKVAttention, SharedKVAttentionSubmodules
+from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
 from yoco_megatron.model.norm import RMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.shared_kv import SharedKVSubmodules
@@ -45,7 +45,7 @@ def norm_and_linear(backend: BackendSpecProvider) -> tuple[type, type]:
     return backend.layer_norm(rms_norm=True), backend.column_parallel_linear()
 
 
-def _layer(module: type, backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None):
+def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None) -> ModuleSpec:
     """A pre-norm layer: norm, attention, residual; norm, SwiGLU, residual.
 
     `fused_into` is the linear that Transformer Engine fuses the first norm into; checkpoints use that name always.
@@ -56,7 +56,7 @@ def _layer(module: type, backend: BackendSpecProvider, attention: ModuleSpec, no
     if fused_into:
         names["input_layernorm."] = f"self_attention.{fused_into}.layer_norm_"
     return ModuleSpec(
-        module=module,
+        module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
@@ -77,7 +77,7 @@ def gated_retention_layer(backend: BackendSpecProvider) -> ModuleSpec:
             linear_qkvg=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear()
         ),
     )
-    return _layer(TransformerLayer, backend, attention, backend.layer_norm(rms_norm=True), fused_into=None)
+    return _layer(backend, attention, backend.layer_norm(rms_norm=True), fused_into=None)
 
 
 def sliding_window_layer(backend: BackendSpecProvider) -> ModuleSpec:
@@ -92,7 +92,7 @@ def sliding_window_layer(backend: BackendSpecProvider) -> ModuleSpec:
             linear_proj=backend.row_parallel_linear(),
         ),
     )
-    return _layer(TransformerLayer, backend, attention, norm, fused_into="linear_qkv")
+    return _layer(backend, attention, norm, fused_into="linear_qkv")
 
 
 def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
@@ -106,7 +106,7 @@ def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
             linear_proj=backend.row_parallel_linear(),
         ),
     )
-    return _layer(CrossDecoderLayer, backend, attention, norm, fused_into="linear_q")
+    return _layer(backend, attention, norm, fused_into="linear_q")
 
 
 def shared_kv(backend: BackendSpecProvider) -> SharedKVSubmodules:

@@ -21,25 +21,18 @@ from torch import Tensor, nn
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
+from yoco_megatron.model.kv_gradient import SharedKVReader
 from yoco_megatron.model.shared_kv import SharedKV
-
-
-@dataclass(frozen=True)
-class LayerRange:
-    """Layers [first, last) of the model, counted from 0."""
-
-    first: int
-    last: int
+from yoco_megatron.model.stage import Stage
 
 
 class YOCOBlock(MegatronModule):
-    """Layers `layers` of the model. The shared K,V belong to the block that holds the last self-decoder layer (or, with
-    an empty self-decoder, layer 0)."""
+    """The layers of one stage, and the projection to the shared K,V where the stage makes them."""
 
     def __init__(
         self,
         config: YOCOConfig,
-        layers: LayerRange,
+        stage: Stage,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
@@ -64,26 +57,27 @@ class YOCOBlock(MegatronModule):
                     add_layer_offset=False,
                 )
 
-        self.layers = nn.ModuleList(build(index) for index in range(layers.first, layers.last))
-        self.num_self = max(0, min(layers.last, border) - layers.first)
-        makes_kv = layers.first < border <= layers.last or border == layers.first == 0
+        self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
+        self.num_self = max(0, min(stage.last, border) - stage.first)
+        self.stage = stage
         self.shared_kv = None
-        if makes_kv:
+        if stage.makes_kv:
             with get_fp8_context(config, is_init=True) if config.fp8 else nullcontext():
                 self.shared_kv = SharedKV(config, specs.shared_kv(backend), pg_collection)
 
     def forward(
         self, hidden_states: Tensor, shared_kv: Tensor | None, self_angles: Tensor, cross_angles: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, SharedKVReader | None]:
         """Run the layers.
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            shared_kv: [s, b, G, 2, D] from an earlier stage; None where this block makes it or does not need it yet.
+            shared_kv: [s, b, G, 2, D] from an earlier stage; None where this block makes them, or before the border.
             self_angles, cross_angles: rotary angles [s, 1, 1, head width] of the two halves.
         Returns:
-            hidden states as they came in, and the shared K,V (None before the border).
+            hidden states, shaped as they came in, and a reader of the shared K,V (None before the border).
         """
+        assert (shared_kv is not None) == self.stage.kv_in, "the shared K,V and the stage do not fit"
         config = self.config
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
@@ -92,20 +86,28 @@ class YOCOBlock(MegatronModule):
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
                     shared_kv = self.shared_kv(hidden_states, cross_angles)
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, shared_kv, cross_angles)
-        return hidden_states, shared_kv
+            reader = None
+            if shared_kv is not None:
+                hidden_states, reader = SharedKVReader.enter(hidden_states, shared_kv, config.params_dtype)
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles)
+        return hidden_states, reader
 
-    def _run(self, layers: nn.ModuleList, hidden: Tensor, shared_kv: Tensor | None, angles: Tensor) -> Tensor:
+    def _run(
+        self, layers: nn.ModuleList, hidden: Tensor, shared_kv: SharedKVReader | None, angles: Tensor
+    ) -> Tensor:
         if not len(layers):
             return hidden
         if self.config.recompute_granularity == "full" and self.training:
             inner_fp8 = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
             half = _Half(layers, self.config, self.pg_collection, len(layers))
-            # The shared K,V are an input of every checkpoint, so no recomputation makes them again.
-            return checkpointed_forward(half, hidden, None, shared_kv, None, angles, None, None, inner_fp8)
+            # The checkpoints only read the shared K,V, so no recomputation makes them again.
+            reader = shared_kv and shared_kv.inside_checkpoint()
+            return checkpointed_forward(half, hidden, None, None, None, angles, reader, None, inner_fp8)
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
-                hidden, _ = layer(hidden_states=hidden, attention_mask=None, context=shared_kv, rotary_pos_emb=angles)
+                hidden, _ = layer(
+                    hidden_states=hidden, attention_mask=None, attention_bias=shared_kv, rotary_pos_emb=angles
+                )
         return hidden
 
     def _layer_fp8(self, index: int):

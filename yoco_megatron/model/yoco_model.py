@@ -3,27 +3,31 @@
 import copy
 import math
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
 from yoco_megatron.model.rotary import YOCORotaryEmbedding
-from yoco_megatron.model.yoco_block import LayerRange, YOCOBlock
+from yoco_megatron.model.stage import Stage
+from yoco_megatron.model.yoco_block import YOCOBlock
+from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
 
 
 class YOCOModel(LanguageModule):
-    """A YOCO language model, or the pipeline stage of one that holds `layers`.
+    """A YOCO language model, or one pipeline stage of it.
 
     Args:
         vocab_size: padded vocabulary, a multiple of the tensor-parallel size.
-        layers: layers of this stage; None for all of them.
+        stage: what this part holds; None for the whole model.
         share_embeddings_and_output_weights: one matrix for both (the sqrt(h) scale applies to the input alone).
         parallel_output: leave logits split over tensor-parallel ranks, as the parallel cross entropy wants them.
     """
@@ -34,7 +38,7 @@ class YOCOModel(LanguageModule):
         vocab_size: int,
         max_sequence_length: int,
         rotary_base: float = 10000.0,
-        layers: LayerRange | None = None,
+        stage: Stage | None = None,
         share_embeddings_and_output_weights: bool = False,
         fp16_lm_cross_entropy: bool = False,
         parallel_output: bool = True,
@@ -42,8 +46,8 @@ class YOCOModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        layers = layers or LayerRange(0, config.num_layers)
-        self.pre_process, self.post_process = layers.first == 0, layers.last == config.num_layers
+        self.stage = stage = stage or Stage(0, config.num_layers)
+        self.pre_process, self.post_process = stage.pre_process, stage.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
@@ -58,7 +62,11 @@ class YOCOModel(LanguageModule):
         self_head_dim = config.hidden_size // config.self_decoder_heads
         self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base, self.cp_group)
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base, self.cp_group)
-        self.decoder = YOCOBlock(config, layers, self.pg_collection, vp_stage)
+        self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
+        self.groups = config.num_query_groups // self.tp_group.size()
+        self.rows_per_row = self.tp_group.size() if config.sequence_parallel else 1
+        # Only 16-bit boundaries can gain from it.
+        self.fp32_transport = config.fp32_kv_transport and config.pipeline_dtype.itemsize == 2
         if self.post_process:
             # The head is Megatron's linear, not Transformer Engine's, and fuses gradients with Apex alone.
             head_config = copy.copy(config)
@@ -86,17 +94,17 @@ class YOCOModel(LanguageModule):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         position_ids: Tensor | None = None,
         attention_mask: None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Loss per token, or logits.
+        """Loss per token, or logits; on a stage before the last, the tensor for the next one (parallel/boundary.py).
 
         Args:
-            input_ids: int64 [b, s].
+            input_ids: int64 [b, s]; read by the first stage alone.
             position_ids: ignored, positions are 0..s-1; attention is always causal, so is `attention_mask`.
             labels: int64 [b, s]; None asks for logits.
         Returns:
@@ -104,12 +112,32 @@ class YOCOModel(LanguageModule):
         """
         if packed_seq_params is not None:
             raise ValueError("packed documents are not supported by YOCO in this version: pack without document masks")
-        hidden_states, shared_kv = self.embed(input_ids, position_ids), None
-        length = input_ids.shape[1]
-        hidden_states, shared_kv = self.decoder(
+        shared_kv = None
+        if self.pre_process:
+            hidden_states = self.embed(input_ids, position_ids)
+        else:
+            hidden_states = self.input_tensor
+        length = hidden_states.shape[0] * self.rows_per_row
+        if self.stage.kv_in:
+            hidden_states, shared_kv = unpack(
+                hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
+            )
+        hidden_states, reader = self.decoder(
             hidden_states, shared_kv, self.self_rotary(length), self.cross_rotary(length)
         )
-        return self.head(hidden_states, labels)
+        if self.post_process:
+            return self.head(hidden_states, labels)
+        if not self.stage.kv_out:
+            return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
+        kv = reader.read_packed(torch.float32 if self.fp32_transport else None)
+        return pack(hidden_states, kv, self.fp32_transport)
+
+    def boundary_shape(self, stage: Stage, micro_batch_size: int, length: int) -> tuple[int, int, int]:
+        """Shape of the tensor that enters `stage` (of this model, on this tensor-parallel rank)."""
+        rows, width = length // self.rows_per_row, self.config.hidden_size
+        if stage.kv_in:
+            width += kv_columns(self.groups, self.config.kv_channels, rows, length, self.fp32_transport)
+        return rows, micro_batch_size, width
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """X^0 = sqrt(h) E[tokens], [s, b, h] ([s/tp, b, h] with sequence parallelism)."""

@@ -1,0 +1,75 @@
+"""Which layers each pipeline stage holds, and where the shared K,V are.
+
+Stages are counted in the order that a micro-batch visits them: stage g is model chunk g // P of pipeline rank g % P.
+Cuts are free: uneven, empty at the ends, the border between self- and cross-decoder anywhere.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from yoco_megatron.config.rules import require
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.stage import Stage
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `border` is the first cross-decoder layer."""
+
+    cuts: tuple[int, ...]
+    border: int
+
+    @property
+    def count(self) -> int:
+        """Number of stages, over all ranks and chunks."""
+        return len(self.cuts) - 1
+
+    @property
+    def producer(self) -> int:
+        """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
+        return next(g for g in range(self.count) if self.cuts[g + 1] >= self.border)
+
+    def kv_arrives(self, g: int) -> bool:
+        """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
+        return self.producer < g < self.count and self.cuts[g] < self.cuts[-1]
+
+    def stage(self, g: int) -> Stage:
+        """What stage g holds."""
+        return Stage(
+            first=self.cuts[g],
+            last=self.cuts[g + 1],
+            pre_process=g == 0,
+            post_process=g == self.count - 1,
+            makes_kv=g == self.producer,
+            kv_in=self.kv_arrives(g),
+            kv_out=self.kv_arrives(g + 1),
+        )
+
+    @staticmethod
+    def from_config(config: YOCOConfig) -> "StagePlan":
+        """The plan that `--pipeline-model-parallel-layout` (written by hand or by the planner) says; else one stage."""
+        layout = config.pipeline_model_parallel_layout
+        if layout is None:
+            require(
+                config.pipeline_model_parallel_size == 1,
+                "--pipeline-model-parallel-size needs cuts: set --pipeline-model-parallel-layout, for example "
+                "by yoco_megatron.parallel.planner",
+            )
+            return StagePlan((0, config.num_layers), config.num_self_decoder_layers)
+        if isinstance(layout, PipelineParallelLayerLayout):
+            ranks, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+            rows = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(ranks)]
+        else:
+            rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
+        counts = [row.count(LayerType.decoder) for row in rows]
+        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers)
+
+
+def layout_string(counts: list[int]) -> str:
+    """Megatron's layout string for stages of that many layers: [2, 3] -> 'Ett|tttL'."""
+    stages = ["t" * count for count in counts]
+    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+    return "|".join(stages)
