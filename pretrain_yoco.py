@@ -22,7 +22,7 @@ from yoco_megatron.config import arguments
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import count_yoco
+from yoco_megatron.training.upstream import carry_shared_kv, count_yoco
 
 
 def datasets_provider(num_samples, vp_stage=None):
@@ -42,10 +42,13 @@ def main(argv: list[str]) -> None:
     args = arguments.parse(argv)
     arguments.finalize(args)
     model = model_config_from_args(args)
+    if args.rank == 0 and args.stage_plan:
+        print(arguments.pipeline_table(args))
     if args.save and args.rank == 0:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
     count_yoco()
+    carry_shared_kv()
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets_provider,

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import yaml
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -24,6 +25,8 @@ from yoco_megatron.config.files import load_config_files, to_argv
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOConfig, YOCOFields
 from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
+from yoco_megatron.parallel import planner
+from yoco_megatron.parallel.layout import choose_layout
 
 # Megatron's defaults that are not a YOCO's (paper section 2 and the authors' code), by argparse destination.
 YOCO_DEFAULTS: dict[str, Any] = {
@@ -146,6 +149,11 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.max_position_embeddings = args.seq_length
     rules.check_mesh(args)
     rules.check_ignored(args, parser)
+    if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
+        build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
+    args.stage_plan = None
+    if args.architecture == "yoco":
+        args.stage_plan = choose_layout(args, ModelShape.from_args(args))
     rules.require(
         args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),
         f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
@@ -196,6 +204,19 @@ def _failed_assertion(error: AssertionError) -> str:
     """Most of Megatron's assertions have no message: then the condition itself must say what is wrong."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron refuses these arguments: {place.line} ({place.filename}, line {place.lineno})"
+
+
+def pipeline_table(args: argparse.Namespace) -> str:
+    """The stages of a pipelined YOCO, a line each: layers, parameters, FLOPs, bytes, expected bubble."""
+    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    return planner.table(
+        args.stage_plan,
+        ModelShape.from_args(args),
+        args.pipeline_model_parallel_size,
+        args.global_batch_size // (args.micro_batch_size * data_parallel),
+        args.micro_batch_size,
+        args.params_dtype.itemsize,
+    )
 
 
 def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:

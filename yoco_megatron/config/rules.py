@@ -155,11 +155,6 @@ def check_mesh(args: Namespace) -> None:
     )
     if args.architecture == "yoco":
         require(
-            pp == 1,
-            f"--pipeline-model-parallel-size {pp}: YOCO's shared K,V does not cross pipeline stages in this version; "
-            "use --tensor-model-parallel-size and data parallelism",
-        )
-        require(
             cp == 1,
             f"--context-parallel-size {cp}: YOCO has no context parallelism in this version; use "
             "--sequence-parallel with --tensor-model-parallel-size and --recompute-granularity for long sequences",

@@ -100,4 +100,3 @@ class SharedKVAttention(Attention):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         set_save_original_input(self.linear_q)
-

@@ -1,8 +1,8 @@
 """The gradient of the shared K,V: summed over all readers of a stage in one fp32 buffer.
 
-Autograd would add the bf16 gradients of the cross-decoder layers pair by pair, out of place, rounding each time, and would
-hand every layer's sum on to the next. Here each reader's backward adds into the buffer, and the K,V's own backward takes
-it once. Rounding happens once, and nothing is copied per layer.
+Autograd would add the bf16 gradients of the cross-decoder layers pair by pair, out of place, rounding each time, and
+would hand every layer's sum on to the next. Here each reader's backward adds into the buffer, and the K,V's own backward
+takes it once. Rounding happens once, and nothing is copied per layer.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ class SharedKVReader:
         The gradient of these hidden states is complete only after every reader's backward, so that the buffer is, too.
 
         Args:
-            dtype: in which the K,V are read. They may come in fp32, from a boundary that carries fp32, and then get their
-                gradient in fp32.
+            dtype: in which the K,V are read. They may come in fp32, from a boundary that carries fp32, and then get
+                their gradient in fp32.
         """
         gradient = _Gradient()
         hidden_states, kv = _Enter.apply(hidden_states, kv, dtype, gradient)

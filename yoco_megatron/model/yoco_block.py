@@ -92,9 +92,7 @@ class YOCOBlock(MegatronModule):
             hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles)
         return hidden_states, reader
 
-    def _run(
-        self, layers: nn.ModuleList, hidden: Tensor, shared_kv: SharedKVReader | None, angles: Tensor
-    ) -> Tensor:
+    def _run(self, layers: nn.ModuleList, hidden: Tensor, shared_kv: SharedKVReader | None, angles: Tensor) -> Tensor:
         if not len(layers):
             return hidden
         if self.config.recompute_granularity == "full" and self.training:

@@ -113,10 +113,7 @@ class YOCOModel(LanguageModule):
         if packed_seq_params is not None:
             raise ValueError("packed documents are not supported by YOCO in this version: pack without document masks")
         shared_kv = None
-        if self.pre_process:
-            hidden_states = self.embed(input_ids, position_ids)
-        else:
-            hidden_states = self.input_tensor
+        hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         length = hidden_states.shape[0] * self.rows_per_row
         if self.stage.kv_in:
             hidden_states, shared_kv = unpack(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def kv_columns(groups: int, head_dim: int, rows: int, length: int, fp32: bool) -> int:
-    """Columns of the K,V in a boundary tensor of `rows` rows, for `groups` K,V heads on this rank and `length` tokens."""
+    """Columns of the K,V in a boundary tensor of `rows` rows: `groups` K,V heads on this rank, `length` tokens."""
     return 2 * groups * head_dim * (length // rows) * (2 if fp32 else 1)
 
 

@@ -67,8 +67,8 @@ def arriving_stages(
     """Order of arrivals on a pipeline rank.
 
     Returns:
-        (g of each activation that arrives: it enters stage g; g of each gradient that arrives: it is the gradient of the
-        tensor that entered stage g). The first rank gets activations of its later chunks from the last rank.
+        (g of each activation that arrives: it enters stage g; g of each gradient that arrives: that of the tensor which
+        entered stage g). The first rank gets activations of its later chunks from the last rank.
     """
     order = [0] * num_microbatches
     if chunks > 1:

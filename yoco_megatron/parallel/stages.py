@@ -28,13 +28,18 @@ class StagePlan:
         return len(self.cuts) - 1
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.cuts[-1]
+
+    @property
     def producer(self) -> int:
         """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
         return next(g for g in range(self.count) if self.cuts[g + 1] >= self.border)
 
     def kv_arrives(self, g: int) -> bool:
         """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
-        return self.producer < g < self.count and self.cuts[g] < self.cuts[-1]
+        return self.producer < g < self.count and self.cuts[g] < self.num_layers
 
     def stage(self, g: int) -> Stage:
         """What stage g holds."""

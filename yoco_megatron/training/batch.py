@@ -9,10 +9,13 @@ from megatron.training import get_args
 from torch import Tensor
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+def get_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
+) -> dict[str, Tensor | None]:
     """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none)."""
     args = get_args()
-    first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+    first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     if not (first or last):
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
     batch: dict[str, Tensor] = {}

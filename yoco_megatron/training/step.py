@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import StragglerDetector
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with straggler(bdata=True):
-        batch = get_batch(data_iterator)
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

@@ -1,16 +1,60 @@
-"""The places where a door is missing in Megatron's training loop: what it says of a model knows GPT alone.
+"""The places where a door is missing in Megatron's training loop.
+
+What it says of a model knows GPT alone:
 
 `megatron/training/training.py` calls `num_floating_point_operations` for its throughput line and for the total that it
 saves, and `report_theoretical_memory` after the first iterations. YOCO's own take their place under the same names.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training import training
 
 from yoco_megatron.config.shape import ModelShape, parameter_count
+from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.communicator import SharedKVCommunicator
+from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.flops import forward_flops_per_token, train_flops
+
+_get_forward_backward_func = training.get_forward_backward_func
+
+
+def carry_shared_kv() -> None:
+    """Give every call of a pipeline schedule a communicator that knows the shape at each boundary.
+
+    The loop asks `get_forward_backward_func` for its schedule, in training and in evaluation; only there, call by call,
+    are the number of micro-batches (it changes in a batch-size ramp-up) and the direction known.
+    """
+    training.get_forward_backward_func = get_forward_backward_func
+
+
+def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
+    """Megatron's schedule; for a YOCO over several pipeline stages, with `SharedKVCommunicator`."""
+    schedule = _get_forward_backward_func(*args, **kwargs)
+
+    def run(**call: Any) -> Any:
+        chunks = call["model"] if isinstance(call["model"], list) else [call["model"]]
+        model = unwrap_model(chunks[0])
+        if not isinstance(model, YOCOModel) or model.pp_group.size() == 1:
+            return schedule(**call)
+        plan = StagePlan.from_config(model.config)
+        communicator = SharedKVCommunicator(
+            model.pp_group,
+            model.config,
+            lambda g: model.boundary_shape(plan.stage(g), call["micro_batch_size"], call["seq_length"]),
+            call["num_microbatches"],
+            call.get("forward_only", False),
+        )
+        call |= {"p2p_communicator": communicator, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
+        result = schedule(**call)
+        communicator.finish()
+        return result
+
+    return run
 
 
 def count_yoco() -> None:

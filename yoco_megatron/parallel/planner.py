@@ -1,0 +1,198 @@
+"""Where to cut a YOCO into pipeline stages, so that the slowest stage is as fast as possible.
+
+Layers of the two halves do not cost the same: a retention layer has a fifth matrix, a cross-decoder layer's attention
+grows with the sequence, the projection to the shared K,V and the head belong to one stage each. The planner turns FLOPs
+into time with the rates below and finds contiguous cuts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+
+from yoco_megatron.config.rules import require
+from yoco_megatron.config.shape import ModelShape, parameter_count
+from yoco_megatron.model.stage import Stage
+from yoco_megatron.parallel.stages import StagePlan
+from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_per_token
+
+# Achieved FLOP/s in training on one H100, bf16, of the parts of a layer. Only their ratios matter.
+RATES = {"linear": 700e12, "cross_attention": 600e12, "window": 400e12, "retention": 150e12}
+EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: memory-bound, next to nothing
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Forward seconds per token of each part of a model (a backward costs twice as much)."""
+
+    embedding: float
+    self_layer: float
+    shared_kv: float
+    cross_layer: float
+    head: float
+
+    @staticmethod
+    def of(shape: ModelShape) -> "Costs":
+        """Estimate from the FLOPs of a YOCO."""
+        layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
+        mixer = "retention" if shape.self_decoder == "gated_retention" else "window"
+
+        def seconds(kind: str, mixing: str) -> float:
+            if kind not in layers:
+                return 0.0
+            return layers[kind]["linear"] / RATES["linear"] + layers[kind]["mixing"] / RATES[mixing]
+
+        return Costs(
+            embedding=shape.hidden_size * EMBEDDING_SECONDS,
+            self_layer=seconds("self_decoder", mixer),
+            shared_kv=whole["shared_kv"] / RATES["linear"],
+            cross_layer=seconds("cross_decoder", "cross_attention"),
+            head=whole["output_layer"] / RATES["linear"],
+        )
+
+    def stage(self, stage: Stage, border: int) -> float:
+        """Forward seconds per token of one stage."""
+        n_self, n_cross = split_layers(stage, border)
+        return (
+            n_self * self.self_layer
+            + n_cross * self.cross_layer
+            + stage.pre_process * self.embedding
+            + stage.makes_kv * self.shared_kv
+            + stage.post_process * self.head
+        )
+
+
+def split_layers(stage: Stage, border: int) -> tuple[int, int]:
+    """(self-decoder layers, cross-decoder layers) of a stage."""
+    n_self = max(0, min(stage.last, border) - stage.first)
+    return n_self, stage.last - stage.first - n_self
+
+
+def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Costs) -> list[int]:
+    """Layers per stage: contiguous, at least one each; the busiest rank as short as can be, then the longest stage.
+
+    With one chunk a rank this is exact. With several, the cuts with the shortest longest stage are a start, and layers move
+    between neighbours while that helps the busiest rank.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    stages = ranks * chunks
+    require(
+        stages <= num_layers,
+        f"{stages} pipeline stages (ranks x virtual stages) are more than --num-layers {num_layers}: use a smaller "
+        "--pipeline-model-parallel-size or fewer virtual stages",
+    )
+
+    def seconds(first: int, last: int) -> float:
+        makes_kv = first < border <= last or border == first == 0
+        return costs.stage(Stage(first, last, first == 0, last == num_layers, makes_kv), border)
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
+        """(longest stage, sum of squares, counts) of layers [first, num_layers) in `left` stages."""
+        if left == 1:
+            own = seconds(first, num_layers)
+            return own, own * own, (num_layers - first,)
+        options = []
+        for last in range(first + 1, num_layers - left + 2):
+            own = seconds(first, last)
+            longest, squares, counts = best(last, left - 1)
+            options.append((max(own, longest), squares + own * own, (last - first, *counts)))
+        return min(options)
+
+    counts = list(best(0, stages)[2])
+    return counts if chunks == 1 else _balance_ranks(counts, ranks, seconds)
+
+
+def _balance_ranks(counts: list[int], ranks: int, seconds: Callable[[int, int], float]) -> list[int]:
+    """Move single layers between neighbouring stages while the (busiest rank, longest stage, unevenness) gets smaller."""
+
+    def price(counts: list[int]) -> tuple[float, float, float]:
+        cuts = [0, *accumulate(counts)]
+        stages = [seconds(first, last) for first, last in pairwise(cuts)]
+        of_rank = [sum(stages[rank::ranks]) for rank in range(ranks)]
+        return max(of_rank), max(stages), sum(t * t for t in of_rank)
+
+    while True:
+        options = [counts]
+        for left, right in pairwise(range(len(counts))):
+            for giver, taker in ((left, right), (right, left)):
+                if counts[giver] > 1:
+                    moved = counts.copy()
+                    moved[giver] -= 1
+                    moved[taker] += 1
+                    options.append(moved)
+        cheapest = min(options, key=price)
+        if price(cheapest) >= price(counts):
+            return counts
+        counts = cheapest
+
+
+def bubbles(per_stage: list[float], ranks: int, num_microbatches: int) -> list[float]:
+    """Expected idle share of every pipeline rank, 1F1B or interleaved.
+
+    One step lasts m T_max + (sum of the other ranks' times) / V, with T the time of a micro-batch on a rank and V chunks a
+    rank: for equal stages (P-1) / (m V + P-1), the known figure.
+    """
+    chunks = len(per_stage) // ranks
+    of_rank = [sum(per_stage[rank::ranks]) for rank in range(ranks)]
+    longest = max(of_rank)
+    total = num_microbatches * longest + (sum(of_rank) - longest) / chunks
+    return [1 - num_microbatches * own / total for own in of_rank]
+
+
+def table(
+    plan: StagePlan, shape: ModelShape, ranks: int, num_microbatches: int, micro_batch_size: int, bytes_per_value: int
+) -> str:
+    """What the planner prints: a line a stage, as text."""
+    costs = Costs.of(shape)
+    seconds = [costs.stage(plan.stage(g), plan.border) for g in range(plan.count)]
+    idle = bubbles(seconds, ranks, num_microbatches)
+    kv_width = 2 * shape.num_query_groups * shape.kv_channels
+    tokens = micro_batch_size * shape.seq_length
+
+    def megabytes(g: int) -> float:
+        """Of the tensor that enters stage g."""
+        width = shape.hidden_size + kv_width * plan.kv_arrives(g)
+        return tokens * width * bytes_per_value / 1e6 if 0 < g < plan.count else 0.0
+
+    lines = [
+        f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "
+        f"{shape.seq_length} tokens (bytes and parameters before tensor-parallel splitting)",
+        f"{'stage':>5} {'rank':>4} {'self':>4} {'cross':>5} {'also':<14} {'parameters':>13} {'GFLOP/token':>11} "
+        f"{'time':>5} {'recv MB':>8} {'send MB':>8} {'bubble':>6}",
+    ]
+    for g in range(plan.count):
+        stage = plan.stage(g)
+        n_self, n_cross = split_layers(stage, plan.border)
+        also = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
+        lines.append(
+            f"{g:>5} {g % ranks:>4} {n_self:>4} {n_cross:>5} {' '.join(name for name, held in also.items() if held):<14} "
+            f"{stage_parameters(stage, plan.border, shape):>13,} {stage_gflop(stage, plan.border, shape):>11.3f} "
+            f"{seconds[g] / max(seconds):>5.0%} {megabytes(g):>8.2f} {megabytes(g + 1):>8.2f} {idle[g % ranks]:>6.1%}"
+        )
+    return "\n".join(lines)
+
+
+def stage_parameters(stage: Stage, border: int, shape: ModelShape) -> int:
+    """Parameters that a stage holds; a tied head on a stage of its own is a copy of the embedding."""
+    parameters = parameter_count(shape)
+    n_self, n_cross = split_layers(stage, border)
+    count = parameters["self_decoder"] * n_self // max(1, border)
+    count += parameters["cross_decoder"] * n_cross // (shape.num_layers - border)
+    count += stage.pre_process * parameters["embedding"] + stage.makes_kv * parameters["shared_kv"]
+    if stage.post_process:
+        copied = parameters["embedding"] if shape.tied and not stage.pre_process else 0
+        count += parameters["final_norm"] + parameters["output_layer"] + copied
+    return count
+
+
+def stage_gflop(stage: Stage, border: int, shape: ModelShape) -> float:
+    """Training GFLOP per token of a stage (three times the forward pass)."""
+    layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
+    n_self, n_cross = split_layers(stage, border)
+    flops = n_self * sum(layers["self_decoder"].values()) if n_self else 0.0
+    flops += n_cross * sum(layers["cross_decoder"].values())
+    flops += stage.makes_kv * whole["shared_kv"] + stage.post_process * whole["output_layer"]
+    return 3 * flops / 1e9
