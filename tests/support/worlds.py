@@ -18,7 +18,9 @@ TIMEOUT_S = 240
 
 
 @contextlib.contextmanager
-def process_groups(rank: int, world_size: int, store: str | None = None, tp: int = 1, pp: int = 1) -> Iterator[None]:
+def process_groups(
+    rank: int, world_size: int, store: str | None = None, tp: int = 1, pp: int = 1, vp: int | None = None
+) -> Iterator[None]:
     """Initialise torch.distributed and Megatron's model-parallel groups, and take them down again."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -34,7 +36,7 @@ def process_groups(rank: int, world_size: int, store: str | None = None, tp: int
             rank=rank,
             world_size=world_size,
         )
-        parallel_state.initialize_model_parallel(tp, pp)
+        parallel_state.initialize_model_parallel(tp, pp, vp)
         model_parallel_cuda_manual_seed(1)
         try:
             yield
@@ -105,12 +107,12 @@ def spawn(
         return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _in_groups(function: Callable, store: str, tp: int, pp: int, args: tuple) -> Any:
-    with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, tp, pp):
+def _in_groups(function: Callable, store: str, tp: int, pp: int, vp: int | None, args: tuple) -> Any:
+    with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, tp, pp, vp):
         return function(*args)
 
 
-def run_world(world_size: int, function: Callable, *args: Any, tp: int = 1, pp: int = 1) -> list:
+def run_world(world_size: int, function: Callable, *args: Any, tp: int = 1, pp: int = 1, vp: int | None = None) -> list:
     """`spawn`, inside Megatron's process groups."""
     with tempfile.TemporaryDirectory() as folder:
-        return spawn(_in_groups, world_size, (function, f"{folder}/store", tp, pp, args))
+        return spawn(_in_groups, world_size, (function, f"{folder}/store", tp, pp, vp, args))

@@ -1,8 +1,8 @@
 """The gradient of the shared K,V: summed over all readers of a stage in one fp32 buffer.
 
 Autograd would add the bf16 gradients of the cross-decoder layers pair by pair, out of place, rounding each time, and
-would hand every layer's sum on to the next. Here each reader's backward adds into the buffer, and the K,V's own backward
-takes it once. Rounding happens once, and nothing is copied per layer.
+would hand every layer's sum on to the next. Here each reader's backward adds into the buffer, and the K,V's own
+backward takes it once. Rounding happens once, and nothing is copied per layer.
 """
 
 from typing import Any

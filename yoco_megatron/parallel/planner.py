@@ -71,8 +71,8 @@ def split_layers(stage: Stage, border: int) -> tuple[int, int]:
 def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Costs) -> list[int]:
     """Layers per stage: contiguous, at least one each; the busiest rank as short as can be, then the longest stage.
 
-    With one chunk a rank this is exact. With several, the cuts with the shortest longest stage are a start, and layers move
-    between neighbours while that helps the busiest rank.
+    With one chunk a rank this is exact. With several, the cuts with the shortest longest stage are a start, and layers
+    move between neighbours while that helps the busiest rank.
 
     Raises:
         ValueError: more stages than layers.
@@ -106,7 +106,7 @@ def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Cost
 
 
 def _balance_ranks(counts: list[int], ranks: int, seconds: Callable[[int, int], float]) -> list[int]:
-    """Move single layers between neighbouring stages while the (busiest rank, longest stage, unevenness) gets smaller."""
+    """Move single layers between neighbours while (busiest rank, longest stage, unevenness) gets smaller."""
 
     def price(counts: list[int]) -> tuple[float, float, float]:
         cuts = [0, *accumulate(counts)]
@@ -132,8 +132,8 @@ def _balance_ranks(counts: list[int], ranks: int, seconds: Callable[[int, int], 
 def bubbles(per_stage: list[float], ranks: int, num_microbatches: int) -> list[float]:
     """Expected idle share of every pipeline rank, 1F1B or interleaved.
 
-    One step lasts m T_max + (sum of the other ranks' times) / V, with T the time of a micro-batch on a rank and V chunks a
-    rank: for equal stages (P-1) / (m V + P-1), the known figure.
+    One step lasts m T_max + (sum of the other ranks' times) / V, with T the time of a micro-batch on a rank and V chunks
+    a rank: for equal stages (P-1) / (m V + P-1), the known figure.
     """
     chunks = len(per_stage) // ranks
     of_rank = [sum(per_stage[rank::ranks]) for rank in range(ranks)]
@@ -166,10 +166,11 @@ def table(
     for g in range(plan.count):
         stage = plan.stage(g)
         n_self, n_cross = split_layers(stage, plan.border)
-        also = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
+        parts = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
+        also = " ".join(name for name, held in parts.items() if held)
         lines.append(
-            f"{g:>5} {g % ranks:>4} {n_self:>4} {n_cross:>5} {' '.join(name for name, held in also.items() if held):<14} "
-            f"{stage_parameters(stage, plan.border, shape):>13,} {stage_gflop(stage, plan.border, shape):>11.3f} "
+            f"{g:>5} {g % ranks:>4} {n_self:>4} {n_cross:>5} {also:<14} "
+            f"{stage_parameters(stage, plan.border, shape):>13,} {stage_gflop(stage, plan.border, shape):>11.3g} "
             f"{seconds[g] / max(seconds):>5.0%} {megabytes(g):>8.2f} {megabytes(g + 1):>8.2f} {idle[g % ranks]:>6.1%}"
         )
     return "\n".join(lines)
