@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from yoco_megatron import runtime
+
 TIMEOUT_S = 240
 
 
@@ -24,8 +26,6 @@ def process_groups(
     """Initialise torch.distributed and Megatron's model-parallel groups, and take them down again."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from yoco_megatron import runtime
 
     with tempfile.TemporaryDirectory() as folder:
         if runtime.has_gpu():
@@ -49,6 +49,8 @@ def _server() -> Any:
     # The fork server starts as a bare Python and ignores a preload that it cannot find.
     tests = Path(__file__).resolve().parents[1]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    if runtime.has_gpu():  # CUDA does not survive a fork
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preload"])
     return context
