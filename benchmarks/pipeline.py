@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline.py --model 1.4b --self-decoder swa --steps 8      # two GPUs, about five minutes
 
-Every case is one run of pretrain_yoco.py: same data, batch and flags. Prints tokens/s, the bubble (one minus the speed-up
-over one GPU divided by the number of GPUs; for GPT over its own single GPU with --gpt-single), the bytes that cross the
-boundaries a micro-batch, and the last loss.
+Every case is one run of pretrain_yoco.py: same data, batch and flags. Prints tokens/s, the bubble (one minus the
+speed-up over one GPU divided by the number of GPUs; for GPT over its own single GPU with --gpt-single), the bytes that
+cross the boundaries a micro-batch, and the last loss.
 """
 
 import argparse

@@ -41,7 +41,6 @@ MISTAKES = {
         ["tensor-model-parallel-size 8", "multiple of 8"],
     ),
     "mesh of nothing": ({"tensor-model-parallel-size": 0}, ["tensor-model-parallel-size 0"]),
-    "pipeline": ({"pipeline-model-parallel-size": 2}, ["pipeline-model-parallel-size 2", "tensor-model-parallel-size"]),
     "context parallel": ({"context-parallel-size": 2}, ["context-parallel-size 2", "sequence-parallel"]),
     "global batch": ({"global-batch-size": 15}, ["global-batch-size 15", "micro-batch-size 2 x 2 data-parallel"]),
     "no layers": ({"num-layers": 0}, ["num-layers 0"]),

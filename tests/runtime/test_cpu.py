@@ -6,7 +6,6 @@ new megatron-core or torch that reaches for one more of them fails there, with t
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import cli
 
 from yoco_megatron import runtime
 from yoco_megatron.runtime import cpu
@@ -207,69 +207,25 @@ def test_prepare_is_idempotent():
 
 # The guard.
 
-FLAGS = [
-    "--num-layers",
-    "2",
-    "--hidden-size",
-    "32",
-    "--ffn-hidden-size",
-    "64",
-    "--num-attention-heads",
-    "2",
-    "--seq-length",
-    "32",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "4",
-    "--train-iters",
-    "6",
-    "--lr",
-    "1e-3",
-    "--mock-data",
-    "--split",
-    "90,5,5",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "63",
-    "--log-interval",
-    "1",
-    "--eval-iters",
-    "1",
-    "--eval-interval",
-    "2",
-    "--bf16",
-    "--use-distributed-optimizer",
-    "--overlap-grad-reduce",
-    "--overlap-param-gather",
-    "--log-throughput",
-    "--log-params-norm",
-    "--save-interval",
-    "3",
-]
+FLAGS = """--train-iters 6 --save-interval 3 --eval-interval 2 --bf16 --use-distributed-optimizer --overlap-grad-reduce
+--overlap-param-gather --log-throughput --log-params-norm"""
 
 
 def guarded_run(*flags: str) -> tuple[subprocess.CompletedProcess, list]:
     """(the finished process, the calls that it should not have made)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(cli.free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    script = str(ROOT / "tests" / "support" / "guarded_run.py")
-    done = subprocess.run(
-        [sys.executable, script, *flags], capture_output=True, text=True, env=environment, timeout=240
-    )
+    command = [sys.executable, str(ROOT / "tests" / "support" / "guarded_run.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     return done, json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def test_training_needs_no_other_function_of_torch_cuda(tmp_path):
-    flags = [*FLAGS, "--save", str(tmp_path), "--load", str(tmp_path)]
+    flags = [*cli.TINY, *FLAGS.split(), "--save", str(tmp_path), "--load", str(tmp_path)]
     for wanted, extra in (("successfully saved", ["--exit-interval", "3"]), ("successfully loaded", [])):
         done, violations = guarded_run(*flags, *extra)
         assert not violations, (
@@ -282,6 +238,6 @@ def test_training_needs_no_other_function_of_torch_cuda(tmp_path):
 
 
 def test_the_guard_sees_a_stand_in_that_is_missing():
-    done, violations = guarded_run("--without", "synchronize", *FLAGS)
+    done, violations = guarded_run("--without", "synchronize", *cli.TINY, *FLAGS.split())
     assert done.returncode != 0
     assert violations[0][0] == "synchronize" and "megatron" in violations[0][1]

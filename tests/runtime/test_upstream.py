@@ -40,6 +40,10 @@ REPAIRS = {
         ("core/tensor_parallel/random.py", "CheckpointWithoutOutput.__init__"): "a92cf7833cbbdecb",
         ("core/tensor_parallel/random.py", "CheckpointWithoutOutputFunction.forward"): "25f06df387940dd3",
     },
+    "runtime.upstream._optimizer_state_behind_padded_buckets": {
+        (OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable"): "67a01a93840e6b16",
+        (OPTIMIZER, "DistributedOptimizer.get_parameter_state_dp_zero"): "c87e8ab28bfd9cae",
+    },
 }
 
 

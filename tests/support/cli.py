@@ -1,25 +1,30 @@
 """`pretrain_yoco.py` as a user starts it, in fresh processes, and its log as data."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import re
+import runpy
+import shlex
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from support.worlds import spawn
 
-TINY = """
+TINY = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
 --num-query-groups 2 --self-decoder-heads 2 --self-decoder-window 5 --seq-length 32 --micro-batch-size 2
 --global-batch-size 8 --train-iters 20 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3
 --weight-decay 0.1 --clip-grad 1.0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
 --log-interval 1 --eval-iters 2 --eval-interval 100
-""".split()
+""")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Log:
     """What the last rank printed; figures as printed, so that equal means bitwise equal as far as a user can see."""
 
     losses: dict[int, str]
+    """By iteration. A run's second one is left out: Megatron prints the mean of the first two there."""
     grad_norms: dict[int, str]
     validation: dict[tuple[int, str], str]
     """(iteration, 'validation' or 'test') -> loss."""
@@ -41,7 +47,7 @@ def parse(text: str) -> Log:
     steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", text)
     evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set \| lm loss value: (\S+) ", text)
     return Log(
-        losses={int(step): loss for step, loss, _ in steps},
+        losses={int(step): loss for step, loss, _ in steps[:1] + steps[2:]},
         grad_norms={int(step): norm for step, _, norm in steps},
         validation={(int(step), part): loss for step, part, loss in evaluations},
         text=text,
@@ -54,29 +60,62 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def _like_a_fresh_interpreter() -> None:
+    """The data loader's workers are forked, as they are for users; a fork server's child would ask the server."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _end() -> None:
+    """What an interpreter does at its end, and `spawn` skips: the checkpoint writer's helper would outlive us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    multiprocessing.util._exit_function()
+
+
 def _main(flags: list[str]) -> None:
     import pretrain_yoco
 
-    multiprocessing.set_start_method("fork", force=True)  # a fork server's child would go on with fork servers
+    _like_a_fresh_interpreter()
     try:
         pretrain_yoco.main(flags)
     except SystemExit as done:  # Megatron's way to stop at --exit-interval
         if done.code:
             raise
     finally:
-        sys.stdout.flush()
+        _end()
 
 
-def train(world_size: int, *flags: str) -> Log:
-    """Run `pretrain_yoco.main` with TINY and `flags` (a later flag wins) in `world_size` processes.
+def train(world_size: int, *flags: str, base: Sequence[str] = TINY) -> Log:
+    """Run `pretrain_yoco.main` with `base` and `flags` (a later flag wins) in `world_size` processes.
 
     Raises:
         AssertionError: with the traceback of a process that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        spawn(_main, world_size, ([*TINY, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
+        spawn(_main, world_size, ([*base, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
         return parse(Path(folder, f"log.{world_size - 1}").read_text())
+
+
+def _script(flags: list[str]) -> int:
+    _like_a_fresh_interpreter()
+    sys.argv = ["pretrain_yoco.py", *flags]
+    try:
+        runpy.run_path(str(Path(__file__).parents[2] / "pretrain_yoco.py"), run_name="__main__")
+    except SystemExit as done:
+        return done.code
+    finally:
+        _end()
+    return 0
+
+
+def run_script(world_size: int, *flags: str, env: dict[str, str] | None = None) -> list[tuple[int, str]]:
+    """(exit code, everything printed) of each of `world_size` processes that run pretrain_yoco.py as a script."""
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        log = os.path.join(folder, "log")
+        codes = spawn(_script, world_size, (list(flags),), log=log, env=rendezvous | (env or {}))
+        return [(code, Path(f"{log}.{rank}").read_text()) for rank, code in enumerate(codes)]
 
 
 def checkpoint(folder: Path | str, iteration: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from support.models import SEQ, VOCAB, batch, gather_whole, tiny_config
 
+from support.models import SEQ, VOCAB, batch, gather_whole, tiny_config
 from yoco_megatron import runtime
 from yoco_megatron.model.init import initialize, named_parameters
 from yoco_megatron.model.yoco_model import YOCOModel

@@ -4,9 +4,9 @@ from yoco_megatron import runtime
 
 runtime.prepare()
 
-import torch  # noqa: E402
+import torch
 
-import pretrain_yoco  # noqa: E402, F401
-from support import models  # noqa: E402, F401
+import pretrain_yoco  # noqa: F401
+from support import models  # noqa: F401
 
 torch.set_num_threads(1)

@@ -149,17 +149,17 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.max_position_embeddings = args.seq_length
     rules.check_mesh(args)
     rules.check_ignored(args, parser)
-    if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
-        build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
-    args.stage_plan = None
-    if args.architecture == "yoco":
-        args.stage_plan = choose_layout(args, ModelShape.from_args(args))
     rules.require(
         args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),
         f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
     )
     if args.architecture == "yoco":
         rules.check_model(_model_fields(args))
+    if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
+        build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
+    args.stage_plan = None
+    if args.architecture == "yoco":
+        args.stage_plan = choose_layout(args, ModelShape.from_args(args))
     if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
         raise ValueError(
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "

@@ -15,7 +15,7 @@ from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
-from yoco_megatron.model.norm import RMSNorm
+from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.stages import StagePlan
 
@@ -98,7 +98,7 @@ def local_gpt_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Trans
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.submodules.core_attention = TorchAttention
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=StandaloneRMSNorm
     )
 
 

@@ -24,6 +24,20 @@ class RMSNorm(torch.nn.Module):
         return (rms_norm(x, self.eps) * self.weight).to(self.weight.dtype)
 
 
+class StandaloneRMSNorm(RMSNorm):
+    """RMSNorm where Transformer Engine has a norm of its own, not one fused into a linear layer.
+
+    That norm saves an (empty) extra state; having one too keeps checkpoints interchangeable, as Megatron's own linear
+    layers do it.
+    """
+
+    def get_extra_state(self) -> None:
+        """Nothing to save."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Nothing to load."""
+
+
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS over the last dimension without a weight: the arithmetic in fp32 (or wider), the result in x's dtype."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
-from yoco_megatron.model.norm import RMSNorm
+from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.shared_kv import SharedKVSubmodules
 
@@ -27,7 +27,7 @@ class TorchSpecProvider(LocalSpecProvider):
     """Megatron's local backend, with a norm that knows sequence parallelism and attention that knows windows."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        return RMSNorm
+        return StandaloneRMSNorm
 
     def core_attention(self) -> type:
         return TorchAttention
@@ -42,7 +42,7 @@ def norm_and_linear(backend: BackendSpecProvider) -> tuple[type, type]:
     """(norm, column-parallel linear); where the backend fuses them the norm is the identity."""
     if backend.fuse_layernorm_and_linear():
         return IdentityOp, backend.column_parallel_layer_norm_linear()
-    return backend.layer_norm(rms_norm=True), backend.column_parallel_linear()
+    return RMSNorm, backend.column_parallel_linear()
 
 
 def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None) -> ModuleSpec:

@@ -5,7 +5,7 @@ grows with the sequence, the projection to the shared K,V and the head belong to
 into time with the rates below and finds contiguous cuts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -16,8 +16,8 @@ from yoco_megatron.model.stage import Stage
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_per_token
 
-# Achieved FLOP/s in training on one Hopper GPU, bf16, of the parts of a layer. Only their ratios matter. Retention is what
-# the torch implementation reaches (memory-bound); a kernel raises it.
+# Achieved FLOP/s in training on one Hopper GPU, bf16, of the parts of a layer. Only their ratios matter. Retention is
+# what the torch implementation reaches (memory-bound); a kernel raises it.
 RATES = {"linear": 700e12, "cross_attention": 600e12, "window": 400e12, "retention": 12e12}
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: memory-bound, next to nothing
 
@@ -72,8 +72,8 @@ def split_layers(stage: Stage, border: int) -> tuple[int, int]:
 def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Costs) -> list[int]:
     """Layers per stage: contiguous, at least one each; the busiest rank as short as can be, then the longest stage.
 
-    With one chunk a rank this is exact. With several, the cuts with the shortest longest stage are a start, and layers
-    move between neighbours while that helps the busiest rank.
+    With one chunk a rank this is exact. With several, layers move between neighbouring stages while that helps the
+    busiest rank, from the cuts with the shortest longest stage and from even ones.
 
     Raises:
         ValueError: more stages than layers.
@@ -102,39 +102,47 @@ def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Cost
             options.append((max(own, longest), squares + own * own, (last - first, *counts)))
         return min(options)
 
-    counts = list(best(0, stages)[2])
-    return counts if chunks == 1 else _balance_ranks(counts, ranks, seconds)
+    shortest = list(best(0, stages)[2])
+    if chunks == 1:
+        return shortest
+    even = [num_layers * (g + 1) // stages - num_layers * g // stages for g in range(stages)]
+    return _balance_ranks([shortest, even], ranks, seconds)
 
 
-def _balance_ranks(counts: list[int], ranks: int, seconds: Callable[[int, int], float]) -> list[int]:
+def _balance_ranks(starts: list[list[int]], ranks: int, seconds: Callable[[int, int], float]) -> list[int]:
     """Move single layers between neighbours while (busiest rank, longest stage, unevenness) gets smaller."""
 
     def price(counts: list[int]) -> tuple[float, float, float]:
-        cuts = [0, *accumulate(counts)]
-        stages = [seconds(first, last) for first, last in pairwise(cuts)]
+        stages = [seconds(first, last) for first, last in pairwise([0, *accumulate(counts)])]
         of_rank = [sum(stages[rank::ranks]) for rank in range(ranks)]
         return max(of_rank), max(stages), sum(t * t for t in of_rank)
 
-    while True:
-        options = [counts]
-        for left, right in pairwise(range(len(counts))):
-            for giver, taker in ((left, right), (right, left)):
-                if counts[giver] > 1:
-                    moved = counts.copy()
-                    moved[giver] -= 1
-                    moved[taker] += 1
-                    options.append(moved)
-        cheapest = min(options, key=price)
-        if price(cheapest) >= price(counts):
-            return counts
-        counts = cheapest
+    def improve(counts: list[int]) -> list[int]:
+        while True:
+            cheapest = min((counts, *_moves(counts)), key=price)
+            if price(cheapest) >= price(counts):
+                return counts
+            counts = cheapest
+
+    return min((improve(counts) for counts in starts), key=price)
+
+
+def _moves(counts: list[int]) -> Iterator[list[int]]:
+    """All cuts that differ by one layer across one boundary."""
+    for left, right in pairwise(range(len(counts))):
+        for giver, taker in ((left, right), (right, left)):
+            if counts[giver] > 1:
+                moved = counts.copy()
+                moved[giver] -= 1
+                moved[taker] += 1
+                yield moved
 
 
 def bubbles(per_stage: list[float], ranks: int, num_microbatches: int) -> list[float]:
     """Expected idle share of every pipeline rank, 1F1B or interleaved.
 
-    One step lasts m T_max + (sum of the other ranks' times) / V, with T the time of a micro-batch on a rank and V chunks
-    a rank: for equal stages (P-1) / (m V + P-1), the known figure.
+    One step lasts m T_max + (sum of the other ranks' times) / V, with T the time of a micro-batch on a rank and V
+    chunks a rank: for equal stages (P-1) / (m V + P-1), the known figure.
     """
     chunks = len(per_stage) // ranks
     of_rank = [sum(per_stage[rank::ranks]) for rank in range(ranks)]

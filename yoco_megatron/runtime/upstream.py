@@ -4,6 +4,7 @@ Each function names the upstream code that it repairs. `tests/runtime/test_upstr
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -13,6 +14,7 @@ def repair() -> None:
     _dataset_helpers_are_compiled()
     _torch_adam_resumes()
     _norm_recompute_without_transformer_engine()
+    _optimizer_state_behind_padded_buckets()
 
 
 def _dataset_helpers_are_compiled() -> None:
@@ -91,3 +93,33 @@ def _norm_recompute_without_transformer_engine() -> None:
         self.fp8 = False
 
     random.CheckpointWithoutOutput.__init__ = without_fp8
+
+
+def _optimizer_state_behind_padded_buckets() -> None:
+    """core/optimizer/distrib_optimizer.py saves wrong optimizer state for parameters behind a padded bucket.
+
+    `get_parameter_state_dp_zero` joins the buckets without their padding; `sharded_param_state_fully_reshardable` then
+    cuts the parameters out of the whole at their padded offsets. With pipeline stages and tied embeddings, or any bucket
+    whose size the data-parallel size does not divide, main weights and Adam moments land in the wrong parameters, silently.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    save = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(save)
+    def at_unpadded_offsets(self, *args, **kwargs):
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                before = [0, *itertools.accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
+                shift = [start - bucket.offset for start, bucket in zip(before, buffer.buckets)]
+                buffer.param_index_map = {
+                    param: (start + shift[bucket], end + shift[bucket], bucket)
+                    for param, (start, end, bucket) in buffer.param_index_map.items()
+                }
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, original in zip(self.buffers, padded):
+                buffer.param_index_map = original
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = at_unpadded_offsets

@@ -1,0 +1,92 @@
+"""What crosses a boundary comes out as it went in, gradients too; the K,V's gradient is the sum over its readers; the
+communicator expects what Megatron's schedules send."""
+
+import pytest
+import torch
+from support.models import relative_error
+
+from yoco_megatron.model.kv_gradient import SharedKVReader
+from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.communicator import arriving_stages
+
+S, B, H, G, D = 12, 2, 10, 3, 4
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("fp32", [False, True])
+def test_unpack_inverts_pack(tp: int, fp32: bool, generator: torch.Generator) -> None:
+    hidden = torch.randn(S // tp, B, H, generator=generator).bfloat16().requires_grad_()
+    kv = torch.randn(S, B, G, 2, D, generator=generator)
+    kv = (kv if fp32 else kv.bfloat16()).requires_grad_()
+    packed = pack(hidden, kv, fp32)
+    assert packed.dtype == torch.bfloat16
+    assert packed.shape == (S // tp, B, H + kv_columns(G, D, S // tp, S, fp32))
+    assert packed._base is None  # Megatron frees its storage after sending
+    # The next stage gets a copy, as over the wire.
+    received = packed.detach().clone().requires_grad_()
+    hidden_out, kv_out = unpack(received, H, S, G, fp32)
+    assert torch.equal(hidden_out, hidden)
+    assert torch.equal(kv_out, kv)
+    assert kv_out.is_contiguous()
+    grad_hidden = torch.randn(hidden.shape, generator=generator).bfloat16()
+    grad_kv = torch.randn(kv.shape, generator=generator).to(kv.dtype)
+    torch.autograd.backward((hidden_out, kv_out), (grad_hidden, grad_kv))
+    packed.backward(received.grad)
+    assert torch.equal(hidden.grad, grad_hidden)
+    assert torch.equal(kv.grad, grad_kv), "the K,V's gradient was rounded on its way"
+
+
+def readers(kv: torch.Tensor, hidden: torch.Tensor, layers: int, weight: torch.Tensor, through) -> torch.Tensor:
+    """A stand-in for a cross-decoder: each layer reads keys and values in its own way, on top of the hidden states."""
+    for layer in range(layers):
+        key, value = through()
+        hidden = hidden + torch.tanh(hidden * weight[layer]) * (key * value).sum((1, 2, 3))[:, None] + key.mean()
+    return hidden
+
+
+@pytest.mark.parametrize("layers", [0, 1, 5])
+def test_gradient_is_the_sum_over_readers(layers: int, generator: torch.Generator) -> None:
+    kv = torch.randn(S, B, G, 2, D, dtype=torch.float64, generator=generator).requires_grad_()
+    start = torch.randn(S, H, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(5, dtype=torch.float64, generator=generator)
+    expected = torch.autograd.grad(
+        readers(kv, start, layers, weight, lambda: kv.unbind(3)).square().sum() + (kv**3).sum(), (kv, start)
+    )
+    for _ in range(2):  # a second micro-batch starts from nothing
+        hidden, reader = SharedKVReader.enter(start, kv, kv.dtype)
+        out = readers(kv, hidden, layers, weight, reader.read)
+        ours = torch.autograd.grad(out.square().sum() + (reader.read_packed() ** 3).sum(), (kv, start))
+        for value, reference in zip(ours, expected):
+            assert relative_error(value, reference) < 1e-12
+
+
+def test_bf16_gradients_are_summed_in_fp32(generator: torch.Generator) -> None:
+    """64 readers of bf16 K,V: one rounding in the end, not one a reader."""
+    kv = torch.randn(S, B, G, 2, D, generator=generator).bfloat16().requires_grad_()
+    start = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    factors = torch.randn(64, generator=generator).bfloat16()
+    hidden, reader = SharedKVReader.enter(start, kv, torch.bfloat16)
+    total = hidden.float().sum()
+    for factor in factors:
+        key, value = reader.read()
+        total = total + (key * factor).float().sum() + (value * factor).float().sum()
+    (ours,) = torch.autograd.grad(total, kv)
+    exact = factors.double().sum().expand(kv.shape)
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, exact) < 2**-8
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_what_is_sent_is_what_is_expected(ranks: int, chunks: int) -> None:
+    """Rank by rank: activations that rank r sends are those that r+1 expects, in the order of r's schedule."""
+    microbatches = 2 * ranks
+    for rank in range(ranks):
+        forward, backward = arriving_stages(rank, ranks, chunks, microbatches, None)
+        first, last = rank == 0, rank == ranks - 1
+        assert len(forward) == microbatches * (chunks - first)
+        assert len(backward) == microbatches * (chunks - last)
+        assert all(g % ranks == rank for g in forward)
+        assert all(g % ranks == (rank + 1) % ranks for g in backward)
+        for g in set(forward):
+            assert forward.count(g) == microbatches

@@ -1,0 +1,160 @@
+"""The planner's cuts are the best there are (by brute force on small cases), its table adds up, and wrong layouts are
+errors that name the flag."""
+
+import itertools
+from argparse import Namespace
+
+import pytest
+import torch
+
+from yoco_megatron.config.shape import ModelShape, parameter_count
+from yoco_megatron.parallel import planner
+from yoco_megatron.parallel.layout import choose_layout
+from yoco_megatron.parallel.stages import StagePlan, layout_string
+from yoco_megatron.training.flops import forward_flops_per_token
+
+
+def shape(**changes) -> ModelShape:
+    fields = dict(
+        architecture="yoco",
+        self_decoder="gated_retention",
+        num_layers=8,
+        num_self_decoder_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=768,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=64,
+        self_decoder_heads=2,
+        self_decoder_query_groups=2,
+        self_decoder_window=64,
+        padded_vocab_size=4096,
+        seq_length=512,
+        tied=False,
+    )
+    return ModelShape(**fields | changes)
+
+
+def plan(counts, border: int) -> StagePlan:
+    return StagePlan((0, *itertools.accumulate(counts)), border)
+
+
+def seconds(counts, border: int, costs: planner.Costs) -> list[float]:
+    cuts = plan(counts, border)
+    return [costs.stage(cuts.stage(g), border) for g in range(cuts.count)]
+
+
+@pytest.mark.parametrize("border", [0, 3, 7])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_longest_stage_is_as_short_as_can_be(ranks: int, border: int, generator: torch.Generator) -> None:
+    for _ in range(20):
+        costs = planner.Costs(*(torch.rand(5, generator=generator) * torch.tensor([0.1, 1, 0.5, 2, 3])).tolist())
+        ours = planner.plan_cuts(8, border, ranks, 1, costs)
+        possible = (c for c in itertools.product(range(1, 9), repeat=ranks) if sum(c) == 8)
+        best = min(max(seconds(counts, border, costs)) for counts in possible)
+        assert sum(ours) == 8
+        assert max(seconds(ours, border, costs)) == pytest.approx(best)
+
+
+def test_virtual_stages_balance_ranks(generator: torch.Generator) -> None:
+    """With two chunks a rank the busiest rank is at most as busy as with even chunks."""
+    for _ in range(20):
+        costs = planner.Costs(*(torch.rand(5, generator=generator) * torch.tensor([0.1, 1, 0.5, 2, 3])).tolist())
+        ours = seconds(planner.plan_cuts(16, 8, 2, 2, costs), 8, costs)
+        even = seconds([4, 4, 4, 4], 8, costs)
+        assert max(sum(ours[r::2]) for r in (0, 1)) <= max(sum(even[r::2]) for r in (0, 1)) + 1e-12
+
+
+def test_longer_sequences_move_the_cut_towards_fewer_cross_layers() -> None:
+    short, long = (planner.plan_cuts(24, 12, 2, 1, planner.Costs.of(shape(
+        num_layers=24, num_self_decoder_layers=12, seq_length=length))) for length in (512, 262144))
+    assert long[1] < short[1]
+
+
+def test_bubble_of_equal_stages() -> None:
+    """(P-1) / (m + P-1) for 1F1B, (P-1) / (m V + P-1) interleaved."""
+    assert planner.bubbles([1.0] * 4, 4, 8) == pytest.approx([3 / 11] * 4)
+    assert planner.bubbles([0.5] * 8, 4, 8) == pytest.approx([3 / 19] * 4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_table_adds_up(tied: bool) -> None:
+    model = shape(tied=tied)
+    cuts = plan([3, 3, 2], 4)
+    stages = [cuts.stage(g) for g in range(3)]
+    copy = parameter_count(model)["embedding"] if tied else 0
+    assert sum(planner.stage_parameters(s, 4, model) for s in stages) == sum(parameter_count(model).values()) + copy
+    flops = 3 * sum(forward_flops_per_token(model).values()) / 1e9
+    assert sum(planner.stage_gflop(s, 4, model) for s in stages) == pytest.approx(flops)
+    text = planner.table(cuts, model, 3, 8, 2, 2)
+    # Into the last stage go hidden states and K,V: 2 x 512 tokens x (256 + 2 x 2 x 64) values x 2 bytes.
+    assert f"{2 * 512 * (256 + 256) * 2 / 1e6:.2f}" in text.splitlines()[-1]
+    assert "K,V" in text.splitlines()[3]
+
+
+def test_where_the_shared_kv_are() -> None:
+    cuts = plan([2, 3, 3, 0], 4)  # border inside stage 1, the head alone on the last stage
+    assert cuts.producer == 1
+    assert [cuts.kv_arrives(g) for g in range(4)] == [False, False, True, False]
+    assert plan([0, 4, 4], 0).producer == 0
+    assert plan([4, 4], 4).stage(0).kv_out
+
+
+def flags(**changes) -> Namespace:
+    fields = dict(
+        pipeline_model_parallel_size=2,
+        pipeline_model_parallel_layout=None,
+        num_layers_per_virtual_pipeline_stage=None,
+        num_virtual_stages_per_pipeline_rank=None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+    )
+    return Namespace(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout"),
+    [
+        (dict(num_layers_per_virtual_pipeline_stage=2), "Ett|tt|tt|ttL"),
+        (dict(pipeline_model_parallel_layout="Et|tttttttL"), "Et|tttttttL"),
+        (dict(decoder_first_pipeline_num_layers=3), "Ettt|tttttL"),
+        (dict(decoder_last_pipeline_num_layers=1, pipeline_model_parallel_size=2), "Ettttttt|tL"),
+    ],
+)
+def test_flags_become_a_layout(changes: dict, layout: str) -> None:
+    args = flags(**changes)
+    cuts = choose_layout(args, shape())
+    assert args.pipeline_model_parallel_layout == layout == layout_string(list(b - a for a, b in itertools.pairwise(cuts.cuts)))
+    assert args.num_layers_per_virtual_pipeline_stage is None
+
+
+def test_planner_is_the_default() -> None:
+    args = flags(num_virtual_stages_per_pipeline_rank=2)
+    assert choose_layout(args, shape()).count == 4
+    assert choose_layout(flags(pipeline_model_parallel_size=1), shape()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(pipeline_model_parallel_layout="Ettt|tttL"), "6 layers .* do not add up to --num-layers 8"),
+        (dict(pipeline_model_parallel_layout="tttt|ttttL"), "must begin with the embedding E"),
+        (dict(pipeline_model_parallel_layout="Etttt|tttt"), "end with the loss L"),
+        (dict(pipeline_model_parallel_layout="Ettt|ttt|ttL"), "3 stages are not a multiple of --pipeline-model-parallel"),
+        (dict(pipeline_model_parallel_layout="Etttt||tt|ttL"), "stage 1 is empty"),
+        (dict(pipeline_model_parallel_layout="Etttx|ttttL"), "--pipeline-model-parallel-layout"),
+        (dict(pipeline_model_parallel_layout="Etttt|tttt,mL"), "multi-token prediction"),
+        (dict(pipeline_model_parallel_size=9), "more than --num-layers 8"),
+        (dict(num_virtual_stages_per_pipeline_rank=5), "more than --num-layers 8"),
+        (dict(num_layers_per_virtual_pipeline_stage=3), "--num-layers-per-virtual-pipeline-stage 3"),
+        (dict(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=3), "does not divide"),
+        (
+            dict(pipeline_model_parallel_layout="Etttt|ttttL", num_virtual_stages_per_pipeline_rank=2),
+            "contradict each other",
+        ),
+        (dict(pipeline_model_parallel_size=1, pipeline_model_parallel_layout="EttttttttL"), "above 1"),
+    ],
+)
+def test_wrong_layouts(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_layout(flags(**changes), shape())

@@ -1,0 +1,146 @@
+"""A mistake costs seconds: `pretrain_yoco.py` ends with code 2 and one line that names it, before anything is started.
+
+Every bad call is a good call with one thing wrong, and the good ones are run too.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from support.cli import TINY, free_port, run_script, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Prefix of a small dataset that is whole."""
+    prefix = str(tmp_path_factory.mktemp("data") / "corpus_text_document")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(7)
+    for length in torch.randint(20, 200, (40,), generator=generator).tolist():
+        builder.add_document(torch.randint(0, 255, (length,), generator=generator), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> str:
+    """Folder of a checkpoint after one step of the model that TINY describes."""
+    folder = str(tmp_path_factory.mktemp("checkpoint"))
+    train(1, "--train-iters", "1", "--lr-warmup-iters", "0", "--save", folder, "--save-interval", "1")
+    return folder
+
+
+def without(flags: list[str], *removed: str) -> list[str]:
+    """`flags` without some switches."""
+    return [flag for flag in flags if flag not in removed]
+
+
+def error_of(flags: list[str], processes: int = 1) -> str:
+    """The one line that rank 0 prints."""
+    for rank, (code, printed) in enumerate(run_script(processes, *flags)):
+        assert code == 2, printed[-3000:]
+        assert "Traceback" not in printed and " consumed samples: " not in printed
+        lines = [line for line in printed.splitlines() if line.startswith("pretrain_yoco.py: error: ")]
+        assert len(lines) == (1 if rank == 0 else 0), printed[-3000:]
+        if rank == 0:
+            assert printed.splitlines()[-1] == lines[0], "more lines follow"
+            message = lines[0].removeprefix("pretrain_yoco.py: error: ")
+    return message
+
+
+# what is wrong -> (processes, flags added to TINY, what the line must say: the flag, and the way out)
+MISTAKES = {
+    "mesh": (2, ["--tensor-model-parallel-size", "3"], ["--tensor-model-parallel-size 3", "multiple of 3 processes"]),
+    "odd layers": (1, ["--num-layers", "3"], ["--num-layers 3", "set --num-self-decoder-layers"]),
+    "heads": (1, ["--num-attention-heads", "6"], ["--hidden-size 32", "--num-attention-heads 6", "change one"]),
+    "self-decoder heads": (1, ["--self-decoder-heads", "3"], ["--self-decoder-heads 3", "change one"]),
+    "context": (2, ["--context-parallel-size", "2"], ["--context-parallel-size 2", "use --sequence-parallel"]),
+    "batch": (2, ["--global-batch-size", "6"], ["--global-batch-size 6", "--micro-batch-size 2 x 2", "change one"]),
+    "unknown flag": (1, ["--hiden-size", "32"], ["--hiden-size", "did you mean --hidden-size?"]),
+    "not a number": (1, ["--hidden-size", "wide"], ["--hidden-size", "'wide'"]),
+    "unknown config key": (1, ["--config", "hiden-size=32"], ["'hiden-size'", "did you mean hidden-size?"]),
+    "missing config": (1, ["--config", "nowhere.yaml"], ["--config nowhere.yaml", "give the path"]),
+    "a check of Megatron's": (1, ["--min-lr", "1"], ["args.min_lr <= args.lr"]),
+    "backend": (1, ["--retention-backend", "abacus"], ["--retention-backend abacus", "choose one of auto"]),
+    "no tokenizer": (1, ["--tokenizer-type", "HuggingFaceTokenizer"], ["okenizer"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_on_the_command_line(mistake):
+    processes, flags, said = MISTAKES[mistake]
+    message = error_of([*TINY, *flags], processes)
+    for part in said:
+        assert part in message
+
+
+def test_good_data_trains(data):
+    flags = [*without(TINY, "--mock-data"), "--data-path", data, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    ((code, printed),) = run_script(1, *flags)
+    assert code == 0 and "iteration        1/       1" in printed
+
+
+def test_missing_data(data):
+    message = error_of([*without(TINY, "--mock-data"), "--data-path", data.replace("_document", "")])
+    assert "--data-path" in message and f"did you mean {data}?" in message
+    message = error_of([*without(TINY, "--mock-data"), "--data-path", "0.5", data, "0.5", f"{data}.bin"])
+    assert f"{data}.bin.idx is missing; give the prefix without .bin" in message
+    message = error_of(without(TINY, "--mock-data"))
+    assert "--data-path is missing" in message and "--mock-data" in message
+
+
+def test_truncated_data(data, tmp_path):
+    prefix = tmp_path / "copy_text_document"
+    for suffix in (".bin", ".idx"):
+        prefix.with_suffix(suffix).write_bytes(Path(data + suffix).read_bytes())
+    os.truncate(f"{prefix}.bin", os.path.getsize(f"{prefix}.bin") - 2)
+    message = error_of([*without(TINY, "--mock-data"), "--data-path", str(prefix)])
+    assert "--data-path" in message and f"{prefix}.bin is shorter than its .idx says" in message
+    assert message.endswith("copy both again")
+
+
+OTHER_MODELS = {
+    "wider": (["--hidden-size", "64"], ["hidden-size is 32 there, 64 here"]),
+    "deeper": (["--num-layers", "6"], ["num-layers is 4 there, 6 here", "num-self-decoder-layers is 2 there, 3 here"]),
+    "other self-decoder": (["--self-decoder", "sliding_window"], ["self-decoder is gated_retention there"]),
+    "transformer": (["--architecture", "transformer"], ["architecture is yoco there, transformer here"]),
+    "same shapes, other function": (["--rope-variant", "standard"], ["rope-variant is yoco there, standard here"]),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_MODELS)
+def test_checkpoint_of_another_architecture(other, saved):
+    flags, said = OTHER_MODELS[other]
+    message = error_of([*TINY, "--load", saved, *flags])
+    assert message.startswith(f"--load {saved} holds another model: ") and "resolved_config.yaml" in message
+    for part in said:
+        assert part in message
+
+
+def test_checkpoint_of_the_same_model_is_taken(saved):
+    flags = [*TINY, "--load", saved, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    ((code, printed),) = run_script(1, *flags)
+    assert code == 0 and "successfully loaded checkpoint" in printed
+
+
+def test_the_way_a_user_starts_it(tmp_path):
+    """A fresh interpreter in another folder, no fork server: code, streams and the traceback on demand."""
+    command = [sys.executable, str(ROOT / "pretrain_yoco.py"), *TINY, "--num-layers", "3"]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("pretrain_yoco.py: error: --num-layers 3 is odd")
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_traceback_on_demand():
+    with pytest.raises(AssertionError, match="ValueError: --num-layers 3 is odd"):
+        run_script(1, *TINY, "--num-layers", "3", env={"YOCO_TRACEBACK": "1"})
