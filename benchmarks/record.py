@@ -74,7 +74,7 @@ def results_page(rows: list[dict]) -> str:
     lines = [
         "# Results",
         "",
-        "Made from results.jsonl by `python benchmarks/record.py`. Ratio above 1: we are better.",
+        "Made from results.jsonl by `python benchmarks/record.py`. Ratio above 1: ours is better.",
         "",
     ]
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
@@ -87,14 +87,18 @@ def results_page(rows: list[dict]) -> str:
         for row in rows:
             if row["benchmark"] != benchmark:
                 continue
-            peer_value = "" if row["peer_value"] is None else f"{row['peer_value']:,.4g} {row['unit']}"
+            peer_value = "" if row["peer_value"] is None else f"{_figure(row['peer_value'])} {row['unit']}"
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
             lines.append(
-                f"| {row['case']} | {row['metric']} | {row['value']:,.4g} {row['unit']} | {row['peer'] or ''} | "
+                f"| {row['case']} | {row['metric']} | {_figure(row['value'])} {row['unit']} | {row['peer'] or ''} | "
                 f"{peer_value} | {ratio} | {row['device']} | {row['commit']} | {row['date']} |"
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

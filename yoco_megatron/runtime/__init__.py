@@ -8,6 +8,7 @@ Only this package and `parallel/` may ask which device they are on.
 import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 
@@ -44,6 +45,9 @@ def has_fused_weight_gradient() -> bool:
 def prepare() -> None:
     """Make `import megatron` and `megatron.training.pretrain()` work on this machine. Idempotent."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
+    # Said once, with what to do about it, by tools/doctor.py, instead of seven times by every process.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Only transformer-engine", category=UserWarning)
     if not _HAS_GPU:
         from yoco_megatron.runtime import cpu
 
