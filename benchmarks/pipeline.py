@@ -34,13 +34,11 @@ def train(name: str, model: str, gpus: int, flags: str, options: argparse.Namesp
     """One run; tokens/s from the median step after the first two."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command += ["pretrain_yoco.py", "--config", f"configs/model/{model}.yaml", "configs/recipe/scaling.yaml"]
-    command += (
-        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 100000 --lr 3e-4 --lr-warmup-iters 2 \
+    command += f"--mock-data --tokenizer-type NullTokenizer --vocab-size 100000 --lr 3e-4 --lr-warmup-iters 2 \
         --log-interval 1 \
         --micro-batch-size {options.micro_batch_size} --global-batch-size {options.global_batch_size} \
         --seq-length {options.seq_length} --max-position-embeddings {options.seq_length} \
         --exit-interval {options.steps} --eval-iters 0 {flags}".split()
-    )
     print(f"== {name}", flush=True)
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if run.returncode:

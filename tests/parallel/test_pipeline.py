@@ -1,8 +1,8 @@
 """A pipeline equals one process: the loss of every micro-batch and the gradient of every parameter, at any cuts.
 
-Tolerance: fp32. Without tensor parallelism and with the same K,V order, stages compute what one process computes, but
-gradients of the K,V are summed in another order (0 would be luck), so 2e-6 of each tensor's norm; tensor parallelism also
-sums in another order, as in test_parity.py, 2e-5.
+Tolerance: fp32. Without tensor parallelism stages compute what one process computes, but gradients of the K,V may be
+summed in another order, so 2e-6 of each tensor's norm; tensor parallelism sums everything in another order, as in
+test_parity.py, 2e-5.
 """
 
 import pytest

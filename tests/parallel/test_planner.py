@@ -66,8 +66,12 @@ def test_virtual_stages_balance_ranks(generator: torch.Generator) -> None:
 
 
 def test_longer_sequences_move_the_cut_towards_fewer_cross_layers() -> None:
-    short, long = (planner.plan_cuts(24, 12, 2, 1, planner.Costs.of(shape(
-        num_layers=24, num_self_decoder_layers=12, seq_length=length))) for length in (512, 262144))
+    short, long = (
+        planner.plan_cuts(
+            24, 12, 2, 1, planner.Costs.of(shape(num_layers=24, num_self_decoder_layers=12, seq_length=length))
+        )
+        for length in (512, 262144)
+    )
     assert long[1] < short[1]
 
 
@@ -124,7 +128,8 @@ def flags(**changes) -> Namespace:
 def test_flags_become_a_layout(changes: dict, layout: str) -> None:
     args = flags(**changes)
     cuts = choose_layout(args, shape())
-    assert args.pipeline_model_parallel_layout == layout == layout_string(list(b - a for a, b in itertools.pairwise(cuts.cuts)))
+    counts = [last - first for first, last in itertools.pairwise(cuts.cuts)]
+    assert args.pipeline_model_parallel_layout == layout == layout_string(counts)
     assert args.num_layers_per_virtual_pipeline_stage is None
 
 
@@ -140,7 +145,7 @@ def test_planner_is_the_default() -> None:
         (dict(pipeline_model_parallel_layout="Ettt|tttL"), "6 layers .* do not add up to --num-layers 8"),
         (dict(pipeline_model_parallel_layout="tttt|ttttL"), "must begin with the embedding E"),
         (dict(pipeline_model_parallel_layout="Etttt|tttt"), "end with the loss L"),
-        (dict(pipeline_model_parallel_layout="Ettt|ttt|ttL"), "3 stages are not a multiple of --pipeline-model-parallel"),
+        (dict(pipeline_model_parallel_layout="Ettt|ttt|ttL"), "3 stages are not a multiple of --pipeline"),
         (dict(pipeline_model_parallel_layout="Etttt||tt|ttL"), "stage 1 is empty"),
         (dict(pipeline_model_parallel_layout="Etttx|ttttL"), "--pipeline-model-parallel-layout"),
         (dict(pipeline_model_parallel_layout="Etttt|tttt,mL"), "multi-token prediction"),

@@ -35,7 +35,7 @@ def pipeline_step(
     """Run the schedule once.
 
     Returns:
-        'loss' [micro-batches] on the last pipeline rank, and 'grad/NAME', whole, of the parameters that this rank holds.
+        'loss' [micro-batches] on the last pipeline rank, and 'grad/NAME', whole, of the parameters held here.
     """
     ranks, rank = mpu.get_pipeline_model_parallel_world_size(), mpu.get_pipeline_model_parallel_rank()
     chunks = (layout.count("|") + 1) // ranks if layout else 1

@@ -99,8 +99,8 @@ def _optimizer_state_behind_padded_buckets() -> None:
     """core/optimizer/distrib_optimizer.py saves wrong optimizer state for parameters behind a padded bucket.
 
     `get_parameter_state_dp_zero` joins the buckets without their padding; `sharded_param_state_fully_reshardable` then
-    cuts the parameters out of the whole at their padded offsets. With pipeline stages and tied embeddings, or any bucket
-    whose size the data-parallel size does not divide, main weights and Adam moments land in the wrong parameters, silently.
+    cuts the parameters out of the whole at their padded offsets. With pipeline stages and tied embeddings, or with any
+    bucket that had to be padded, main weights and Adam moments are saved under the wrong parameters, silently.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
