@@ -17,7 +17,7 @@ from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from yoco_megatron.checkpoint import architecture
+from yoco_megatron.checkpoint import architecture, safe_load
 from yoco_megatron.config import arguments
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     if args.save and args.rank == 0:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
+    safe_load.install()
     count_yoco()
     carry_shared_kv()
     pretrain(

@@ -13,6 +13,7 @@ from megatron.training import get_tokenizer
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
+from yoco_megatron.checkpoint import safe_load
 from yoco_megatron.config import arguments
 from yoco_megatron.model.builder import model_config_from_args
 
@@ -56,6 +57,7 @@ def load_model(folder: str, iteration: int | None = None) -> tuple[MegatronModul
     overrides = [f"{key}={'null' if value is None else value}" for key, value in items.items()]
     _alone()
     args = arguments.finalize(arguments.parse(["--config", str(config), *overrides]))
+    safe_load.install()
     initialize_megatron()
     model_config = model_config_from_args(args)
     builder = model_config.get_builder_cls()(model_config)
