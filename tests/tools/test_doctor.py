@@ -11,6 +11,7 @@ import pytest
 
 from yoco_megatron import doctor as module
 from yoco_megatron.doctor import PACKAGES, as_text, check_apex, check_package, check_transformer_engine
+from yoco_megatron.runtime.cpu import GPU_ONLY
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,13 @@ def doctor(*arguments: str, site: Path | None = None, python: tuple[str, ...] = 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, [ROOT, site])))}
     command = [sys.executable, *python, str(ROOT / "tools" / "doctor.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU runtime hides packages that need a GPU from Megatron; the doctor runs without it."""
+    for name in GPU_ONLY:
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 POISON = 'raise RuntimeError("the doctor must not import this")'
