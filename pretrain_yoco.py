@@ -21,6 +21,7 @@ from yoco_megatron.checkpoint import architecture, safe_load
 from yoco_megatron.config import arguments
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
+from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.step import forward_step
 from yoco_megatron.training.upstream import carry_shared_kv, count_yoco
 
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> None:
     args = arguments.parse(argv)
     arguments.finalize(args)
     model = model_config_from_args(args)
-    if args.rank == 0 and args.stage_plan:
-        print(arguments.pipeline_table(args))
+    if args.rank == 0 and args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
+        print(arguments.pipeline_table(args, StagePlan.from_config(model.transformer)))
     if args.save and args.rank == 0:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import yaml
+from megatron.training.argument_utils import core_transformer_config_from_args
 
 from yoco_megatron.config import arguments
-from yoco_megatron.config.yoco_config import YOCOFields
+from yoco_megatron.config.yoco_config import YOCOConfig, YOCOFields
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
 MINIMAL = [*SIZES.split(), "--mock-data"]
@@ -39,7 +40,7 @@ def test_several_config_flags_add_up(config):
 def test_defaults_are_the_papers():
     args = arguments.parse(MINIMAL)
     args.params_dtype = torch.float32
-    config = arguments.yoco_config(args)
+    config = core_transformer_config_from_args(args, YOCOConfig)
     assert config.normalization == "RMSNorm" and config.layernorm_epsilon == 1e-5
     assert config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
     assert not config.add_bias_linear and not config.add_qkv_bias and not config.qk_layernorm

@@ -23,10 +23,11 @@ from yoco_megatron.checkpoint.architecture import check_loadable
 from yoco_megatron.config import rules
 from yoco_megatron.config.files import load_config_files, to_argv
 from yoco_megatron.config.shape import ModelShape
-from yoco_megatron.config.yoco_config import YOCOConfig, YOCOFields
+from yoco_megatron.config.yoco_config import YOCOFields
 from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
 from yoco_megatron.parallel import planner
 from yoco_megatron.parallel.layout import choose_layout
+from yoco_megatron.parallel.stages import StagePlan
 
 # Megatron's defaults that are not a YOCO's (paper section 2 and the authors' code), by argparse destination.
 YOCO_DEFAULTS: dict[str, Any] = {
@@ -84,8 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line with its configs and check it; touches no process group and no GPU.
 
     Returns:
-        Megatron's arguments, not yet through Megatron's own validation (see `finalize`), with two more attributes:
-        `resolved_config`, the merged mapping of flags to values, and `yoco_config_argv`, the merged command line.
+        Megatron's arguments, not yet through Megatron's own validation (see `finalize`), with one more attribute,
+        `resolved_config`, the merged mapping of flags to values.
     Raises:
         ValueError: anything wrong that can be seen without starting.
     """
@@ -155,11 +156,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     )
     if args.architecture == "yoco":
         rules.check_model(_model_fields(args))
-    if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
-        build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
-    args.stage_plan = None
-    if args.architecture == "yoco":
-        args.stage_plan = choose_layout(args, ModelShape.from_args(args))
+        if args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
+            build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
+        choose_layout(args, ModelShape.from_args(args))
     if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
         raise ValueError(
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
@@ -206,11 +205,11 @@ def _failed_assertion(error: AssertionError) -> str:
     return f"Megatron refuses these arguments: {place.line} ({place.filename}, line {place.lineno})"
 
 
-def pipeline_table(args: argparse.Namespace) -> str:
+def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
     """The stages of a pipelined YOCO, a line each: layers, parameters, FLOPs, bytes, expected bubble."""
     data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     return planner.table(
-        args.stage_plan,
+        plan,
         ModelShape.from_args(args),
         args.pipeline_model_parallel_size,
         args.global_batch_size // (args.micro_batch_size * data_parallel),
@@ -227,10 +226,3 @@ def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:
     aside.write_text(yaml.safe_dump(args.resolved_config, sort_keys=True))
     aside.replace(path)
     return path
-
-
-def yoco_config(args: argparse.Namespace) -> YOCOConfig:
-    """The model's configuration from Megatron's arguments."""
-    from megatron.training.argument_utils import core_transformer_config_from_args
-
-    return core_transformer_config_from_args(args, YOCOConfig)
