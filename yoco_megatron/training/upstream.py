@@ -1,9 +1,8 @@
-"""The places where a door is missing in Megatron's training loop.
+"""The places where a door is missing in Megatron's training loop, `megatron/training/training.py`.
 
-What it says of a model knows GPT alone:
-
-`megatron/training/training.py` calls `num_floating_point_operations` for its throughput line and for the total that it
-saves, and `report_theoretical_memory` after the first iterations. YOCO's own take their place under the same names.
+It calls `num_floating_point_operations` for its throughput line and for the total that it saves, and
+`report_theoretical_memory` after the first iterations; both know GPT alone. It asks `get_forward_backward_func` for a
+schedule, and has no way to hand that schedule a communicator per call. Ours take their place under the same names.
 """
 
 from argparse import Namespace
