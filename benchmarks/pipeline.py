@@ -3,8 +3,8 @@
     python benchmarks/pipeline.py --model 1.4b --self-decoder swa --steps 8      # two GPUs, about five minutes
 
 Every case is one run of pretrain_yoco.py: same data, batch and flags. Prints tokens/s, the bubble (one minus the
-speed-up over one GPU divided by the number of GPUs; for GPT over its own single GPU with --gpt-single), the bytes that
-cross the boundaries a micro-batch, and the last loss.
+speed-up over one GPU divided by the number of GPUs), the megabytes that cross each boundary a micro-batch, and the last
+loss.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from record import record
+
+from yoco_megatron.config.files import load_config_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +65,6 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--gpt-single", action="store_true", help="measure GPT on one GPU too")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
     import torch
@@ -77,16 +78,19 @@ def main() -> None:
         "YOCO one GPU": train("YOCO one GPU", yoco, 1, "", options),
         "YOCO PP2": train("YOCO PP2", yoco, 2, pp2, options),
         "YOCO PP2 VP2": train("YOCO PP2 VP2", yoco, 2, vp2, options),
+        "GPT one GPU": train("GPT one GPU", gpt, 1, "", options),
         "GPT PP2": train("GPT PP2", gpt, 2, pp2, options),
         "GPT PP2 VP2": train("GPT PP2 VP2", gpt, 2, vp2, options),
     }
-    if options.gpt_single:
-        runs["GPT one GPU"] = train("GPT one GPU", gpt, 1, "", options)
+    hidden_size = load_config_files([str(ROOT / f"configs/model/{gpt}.yaml")])["hidden-size"]
+    hidden_megabytes = options.micro_batch_size * options.seq_length * hidden_size * 2 / 1e6
     print(f"\n{'run':<14} {'tokens/s':>10} {'bubble':>7} {'MB/boundary':>24} {'last loss':>10}")
     for name, run in runs.items():
         single = runs.get(f"{name.split()[0]} one GPU")
         bubble = f"{1 - run.tokens_per_second / single.tokens_per_second / 2:.1%}" if single and "PP2" in name else ""
-        boundaries = " ".join(f"{value:.1f}" for value in run.megabytes[1:])
+        # GPT's boundaries all carry hidden states alone, as the first one of an interleaved YOCO does.
+        megabytes = run.megabytes[1:] or [hidden_megabytes] * ("PP2" in name) * (3 if "VP2" in name else 1)
+        boundaries = " ".join(f"{value:.1f}" for value in megabytes)
         print(f"{name:<14} {run.tokens_per_second:>10,.0f} {bubble:>7} {boundaries:>24} {run.losses[-1]:>10.4f}")
     for mesh in ("PP2", "PP2 VP2"):
         ours, peer = runs[f"YOCO {mesh}"], runs[f"GPT {mesh}"]
