@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.init import initialize, named_parameters
+from yoco_megatron.model.stage import Stage
 from yoco_megatron.model.yoco_model import YOCOModel
 
 VOCAB, SEQ = 256, 48
@@ -47,11 +48,24 @@ def tiny_config(**overrides: Any) -> YOCOConfig:
     return YOCOConfig(**fields | overrides)
 
 
-def build(config: YOCOConfig, tied: bool = False, seed: int = 1234) -> YOCOModel:
+def build(
+    config: YOCOConfig,
+    tied: bool = False,
+    seed: int = 1234,
+    stage: Stage | None = None,
+    vp_stage: int | None = None,
+) -> YOCOModel:
     """The part of the model that this rank holds, initialised, on its device."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = YOCOModel(
-        config, VOCAB, SEQ, share_embeddings_and_output_weights=tied, pg_collection=groups, parallel_output=True
+        config,
+        VOCAB,
+        SEQ,
+        stage=stage,
+        share_embeddings_and_output_weights=tied,
+        parallel_output=True,
+        pg_collection=groups,
+        vp_stage=vp_stage,
     )
     initialize(model, config, seed, config.init_law, groups.tp.rank(), groups.tp.size())
     return model.to(runtime.device())

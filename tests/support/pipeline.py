@@ -5,13 +5,10 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from support.models import SEQ, VOCAB, batch, gather_whole, tiny_config
-from yoco_megatron import runtime
-from yoco_megatron.model.init import initialize, named_parameters
-from yoco_megatron.model.yoco_model import YOCOModel
+from support.models import SEQ, batch, build, gather_whole, tiny_config
+from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.upstream import get_forward_backward_func
 
@@ -51,21 +48,11 @@ def pipeline_step(
         **{"num_layers": 8, **overrides},
     )
     config.finalize_model_grads_func = finalize_model_grads
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     plan = StagePlan.from_config(config)
     models, names = [], []
     for chunk in range(chunks):
-        model = YOCOModel(
-            config,
-            VOCAB,
-            SEQ,
-            stage=plan.stage(chunk * ranks + rank),
-            share_embeddings_and_output_weights=tied,
-            pg_collection=groups,
-            vp_stage=chunk if chunks > 1 else None,
-        )
-        initialize(model, config, 1234, config.init_law, groups.tp.rank(), groups.tp.size())
-        model = model.to(runtime.device())
+        stage = plan.stage(chunk * ranks + rank)
+        model = build(config, tied, stage=stage, vp_stage=chunk if chunks > 1 else None)
         names.append(dict(named_parameters(model)))
         wrapped = Float16Module(config, model) if config.bf16 else model
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)

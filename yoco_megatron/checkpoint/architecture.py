@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from yoco_megatron.config.files import write_atomically
 from yoco_megatron.config.shape import ModelShape
 
 FILE_NAME = "architecture.json"
@@ -25,12 +26,7 @@ def describe(args: Namespace) -> dict[str, object]:
 
 def save(args: Namespace, folder: str) -> Path:
     """Write architecture.json into `folder`, in one step."""
-    path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(describe(args), indent=1) + "\n")
-    aside.replace(path)
-    return path
+    return write_atomically(Path(folder) / FILE_NAME, json.dumps(describe(args), indent=1) + "\n")
 
 
 def check_loadable(args: Namespace) -> None:

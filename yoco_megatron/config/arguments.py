@@ -21,7 +21,7 @@ from megatron.training.global_vars import set_global_variables
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_loadable
 from yoco_megatron.config import rules
-from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
 from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
@@ -220,9 +220,4 @@ def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
 
 def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:
     """Write the merged flags beside the checkpoints; `--config` reads the file back."""
-    path = Path(folder) / "resolved_config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(yaml.safe_dump(args.resolved_config, sort_keys=True))
-    aside.replace(path)
-    return path
+    return write_atomically(Path(folder) / "resolved_config.yaml", yaml.safe_dump(args.resolved_config, sort_keys=True))

@@ -62,6 +62,14 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return {str(key).replace("_", "-"): value for key, value in content.items()}
 
 
+def write_atomically(path: Path, text: str) -> Path:
+    """Write `text` beside `path` and rename it into place, making the folder if need be: readers see all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    return aside.replace(path)
+
+
 def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """The command line that says what `config` says.
 

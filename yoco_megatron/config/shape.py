@@ -16,7 +16,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from yoco_megatron.config.rules import require, require_even_layers
+from yoco_megatron.config.rules import fill_in_defaults, require
 
 
 @dataclass(frozen=True)
@@ -108,25 +108,22 @@ class ModelShape:
             # What Megatron chooses for SwiGLU when it validates: 8/3 x hidden, down to a multiple of 64.
             ffn_hidden_size = int((4 * args.hidden_size * 2 / 3) / 64) * 64
         is_yoco = args.architecture == "yoco"
-        self_layers = args.num_self_decoder_layers
-        if is_yoco and self_layers is None:
-            require_even_layers(args.num_layers)
-            self_layers = args.num_layers // 2
-        self_heads = heads if args.self_decoder_heads is None else args.self_decoder_heads
-        self_groups = self_heads if args.self_decoder_query_groups is None else args.self_decoder_query_groups
+        own = Namespace(**vars(args))
+        if is_yoco:
+            fill_in_defaults(own)
         return cls(
             architecture=args.architecture,
             self_decoder=args.self_decoder,
             num_layers=args.num_layers,
-            num_self_decoder_layers=self_layers if is_yoco else 0,
+            num_self_decoder_layers=own.num_self_decoder_layers if is_yoco else 0,
             hidden_size=args.hidden_size,
             ffn_hidden_size=ffn_hidden_size,
             num_attention_heads=heads,
             # Megatron's own default for the groups is 1, and means nothing without the switch.
             num_query_groups=args.num_query_groups if args.group_query_attention else heads,
             kv_channels=args.hidden_size // heads if args.kv_channels is None else args.kv_channels,
-            self_decoder_heads=self_heads if is_yoco else 0,
-            self_decoder_query_groups=self_groups if is_yoco else 0,
+            self_decoder_heads=own.self_decoder_heads if is_yoco else 0,
+            self_decoder_query_groups=own.self_decoder_query_groups if is_yoco else 0,
             self_decoder_window=args.self_decoder_window if is_yoco else 0,
             padded_vocab_size=getattr(args, "padded_vocab_size", None),
             seq_length=args.seq_length,

@@ -18,3 +18,8 @@ class Stage:
     makes_kv: bool = True
     kv_in: bool = False
     kv_out: bool = False
+
+    def split(self, border: int) -> tuple[int, int]:
+        """(self-decoder layers, cross-decoder layers) held here; layer `border` is the first of the cross-decoder."""
+        n_self = max(0, min(self.last, border) - self.first)
+        return n_self, self.last - self.first - n_self

@@ -58,7 +58,7 @@ class YOCOBlock(MegatronModule):
                 )
 
         self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
-        self.num_self = max(0, min(stage.last, border) - stage.first)
+        self.num_self, _ = stage.split(border)
         self.stage = stage
         self.shared_kv = None
         if stage.makes_kv:

@@ -53,7 +53,7 @@ class Costs:
 
     def stage(self, stage: Stage, border: int) -> float:
         """Forward seconds per token of one stage."""
-        n_self, n_cross = split_layers(stage, border)
+        n_self, n_cross = stage.split(border)
         return (
             n_self * self.self_layer
             + n_cross * self.cross_layer
@@ -61,12 +61,6 @@ class Costs:
             + stage.makes_kv * self.shared_kv
             + stage.post_process * self.head
         )
-
-
-def split_layers(stage: Stage, border: int) -> tuple[int, int]:
-    """(self-decoder layers, cross-decoder layers) of a stage."""
-    n_self = max(0, min(stage.last, border) - stage.first)
-    return n_self, stage.last - stage.first - n_self
 
 
 def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Costs) -> list[int]:
@@ -174,7 +168,7 @@ def table(
     ]
     for g in range(plan.count):
         stage = plan.stage(g)
-        n_self, n_cross = split_layers(stage, plan.border)
+        n_self, n_cross = stage.split(plan.border)
         parts = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
         also = " ".join(name for name, held in parts.items() if held)
         lines.append(
@@ -188,7 +182,7 @@ def table(
 def stage_parameters(stage: Stage, border: int, shape: ModelShape) -> int:
     """Parameters that a stage holds; a tied head on a stage of its own is a copy of the embedding."""
     parameters = parameter_count(shape)
-    n_self, n_cross = split_layers(stage, border)
+    n_self, n_cross = stage.split(border)
     count = parameters["self_decoder"] * n_self // max(1, border)
     count += parameters["cross_decoder"] * n_cross // (shape.num_layers - border)
     count += stage.pre_process * parameters["embedding"] + stage.makes_kv * parameters["shared_kv"]
@@ -201,7 +195,7 @@ def stage_parameters(stage: Stage, border: int, shape: ModelShape) -> int:
 def stage_gflop(stage: Stage, border: int, shape: ModelShape) -> float:
     """Training GFLOP per token of a stage (three times the forward pass)."""
     layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
-    n_self, n_cross = split_layers(stage, border)
+    n_self, n_cross = stage.split(border)
     flops = n_self * sum(layers["self_decoder"].values()) if n_self else 0.0
     flops += n_cross * sum(layers["cross_decoder"].values())
     flops += stage.makes_kv * whole["shared_kv"] + stage.post_process * whole["output_layer"]

@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training import training
 
@@ -48,7 +47,7 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
             call["num_microbatches"],
             call.get("forward_only", False),
         )
-        call |= {"p2p_communicator": communicator, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
+        call |= {"p2p_communicator": communicator, "pg_collection": model.pg_collection}
         result = schedule(**call)
         communicator.finish()
         return result
