@@ -94,6 +94,64 @@ def test_scale_multiplies_the_keys(scale):
     torch.testing.assert_close(chunkwise(**scaled_by_hand, scale=1.0)[0], want["o"], rtol=1e-10, atol=1e-10)
 
 
+# Documents that end on, just before and just after a chunk's edge, several in one chunk, one longer than chunks.
+LENGTHS = {"edges": (16, 15, 2, 16, 31, 20), "short": (1, 1, 3, 2, 5, 88), "one": (100,)}
+
+
+def document_ids(*rows: tuple[int, ...]) -> Tensor:
+    """int32 [B, T] from the lengths of each row's documents."""
+    return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows]).int()
+
+
+@pytest.mark.parametrize("rows", [("edges", "short"), ("short", "one"), ("edges", "edges")])
+@pytest.mark.parametrize("form", [recurrent, parallel, chunkwise])
+def test_documents_are_separate_sequences(form, rows):
+    inputs = make_inputs(3, T=100)
+    options = dict(chunk_size=16) if form is chunkwise else {}
+    got = run(form, inputs, document_ids=document_ids(*(LENGTHS[r] for r in rows)), **options)
+    want = {name: torch.zeros_like(x) for name, x in got.items()}
+    rng = torch.Generator().manual_seed(99)
+    do = torch.randn(got["o"].shape, generator=rng, dtype=torch.float64)
+    dS = torch.randn(got["final_state"].shape, generator=rng, dtype=torch.float64)
+    for row, lengths in enumerate(LENGTHS[r] for r in rows):
+        first = 0
+        for length in lengths:
+            part, last = slice(first, first + length), first + length == 100
+            leaves = {n: x[row : row + 1] if "state" in n else x[row : row + 1, part] for n, x in inputs.items()}
+            leaves = {n: x.clone().requires_grad_() for n, x in leaves.items()}
+            o, final = recurrent(**leaves | ({} if first == 0 else {"initial_state": None}))
+            loss = (o * do[row : row + 1, part]).sum() + (final * dS[row : row + 1]).sum() * last
+            loss.backward()
+            want["o"][row, part] = o[0].detach()
+            if last:
+                want["final_state"][row] = final[0].detach()
+            for name in ("q", "k", "v", "log_decay"):
+                want["d" + name][row, part] = leaves[name].grad[0]
+            if first == 0:
+                want["dinitial_state"][row] = leaves["initial_state"].grad[0]
+            else:
+                want["dlog_decay"][row, first] = 0.0  # nothing to decay into a document's first token
+            first += length
+    assert_close(got, want, 1e-10)
+
+
+def test_documents_do_not_leak_one_bit():
+    """Another document's values do not even change a rounding; without ids they change everything behind them."""
+    ids = document_ids(LENGTHS["edges"], LENGTHS["short"])
+    inputs = make_inputs(4, T=100, dtype=torch.float32)
+    other = make_inputs(5, T=100, dtype=torch.float32, gate_logit=4.0)
+    here = (ids == 2)[..., None]
+    changed = {
+        n: x if "state" in n else torch.where(here if x.ndim == 3 else here[..., None], other[n], x)
+        for n, x in inputs.items()
+    }
+    rest = ~(ids == 2)
+    for masked in (True, False):
+        a, b = (run(chunkwise, x, chunk_size=16, document_ids=ids if masked else None) for x in (inputs, changed))
+        same = all(torch.equal(a[n][rest], b[n][rest]) for n in ("o", "dq", "dk", "dv", "dlog_decay"))
+        assert same == masked
+
+
 @pytest.mark.parametrize("gate_logit", [-4.0, 0.0, 4.0, 8.0])
 def test_float32(gate_logit):
     # 1e-5: a few hundred float32 roundings (6e-8 each) of sums that cancel little.

@@ -79,19 +79,32 @@ def gated_retention(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
     chunk_size: int = 128,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gated retention (paper 2405.05254, Eq. 5 and following) over [B, T, H, K] tensors, by the best backend.
 
     Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] or None. `scale` multiplies k, default K ** -0.5. Strided views are welcome.
+    initial_state [B, H, K, V] or None; document_ids integers [B, T], equal within a document and never falling
+    along T, or None for one document: no state crosses a border, the initial state continues the first token's
+    document, the final state is that of the last token's. `scale` multiplies k, default K ** -0.5. Strided views
+    are welcome.
     Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V], float32 (float64 for float64 inputs).
     Raises ValueError for another layout, or naming `--retention-backend` if that backend cannot serve.
     """
-    check_layout(q, k, v, log_decay, initial_state)
+    check_layout(q, k, v, log_decay, initial_state, document_ids)
     chosen = resolve_backend(backend, device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
-    return chosen.run(q, k, v, log_decay, scale=scale, initial_state=initial_state, chunk_size=chunk_size)
+    return chosen.run(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        document_ids=document_ids,
+        chunk_size=chunk_size,
+    )
 
 
 def log_decay_from_logits(logits: Tensor, temperature: float = 16.0) -> Tensor:

@@ -8,7 +8,7 @@ decay summed from the start of a chunk of C tokens to its token j:
 
 Every exponent is <= 0, so nothing overflows and no second level of chunks is needed. Sums of log decay are
 taken inside a chunk only: over a long sequence they reach the thousands, where one float32 rounding already
-costs 2e-4 in a decay.
+costs 2e-4 in a decay. Sums also start anew at each document, so that no rounding depends on another document.
 
 Tensor legend: B batch, T time, H heads, K key width, V value width, N chunks, C chunk size.
 """
@@ -28,18 +28,20 @@ def chunkwise(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
     chunk_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Gated retention of a whole sequence, differentiable in q, k, v, log_decay and initial_state.
 
     Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] (zeros if None). Any T >= 1, any strides. `scale` multiplies k, default
-    K ** -0.5. `chunk_size` changes the cost and the rounding, not the result.
+    initial_state [B, H, K, V] (zeros if None); document_ids integers [B, T], see reference.py (None: one
+    document). Any T >= 1, any strides. `scale` multiplies k, default K ** -0.5. `chunk_size` changes the cost and
+    the rounding, not the result.
     Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V]. The arithmetic and the final state are
     float32, or float64 if q is float64.
     Raises ValueError for another layout or a chunk size below 1.
     """
-    check_layout(q, k, v, log_decay, initial_state)
+    check_layout(q, k, v, log_decay, initial_state, document_ids)
     if chunk_size < 1:
         raise ValueError(f"gated retention needs chunk_size >= 1, got {chunk_size}")
     B, T, H, K = q.shape
@@ -57,24 +59,36 @@ def chunkwise(
         return x.unflatten(2, (-1, C)).contiguous().to(compute)
 
     q_BHNCK, k_BHNCK, v_BHNCV = chunks(q), chunks(k) * (K**-0.5 if scale is None else scale), chunks(v)
-    b_BHNC = chunks(log_decay).cumsum(-1)
+    if document_ids is None:
+        document_ids = torch.zeros(1, T, dtype=torch.int32, device=q.device)
+    # Nothing decays into a document's first token, so its decay gets no gradient either.
+    starts_BT = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    log_decay = log_decay.masked_fill(starts_BT[..., None], 0.0)
+    # Repeating the last id lets the padding, which writes nothing, belong to the last document.
+    ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, pad)], dim=1)
+    ids_B1NC = ids.unflatten(1, (-1, C))[:, None]
+    before_B1N1 = torch.cat([ids_B1NC[:, :, :1, :1], ids_B1NC[:, :, :-1, -1:]], dim=2)
+    b_BHNC = _cumsum_by_document(chunks(log_decay), ids_B1NC)
     b_last_BHN1 = b_BHNC[..., -1:]
 
     # Inside the chunks: all of them in one batched matmul.
     causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    visible_B1NCC = causal_CC & (ids_B1NC[..., :, None] == ids_B1NC[..., None, :])
     # Mask before exp: above the diagonal the exponent is positive, and inf * 0 in the backward would be nan.
-    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~causal_CC, -torch.inf).exp()
+    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~visible_B1NCC, -torch.inf).exp()
     o_BHNCV = (q_BHNCK @ k_BHNCK.transpose(-1, -2) * decay_BHNCC) @ v_BHNCV
 
     # Between the chunks: what each one writes, then the scan that carries it, the only loop.
-    to_end_BHNC1 = (b_last_BHN1 - b_BHNC).exp()[..., None]
+    to_end_BHNC1 = (b_last_BHN1 - b_BHNC).masked_fill(ids_B1NC != ids_B1NC[..., -1:], -torch.inf).exp()[..., None]
+    from_start_BHNC1 = b_BHNC.masked_fill(ids_B1NC != before_B1N1, -torch.inf).exp()[..., None]
     written_BHNKV = (k_BHNCK * to_end_BHNC1).transpose(-1, -2) @ v_BHNCV
+    kept_BHN11 = from_start_BHNC1[..., -1:, :]
     S_BHKV = q.new_zeros(B, H, K, V, dtype=compute) if initial_state is None else initial_state.to(compute)
     entering = []
-    for kept_BH1, new_BHKV in zip(b_last_BHN1.exp().unbind(2), written_BHNKV.unbind(2), strict=True):
+    for kept_BH11, new_BHKV in zip(kept_BHN11.unbind(2), written_BHNKV.unbind(2), strict=True):
         entering.append(S_BHKV)
-        S_BHKV = kept_BH1[..., None] * S_BHKV + new_BHKV
-    o_BHNCV = o_BHNCV + (q_BHNCK * b_BHNC.exp()[..., None]) @ torch.stack(entering, dim=2)
+        S_BHKV = kept_BH11 * S_BHKV + new_BHKV
+    o_BHNCV = o_BHNCV + (q_BHNCK * from_start_BHNC1) @ torch.stack(entering, dim=2)
 
     o_BTHV = o_BHNCV.flatten(2, 3)[:, :, :T].transpose(1, 2).to(q.dtype).contiguous()
     return o_BTHV, S_BHKV
@@ -98,6 +112,16 @@ def step(
     S_BHKV = decay_BH11 * state.to(compute) + k_BHK[..., :, None] * v.to(compute)[..., None, :]
     o_BHV = (q.to(compute)[..., None, :] @ S_BHKV).squeeze(-2)
     return o_BHV.to(q.dtype), S_BHKV
+
+
+def _cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
+    """Inclusive sums within each chunk that start anew at each document: log2(C) shifted additions."""
+    shift = 1
+    while shift < x_BHNC.shape[-1]:
+        same = ids_B1NC[..., shift:] == ids_B1NC[..., :-shift]
+        x_BHNC = x_BHNC + F.pad(torch.where(same, x_BHNC[..., :-shift], 0.0), (shift, 0))
+        shift *= 2
+    return x_BHNC
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
