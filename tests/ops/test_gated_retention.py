@@ -324,7 +324,11 @@ def test_registered_backend_is_preferred_and_its_reason_is_told(monkeypatch):
         "fast", lambda device, dtype, K, V: None if K == 128 else f"head width {K} is not 128", None
     )
     monkeypatch.setattr(dispatch, "BACKENDS", [fast, *dispatch.BACKENDS])
-    assert dispatch.explain(**WHERE) == {"fast": "head width 64 is not 128", "torch": None}
+    assert dispatch.explain(**WHERE) == {
+        "fast": "head width 64 is not 128",
+        "triton": "needs a CUDA GPU",
+        "torch": None,
+    }
     assert resolve_backend("auto", **WHERE).name == "torch"
     assert resolve_backend("auto", **(WHERE | {"key_dim": 128})) is fast
     with pytest.raises(ValueError, match=r"--retention-backend fast .*head width 64 is not 128"):

@@ -4,8 +4,10 @@ A backend is one entry of `BACKENDS`, best first. Adding a kernel is adding its 
 project names it.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,26 @@ def _torch_why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value
     return None
 
 
+def _triton_why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    # Triton is imported only where it can be used: a CPU-only torch comes without it.
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return "needs a CUDA GPU"
+    try:
+        from yoco_megatron.ops.gated_retention import triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return triton.why_not(device, dtype, key_dim, value_dim)
+
+
+def _triton_run(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    from yoco_megatron.ops.gated_retention import triton
+
+    return triton.gated_retention(*args, **options)
+
+
 # Best first: "auto" takes the first that has no objection.
 BACKENDS: list[Backend] = [
+    Backend("triton", _triton_why_not, _triton_run),
     Backend("torch", _torch_why_not, chunkwise),
 ]
 

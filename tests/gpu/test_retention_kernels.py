@@ -1,0 +1,145 @@
+"""The retention kernels on the device: accuracy against float64 at every kind of shape that ships, and determinism.
+
+The compiler is under test as well: Triton up to 3.7 miscompiles some patterns on Hopper, so no shape is trusted that
+was not compared here. Every torch.empty holds NaN, so what no program wrote shows.
+
+Tolerances (relative Frobenius norm, worst head). bf16: operands are rounded to 2^-9, twice along each result: 5e-3,
+3e-3 for states, which are averages; the decay's gradient is a difference of nearly equal sums: 1.5e-2. float32 inputs
+(three tf32 products each): 1e-5, and ten times that for the decay's gradient.
+"""
+
+import pytest
+import torch
+
+from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
+from yoco_megatron.ops.gated_retention.torch import chunkwise
+
+pytestmark = pytest.mark.gpu
+BF16 = dict.fromkeys(("o", "dq", "dk", "dv"), 5e-3) | {"dlog_decay": 1.5e-2, "final": 3e-3, "dinitial_state": 3e-3}
+FP32 = dict.fromkeys(BF16, 1e-5) | {"dlog_decay": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory():
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def fused_views(B, T, H, K, V, dtype):
+    """q, k, v as views of one projection [T, B, H, 2K + V], as the model makes them."""
+    fused = torch.randn(T, B, H, 2 * K + V, device="cuda").to(dtype)
+    return (x.transpose(0, 1) for x in fused.split((K, K, V), dim=-1))
+
+
+def results(form, inputs, cotangents, **options):
+    leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
+    o, final = form(**leaves, **options)
+    do, dS = cotangents
+    torch.autograd.backward([o, final], [do.to(o.dtype), dS.to(final.dtype)])
+    grads = {"d" + n: x.grad for n, x in leaves.items() if x is not None}
+    return {"o": o.detach(), "final": final.detach()} | grads
+
+
+def worst_head(got, want, head_dim):
+    heads = (got.double() - want.double()).movedim(head_dim, 0).flatten(1).norm(dim=1)
+    return (heads / want.double().movedim(head_dim, 0).flatten(1).norm(dim=1)).max().item()
+
+
+def check(B, T, H, K, V, mu, dtype=torch.bfloat16, state=True, documents=None, segments=None):
+    q, k, v = fused_views(B, T, H, K, V, dtype)
+    log_decay = log_decay_from_logits(torch.randn(B, T, H, device="cuda") + mu)
+    start = torch.randn(B, H, K, V, device="cuda") if state else None
+    inputs = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=start)
+    cotangents = torch.randn(B, T, H, V, device="cuda").to(dtype), torch.randn(B, H, K, V, device="cuda")
+    ids = None
+    if documents:
+        starts = torch.zeros(B, T, device="cuda", dtype=torch.int32)
+        starts[:, list(documents)] = 1
+        ids = starts.cumsum(1).int()
+    from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
+
+    got = results(kernel, inputs, cotangents, document_ids=ids, segments=segments)
+    wide = {n: None if x is None else x.double() for n, x in inputs.items()}
+    want = results(chunkwise, wide, cotangents, document_ids=ids, chunk_size=64)
+    limits = FP32 if dtype == torch.float32 else BF16
+    errors = {n: worst_head(got[n], want[n], 1 if n in ("final", "dinitial_state") else 2) for n in got}
+    print(f"{B}x{T} H{H} {K}x{V} mu {mu:+.0f} {str(dtype)[6:]} seg {segments} docs {bool(documents)}: ", end="")
+    print(" ".join(f"{n} {e:.1e}" for n, e in errors.items()))
+    wrong = {n: e for n, e in errors.items() if not e <= limits[n]}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("mu", [-4.0, 0.0, 4.0, 8.0])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_decays(dim, mu):
+    check(1, 4096, 3, dim, dim, mu)
+
+
+@pytest.mark.parametrize("T", [1, 64, 1000, 4095])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (64, 128), (128, 64), (256, 128)])
+def test_lengths_and_widths(T, K, V):
+    check(2, T, 3, K, V, 2.0)
+
+
+@pytest.mark.parametrize("mu", [0.0, 8.0])
+def test_long_sequence_in_segments(mu):
+    check(1, 65536, 2, 128, 128, mu)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 8, 13])
+def test_segments(segments):
+    check(1, 4096 + 77, 3, 128, 128, 4.0, segments=segments)
+
+
+@pytest.mark.parametrize("segments", [1, 5])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_documents(dim, segments):
+    check(2, 3000, 3, dim, dim, 4.0, documents=(64, 127, 128, 129, 1000, 1001, 1024, 2048, 2999), segments=segments)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_without_states(dim):
+    check(3, 2048, 5, dim, dim, 0.0, state=False)
+
+
+@pytest.mark.parametrize(("dim", "documents", "segments"), [(64, (100, 192), 1), (128, None, 3), (128, (64,), 1)])
+def test_float32(dim, documents, segments):
+    check(1, 700, 3, dim, dim, 2.0, torch.float32, documents=documents, segments=segments)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_ten_runs_give_the_same_bits(dim):
+    q, k, v = fused_views(2, 4096, 8, dim, dim, torch.bfloat16)
+    log_decay = log_decay_from_logits(torch.randn(2, 4096, 8, device="cuda"))
+    inputs = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=None)
+    do = torch.randn(2, 4096, 8, dim, device="cuda").bfloat16(), torch.randn(2, 8, dim, dim, device="cuda")
+    first = results(gated_retention, inputs, do)
+    for _ in range(9):
+        again = results(gated_retention, inputs, do)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_it_is_the_models_default():
+    chosen = resolve_backend("auto", device="cuda", dtype=torch.bfloat16, key_dim=128, value_dim=128)
+    assert chosen.name == "triton"
+
+
+def test_documents_do_not_leak_one_bit():
+    ids = torch.tensor([100, 300, 1, 63, 1000]).cuda()
+    ids = torch.arange(5, device="cuda").repeat_interleave(ids)[None].int()
+    shape = (1, ids.shape[1], 2, 128, 128, torch.bfloat16)
+    q, k, v = (x.clone() for x in fused_views(*shape))
+    log_decay = log_decay_from_logits(torch.randn(1, ids.shape[1], 2, device="cuda"))
+    inputs = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=None)
+    do = torch.randn_like(v), torch.randn(1, 2, 128, 128, device="cuda")
+    there = (ids == 1)[..., None]
+    other = {
+        n: x if x is None else torch.where(there if x.ndim == 3 else there[..., None], x * 0.7, x)
+        for n, x in inputs.items()
+    }
+    for masked in (True, False):
+        a, b = (results(gated_retention, x, do, document_ids=ids if masked else None) for x in (inputs, other))
+        rest = ids != 1
+        assert masked == all(torch.equal(a[n][rest], b[n][rest]) for n in ("o", "dq", "dk", "dv", "dlog_decay"))

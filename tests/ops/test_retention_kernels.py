@@ -1,0 +1,118 @@
+"""The very kernels of the GPU, in Triton's interpreter: equal to the float64 recurrence, gradients included.
+
+A process of its own, because Triton reads TRITON_INTERPRET when kernels are defined. float32 only (the interpreter
+multiplies bfloat16 wrongly), so errors are float32 rounding: 1e-5 as for the torch path, measured 1e-7 to 5e-7.
+bf16, speed and the compiler are the business of tests/gpu/test_retention_kernels.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_in_the_interpreter():
+    if INTERPRETED:
+        pytest.skip("this is the inner run")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{len(CASES) + 4} passed" in run.stdout, "the inner run lost cases"
+
+
+if INTERPRETED:
+    from ops.test_gated_retention import assert_close, document_ids, make_inputs, run
+
+    from yoco_megatron.ops.gated_retention import gated_retention, resolve_backend
+    from yoco_megatron.ops.gated_retention.reference import recurrent
+    from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
+
+TOLERANCE = 1e-5
+EDGES, SHORT = (64, 63, 2, 64, 7), (1, 1, 3, 2, 5, 188)
+# name: (shape, gate logit, initial state, documents of two rows, segments)
+CASES = {
+    "one token": (dict(T=1, K=16, V=16), 0.0, True, None, None),
+    "one chunk": (dict(T=64, K=16, V=32), 0.0, True, None, None),
+    "a tail": (dict(T=130, K=32, V=16), 4.0, True, None, None),
+    "fast decay": (dict(T=130, K=16, V=16), -40.0, False, None, None),
+    "slow decay": (dict(T=700, B=1, K=16, V=16), 8.0, False, None, None),
+    "several slices": (dict(T=70, B=1, H=1, K=64, V=128), 0.0, True, None, None),
+    "anchors": (dict(T=1100, B=1, H=2, K=16, V=16), 0.0, True, None, None),
+    "segments": (dict(T=300, H=1, K=16, V=16), 4.0, True, None, 3),
+    "documents": (dict(T=200, H=1, K=16, V=16), 0.0, True, (EDGES, SHORT), None),
+    "documents and segments": (dict(T=200, H=1, K=16, V=16), 4.0, True, (EDGES, SHORT), 3),
+    "documents and anchors": (dict(T=1100, B=1, H=1, K=16, V=16), 4.0, True, ((500, 12, 1, 587),), None),
+}
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_recurrence(case):
+    shape, gate_logit, state, documents, segments = CASES[case]
+    inputs = make_inputs(len(case), **shape, gate_logit=gate_logit, state=state, dtype=torch.float32)
+    ids = document_ids(*documents) if documents else None
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with the line below: every torch.empty is NaN
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = run(kernel, inputs, document_ids=ids, segments=segments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    want = run(recurrent, inputs, document_ids=ids)
+    if gate_logit < -8:  # exp(-2.5) a token: what is left of the decay's gradient is smaller than its rounding
+        got.pop("dlog_decay"), want.pop("dlog_decay")
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+def test_documents_do_not_leak_one_bit():
+    ids = document_ids(EDGES, SHORT)
+    shape = dict(T=200, H=1, K=16, V=16, dtype=torch.float32)
+    inputs, other = make_inputs(4, **shape), make_inputs(5, **shape, gate_logit=4.0)
+    there = (ids == 2)[..., None]
+    changed = {
+        n: x if "state" in n else torch.where(there if x.ndim == 3 else there[..., None], other[n], x)
+        for n, x in inputs.items()
+    }
+    for masked in (True, False):
+        a, b = (run(kernel, x, document_ids=ids if masked else None) for x in (inputs, changed))
+        same = all(torch.equal(a[n][ids != 2], b[n][ids != 2]) for n in ("o", "dq", "dk", "dv", "dlog_decay"))
+        assert same == masked
+
+
+@interpreted
+def test_strided_views_of_one_buffer():
+    """q, k and v of a fused projection [T, B, H, 3, D], as the model cuts them."""
+    whole = torch.randn(100, 2, 3, 3, 16, generator=torch.Generator().manual_seed(1))
+    q, k, v = (x.transpose(0, 1) for x in whole.unbind(3))
+    log_decay = make_inputs(1, T=100)["log_decay"].float()
+    inputs = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=None)
+    got = kernel(**inputs)
+    torch.testing.assert_close(got[0].double(), recurrent(**inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_it_is_the_first_choice_and_equals_the_dispatcher():
+    inputs = make_inputs(2, T=65, K=16, V=16, dtype=torch.float32)
+    chosen = resolve_backend("auto", device="cpu", dtype=torch.float32, key_dim=16, value_dim=16)
+    assert chosen.name == "triton"
+    assert torch.equal(gated_retention(**inputs)[0], kernel(**inputs)[0])
+
+
+@interpreted
+def test_scale_must_be_positive():
+    with pytest.raises(ValueError, match="scale > 0"):
+        kernel(**make_inputs(2, T=3, K=16, V=16, dtype=torch.float32), scale=0.0)

@@ -1,0 +1,281 @@
+"""Gated retention on the Triton kernels of kernels.py: what to launch, what to keep for the backward pass.
+
+Forward:   decay sums, [segment states, chain,] o and rounded states every ANCHOR_TOKENS.
+Backward:  [segment states, chain,] dq, dk, dv in one launch, products of the saved states, gradient of the decay.
+The bracketed steps run only where heads alone cannot fill the GPU (tensor parallelism, long sequences).
+
+Tensor legend: B batch, T time, H heads, K key width, V value width.
+"""
+
+from dataclasses import dataclass
+from math import log2
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from yoco_megatron.ops.gated_retention import kernels
+from yoco_megatron.ops.gated_retention.reference import check_layout
+from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments
+
+# Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
+# a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
+ANCHOR_TOKENS = 512
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """None if the kernels run on such tensors, else the reason in words."""
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return "needs a CUDA GPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs a GPU of compute capability 9.0 (Hopper) or later"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bfloat16 or float32, not {dtype}"
+    if triton.knobs.runtime.interpret and dtype != torch.float32:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if key_dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
+        return f"takes head widths {', '.join(map(str, HEAD_DIMS))}, not {key_dim} and {value_dim}"
+    return None
+
+
+@dataclass
+class Launch:
+    """Shapes and choices that the forward and the backward pass of one call share."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    scale: float
+    segments: int
+    dtype: torch.dtype
+    docs: bool
+
+    @property
+    def padded(self) -> int:
+        return triton.cdiv(self.T, CHUNK) * CHUNK
+
+    @property
+    def segment(self) -> int:
+        """Tokens a segment: whole chunks, the last one may be shorter."""
+        return triton.cdiv(triton.cdiv(self.T, CHUNK), self.segments) * CHUNK
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.T, ANCHOR_TOKENS)
+
+    @property
+    def common(self) -> dict:
+        # Three tf32 products keep float32's accuracy; bf16 operands ignore it.
+        precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
+        return dict(H=self.H, DOCS=self.docs, BT=CHUNK, PRECISION=precision)
+
+
+def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None, segments: int | None) -> Launch:
+    """Choose how to launch for q [B, T, H, K] and v [B, T, H, V]; `segments` None lets the size decide."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    scale = K**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"the retention kernel needs scale > 0, got {scale}: it works with its logarithm")
+    chunks = triton.cdiv(T, CHUNK)
+    wanted = num_segments(B * H, chunks, config_for("forward", V, q.dtype).slices(V), q.device)
+    wanted = min(segments or wanted, chunks)
+    # Rounding segments up to whole chunks may leave none for the last: count those that hold tokens.
+    filled = triton.cdiv(chunks, triton.cdiv(chunks, wanted))
+    return Launch(B, T, H, K, V, scale, filled, q.dtype, document_ids is not None)
+
+
+def describe(x_BTHD: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks [rows, columns] of the [T, D] planes of x, for the tensor memory accelerator."""
+    B, T, H, D = x_BTHD.shape
+    strides = [x_BTHD.stride(i) for i in (0, 2, 1)]
+    # An axis of length one may have any stride, also one that the accelerator refuses.
+    strides = [D * T * H if n == 1 else s for n, s in zip((B, H, T), strides)]
+    return TensorDescriptor(x_BTHD, [B, H, T, D], [*strides, 1], [1, 1, rows, columns])
+
+
+def loadable(x_BTHD: Tensor) -> Tensor:
+    """x itself if the tensor memory accelerator can read it (16-byte strides and address), else a copy."""
+    size = x_BTHD.element_size()
+    strides = [x_BTHD.stride(i) for i in range(3) if x_BTHD.shape[i] > 1]
+    fits = x_BTHD.stride(3) == 1 and all(s > 0 and s * size % 16 == 0 for s in strides) and x_BTHD.data_ptr() % 16 == 0
+    return x_BTHD if fits else x_BTHD.contiguous()
+
+
+def describe_sums(sums: Tensor) -> TensorDescriptor:
+    """The sums of one chunk at a time."""
+    return TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [1, CHUNK])
+
+
+def pad_ids(document_ids: Tensor | None, launch: Launch) -> Tensor | None:
+    """int32 [B, T rounded up to chunks]; the padding belongs to the last document."""
+    if document_ids is None:
+        return None
+    ids = document_ids.to(torch.int32)
+    tail = ids[:, -1:].expand(-1, launch.padded - launch.T)
+    return torch.cat([ids, tail], dim=1).contiguous()
+
+
+def decay_sums(gate: Tensor, ids: Tensor | None, launch: Launch, tau: float | None = None) -> Tensor:
+    """fp32 [B * H, padded T]: log2 decays summed from the start of each chunk and document.
+
+    gate [B, T, H]: natural log decays, or with `tau` gate logits, whose log decay is logsigmoid(gate) / tau.
+    """
+    n = 16
+    out = torch.empty(launch.B * launch.H, launch.padded, device=gate.device, dtype=torch.float32)
+    kernels.decay_sums[(triton.cdiv(launch.padded, n * CHUNK), launch.B * launch.H)](
+        gate, ids if launch.docs else out, out, launch.T, launch.padded, *gate.stride(), tau or 1.0,
+        H=launch.H, BT=CHUNK, N=n, DOCS=launch.docs, LOGITS=tau is not None,
+    )  # fmt: skip
+    return out
+
+
+def entering_states(
+    y: Tensor, z: Tensor, sums: Tensor, ids: Tensor | None, start: Tensor | None, launch: Launch, *, reverse: bool
+) -> Tensor | None:
+    """fp32 [B * H, segments, K, V]: the state that enters each segment, `start` [B, H, K, V] before the first one.
+
+    With one segment this is `start` itself.
+    """
+    if launch.segments == 1:
+        return start
+    config = config_for("segment", launch.V, launch.dtype)
+    bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
+    local = torch.empty(launch.B * launch.H, launch.segments, launch.K, launch.V, device=y.device, dtype=torch.float32)
+    kernels.segment_states[(launch.K // bk * launch.V // bv, launch.segments, launch.B * launch.H)](
+        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, local,
+        launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
+        DK=launch.K, DV=launch.V, BK=bk, BV=bv, REVERSE=reverse, **launch.common, **config.options,
+    )  # fmt: skip
+    out = torch.empty_like(local)
+    block = min(1024, launch.K * launch.V)
+    kernels.chain_segments[(launch.K * launch.V // block, launch.B * launch.H)](
+        local, sums if start is None else start, sums, ids if launch.docs else sums, out,
+        launch.T, launch.padded, launch.segment, launch.segments, launch.K * launch.V,
+        H=launch.H, BT=CHUNK, CHUNKS=triton.next_power_of_2(launch.segment // CHUNK), BLOCK=block, REVERSE=reverse,
+        DOCS=launch.docs, HAS_START=start is not None,
+    )  # fmt: skip
+    return out
+
+
+def _anchor_states(launch: Launch, device: torch.device) -> Tensor:
+    shape = (launch.B * launch.H, launch.blocks, launch.K, launch.V)
+    return torch.empty(shape, device=device, dtype=launch.dtype)
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, ids: Tensor | None, start: Tensor | None, launch: Launch,
+    *, out: Tensor, need_final: bool, need_anchors: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Write o into `out` [B, T, H, V]; return the final state, the states entering segments, and the anchors."""
+    config = config_for("forward", launch.V, launch.dtype)
+    bv = min(launch.V, config.columns)
+    entering = entering_states(k, v, sums, ids, start, launch, reverse=False)
+    final = None
+    if need_final:
+        final = torch.empty(launch.B, launch.H, launch.K, launch.V, device=q.device, dtype=torch.float32)
+    anchors = _anchor_states(launch, q.device) if need_anchors else None
+    kernels.forward[(launch.V // bv, launch.segments, launch.B * launch.H)](
+        describe(q, CHUNK, launch.K), describe(k, CHUNK, launch.K), describe(v, CHUNK, bv), describe(out, CHUNK, bv),
+        out if anchors is None else anchors, describe_sums(sums), sums, ids if launch.docs else sums,
+        sums if entering is None else entering,
+        sums if final is None else final, launch.T, launch.padded, launch.segment, launch.segments, launch.blocks,
+        log2(launch.scale), DK=launch.K, DV=launch.V, BV=bv, HAS_S0=entering is not None, HAS_FINAL=need_final,
+        ANCHOR=ANCHOR_TOKENS if need_anchors else 0, **launch.common, **config.options,
+    )  # fmt: skip
+    return final, entering, anchors
+
+
+def run_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, sums: Tensor, ids: Tensor | None, entering: Tensor | None,
+    anchors: Tensor, final: Tensor | None, dfinal: Tensor | None, gate: Tensor, launch: Launch,
+    *, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor, need_dstart: bool, tau: float | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Write dq, dk, dv (shaped like q, k, v) and dgate [B, T, H]; return the gradient of the initial state."""
+    config = config_for("backward", launch.V, launch.dtype)
+    bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
+    slices = launch.K // bk
+    heads = launch.B * launch.H
+    dentering = entering_states(q, do, sums, ids, dfinal, launch, reverse=True)
+    dots = torch.empty(2, slices, heads, launch.padded, device=q.device, dtype=torch.float32)
+    dstart = None
+    if need_dstart:
+        dstart = torch.empty(launch.B, launch.H, launch.K, launch.V, device=q.device, dtype=torch.float32)
+    danchors = _anchor_states(launch, q.device)
+    kernels.backward[(2 * slices + launch.V // bv, launch.segments, heads)](
+        *(describe(x, CHUNK, x.shape[-1]) for x in (q, k, v, do)),
+        *(describe(x, CHUNK, n) for x, n in ((q, bk), (k, bk), (do, bv), (dq, bk), (dk, bk), (dv, bv))),
+        danchors, describe_sums(sums), sums, ids if launch.docs else sums, sums if entering is None else entering,
+        sums if dentering is None else dentering, sums if dstart is None else dstart, dots[0], dots[1],
+        launch.T, launch.padded, launch.segment, launch.segments, launch.blocks, heads * launch.padded,
+        log2(launch.scale), DK=launch.K, DV=launch.V, BK=bk, BV=bv, HAS_S0=entering is not None,
+        HAS_R0=dentering is not None, HAS_DS0=need_dstart, ANCHOR=ANCHOR_TOKENS, **launch.common, **config.options,
+    )  # fmt: skip
+    products = torch.empty(heads, launch.blocks, device=q.device, dtype=torch.float32)
+    kernels.anchor_products[(launch.blocks, heads)](
+        anchors, danchors, anchors if dfinal is None else final, anchors if dfinal is None else dfinal, products,
+        launch.blocks, launch.K * launch.V, BLOCK=min(2048, launch.K * launch.V), HAS_END=dfinal is not None,
+    )  # fmt: skip
+    kernels.decay_gradient[(launch.blocks, heads)](
+        dots[0], dots[1], products, ids if launch.docs else sums, gate, dgate, launch.T, launch.padded, launch.blocks,
+        heads * launch.padded, *gate.stride(), *dgate.stride(), tau or 1.0,
+        H=launch.H, SLICES=slices, BLOCK=ANCHOR_TOKENS, DOCS=launch.docs, LOGITS=tau is not None,
+    )  # fmt: skip
+    return dstart
+
+
+class _GatedRetention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, initial_state, document_ids, scale, segments):
+        launch = plan(q, v, scale, document_ids, segments)
+        q, k, v = (loadable(x) for x in (q, k, v))
+        ids = pad_ids(document_ids, launch)
+        sums = decay_sums(log_decay, ids, launch)
+        start = None if initial_state is None else initial_state.float().contiguous()
+        out = torch.empty(launch.B, launch.T, launch.H, launch.V, device=q.device, dtype=q.dtype)
+        final, entering, anchors = run_forward(
+            q, k, v, sums, ids, start, launch, out=out, need_final=True, need_anchors=any(ctx.needs_input_grad)
+        )
+        ctx.save_for_backward(q, k, v, log_decay, sums, ids, entering, anchors, final)
+        ctx.launch = launch
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        q, k, v, log_decay, sums, ids, entering, anchors, final = ctx.saved_tensors
+        launch = ctx.launch
+        do = torch.zeros_like(v) if do is None else loadable(do.to(v.dtype))
+        dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+        dgate = torch.empty(launch.B, launch.T, launch.H, device=q.device, dtype=torch.float32)
+        dstart = run_backward(
+            q, k, v, do, sums, ids, entering, anchors, final, None if dfinal is None else dfinal.float().contiguous(),
+            log_decay, launch, dq=dq, dk=dk, dv=dv, dgate=dgate, need_dstart=ctx.needs_input_grad[4],
+        )  # fmt: skip
+        return dq, dk, dv, dgate.to(log_decay.dtype), dstart, None, None, None
+
+
+def gated_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    chunk_size: int | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated retention of a whole sequence, differentiable in q, k, v, log_decay and initial_state.
+
+    Arguments, results and errors are those of `torch.chunkwise`, for bfloat16 and float32; `chunk_size` is the torch
+    path's and ignored here. `segments` splits the sequence for more parallelism; None lets the size decide. The
+    states and all sums are float32. Deterministic: no atomics, one order of sums.
+    """
+    check_layout(q, k, v, log_decay, initial_state, document_ids)
+    return _GatedRetention.apply(q, k, v, log_decay, initial_state, document_ids, scale, segments)
