@@ -9,6 +9,7 @@ import torch
 from support.models import SELF_DECODERS, VOCAB, build, tiny_config
 
 from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.sequence import SequenceShard
 
 pytestmark = pytest.mark.usefixtures("one_process")
 TOKENS, WINDOW = 23, 7
@@ -92,8 +93,14 @@ def self_decoder_influence(layers: int, window: int, kind: str, generator: torch
     model = build(config)
     inputs = torch.randn(TOKENS, 1, config.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
     hidden = inputs
+    whole = SequenceShard(TOKENS, 1)
     for layer in model.decoder.layers[:layers]:
-        hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=model.self_rotary(TOKENS))
+        hidden, _ = layer(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=model.self_rotary(TOKENS),
+            packed_seq_params=whole,
+        )
     return influence(inputs, hidden[:, 0], generator)
 
 

@@ -11,7 +11,7 @@ from support.models import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yoco_megatron.ops.attention import causal_attention
+from yoco_megatron.ops.attention import causal_attention, packed_causal_attention
 from yoco_megatron.ops.attention.reference import causal_attention as reference
 
 TOKENS = 13
@@ -53,6 +53,29 @@ def compare(qkv: list[Tensor], window: int | None, generator: torch.Generator) -
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (4, 1)])
 def test_equals_the_definition(heads, groups, window, generator):
     compare(inputs(generator, heads, groups, torch.float64), window, generator)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6, TOKENS - 1, TOKENS, TOKENS + 2])
+@pytest.mark.parametrize("queries", [1, 5, TOKENS - 1])
+def test_fewer_queries_are_the_last_ones(queries, window, generator):
+    q, k, v = inputs(generator, 6, 2, torch.float64)
+    compare([q[:, :, -queries:], k, v], window, generator)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_packed_documents_equal_documents_alone(window, generator):
+    """To the last bit: what a document computes does not depend on the pack it is in."""
+    queries, keys = [3, 1, 7], [5, 1, 10]
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 8, generator=generator, dtype=torch.float64)
+        for lengths, heads in ((queries, 6), (keys, 2), (keys, 2))
+    )
+    sums = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    packed = packed_causal_attention(q, k, v, *sums, 7, 10, window)
+    documents = zip(packed.split(queries), q.split(queries), k.split(keys), v.split(keys))
+    for got, *qkv in documents:
+        wanted = causal_attention(*(t.transpose(0, 1)[None] for t in qkv), window=window)
+        assert torch.equal(got, wanted[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 5, TOKENS - 1, TOKENS])

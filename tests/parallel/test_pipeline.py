@@ -38,6 +38,12 @@ FULL = {
     "PP2 no self-decoder": ("Etttt|ttttL", 2, 1, dict(num_self_decoder_layers=0)),
     "PP4 split 3:1": ("Ett|tt|tt|ttL", 4, 1, dict(num_self_decoder_layers=6)),
 }
+DOCUMENTS = {
+    "PP4": ("Ett|tt|tt|ttL", 4, 1, {}),
+    "PP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, FULL_RECOMPUTE),
+    "TP2 SP": ("EttttttttL", 1, 2, dict(sequence_parallel=True)),
+    "TP2 PP2 SP recompute selective": ("Ettt|tttttL", 2, 2, dict(sequence_parallel=True, **SELECTIVE)),
+}
 # One case that differs from the common one in nothing but the number of micro-batches.
 MICROBATCHES = {"PP2 VP2": 6, "PP4 VP2": 8, "PP2": 3}
 
@@ -47,10 +53,10 @@ def one_process():
     """The reference for each model, computed once."""
     done: dict = {}
 
-    def step(overrides: dict, tied: bool, num_microbatches: int, forward_only: bool = False) -> dict:
-        key = (tuple(sorted(overrides.items())), tied, num_microbatches, forward_only)
+    def step(overrides: dict, tied: bool, num_microbatches: int, forward_only: bool = False, documents=False) -> dict:
+        key = (tuple(sorted(overrides.items())), tied, num_microbatches, forward_only, documents)
         if key not in done:
-            done[key] = run_world(1, pipeline_step, overrides, None, tied, num_microbatches, forward_only)[0]
+            done[key] = run_world(1, pipeline_step, overrides, None, *key[1:])[0]
         return done[key]
 
     return step
@@ -107,6 +113,30 @@ def test_evaluation(layout: str, ranks: int, one_process) -> None:
     vp = (layout.count("|") + 1) // ranks
     results = run_world(ranks, pipeline_step, {}, layout, False, 4, True, pp=ranks, vp=vp if vp > 1 else None)
     compare(whole_model(results), one_process({}, False, 4, True), GRAD)
+
+
+@pytest.mark.parametrize(("mesh", "kind"), zip(DOCUMENTS, SELF_DECODERS * 2))
+def test_packed_documents(mesh: str, kind: str, one_process) -> None:
+    """Every stage and every tensor-parallel rank keeps documents apart."""
+    layout, ranks, tp, overrides = DOCUMENTS[mesh]
+    vp = (layout.count("|") + 1) // ranks
+    results = run_world(
+        ranks * tp,
+        pipeline_step,
+        dict(self_decoder=kind, **overrides),
+        layout,
+        False,
+        4,
+        False,
+        True,
+        tp=tp,
+        pp=ranks,
+        vp=vp if vp > 1 else None,
+    )
+    reference = one_process(dict(self_decoder=kind), False, 4, False, True)
+    compare(whole_model(results), reference, GRAD if tp == 1 else GRAD_TP)
+    with pytest.raises(AssertionError, match="relative error"):
+        compare(reference, one_process(dict(self_decoder=kind), False, 4), GRAD)
 
 
 @pytest.mark.parametrize("layout", ["Ett|tt|tt|ttL"])

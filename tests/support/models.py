@@ -78,6 +78,15 @@ def batch(size: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def document_batch(size: int = 4, seed: int = 5) -> torch.Tensor:
+    """Documents of `batch`, int32 [size, SEQ]: borders differ between samples and are at most 12 tokens apart."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(size, SEQ, generator=generator) < 0.12
+    starts[:, 12::12] = True
+    starts[:, 25] = True
+    return starts.cumsum(1).int().to(runtime.device())
+
+
 def gather_whole(name: str, tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The whole matrix of which this tensor-parallel rank holds a part (gradient or weight)."""
     size = mpu.get_tensor_model_parallel_world_size()
@@ -90,8 +99,10 @@ def gather_whole(name: str, tensor: torch.Tensor, param: torch.Tensor) -> torch.
     return torch.cat(parts, dim=param.partition_dim)
 
 
-def train_step(overrides: dict, tied: bool = False, distributed_optimizer: bool = False) -> dict[str, torch.Tensor]:
-    """One step on a fixed batch, split over data-parallel ranks.
+def train_step(
+    overrides: dict, tied: bool = False, distributed_optimizer: bool = False, documents: bool = False
+) -> dict[str, torch.Tensor]:
+    """One step on a fixed batch, of packed documents or not, split over data-parallel ranks.
 
     Returns:
         'loss' (mean over the whole batch), 'grad/NAME' and, after one Adam step, 'weight/NAME', by global name, whole.
@@ -128,7 +139,8 @@ def train_step(overrides: dict, tied: bool = False, distributed_optimizer: bool 
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = slice(rank * len(tokens) // size, (rank + 1) * len(tokens) // size)
     ddp.train()
-    loss = ddp(tokens[mine], None, None, labels=labels[mine]).mean()
+    document_ids = document_batch(len(tokens))[mine] if documents else None
+    loss = ddp(tokens[mine], None, None, labels=labels[mine], document_ids=document_ids).mean()
     loss.backward()
     finalize_model_grads([ddp])
     result = {"loss": loss.detach()}

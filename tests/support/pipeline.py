@@ -7,7 +7,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 
-from support.models import SEQ, batch, build, gather_whole, tiny_config
+from support.models import SEQ, batch, build, document_batch, gather_whole, tiny_config
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.upstream import get_forward_backward_func
@@ -15,21 +15,26 @@ from yoco_megatron.training.upstream import get_forward_backward_func
 MICRO_BATCH = 2
 
 
-def forward_step(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: torch.nn.Module):
-    tokens, labels = next(data)
-    output = model(tokens, None, None, labels=labels)
+def forward_step(data: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], model: torch.nn.Module):
+    tokens, labels, document_ids = next(data)
+    output = model(tokens, None, None, labels=labels, document_ids=document_ids)
 
     def loss_func(losses: torch.Tensor):
-        loss = losses.float().mean()
+        loss = losses.mean()
         return loss, {"loss": loss.detach().clone()}
 
     return output, loss_func
 
 
 def pipeline_step(
-    overrides: dict, layout: str | None, tied: bool = False, num_microbatches: int = 4, forward_only: bool = False
+    overrides: dict,
+    layout: str | None,
+    tied: bool = False,
+    num_microbatches: int = 4,
+    forward_only: bool = False,
+    documents: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Run the schedule once.
+    """Run the schedule once, on packed documents or not.
 
     Returns:
         'loss' [micro-batches] on the last pipeline rank, and 'grad/NAME', whole, of the parameters held here.
@@ -58,7 +63,8 @@ def pipeline_step(
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
         models.append(wrapped.eval() if forward_only else wrapped.train())
     tokens, labels = batch(MICRO_BATCH * num_microbatches)
-    data = list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH)))
+    ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else [None] * num_microbatches
+    data = list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids))
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(data) for _ in models] if chunks > 1 else iter(data),

@@ -37,8 +37,8 @@ IGNORED_BY_YOCO = {
     "quick_geglu": "YOCO's FFN is SwiGLU",
     "apply_query_key_layer_scaling": "YOCO scales scores by the head width alone",
     "qk_clip": "clipping of queries and keys is not built for YOCO",
-    "reset_position_ids": "positions run through a sequence, across its documents",
-    "reset_attention_mask": "attention is causal, across the documents of a sequence",
+    "reset_position_ids": "--dataloader-inter-document-masking separates documents, positions included",
+    "reset_attention_mask": "--dataloader-inter-document-masking separates documents",
 }
 
 
@@ -173,8 +173,12 @@ def check_mesh(args: Namespace) -> None:
 
 
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
-    """Refuse Megatron flags that a YOCO model would read past."""
+    """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
     if args.architecture != "yoco":
+        require(
+            not args.dataloader_inter_document_masking,
+            "--dataloader-inter-document-masking is built for --architecture yoco alone: leave it away",
+        )
         return
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, instead in IGNORED_BY_YOCO.items():

@@ -1,6 +1,7 @@
 """The datasets of a run: Megatron's GPTDataset over .bin/.idx files, blended as Megatron's flags say."""
 
 from argparse import Namespace
+from functools import partial
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -28,6 +29,7 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTData
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
+        inter_document_masking=args.dataloader_inter_document_masking,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
@@ -36,10 +38,10 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTData
     )
 
 
-def _is_built_here() -> bool:
-    """Only tensor-parallel rank 0 of the first and last stage reads data; the others get it by broadcast."""
+def _is_built_here(every_stage: bool) -> bool:
+    """Only tensor-parallel rank 0 reads, the others get it by broadcast; middle stages need the documents alone."""
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-    return ends and mpu.get_tensor_model_parallel_rank() == 0
+    return (ends or every_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
 
 def build_datasets(
@@ -47,4 +49,5 @@ def build_datasets(
 ) -> tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]:
     """(train, validation, test); `num_samples` says how many samples each must yield at least."""
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, num_samples, _is_built_here, dataset_config(args, tokenizer)).build()
+    is_built_here = partial(_is_built_here, args.dataloader_inter_document_masking)
+    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args, tokenizer)).build()

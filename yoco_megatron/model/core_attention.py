@@ -7,11 +7,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from yoco_megatron.ops.attention import causal_attention
+from yoco_megatron.ops.attention import causal_attention, packed_causal_attention
 
 
 class TorchAttention(MegatronModule):
-    """Causal attention [s, b, heads, D] -> [s, b, heads * D], windowed when `config.window_size` says so."""
+    """Causal attention [s, b, heads, D] -> [s, b, heads * D], windowed when `config.window_size` says so.
+
+    Where there are fewer queries than keys they are the last ones (Transformer Engine's bottom-right masks).
+    """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -31,8 +34,22 @@ class TorchAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, H, D], key and value [s, b, G, D]; the mask is causal whatever is passed."""
+        """query [s, b, H, D], key and value [s', b, G, D]; the mask is causal whatever is passed.
+
+        With `packed_seq_params`: query [t, H, D], key and value [t', G, D] -> [t, H * D].
+        """
         if packed_seq_params is not None:
-            raise ValueError("packed sequences need --transformer-impl transformer_engine")
+            packed = packed_seq_params
+            out = packed_causal_attention(
+                query,
+                key,
+                value,
+                packed.cu_seqlens_q,
+                packed.cu_seqlens_kv,
+                packed.max_seqlen_q,
+                packed.max_seqlen_kv,
+                self.window,
+            )
+            return out.flatten(1)
         out = causal_attention(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), window=self.window)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import Attention
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.attention import ChunkedAttention
 from yoco_megatron.model.kv_gradient import SharedKVReader
+from yoco_megatron.model.rotary import rotate
+from yoco_megatron.parallel.sequence import SequenceShard
 
 
 @dataclass
@@ -24,32 +26,21 @@ class SharedKVAttentionSubmodules:
     linear_proj: type
 
 
-class SharedKVAttention(Attention):
-    """Megatron's `Attention` whose keys and values are the shared ones; only queries are projected and rotated."""
+class SharedKVAttention(ChunkedAttention):
+    """Mixer [s, b, h] -> [s, b, h] over the shared keys and values; only queries are projected and rotated."""
 
     def __init__(
         self,
         config: YOCOConfig,
         submodules: SharedKVAttentionSubmodules,
         layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        pg_collection: ProcessGroupCollection | None = None,
-        name: str | None = None,
-        **kwargs: Any,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
     ) -> None:
-        super().__init__(
-            config=config,
-            submodules=submodules,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            attention_type="cross",
-            pg_collection=pg_collection,
-            name=name,
-            **kwargs,
-        )
+        super().__init__(config, submodules, layer_number, pg_collection, attention_type="cross", reach=None)
         self.linear_q = submodules.linear_q(
             config.hidden_size,
-            self.query_projection_size,
+            config.num_attention_heads * self.head_dim,
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -57,46 +48,31 @@ class SharedKVAttention(Attention):
             skip_bias_add=False,
             is_expert=False,
             tp_comm_buffer_name="qkv",
-            tp_group=self.pg_collection.tp,
+            tp_group=pg_collection.tp,
         )
-
-    def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: SharedKVReader, **_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [s, b, h] -> q [s, b, heads, D], and views of the shared k, v [s, b, G, D]."""
-        query, _ = self.linear_q(hidden_states)
-        key, value = key_value_states.read()
-        return query.unflatten(-1, (-1, self.hidden_size_per_attention_head)), key, value
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: None = None,
         *,
         attention_bias: SharedKVReader,
         rotary_pos_emb: Tensor,
-        **kwargs: Any,
+        packed_seq_params: SequenceShard,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`attention_bias` carries the shared K,V; K is rotated already, so only q is here.
+        """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias).
 
-        TransformerLayer, and Megatron's full recompute, hand `attention_bias` to the attention untouched. YOCO has no
-        bias, so the K,V ride there, and a cross-decoder layer needs no layer class of its own.
+        `attention_bias` carries the shared K,V; K is rotated already, so only q is here. TransformerLayer, and
+        Megatron's full recompute, hand it to the attention untouched. YOCO has no bias, so the K,V ride there, and a
+        cross-decoder layer needs no layer class of its own.
         """
-        return super().forward(
-            hidden_states,
-            attention_mask,
-            key_value_states=attention_bias,
-            rotary_pos_emb=(rotary_pos_emb, None),
-            **kwargs,
-        )
+        query, _ = self.linear_q(hidden_states)
+        query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
+        reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
+        y = self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), packed_seq_params)
+        return self.linear_proj(y)
 
-    def backward_dw(self) -> None:
-        """Delayed weight gradients, as Megatron's schedules call them."""
-        self.linear_proj.backward_dw()
-        self.linear_q.backward_dw()
-
-    def set_for_recompute_input_layernorm(self) -> None:
-        """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
-        from megatron.core.extensions.transformer_engine import set_save_original_input
-
-        set_save_original_input(self.linear_q)
+    @property
+    def linear_in(self) -> MegatronModule:
+        return self.linear_q

@@ -5,8 +5,6 @@ would hand every layer's sum on to the next. Here each reader's backward adds in
 backward takes it once. Rounding happens once, and nothing is copied per layer.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,16 +37,21 @@ class SharedKVReader:
         """For functions that are run again in backward, in a graph of their own, which must not reach beyond them."""
         return SharedKVReader(self.kv.detach().requires_grad_(self.kv.requires_grad), self._gradient)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [s, b, G, D] each: views, not copies."""
-        return _Read.apply(self.kv, self._gradient)
+    def read(self, first: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions first..stop-1, [stop - first, b, G, D] each: views, not copies."""
+        return _Read.apply(self.kv, self._gradient, slice(first, stop))
 
     def read_packed(self, dtype: torch.dtype | None = None) -> Tensor:
         """Both together [s, b, G, 2, D], in `dtype` if given; the gradient is then taken in that dtype as well."""
         return _ReadPacked.apply(self.kv, self._gradient, dtype or self.kv.dtype)
 
 
-KEYS, VALUES = (..., 0, slice(None)), (..., 1, slice(None))
+def _keys(kv: Tensor) -> Tensor:
+    return kv[..., 0, :]
+
+
+def _values(kv: Tensor) -> Tensor:
+    return kv[..., 1, :]
 
 
 class _Gradient:
@@ -57,11 +60,12 @@ class _Gradient:
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
 
-    def add(self, kv_shape: torch.Size, part: Any, value: Tensor) -> None:
+    def of(self, kv_shape: torch.Size, like: Tensor) -> Tensor:
+        """The buffer, for a gradient like `like` to be added to."""
         if self.buffer is None:
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            self.buffer = torch.zeros(kv_shape, dtype=dtype, device=value.device)
-        self.buffer[part].add_(value)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self.buffer = torch.zeros(kv_shape, dtype=dtype, device=like.device)
+        return self.buffer
 
     def take(self) -> Tensor | None:
         buffer, self.buffer = self.buffer, None
@@ -85,15 +89,16 @@ class _Enter(torch.autograd.Function):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kv, gradient):
-        ctx.gradient, ctx.shape = gradient, kv.shape
-        return kv[KEYS], kv[VALUES]
+    def forward(ctx, kv, gradient, rows):
+        ctx.gradient, ctx.shape, ctx.rows = gradient, kv.shape, rows
+        return _keys(kv[rows]), _values(kv[rows])
 
     @staticmethod
     def backward(ctx, keys, values):
-        ctx.gradient.add(ctx.shape, KEYS, keys)
-        ctx.gradient.add(ctx.shape, VALUES, values)
-        return None, None
+        buffer = ctx.gradient.of(ctx.shape, keys)[ctx.rows]
+        _keys(buffer).add_(keys)
+        _values(buffer).add_(values)
+        return None, None, None
 
 
 class _ReadPacked(torch.autograd.Function):
@@ -104,5 +109,5 @@ class _ReadPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, value):
-        ctx.gradient.add(ctx.shape, ..., value)
+        ctx.gradient.of(ctx.shape, value).add_(value)
         return None, None, None

@@ -23,22 +23,37 @@ def inverse_frequencies(head_dim: int, base: float, variant: str) -> Tensor:
 
 
 class YOCORotaryEmbedding(RotaryEmbedding):
-    """Megatron's angle table [s, 1, 1, head_dim] (fp32, positions from 0), with YOCO's frequencies."""
+    """Megatron's angle table, with YOCO's frequencies and any positions."""
 
-    def __init__(self, config: YOCOConfig, head_dim: int, base: float, cp_group: object = None) -> None:
+    def __init__(self, config: YOCOConfig, head_dim: int, base: float) -> None:
         super().__init__(
             head_dim,
             rotary_percent=1.0,
             rotary_interleaved=config.rotary_interleaved,
             rotary_base=base,
             use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=cp_group,
         )
         self.inv_freq = inverse_frequencies(head_dim, base, config.rope_variant).to(self.inv_freq.device)
 
+    def forward(self, positions: int | Tensor) -> Tensor:
+        """Angles, fp32 [s, 1, 1, head_dim], or [s, b, 1, head_dim] where positions differ between samples.
+
+        Args:
+            positions: integers [s] or [s, b]; a number s stands for 0..s-1.
+        """
+        if isinstance(positions, int):
+            positions = torch.arange(positions, device=torch.cuda.current_device())
+        self.inv_freq = self.inv_freq.to(positions.device)
+        angles = positions.unsqueeze(-1) * self.inv_freq
+        angles = angles.repeat_interleave(2, -1) if self.rotary_interleaved else torch.cat((angles, angles), -1)
+        return (angles if angles.dim() == 3 else angles.unsqueeze(1)).unsqueeze(2)
+
 
 def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
-    """Rotate every head of x [s, b, heads, head_dim] by angles [s, 1, 1, head_dim]; fp32 arithmetic, x's dtype back."""
+    """Rotate x [s, b, heads, head_dim] by angles [s, 1 or b, 1, head_dim]; fp32 arithmetic, x's dtype back."""
+    if angles.shape[1] > 1:  # the kernel takes one angle per row: make samples rows
+        rows = rotate(x_SBHD.flatten(0, 1).unsqueeze(1), angles.flatten(0, 1).unsqueeze(1), config)
+        return rows.view(x_SBHD.shape)
     if config.apply_rope_fusion:
         return apply_rotary_pos_emb(x_SBHD, angles, config=config)  # Transformer Engine's kernel works in fp32
     wide = x_SBHD if x_SBHD.dtype == torch.float64 else x_SBHD.float()

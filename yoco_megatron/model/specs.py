@@ -8,8 +8,6 @@ from functools import partial
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,6 +18,7 @@ from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
 from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
+from yoco_megatron.model.self_decoder.sliding_window import SlidingWindowAttention, SlidingWindowSubmodules
 from yoco_megatron.model.shared_kv import SharedKVSubmodules
 
 
@@ -81,12 +80,11 @@ def gated_retention_layer(backend: BackendSpecProvider) -> ModuleSpec:
 
 
 def sliding_window_layer(backend: BackendSpecProvider) -> ModuleSpec:
-    """Self-decoder layer with sliding-window attention: Megatron's SelfAttention; the window is in the config."""
+    """Self-decoder layer with sliding-window attention; the window is in the config."""
     norm, linear_qkv = norm_and_linear(backend)
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
+        module=SlidingWindowAttention,
+        submodules=SlidingWindowSubmodules(
             linear_qkv=linear_qkv,
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),

@@ -24,6 +24,7 @@ from yoco_megatron.model import specs
 from yoco_megatron.model.kv_gradient import SharedKVReader
 from yoco_megatron.model.shared_kv import SharedKV
 from yoco_megatron.model.stage import Stage
+from yoco_megatron.parallel.sequence import SequenceShard
 
 
 class YOCOBlock(MegatronModule):
@@ -66,14 +67,20 @@ class YOCOBlock(MegatronModule):
                 self.shared_kv = SharedKV(config, specs.shared_kv(backend), pg_collection)
 
     def forward(
-        self, hidden_states: Tensor, shared_kv: Tensor | None, self_angles: Tensor, cross_angles: Tensor
+        self,
+        hidden_states: Tensor,
+        shared_kv: Tensor | None,
+        self_angles: Tensor,
+        cross_angles: Tensor,
+        shard: SequenceShard,
     ) -> tuple[Tensor, SharedKVReader | None]:
         """Run the layers.
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
             shared_kv: [s, b, G, 2, D] from an earlier stage; None where this block makes them, or before the border.
-            self_angles, cross_angles: rotary angles [s, 1, 1, head width] of the two halves.
+            self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
+            shard: which tokens these are, and of which documents.
         Returns:
             hidden states, shaped as they came in, and a reader of the shared K,V (None before the border).
         """
@@ -82,17 +89,24 @@ class YOCOBlock(MegatronModule):
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
         with rng, get_fp8_context(config) if delayed else nullcontext():
-            hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles)
+            hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles, shard)
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
                     shared_kv = self.shared_kv(hidden_states, cross_angles)
             reader = None
             if shared_kv is not None:
                 hidden_states, reader = SharedKVReader.enter(hidden_states, shared_kv, config.params_dtype)
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles)
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles, shard)
         return hidden_states, reader
 
-    def _run(self, layers: nn.ModuleList, hidden: Tensor, shared_kv: SharedKVReader | None, angles: Tensor) -> Tensor:
+    def _run(
+        self,
+        layers: nn.ModuleList,
+        hidden: Tensor,
+        shared_kv: SharedKVReader | None,
+        angles: Tensor,
+        shard: SequenceShard,
+    ) -> Tensor:
         if not len(layers):
             return hidden
         if self.config.recompute_granularity == "full" and self.training:
@@ -100,11 +114,15 @@ class YOCOBlock(MegatronModule):
             half = _Half(layers, self.config, self.pg_collection, len(layers))
             # The checkpoints only read the shared K,V, so no recomputation makes them again.
             reader = shared_kv and shared_kv.inside_checkpoint()
-            return checkpointed_forward(half, hidden, None, None, None, angles, reader, None, inner_fp8)
+            return checkpointed_forward(half, hidden, None, None, None, angles, reader, shard, inner_fp8)
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
                 hidden, _ = layer(
-                    hidden_states=hidden, attention_mask=None, attention_bias=shared_kv, rotary_pos_emb=angles
+                    hidden_states=hidden,
+                    attention_mask=None,
+                    attention_bias=shared_kv,
+                    rotary_pos_emb=angles,
+                    packed_seq_params=shard,
                 )
         return hidden
 

@@ -8,7 +8,6 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -20,6 +19,7 @@ from yoco_megatron.model.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.stage import Stage
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.sequence import SequenceShard
 
 
 class YOCOModel(LanguageModule):
@@ -60,8 +60,8 @@ class YOCOModel(LanguageModule):
                 config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=self.tp_group
             )
         self_head_dim = config.hidden_size // config.self_decoder_heads
-        self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base, self.cp_group)
-        self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base, self.cp_group)
+        self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base)
+        self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
         self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
         self.rows_per_row = self.tp_group.size() if config.sequence_parallel else 1
@@ -99,19 +99,21 @@ class YOCOModel(LanguageModule):
         attention_mask: None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Loss per token, or logits; on a stage before the last, the tensor for the next one (parallel/boundary.py).
 
         Args:
             input_ids: int64 [b, s]; read by the first stage alone.
-            position_ids: ignored, positions are 0..s-1; attention is always causal, so is `attention_mask`.
+            position_ids, attention_mask, packed_seq_params: ignored; attention is always causal, positions are counted
+                in each document.
             labels: int64 [b, s]; None asks for logits.
+            document_ids: integers [b, s], equal within a document and never falling, read by every stage: documents do
+                not see each other. None for one document.
         Returns:
             fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`).
         """
-        if packed_seq_params is not None:
-            raise ValueError("packed documents are not supported by YOCO in this version: pack without document masks")
         shared_kv = None
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         length = hidden_states.shape[0] * self.rows_per_row
@@ -119,8 +121,10 @@ class YOCOModel(LanguageModule):
             hidden_states, shared_kv = unpack(
                 hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
             )
+        shard = SequenceShard(length, hidden_states.shape[1], document_ids)
+        positions = shard.positions(hidden_states.device)
         hidden_states, reader = self.decoder(
-            hidden_states, shared_kv, self.self_rotary(length), self.cross_rotary(length)
+            hidden_states, shared_kv, self.self_rotary(positions), self.cross_rotary(positions), shard
         )
         if self.post_process:
             return self.head(hidden_states, labels)

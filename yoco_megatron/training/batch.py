@@ -12,19 +12,24 @@ from torch import Tensor
 def get_batch(
     data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
 ) -> dict[str, Tensor | None]:
-    """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none)."""
+    """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none).
+
+    With --dataloader-inter-document-masking also document_ids int32 [b, s], which every stage needs (else None).
+    """
     args = get_args()
+    documents = args.dataloader_inter_document_masking
     first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last):
-        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
+    if not (first or last or documents):
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
     batch: dict[str, Tensor] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         device = torch.cuda.current_device()
         batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
-    return get_batch_on_this_tp_rank(
+        batch["cu_seqlens_padded"] = None  # documents are packed without gaps
+    batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=documents,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,  # attention is causal everywhere; no mask travels
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -38,3 +43,15 @@ def get_batch(
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    batch["document_ids"] = document_ids(batch["cu_seqlens"], args.seq_length) if documents else None
+    return batch
+
+
+def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The number of each token's document in its sequence, int32 [b, length].
+
+    Args:
+        cu_seqlens: int32 [b, any]: 0, the documents' ends, and `length` repeated to the end (GPTDataset's padding).
+    """
+    positions = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device).expand(len(cu_seqlens), -1)
+    return torch.searchsorted(cu_seqlens[:, 1:].contiguous(), positions.contiguous(), right=True, out_int32=True)

@@ -62,5 +62,6 @@ def forward_step(
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        documents = {"document_ids": batch["document_ids"]} if batch["document_ids"] is not None else {}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **documents)
     return output, partial(loss_func, batch["loss_mask"])

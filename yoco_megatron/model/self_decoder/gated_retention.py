@@ -8,6 +8,7 @@ Shapes: s sequence, b batch, h hidden, H heads of this tensor-parallel rank, D h
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.norm import rms_norm
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
+from yoco_megatron.parallel.sequence import SequenceShard
 
 
 @dataclass
@@ -89,12 +91,18 @@ class GatedRetention(MegatronModule):
         self.linear_decay.weight.sequence_parallel = config.sequence_parallel
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: None = None, *, rotary_pos_emb: Tensor, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: SequenceShard,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] -> (out [s, b, h], no bias)."""
+        """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias)."""
         qkvg, _ = self.linear_qkvg(hidden_states)
         logits_SBH = self.decay_logits(hidden_states)
-        core = self._core
+        core = partial(self._core, packed_seq_params)
         if self.recompute_core and self.training:
             y = tensor_parallel.checkpoint(core, False, qkvg, logits_SBH, rotary_pos_emb)
         else:
@@ -116,13 +124,14 @@ class GatedRetention(MegatronModule):
         logits = tensor_parallel.all_to_all_sp2hp(logits, group=self.tp_group)
         return logits.view(-1, batch, heads // self.tp_group.size())
 
-    def _core(self, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def _core(self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """Projections [s, b, H*4*D] -> gated, normalised retention [s, b, H*D]."""
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         q, k = rotate(q, rotary_pos_emb, self.config), rotate(k, rotary_pos_emb, self.config)
         log_decay = log_decay_from_logits(logits_SBH, self.config.decay_temperature)
         o, _ = gated_retention(
             *(t.transpose(0, 1) for t in (q, k, v, log_decay)),
+            document_ids=shard.document_ids,
             chunk_size=self.config.retention_chunk_size,
             backend=self.backend.name,
         )

@@ -1,26 +1,72 @@
 """Causal attention with torch's scaled_dot_product_attention; a window costs memory linear in the sequence.
 
-Legend: B batch, T tokens, H query heads, G key/value heads, D head width, W window.
+Queries stand at the end of the keys: of T queries and S >= T keys, query i is at position S - T + i.
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head width, W window.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 
-def causal_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, window: int | None = None) -> Tensor:
-    """softmax(q k^T D^-1/2) v over keys j with i - window < j <= i (paper equations 3 and 4).
+def causal_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None = None) -> Tensor:
+    """softmax(q k^T D^-1/2) v over keys j with i - window < j <= i (paper equations 3 and 4), i = S - T + query.
 
     Args:
-        q_BHTD: [B, H, T, D]; k_BGTD, v_BGTD: [B, G, T, D], H a multiple of G; any float dtype.
+        q_BHTD: [B, H, T, D]; k_BGSD, v_BGSD: [B, G, S, D], H a multiple of G, S >= T; any float dtype.
         window: keys a query sees, itself included; None for all earlier ones.
     Returns:
         [B, H, T, D] in q's dtype.
     """
-    tokens = q_BHTD.shape[2]
-    if window is None or window >= tokens:
-        return F.scaled_dot_product_attention(q_BHTD, k_BGTD, v_BGTD, is_causal=True, enable_gqa=True)
-    return _windowed(q_BHTD, k_BGTD, v_BGTD, window)
+    queries, keys = q_BHTD.shape[2], k_BGSD.shape[2]
+    if window is not None and window < keys:
+        # Queries at the positions of all keys; there are at most a window more keys than queries where it matters.
+        q_BHSD = F.pad(q_BHTD, (0, 0, keys - queries, 0))
+        return _windowed(q_BHSD, k_BGSD, v_BGSD, window)[:, :, keys - queries :]
+    if queries == keys:
+        return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
+    mask = causal_lower_right(queries, keys)
+    if not q_BHTD.is_cuda:
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=True)
+
+
+def packed_causal_attention(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    window: int | None = None,
+) -> Tensor:
+    """`causal_attention` of documents laid end to end; document n has rows cu_seqlens[n] to cu_seqlens[n+1] - 1.
+
+    Args:
+        q_THD: [T, H, D]; k_SGD, v_SGD: [S, G, D]; all documents' tokens.
+        cu_seqlens_q, cu_seqlens_kv: int32 [documents + 1]; no document has more queries than keys.
+        max_seqlen_q, max_seqlen_kv: the longest document's.
+    Returns:
+        [T, H, D] in q's dtype.
+    """
+    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
+        reach = (-1 if window is None else window - 1, 0)
+        return varlen_attn(
+            q_THD, k_SGD, v_SGD, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, window_size=reach
+        )
+    # Document by document, so that no rounding of one depends on another.
+    outputs = [
+        causal_attention(*(t.transpose(0, 1)[None] for t in qkv), window=window)[0].transpose(0, 1)
+        for qkv in zip(
+            q_THD.split(cu_seqlens_q.diff().tolist()),
+            *(t.split(cu_seqlens_kv.diff().tolist()) for t in (k_SGD, v_SGD)),
+        )
+    ]
+    return torch.cat(outputs)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

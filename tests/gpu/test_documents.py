@@ -1,0 +1,59 @@
+"""Packed documents on one GPU: Transformer Engine's and torch's kernels against float32 torch, and no bit of a leak.
+
+Tolerances as in test_transformer_engine.py.
+"""
+
+import pytest
+import torch
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, VOCAB, batch, build, relative_error, tiny_config, train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
+SIZES = dict(hidden_size=256, num_attention_heads=4, num_query_groups=2, self_decoder_heads=4)
+BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+PATHS = {
+    "torch": BF16,
+    "transformer engine": BF16 | dict(transformer_impl="transformer_engine", apply_rope_fusion=True),
+}
+LOSS, GRAD = 5e-3, 6e-2
+FUSED = {
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
+    "shared_kv.linear_kv.layer_norm_weight": "shared_kv.layernorm.weight",
+}
+
+
+def plain_names(result: dict) -> dict:
+    """Names as in a model whose norms stand apart."""
+    for fused, apart in FUSED.items():
+        result = {name.replace(fused, apart): value for name, value in result.items()}
+    return result
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["plain", "recompute full"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_equals_float32_torch(kind: str, path: str, recompute: dict) -> None:
+    model = dict(self_decoder=kind, **SIZES)
+    reference = train_step(model, documents=True)
+    result = plain_names(train_step(model | PATHS[path] | recompute, documents=True))
+    assert relative_error(result["loss"], reference["loss"]) < LOSS
+    for name in reference:
+        if name.startswith("grad/"):
+            error = relative_error(result[name], reference[name])
+            assert error < GRAD, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_another_document_changes_nothing(kind: str, path: str) -> None:
+    """Tokens of the first document change: the others' logits stay, bit for bit; unmasked they do not."""
+    model = build(tiny_config(self_decoder=kind, **SIZES, **PATHS[path])).bfloat16()
+    tokens, _ = batch()
+    ids = torch.zeros_like(tokens, dtype=torch.int32)
+    ids[:, 19:], ids[:, 37:] = 1, 2
+    changed = tokens.clone()
+    changed[:, :19] = (changed[:, :19] + 1) % VOCAB
+    for document_ids, same in ((ids, True), (None, False)):
+        logits = [model(t, document_ids=document_ids)[:, 19:] for t in (tokens, changed)]
+        assert torch.equal(*logits) == same

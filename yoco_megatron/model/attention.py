@@ -1,0 +1,140 @@
+"""What window and cross attention share: softmax attention of each chunk's queries, documents apart, and the output.
+
+The chunks and documents of a micro-batch are a `SequenceShard`; the layers get it as Megatron's `packed_seq_params`,
+which TransformerLayer and its recompute hand on untouched.
+"""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.parallel.sequence import Chunk, SequenceShard, Sight
+
+# Megatron's enum has no name for Transformer Engine's mask of packed documents with fewer queries than keys.
+PADDING_CAUSAL_BOTTOM_RIGHT = SimpleNamespace(name="padding_causal_bottom_right")
+
+KeysOf = Callable[[int, Chunk, int], tuple[Tensor, Tensor]]
+"""(index of a chunk held here, the chunk, first position) -> keys and values [chunk.stop - first, b, G, D]."""
+
+
+class ChunkedAttention(MegatronModule):
+    """`core_attention` (Transformer Engine's or torch's) chunk by chunk, and the output projection.
+
+    Args:
+        submodules: `core_attention` and `linear_proj`.
+        reach: earlier keys that a query sees; None for all.
+    """
+
+    def __init__(
+        self,
+        config: YOCOConfig,
+        submodules: Any,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attention_type: str,
+        reach: int | None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number, self.pg_collection, self.reach = layer_number, pg_collection, reach
+        self.head_dim = config.kv_channels
+        self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # keys of other ranks are fetched here, not by the kernel
+        self.core_attention = submodules.core_attention(
+            config=alone,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type=attention_type,
+            softmax_scale=config.softmax_scale,
+            pg_collection=pg_collection,
+        )
+        self.linear_proj = submodules.linear_proj(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+        if config.fp8 and config.fp8_recipe != "delayed":
+            # The attention kernel keeps this input anyway; a quantised copy beside it would be memory for nothing.
+            _save_original_input(self.linear_proj)
+
+    def attend(self, query: Tensor, keys_of: KeysOf, shard: SequenceShard, *saved: Tensor) -> Tensor:
+        """query [s, b, H, D] -> [s, b, H * D].
+
+        `saved` are tensors that `keys_of` takes as further arguments, for selective recompute to save.
+        """
+
+        def core(query: Tensor, *saved: Tensor) -> Tensor:
+            outputs = []
+            for index, (chunk, queries) in enumerate(zip(shard.chunks, query.chunk(len(shard.chunks)))):
+                sight = shard.sight(chunk, self.reach)
+                key, value = keys_of(index, chunk, min(sight.first), *saved)
+                outputs.append(self._attend(queries, key, value, sight))
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+        if self.recompute_core and self.training:
+            return tensor_parallel.checkpoint(core, False, query, *saved)
+        return core(query, *saved)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+        """One chunk: query [s, b, H, D], key and value [s', b, G, D] -> [s, b, H * D]."""
+        length, batch = query.shape[:2]
+        if sight.packed is None:
+            same = key.shape[0] == length
+            mask = AttnMaskType.causal if same else AttnMaskType.causal_bottom_right
+            return self.core_attention(query, key, value, None, mask)
+        surplus = [first - min(sight.first) for first in sight.first]
+        key, value = (_lay_end_to_end(t, surplus) for t in (key, value))
+        packed = sight.packed
+        same = packed.cu_seqlens_q is packed.cu_seqlens_kv
+        out = self.core_attention(
+            _lay_end_to_end(query, [0] * batch),
+            key,
+            value,
+            None,
+            AttnMaskType.padding_causal if same else PADDING_CAUSAL_BOTTOM_RIGHT,
+            packed_seq_params=packed,
+        )
+        return out.reshape(batch, length, -1).transpose(0, 1)
+
+    def backward_dw(self) -> None:
+        """Delayed weight gradients, as Megatron's schedules call them."""
+        self.linear_proj.backward_dw()
+        self.linear_in.backward_dw()
+
+    def set_for_recompute_input_layernorm(self) -> None:
+        """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
+        _save_original_input(self.linear_in)
+
+    @property
+    def linear_in(self) -> MegatronModule:
+        """The projection of the layer's input."""
+        raise NotImplementedError
+
+
+def _lay_end_to_end(x: Tensor, first: list[int]) -> Tensor:
+    """[s, b, heads, D] -> [tokens, heads, D]: sample after sample, each from its own first row on."""
+    if x.shape[1] == 1:
+        return x[first[0] :].squeeze(1)
+    return torch.cat([x[row:, sample] for sample, row in enumerate(first)])
+
+
+def _save_original_input(linear: MegatronModule) -> None:
+    from megatron.core.extensions.transformer_engine import set_save_original_input
+
+    set_save_original_input(linear)

@@ -1,0 +1,84 @@
+"""Sliding-window attention as the mixer of a self-decoder layer (paper section 2.1, equation 4).
+
+Position i sees positions i - window + 1 .. i of its own document; RoPE on q and k, scale D^-1/2.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.attention import ChunkedAttention
+from yoco_megatron.model.rotary import rotate
+from yoco_megatron.parallel.sequence import Chunk, SequenceShard
+
+
+@dataclass
+class SlidingWindowSubmodules:
+    """The parts of window attention."""
+
+    linear_qkv: type
+    core_attention: type
+    linear_proj: type
+
+
+class SlidingWindowAttention(ChunkedAttention):
+    """Mixer [s, b, h] -> [s, b, h]; the window is in the config.
+
+    The rows of `linear_qkv` are ordered by K,V head (its queries, its key, its value), as in Megatron's SelfAttention,
+    so that tensor parallelism cuts between heads.
+    """
+
+    def __init__(
+        self,
+        config: YOCOConfig,
+        submodules: SlidingWindowSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
+    ) -> None:
+        super().__init__(
+            config, submodules, layer_number, pg_collection, attention_type="self", reach=config.window_size[0]
+        )
+        self.queries_per_group = config.num_attention_heads // config.num_query_groups
+        self.linear_qkv = submodules.linear_qkv(
+            config.hidden_size,
+            (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=pg_collection.tp,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: SequenceShard,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias)."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        qkv = qkv.unflatten(-1, (-1, self.queries_per_group + 2, self.head_dim))
+        query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
+        query = rotate(query.flatten(2, 3), rotary_pos_emb, self.config)
+        key, value = rotate(key.squeeze(3), rotary_pos_emb, self.config), value.squeeze(3)
+
+        def keys_of(index: int, chunk: Chunk, first: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return key[first:], value[first:]
+
+        y = self.attend(query, keys_of, packed_seq_params, key, value)
+        return self.linear_proj(y)
+
+    @property
+    def linear_in(self) -> MegatronModule:
+        return self.linear_qkv

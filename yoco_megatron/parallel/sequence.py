@@ -1,0 +1,131 @@
+"""Which tokens of a sequence this process holds, and which of them belong to one document.
+
+Context parallelism over C ranks cuts a sequence into 2 C chunks and gives rank r the chunks r and 2 C - 1 - r (zig-zag,
+Megatron's data path), so that causal attention costs every rank the same. Without it there is one chunk.
+
+Packed documents: a token sees nothing of another document, and positions start at 0 in each.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, stop) of the whole sequence."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the queries of one chunk see of the keys before its end.
+
+    first: for each sample of the batch, the position of the first key that any of its queries sees.
+    packed: with documents, cu_seqlens over the samples' queries and keys, laid end to end; else None. In either case
+    the last query of a run sees its last key, the one before it one key less, and so on.
+    """
+
+    first: tuple[int, ...]
+    packed: PackedSeqParams | None
+
+
+class SequenceShard:
+    """The part of a batch of sequences that one context-parallel rank holds.
+
+    Args:
+        length: tokens of a whole sequence.
+        batch: sequences.
+        document_ids: integers [b, length], the same on all ranks, equal within a document and never falling; None for
+            one document.
+        group: the context-parallel group; None for one rank.
+    Raises:
+        ValueError: document_ids of another shape.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch: int,
+        document_ids: Tensor | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.length, self.batch, self.document_ids, self.group = length, batch, document_ids, group
+        self.ranks, self.rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        self.num_chunks = 2 * self.ranks if self.ranks > 1 else 1
+        self.chunk_length = length // self.num_chunks
+        self.chunk_ids = self.chunks_of(self.rank)
+        self.chunks = tuple(self.chunk(index) for index in self.chunk_ids)
+        self._sights: dict[tuple[Chunk, int | None], Sight] = {}
+        if document_ids is None:
+            return
+        if document_ids.shape != (batch, length):
+            raise ValueError(f"document_ids must be of shape [{batch}, {length}], not {list(document_ids.shape)}")
+        self._starts = torch.ones_like(document_ids, dtype=torch.bool)
+        self._starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        # On the host as well, for the sake of kernels that want sizes: the one wait for the device in a micro-batch.
+        self._borders: list[list[int]] = [[] for _ in range(batch)]
+        for sample, position in self._starts.nonzero().tolist():
+            self._borders[sample].append(position)
+
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """Numbers of the chunks that a rank holds, in the order in which it holds them."""
+        return (rank, self.num_chunks - 1 - rank) if self.ranks > 1 else (0,)
+
+    def chunk(self, index: int) -> Chunk:
+        """Chunk `index` of the sequence."""
+        return Chunk(index * self.chunk_length, (index + 1) * self.chunk_length)
+
+    def local(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of a tensor whose dimension `dim` runs over the whole sequence."""
+        parts = [x.narrow(dim, chunk.start, self.chunk_length) for chunk in self.chunks]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+    def positions(self, device: torch.device | int | str) -> Tensor:
+        """Positions of the tokens held here, counted in each document: int64 [s], with documents [s, b]."""
+        positions = torch.arange(self.length, device=device)
+        if self.document_ids is None:
+            return self.local(positions, 0)
+        starts = torch.where(self._starts, positions, 0).cummax(1).values
+        return self.local(positions - starts, 1).t()
+
+    def sight(self, chunk: Chunk, reach: int | None) -> Sight:
+        """What the queries of `chunk` see; `reach` earlier keys and their own, or all earlier ones if None."""
+        if (chunk, reach) not in self._sights:
+            self._sights[chunk, reach] = self._sight(chunk, reach)
+        return self._sights[chunk, reach]
+
+    def _sight(self, chunk: Chunk, reach: int | None) -> Sight:
+        first = 0 if reach is None else max(0, chunk.start - reach)
+        if self.document_ids is None:
+            return Sight((first,) * self.batch, None)
+        firsts, queries, keys = [], [0], [0]
+        for borders in self._borders:
+            firsts.append(max(first, borders[bisect_right(borders, chunk.start) - 1]))
+            cuts = [border for border in borders if chunk.start < border < chunk.stop] + [chunk.stop]
+            query_offset, key_offset = queries[-1] - chunk.start, keys[-1] - firsts[-1]
+            queries += [cut + query_offset for cut in cuts]
+            keys += [cut + key_offset for cut in cuts]
+        return Sight(tuple(firsts), self._packed(queries, keys))
+
+    def _packed(self, queries: list[int], keys: list[int]) -> PackedSeqParams:
+        def on_device(sums: list[int]) -> Tensor:
+            return torch.tensor(sums, dtype=torch.int32, device=self.document_ids.device)
+
+        def longest(sums: list[int]) -> int:
+            return max(stop - start for start, stop in pairwise(sums))
+
+        cu_seqlens_q = on_device(queries)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_kv=cu_seqlens_q if keys == queries else on_device(keys),
+            max_seqlen_q=longest(queries),
+            max_seqlen_kv=longest(keys),
+        )
