@@ -83,6 +83,56 @@ def passes(run, B: int, T: int, H: int, D: int):
     return {"fwd": forward, "fwd_bwd": both}
 
 
+def mixer_passes(B: int, T: int, H: int, D: int):
+    """The whole mixer, fused, and as the chain of its parts around the same retention kernel (rotation by TE)."""
+    from yoco_megatron.ops.retention_mixer.triton import mix
+
+    qkvg = torch.randn(T, B, H * 4 * D, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    logits = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dy = torch.randn(T, B, H * D, device="cuda", dtype=torch.bfloat16)
+    angles = (torch.arange(T, device="cuda")[:, None] * torch.logspace(0, -4, D // 2, device="cuda")).float()
+    angles = angles.repeat_interleave(2, -1)[:, None, None]
+
+    def fused():
+        return mix(qkvg.view_as(qkvg), logits, angles, tau=16.0, eps=1e-5)
+
+    def parts():
+        q, k, v, gate = qkvg.unflatten(-1, (-1, 4, D)).unbind(3)
+        q, k = (rotate(x, angles) for x in (q, k))
+        log_decay = log_decay_from_logits(logits)
+        o = gated_retention(*(x.transpose(0, 1) for x in (q, k, v, log_decay)))[0].transpose(0, 1)
+        return (torch.nn.functional.silu(gate) * rms_norm(o, 1e-5)).flatten(2)
+
+    def timed(run):
+        def both():
+            qkvg.grad = logits.grad = None
+            run().backward(dy)
+
+        return both
+
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+    from yoco_megatron.model.norm import rms_norm
+
+    def rotate(x, angles):
+        return apply_rotary_pos_emb(x, angles, tensor_format="sbhd", interleaved=True, fused=True)
+
+    return timed(fused), timed(parts)
+
+
+def compare_mixer(shape: str, device: str, output: Path) -> None:
+    fused, parts = mixer_passes(*SHAPES[shape])
+    time, peer = milliseconds(fused), milliseconds(parts)
+    time = (time + milliseconds(fused)) / 2
+    print(
+        f"{shape:<22} whole mixer fwd_bwd {time:.3f} ms, its parts one after the other {peer:.3f} ms, {peer / time:.2f}x"
+    )
+    record(
+        output, benchmark="retention", case=f"{shape} mixer fwd_bwd", metric="time", unit="ms", value=round(time, 4),
+        peer="unfused parts, same retention kernel", peer_value=round(peer, 4), device=device, higher_is_better=False,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
@@ -122,6 +172,8 @@ def main() -> None:
             )
         del ours, peers
         torch.cuda.empty_cache()
+    if next(iter(SHAPES)) in options.shapes:
+        compare_mixer(next(iter(SHAPES)), device, options.output)
 
 
 if __name__ == "__main__":

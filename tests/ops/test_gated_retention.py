@@ -353,3 +353,12 @@ def test_wrong_layouts_are_refused(form):
 def test_chunk_size_must_be_positive():
     with pytest.raises(ValueError, match="chunk_size"):
         chunkwise(**make_inputs(82), chunk_size=0)
+
+
+@pytest.mark.parametrize(("heads", "chunks"), [(192, 64), (24, 512), (3, 512), (24, 64), (1, 1), (1, 100_000)])
+def test_segments_fill_the_gpu(heads, chunks):
+    """Enough heads need no segments; few heads get as many as pay, never shorter than the minimum."""
+    tuning = pytest.importorskip("yoco_megatron.ops.gated_retention.tuning")
+    segments = tuning.num_segments(heads, chunks, (2, 6), 132)
+    assert (segments == 1) == (heads >= 192 or chunks < 16)
+    assert segments == 1 or chunks // segments >= tuning.MIN_SEGMENT_CHUNKS

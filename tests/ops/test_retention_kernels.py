@@ -30,7 +30,7 @@ def test_in_the_interpreter():
     )
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(CASES) + 4} passed" in run.stdout, "the inner run lost cases"
+    assert f"{len(CASES) + len(MIXERS) + 5} passed" in run.stdout, "the inner run lost cases"
 
 
 if INTERPRETED:
@@ -38,7 +38,11 @@ if INTERPRETED:
 
     from yoco_megatron.ops.gated_retention import gated_retention, resolve_backend
     from yoco_megatron.ops.gated_retention.reference import recurrent
+    from yoco_megatron.ops.gated_retention.torch import step as plain_step
     from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
+    from yoco_megatron.ops.gated_retention.triton import step
+    from yoco_megatron.ops.retention_mixer import mix
+    from yoco_megatron.ops.retention_mixer.triton import mix as fused_mix
 
 TOLERANCE = 1e-5
 EDGES, SHORT = (64, 63, 2, 64, 7), (1, 1, 3, 2, 5, 188)
@@ -56,6 +60,7 @@ CASES = {
     "documents and segments": (dict(T=200, H=1, K=16, V=16), 4.0, True, (EDGES, SHORT), 3),
     "documents and anchors": (dict(T=1100, B=1, H=1, K=16, V=16), 4.0, True, ((500, 12, 1, 587),), None),
 }
+MIXERS = {"plain": {}, "documents": {"documents": True}, "angles of each sample": {"sample_angles": True}}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 
 
@@ -116,3 +121,39 @@ def test_it_is_the_first_choice_and_equals_the_dispatcher():
 def test_scale_must_be_positive():
     with pytest.raises(ValueError, match="scale > 0"):
         kernel(**make_inputs(2, T=3, K=16, V=16, dtype=torch.float32), scale=0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("case", MIXERS)
+def test_fused_mixer_equals_its_parts(case):
+    """Output and gradients of both ways to rotate; the parts run in float64, so 1e-5 as above."""
+    S, B, H, D = 70, 2, 3, 16
+    rng = torch.Generator().manual_seed(3)
+    qkvg, dy = torch.randn(S, B, H * 4 * D, generator=rng), torch.randn(S, B, H * D, generator=rng)
+    logits = torch.randn(S, B, H, generator=rng)
+    angles = torch.rand(S, B if "angles" in case else 1, 1, D // 2, generator=rng).repeat_interleave(2, -1) * 6
+    options = dict(tau=16.0, eps=1e-5, document_ids=document_ids((40, 30), (1, 69)) if "documents" in case else None)
+
+    def gradients(form, dtype, **more):
+        x, g = qkvg.to(dtype, copy=True).requires_grad_(), logits.to(dtype, copy=True).requires_grad_()
+        y = form(x, g, angles.to(dtype), **options, **more)
+        y.backward(dy.to(dtype))
+        return y.detach(), x.grad, g.grad
+
+    want = gradients(mix, torch.float64)
+    for in_place in (True, False):
+        for got, expected in zip(gradients(fused_mix, torch.float32, in_place=in_place), want, strict=True):
+            assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+@interpreted
+def test_one_token_steps():
+    rng = torch.Generator().manual_seed(4)
+    state = torch.randn(2, 3, 16, 32, generator=rng)
+    q, k, v = (torch.randn(2, 3, n, generator=rng) for n in (16, 16, 32))
+    log_decay = -torch.rand(2, 3, generator=rng)
+    for start in (None, state):
+        for got, want in zip(step(q, k, v, log_decay, start), plain_step(q, k, v, log_decay, start), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    _, new = step(q, k, v, log_decay, state, in_place=True)
+    assert new is state

@@ -126,6 +126,18 @@ class GatedRetention(MegatronModule):
 
     def _core(self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """Projections [s, b, H*4*D] -> gated, normalised retention [s, b, H*D]."""
+        if self.backend.name == "triton" and self.config.rotary_interleaved:
+            from yoco_megatron.ops.retention_mixer.triton import mix
+
+            return mix(
+                qkvg,
+                logits_SBH,
+                rotary_pos_emb,
+                tau=self.config.decay_temperature,
+                eps=self.config.layernorm_epsilon,
+                document_ids=shard.document_ids,
+                in_place=not (self.recompute_core and self.training),
+            )
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         q, k = rotate(q, rotary_pos_emb, self.config), rotate(k, rotary_pos_emb, self.config)
         log_decay = log_decay_from_logits(logits_SBH, self.config.decay_temperature)

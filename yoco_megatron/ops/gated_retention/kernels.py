@@ -174,13 +174,15 @@ def backward(
     i_h = i_bh % H
     if role < NK:
         _scan(
-            DO, V_, K_SLICE, DQ, Q_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, S0, DS0, Q_DOTS + role.to(tl.int64) * dots_stride,
+            DO, V_, K_SLICE, DQ, Q_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, S0, DS0,
+            Q_DOTS + role.to(tl.int64) * dots_stride,
             i_b, i_h, i_bh, role, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
             DV, DK, BT, BK, False, DOCS, HAS_S0, False, 0, True, STAGES, PRECISION,
         )  # fmt: skip
     elif role < 2 * NK:
         _scan(
-            V_, DO, Q_SLICE, DK_, K_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, R0, DS0, K_DOTS + (role - NK).to(tl.int64) * dots_stride,
+            V_, DO, Q_SLICE, DK_, K_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, R0, DS0,
+            K_DOTS + (role - NK).to(tl.int64) * dots_stride,
             i_b, i_h, i_bh, role - NK, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
             DV, DK, BT, BK, True, DOCS, HAS_R0, False, 0, True, STAGES, PRECISION,
         )  # fmt: skip
@@ -318,3 +320,25 @@ def decay_gradient(
         x = tl.load(G + b * g_b + t.to(tl.int64) * g_t + h * g_h, mask=inside, other=0.0).to(tl.float32)
         d = d * tl.sigmoid(-x) / tau
     tl.store(OUT + b * out_b + t.to(tl.int64) * out_t + h * out_h, d.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def step(
+    Q, K, V_, G, STATE, NEW, OUT, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, scale,
+    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """One token: NEW = e^g STATE + scale k^T v, OUT = q NEW, all fp32 inside. NEW may be STATE."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    rows = tl.arange(0, DK)
+    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    q = tl.load(Q + b * q_b + h * q_h + rows).to(tl.float32)
+    k = tl.load(K + b * k_b + h * k_h + rows).to(tl.float32) * scale
+    v = tl.load(V_ + b * v_b + h * v_h + cols).to(tl.float32)
+    S = k[:, None] * v[None, :]
+    at = bh * DK * DV + rows[:, None] * DV + cols[None, :]
+    if HAS_STATE:
+        S += tl.exp(tl.load(G + b * g_b + h * g_h).to(tl.float32)) * tl.load(STATE + at)
+    tl.store(NEW + at, S)
+    tl.store(OUT + bh * DV + cols, tl.sum(q[:, None] * S, 0).to(OUT.dtype.element_ty))

@@ -35,6 +35,8 @@ def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
         return f"takes bfloat16 or float32, not {dtype}"
     if triton.knobs.runtime.interpret and dtype != torch.float32:
         return "Triton's interpreter multiplies bfloat16 wrongly"
+    if dtype == torch.float32 and max(key_dim, value_dim) > 128:
+        return f"takes float32 heads of at most 128, not {key_dim} and {value_dim}"
     if key_dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
         return f"takes head widths {', '.join(map(str, HEAD_DIMS))}, not {key_dim} and {value_dim}"
     return None
@@ -82,10 +84,14 @@ def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None,
     if not scale > 0:
         raise ValueError(f"the retention kernel needs scale > 0, got {scale}: it works with its logarithm")
     chunks = triton.cdiv(T, CHUNK)
-    wanted = num_segments(B * H, chunks, config_for("forward", V, q.dtype).slices(V), q.device)
-    wanted = min(segments or wanted, chunks)
+    if segments is None and q.is_cuda:
+        ahead, back = (config_for(kernel, max(K, V), q.dtype) for kernel in ("forward", "backward"))
+        programs = ahead.slices(V), 2 * back.slices(K) + back.slices(V)
+        sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        segments = num_segments(B * H, chunks, programs, sms)
+    segments = min(segments or 1, chunks)
     # Rounding segments up to whole chunks may leave none for the last: count those that hold tokens.
-    filled = triton.cdiv(chunks, triton.cdiv(chunks, wanted))
+    filled = triton.cdiv(chunks, triton.cdiv(chunks, segments))
     return Launch(B, T, H, K, V, scale, filled, q.dtype, document_ids is not None)
 
 
@@ -143,7 +149,7 @@ def entering_states(
     """
     if launch.segments == 1:
         return start
-    config = config_for("segment", launch.V, launch.dtype)
+    config = config_for("segment", max(launch.K, launch.V), launch.dtype)
     bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
     local = torch.empty(launch.B * launch.H, launch.segments, launch.K, launch.V, device=y.device, dtype=torch.float32)
     kernels.segment_states[(launch.K // bk * launch.V // bv, launch.segments, launch.B * launch.H)](
@@ -172,7 +178,7 @@ def run_forward(
     *, out: Tensor, need_final: bool, need_anchors: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Write o into `out` [B, T, H, V]; return the final state, the states entering segments, and the anchors."""
-    config = config_for("forward", launch.V, launch.dtype)
+    config = config_for("forward", max(launch.K, launch.V), launch.dtype)
     bv = min(launch.V, config.columns)
     entering = entering_states(k, v, sums, ids, start, launch, reverse=False)
     final = None
@@ -196,7 +202,7 @@ def run_backward(
     *, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor, need_dstart: bool, tau: float | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Write dq, dk, dv (shaped like q, k, v) and dgate [B, T, H]; return the gradient of the initial state."""
-    config = config_for("backward", launch.V, launch.dtype)
+    config = config_for("backward", max(launch.K, launch.V), launch.dtype)
     bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
     slices = launch.K // bk
     heads = launch.B * launch.H
@@ -279,3 +285,34 @@ def gated_retention(
     """
     check_layout(q, k, v, log_decay, initial_state, document_ids)
     return _GatedRetention.apply(q, k, v, log_decay, initial_state, document_ids, scale, segments)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, for decoding; arguments and results are those of `torch.step`, without gradients.
+
+    With `in_place` the float32 state [B, H, K, V] is overwritten and returned: one read and one write of it is all the
+    traffic there is.
+    """
+    B, H, K = q.shape
+    V = v.shape[-1]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if state is not None:
+        state = state.float().contiguous()
+    new = state if in_place and state is not None else torch.empty(B, H, K, V, device=q.device, dtype=torch.float32)
+    out = torch.empty(B, H, V, device=q.device, dtype=q.dtype)
+    columns = min(V, 32)
+    kernels.step[(V // columns, B * H)](
+        q, k, v, log_decay, new if state is None else state, new, out, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], *log_decay.stride(), K**-0.5 if scale is None else scale,
+        H=H, DK=K, DV=V, BV=columns, HAS_STATE=state is not None, num_warps=4,
+    )  # fmt: skip
+    return out, new

@@ -14,7 +14,7 @@ import torch
 # Tokens a chunk: 64 is the M of Hopper's matrix instructions.
 CHUNK = 64
 TABLE = Path(__file__).with_name("tuning.json")
-# A segment shorter than this costs more in its extra pass than it gains.
+# Shorter segments cost more in states written and read than they gain.
 MIN_SEGMENT_CHUNKS = 8
 
 
@@ -43,16 +43,22 @@ def _table() -> dict[str, dict[str, Config]]:
 
 
 def config_for(kernel: str, width: int, dtype: torch.dtype) -> Config:
-    """The pinned configuration of "forward", "backward" or "segment" for heads of `width`."""
+    """The pinned configuration of "forward", "backward" or "segment" for heads of `width`, the wider of K and V."""
     entries = _table()[kernel]
     return entries["float32"] if dtype == torch.float32 else entries["256" if width > 128 else "128"]
 
 
-def num_segments(heads: int, chunks: int, slices: int, device: torch.device) -> int:
-    """Segments that fill the GPU with two programs a multiprocessor; 1 where heads alone come near to it."""
-    if device.type != "cuda":
-        return 1
-    slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    if 2 * heads * slices >= slots:
-        return 1
-    return max(1, min(slots // (heads * slices), chunks // MIN_SEGMENT_CHUNKS))
+def num_segments(heads: int, chunks: int, programs: tuple[int, ...], multiprocessors: int) -> int:
+    """Into how many segments to cut a sequence of `chunks`, so that programs fill the GPU.
+
+    `programs` run per head and segment in each launch (forward, backward). One runs on a multiprocessor at a time, so a
+    launch takes as many rounds as programs over multiprocessors, rounded up, of as many steps as a segment has chunks
+    (and about one to begin). Segments cost an extra pass over half of the inputs, about a fifth of the time.
+    """
+
+    def steps(segments: int) -> float:
+        length = -(-chunks // segments) + 1
+        rounds = sum(-(-heads * n * segments // multiprocessors) for n in programs)
+        return length * rounds * (1.0 if segments == 1 else 1.2)
+
+    return min(range(1, max(1, chunks // MIN_SEGMENT_CHUNKS) + 1), key=steps)

@@ -1,0 +1,92 @@
+"""The retention mixer in four kernels each way, on views of the fused projection: nothing is split or concatenated.
+
+Forward:   rotate q, k; decay sums; retention; norm times gate.
+Backward:  norm and gate; retention, whose gradients land in their places of one buffer; gradient of the gate logits;
+           rotate dq, dk back.
+
+q and k are rotated in place unless asked otherwise: nothing else reads the projection's output, and a copy would be as
+large as a layer's input. Tensor legend: S sequence, B batch, H heads, D head width.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from yoco_megatron.ops.gated_retention import triton as retention
+from yoco_megatron.ops.retention_mixer import kernels
+
+
+def _rotate(x: Tensor, out: Tensor, angles: Tensor, sign: float) -> None:
+    """Rotate parts 0 and 1 of x [S, B, H, parts, D] into those of `out`, which may be x."""
+    S, B, H, _, D = x.shape
+    pairs = angles[:, :, 0, ::2].contiguous()
+    cos, sin = pairs.cos(), pairs.sin()
+    kernels.rotate_pairs[(S * B,)](
+        x, out, cos, sin, B, cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
+        *x.stride()[1:4], *out.stride()[1:4], sign, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
+    )  # fmt: skip
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place):
+        S, B, width = qkvg.shape
+        D = angles.shape[-1]
+        x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
+        H = x.shape[2]
+        rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
+        _rotate(x, rotated, angles, 1.0)
+        q, k, v = (t.transpose(0, 1) for t in (rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]))
+        launch = retention.plan(q, v, None, document_ids, None)
+        ids = retention.pad_ids(document_ids, launch)
+        sums = retention.decay_sums(logits.transpose(0, 1), ids, launch, tau)
+        o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
+        _, entering, anchors = retention.run_forward(
+            q, k, v, sums, ids, None, launch,
+            out=o.transpose(0, 1), need_final=False, need_anchors=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        y = torch.empty_like(o)
+        gate = x[..., 3, :]
+        kernels.norm_gate[(S * B,)](
+            o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=4
+        )
+        ctx.save_for_backward(x, rotated, logits, angles, sums, ids, entering, anchors, o)
+        ctx.launch, ctx.tau, ctx.eps = launch, tau, eps
+        return y.flatten(2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, rotated, logits, angles, sums, ids, entering, anchors, o = ctx.saved_tensors
+        S, B, H, _, D = x.shape
+        dx, do, gate = torch.empty_like(x), torch.empty_like(o), x[..., 3, :]
+        kernels.norm_gate_backward[(S * B,)](
+            o, gate, dy.contiguous(), do, dx[..., 3, :], gate.stride(1), gate.stride(2), ctx.eps,
+            H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
+        )  # fmt: skip
+        q, k, v = (t.transpose(0, 1) for t in (rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]))
+        dq, dk, dv = (dx[..., part, :].transpose(0, 1) for part in range(3))
+        dlogits = torch.empty_like(logits)
+        retention.run_backward(
+            q, k, v, do.transpose(0, 1), sums, ids, entering, anchors, None, None, logits.transpose(0, 1), ctx.launch,
+            dq=dq, dk=dk, dv=dv, dgate=dlogits.transpose(0, 1), need_dstart=False, tau=ctx.tau,
+        )  # fmt: skip
+        _rotate(dx, dx, angles, -1.0)
+        return dx.flatten(2), dlogits, None, None, None, None, None
+
+
+def mix(
+    qkvg: Tensor,
+    logits: Tensor,
+    angles: Tensor,
+    *,
+    tau: float,
+    eps: float,
+    document_ids: Tensor | None = None,
+    in_place: bool = True,
+) -> Tensor:
+    """`torch.mix` in fused kernels, for bfloat16 and float32.
+
+    With `in_place`, q and k inside qkvg are overwritten by their rotation: right where qkvg is a projection's fresh
+    output, wrong where it is kept to run this again (recomputation of the core).
+    """
+    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place)
