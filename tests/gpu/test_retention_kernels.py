@@ -156,7 +156,7 @@ def test_documents_do_not_leak_one_bit():
 def test_fused_mixer(H, D, documents, in_place):
     """The whole mixer against its parts in float64; 8e-3, because o and its gradient are rounded once more.
 
-    Keys resemble queries: at a document's first token o is (q . k) v, whose norm would blow up noise if q . k were near 0.
+    Keys resemble queries: at a document's first token o is (q . k) v, and with q . k near 0 its norm blows up noise.
     """
     S, B = 1000, 2
     qkvg = torch.randn(S, B, H, 4, D, device="cuda")
