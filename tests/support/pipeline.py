@@ -1,4 +1,4 @@
-"""One call of Megatron's pipeline schedule on a small YOCO, at any cuts, for comparison with one process."""
+"""One call of Megatron's schedule on a small YOCO, at any mesh and cuts, for comparison with one process."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,9 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
-from support.models import SEQ, batch, build, document_batch, gather_whole, tiny_config
+from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.upstream import get_forward_backward_func
@@ -15,13 +16,29 @@ from yoco_megatron.training.upstream import get_forward_backward_func
 MICRO_BATCH = 2
 
 
+def of_this_rank(*whole: torch.Tensor) -> list[torch.Tensor]:
+    """The tokens of this context-parallel rank, as Megatron's data path hands them out."""
+    batch = dict(enumerate(whole))
+    return list(get_batch_on_this_cp_rank(batch, False, mpu.get_context_parallel_group()).values())
+
+
 def forward_step(data: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], model: torch.nn.Module):
+    """The mean cross entropy; in float64 a random linear function of the logits, as Megatron's entropy is fp32."""
     tokens, labels, document_ids = next(data)
-    output = model(tokens, None, None, labels=labels, document_ids=document_ids)
+    exact = get_attr_wrapped_model(model, "config").params_dtype == torch.float64
+    weights = torch.randn(*labels.shape, VOCAB, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    tokens, labels, weights = of_this_rank(tokens, labels, weights)
+    output = model(tokens, None, None, labels=None if exact else labels, document_ids=document_ids)
 
     def loss_func(losses: torch.Tensor):
-        loss = losses.mean()
-        return loss, {"loss": loss.detach().clone()}
+        if exact:
+            tp = mpu.get_tensor_model_parallel_group()
+            losses = (losses * weights.chunk(tp.size(), -1)[tp.rank()].to(losses.device)).sum(-1)
+        total, mean = losses.sum(), losses.detach().mean()
+        if exact:
+            torch.distributed.all_reduce(mean, group=tp)
+        torch.distributed.all_reduce(mean, torch.distributed.ReduceOp.AVG, mpu.get_context_parallel_group())
+        return total, torch.tensor(losses.numel(), device=total.device), {"loss": mean}
 
     return output, loss_func
 
@@ -44,6 +61,7 @@ def pipeline_step(
     config = tiny_config(
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=ranks,
+        context_parallel_size=mpu.get_context_parallel_world_size(),
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         pipeline_model_parallel_layout=layout,
         overlap_p2p_comm=chunks > 1,
@@ -60,7 +78,8 @@ def pipeline_step(
         model = build(config, tied, stage=stage, vp_stage=chunk if chunks > 1 else None)
         names.append(dict(named_parameters(model)))
         wrapped = Float16Module(config, model) if config.bf16 else model
-        wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
+        in_fp32 = config.params_dtype != torch.float64
+        wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32), wrapped)
         models.append(wrapped.eval() if forward_only else wrapped.train())
     tokens, labels = batch(MICRO_BATCH * num_microbatches)
     ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else [None] * num_microbatches

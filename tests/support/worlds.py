@@ -21,7 +21,13 @@ TIMEOUT_S = 240
 
 @contextlib.contextmanager
 def process_groups(
-    rank: int, world_size: int, store: str | None = None, tp: int = 1, pp: int = 1, vp: int | None = None
+    rank: int,
+    world_size: int,
+    store: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    vp: int | None = None,
+    cp: int = 1,
 ) -> Iterator[None]:
     """Initialise torch.distributed and Megatron's model-parallel groups, and take them down again."""
     from megatron.core import parallel_state
@@ -36,7 +42,7 @@ def process_groups(
             rank=rank,
             world_size=world_size,
         )
-        parallel_state.initialize_model_parallel(tp, pp, vp)
+        parallel_state.initialize_model_parallel(tp, pp, vp, context_parallel_size=cp)
         model_parallel_cuda_manual_seed(1)
         try:
             yield
@@ -109,12 +115,12 @@ def spawn(
         return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _in_groups(function: Callable, store: str, tp: int, pp: int, vp: int | None, args: tuple) -> Any:
-    with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, tp, pp, vp):
+def _in_groups(function: Callable, store: str, mesh: dict, args: tuple) -> Any:
+    with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, **mesh):
         return function(*args)
 
 
-def run_world(world_size: int, function: Callable, *args: Any, tp: int = 1, pp: int = 1, vp: int | None = None) -> list:
-    """`spawn`, inside Megatron's process groups."""
+def run_world(world_size: int, function: Callable, *args: Any, **mesh: int | None) -> list:
+    """`spawn`, inside Megatron's process groups of `mesh` (tp, pp, vp, cp)."""
     with tempfile.TemporaryDirectory() as folder:
-        return spawn(_in_groups, world_size, (function, f"{folder}/store", tp, pp, vp, args))
+        return spawn(_in_groups, world_size, (function, f"{folder}/store", mesh, args))

@@ -1,26 +1,34 @@
-"""The gradient of the shared K,V: summed over all readers of a stage in one fp32 buffer.
+"""The shared K,V as the layers of one stage read them, and their gradient, summed over all readers in one fp32 buffer.
 
 Autograd would add the bf16 gradients of the cross-decoder layers pair by pair, out of place, rounding each time, and
 would hand every layer's sum on to the next. Here each reader's backward adds into the buffer, and the K,V's own
 backward takes it once. Rounding happens once, and nothing is copied per layer.
+
+With context parallelism the layers read the K,V of the whole sequence, gathered once, and the buffer is as long; one
+reduce-scatter gives each rank the gradient of its part. What goes on to the next stage is this rank's part alone.
 """
 
 import torch
 from torch import Tensor
 
+from yoco_megatron.parallel.context import gather_chunks, reduce_scatter_chunks
+from yoco_megatron.parallel.sequence import SequenceShard
+
 
 class SharedKVReader:
     """The shared K,V of one micro-batch [s, b, G, 2, D], as the layers of one stage read them.
 
-    Use: `hidden, reader = SharedKVReader.enter(hidden, kv, dtype)`, then `reader.read()` in every layer and
+    Use: `hidden, reader = SharedKVReader.enter(hidden, kv, dtype, shard)`, then `reader.read()` in every layer and
     `reader.read_packed()` to send them on. Layers that run inside a checkpoint get `reader.inside_checkpoint()`.
     """
 
-    def __init__(self, kv: Tensor, gradient: "_Gradient") -> None:
-        self.kv, self._gradient = kv, gradient
+    def __init__(self, kv: Tensor, whole: Tensor, gradient: "_Gradient", of_whole: "_Gradient") -> None:
+        self.kv, self.whole, self._gradient, self._of_whole = kv, whole, gradient, of_whole
 
     @staticmethod
-    def enter(hidden_states: Tensor, kv: Tensor, dtype: torch.dtype) -> tuple[Tensor, "SharedKVReader"]:
+    def enter(
+        hidden_states: Tensor, kv: Tensor, dtype: torch.dtype, gather: SequenceShard | None = None
+    ) -> tuple[Tensor, "SharedKVReader"]:
         """Tie the K,V's gradient to the hidden states that all reading layers work on.
 
         The gradient of these hidden states is complete only after every reader's backward, so that the buffer is, too.
@@ -28,47 +36,55 @@ class SharedKVReader:
         Args:
             dtype: in which the K,V are read. They may come in fp32, from a boundary that carries fp32, and then get
                 their gradient in fp32.
+            gather: gather the K,V of all context-parallel ranks for the layers; None where the layers read these K,V.
         """
         gradient = _Gradient()
-        hidden_states, kv = _Enter.apply(hidden_states, kv, dtype, gradient)
-        return hidden_states, SharedKVReader(kv, gradient)
+        of_whole = _Gradient(gather) if gather else gradient
+        hidden_states, kv, whole = _Enter.apply(hidden_states, kv, dtype, gradient, of_whole)
+        return hidden_states, SharedKVReader(kv, whole, gradient, of_whole)
 
     def inside_checkpoint(self) -> "SharedKVReader":
         """For functions that are run again in backward, in a graph of their own, which must not reach beyond them."""
-        return SharedKVReader(self.kv.detach().requires_grad_(self.kv.requires_grad), self._gradient)
+        kv, whole = (t.detach().requires_grad_(t.requires_grad) for t in (self.kv, self.whole))
+        return SharedKVReader(kv, whole, self._gradient, self._of_whole)
 
     def read(self, first: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of positions first..stop-1, [stop - first, b, G, D] each: views, not copies."""
-        return _Read.apply(self.kv, self._gradient, slice(first, stop))
+        """Keys and values of positions first..stop-1 of the sequence, [stop - first, b, G, D]: views, not copies."""
+        return _Read.apply(self.whole, self._of_whole, first, stop)
 
     def read_packed(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Both together [s, b, G, 2, D], in `dtype` if given; the gradient is then taken in that dtype as well."""
+        """This rank's keys and values [s, b, G, 2, D], in `dtype` if given; so is then their gradient."""
         return _ReadPacked.apply(self.kv, self._gradient, dtype or self.kv.dtype)
 
 
-def _keys(kv: Tensor) -> Tensor:
-    return kv[..., 0, :]
-
-
-def _values(kv: Tensor) -> Tensor:
-    return kv[..., 1, :]
-
-
 class _Gradient:
-    """The buffer: fp32 (or wider), made when the first gradient comes, gone when it is taken."""
+    """The buffer: fp32 (or wider), made when the first gradient comes, gone when it is taken.
 
-    def __init__(self) -> None:
-        self.buffer: Tensor | None = None
+    Over gathered K,V its rows lie as the ranks hold them, which is how they are scattered.
+    """
 
-    def of(self, kv_shape: torch.Size, like: Tensor) -> Tensor:
+    def __init__(self, gathered: SequenceShard | None = None) -> None:
+        self.gathered = gathered
+        self._buffer: Tensor | None = None
+
+    def buffer(self, kv_shape: torch.Size, like: Tensor) -> Tensor:
         """The buffer, for a gradient like `like` to be added to."""
-        if self.buffer is None:
+        if self._buffer is None:
             dtype = torch.promote_types(like.dtype, torch.float32)
-            self.buffer = torch.zeros(kv_shape, dtype=dtype, device=like.device)
-        return self.buffer
+            self._buffer = torch.zeros(kv_shape, dtype=dtype, device=like.device)
+        return self._buffer
+
+    def add(self, kv_shape: torch.Size, first: int, keys: Tensor, values: Tensor) -> None:
+        """Add the gradient of the keys and values of positions first, first + 1, ..."""
+        buffer = self.buffer(kv_shape, keys)
+        spans = self.gathered.spans(first, first + len(keys)) if self.gathered else [(first, 0, len(keys))]
+        for row, offset, rows in spans:
+            part = buffer.narrow(0, row, rows)
+            part[..., 0, :].add_(keys.narrow(0, offset, rows))
+            part[..., 1, :].add_(values.narrow(0, offset, rows))
 
     def take(self) -> Tensor | None:
-        buffer, self.buffer = self.buffer, None
+        buffer, self._buffer = self._buffer, None
         return buffer
 
 
@@ -77,28 +93,34 @@ class _Enter(torch.autograd.Function):
     and so runs this after all of them."""
 
     @staticmethod
-    def forward(ctx, hidden_states, kv, dtype, gradient):
-        ctx.gradient = gradient
+    def forward(ctx, hidden_states, kv, dtype, gradient, of_whole):
+        ctx.gradient, ctx.of_whole = gradient, of_whole
         ctx.set_materialize_grads(False)
-        return hidden_states.view_as(hidden_states), kv.view_as(kv).to(dtype)
+        kv = kv.view_as(kv).to(dtype)
+        whole = gather_chunks(kv, of_whole.gathered) if of_whole.gathered else kv.view_as(kv)
+        ctx.whole = whole.shape, whole.new_empty(0)
+        return hidden_states.view_as(hidden_states), kv, whole
 
     @staticmethod
-    def backward(ctx, gradient, _):
-        return gradient, ctx.gradient.take(), None, None
+    def backward(ctx, hidden_gradient, *_):
+        gradient = ctx.gradient.take()
+        if ctx.of_whole.gathered:
+            ctx.of_whole.buffer(*ctx.whole)  # every rank joins, also one whose layers read nothing
+            gathered = reduce_scatter_chunks(ctx.of_whole.take(), ctx.of_whole.gathered)
+            gradient = gathered if gradient is None else gathered.add_(gradient)
+        return hidden_gradient, gradient, None, None, None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kv, gradient, rows):
-        ctx.gradient, ctx.shape, ctx.rows = gradient, kv.shape, rows
-        return _keys(kv[rows]), _values(kv[rows])
+    def forward(ctx, kv, gradient, first, stop):
+        ctx.gradient, ctx.shape, ctx.first = gradient, kv.shape, first
+        return kv[first:stop, ..., 0, :], kv[first:stop, ..., 1, :]
 
     @staticmethod
     def backward(ctx, keys, values):
-        buffer = ctx.gradient.of(ctx.shape, keys)[ctx.rows]
-        _keys(buffer).add_(keys)
-        _values(buffer).add_(values)
-        return None, None, None
+        ctx.gradient.add(ctx.shape, ctx.first, keys, values)
+        return None, None, None, None
 
 
 class _ReadPacked(torch.autograd.Function):
@@ -109,5 +131,5 @@ class _ReadPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, value):
-        ctx.gradient.of(ctx.shape, value).add_(value)
+        ctx.gradient.buffer(ctx.shape, value).add_(value)
         return None, None, None

@@ -59,7 +59,7 @@ class YOCOBlock(MegatronModule):
                 )
 
         self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
-        self.num_self, _ = stage.split(border)
+        self.num_self, self.num_cross = stage.split(border)
         self.stage = stage
         self.shared_kv = None
         if stage.makes_kv:
@@ -78,7 +78,8 @@ class YOCOBlock(MegatronModule):
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            shared_kv: [s, b, G, 2, D] from an earlier stage; None where this block makes them, or before the border.
+            shared_kv: [s, b, G, 2, D] of the tokens held here, from an earlier stage; None where this block makes them,
+                or before the border.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
         Returns:
@@ -95,7 +96,8 @@ class YOCOBlock(MegatronModule):
                     shared_kv = self.shared_kv(hidden_states, cross_angles)
             reader = None
             if shared_kv is not None:
-                hidden_states, reader = SharedKVReader.enter(hidden_states, shared_kv, config.params_dtype)
+                gather = shard if shard.ranks > 1 and self.num_cross else None
+                hidden_states, reader = SharedKVReader.enter(hidden_states, shared_kv, config.params_dtype, gather)
             hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles, shard)
         return hidden_states, reader
 

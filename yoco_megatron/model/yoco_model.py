@@ -104,13 +104,15 @@ class YOCOModel(LanguageModule):
     ) -> Tensor:
         """Loss per token, or logits; on a stage before the last, the tensor for the next one (parallel/boundary.py).
 
+        With context parallelism s is the number of tokens that this rank holds, zig-zag (parallel/sequence.py).
+
         Args:
             input_ids: int64 [b, s]; read by the first stage alone.
             position_ids, attention_mask, packed_seq_params: ignored; attention is always causal, positions are counted
                 in each document.
             labels: int64 [b, s]; None asks for logits.
-            document_ids: integers [b, s], equal within a document and never falling, read by every stage: documents do
-                not see each other. None for one document.
+            document_ids: integers [b, whole sequence], equal within a document and never falling, read by every stage:
+                documents do not see each other. None for one document.
         Returns:
             fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`).
         """
@@ -121,7 +123,10 @@ class YOCOModel(LanguageModule):
             hidden_states, shared_kv = unpack(
                 hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
             )
-        shard = SequenceShard(length, hidden_states.shape[1], document_ids)
+        ranks = self.cp_group.size()
+        shard = SequenceShard(
+            length * ranks, hidden_states.shape[1], document_ids, self.cp_group if ranks > 1 else None
+        )
         positions = shard.positions(hidden_states.device)
         hidden_states, reader = self.decoder(
             hidden_states, shared_kv, self.self_rotary(positions), self.cross_rotary(positions), shard
@@ -134,7 +139,8 @@ class YOCOModel(LanguageModule):
         return pack(hidden_states, kv, self.fp32_transport)
 
     def boundary_shape(self, stage: Stage, micro_batch_size: int, length: int) -> tuple[int, int, int]:
-        """Shape of the tensor that enters `stage` (of this model, on this tensor-parallel rank)."""
+        """Shape of the tensor that enters `stage` on this rank; `length` is that of a whole sequence."""
+        length //= self.cp_group.size()
         rows, width = length // self.rows_per_row, self.config.hidden_size
         if stage.kv_in:
             width += kv_columns(self.groups, self.config.kv_channels, rows, length, self.fp32_transport)

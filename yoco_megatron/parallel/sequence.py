@@ -7,7 +7,9 @@ Packed documents: a token sees nothing of another document, and positions start 
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -59,7 +61,7 @@ class SequenceShard:
         self.length, self.batch, self.document_ids, self.group = length, batch, document_ids, group
         self.ranks, self.rank = (group.size(), group.rank()) if group is not None else (1, 0)
         self.num_chunks = 2 * self.ranks if self.ranks > 1 else 1
-        self.chunk_length = length // self.num_chunks
+        self.local_length, self.chunk_length = length // self.ranks, length // self.num_chunks
         self.chunk_ids = self.chunks_of(self.rank)
         self.chunks = tuple(self.chunk(index) for index in self.chunk_ids)
         self._sights: dict[tuple[Chunk, int | None], Sight] = {}
@@ -81,6 +83,49 @@ class SequenceShard:
     def chunk(self, index: int) -> Chunk:
         """Chunk `index` of the sequence."""
         return Chunk(index * self.chunk_length, (index + 1) * self.chunk_length)
+
+    def in_order(self, held: Tensor) -> Tensor:
+        """Chunks as the ranks hold them, one rank after the other, put in their order.
+
+        `held` is [length, ...], or [chunks, ...] with something of each chunk.
+        """
+        order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
+        places = torch.tensor([order.index(index) for index in range(self.num_chunks)], device=held.device)
+        return held.unflatten(0, (self.num_chunks, -1)).index_select(0, places).view_as(held)
+
+    def spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where ranks hold tokens first..stop-1: (row, offset, rows) for each chunk that has some of them.
+
+        `row` counts through the ranks' parts, one rank after the other; `offset` from `first`.
+        """
+        order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
+        for index in range(self.num_chunks):
+            chunk = self.chunk(index)
+            begin, end = max(first, chunk.start), min(stop, chunk.stop)
+            if begin < end:
+                yield order.index(index) * self.chunk_length + begin - chunk.start, begin - first, end - begin
+
+    def fold(self, x_SB: Tensor) -> Tensor:
+        """[s, b, ...] held here -> [chunks * b, chunk, ...], for layers that see chunks as samples."""
+        return x_SB.unflatten(0, (len(self.chunks), -1)).transpose(1, 2).flatten(0, 1)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """`fold` undone."""
+        return x.unflatten(0, (len(self.chunks), -1)).transpose(1, 2).flatten(0, 1)
+
+    @cached_property
+    def folded_document_ids(self) -> Tensor | None:
+        """Document ids of the tokens held here, [chunks * b, chunk]."""
+        if self.document_ids is None:
+            return None
+        return torch.cat([self.document_ids[:, chunk.start : chunk.stop] for chunk in self.chunks])
+
+    @cached_property
+    def continues(self) -> Tensor | None:
+        """Whether a document goes on from the chunk before into each chunk of the sequence, bool [chunks, b]."""
+        if self.document_ids is None:
+            return None
+        return ~self._starts[:, :: self.chunk_length].t()
 
     def local(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor whose dimension `dim` runs over the whole sequence."""

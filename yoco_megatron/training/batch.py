@@ -1,10 +1,10 @@
-"""One micro-batch on this process: read on tensor-parallel rank 0, broadcast to the others."""
+"""One micro-batch on this process: read on tensor-parallel rank 0, broadcast to the others; then this rank's tokens."""
 
 from collections.abc import Iterator
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
 from torch import Tensor
 
@@ -14,7 +14,8 @@ def get_batch(
 ) -> dict[str, Tensor | None]:
     """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none).
 
-    With --dataloader-inter-document-masking also document_ids int32 [b, s], which every stage needs (else None).
+    s are the tokens of this context-parallel rank. With --dataloader-inter-document-masking also document_ids int32
+    [b, whole sequence], which every stage and rank needs (else None).
     """
     args = get_args()
     documents = args.dataloader_inter_document_masking
@@ -42,6 +43,10 @@ def get_batch(
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
+    )
+    # Zig-zag over whole sequences, wherever documents end.
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group(), use_per_sequence_balancing=True
     )
     batch["document_ids"] = document_ids(batch["cu_seqlens"], args.seq_length) if documents else None
     return batch

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
@@ -21,13 +22,20 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     Args:
         loss_mask: fp32 [b, s]; losses: fp32 [b, s].
     Returns:
-        (summed loss, number of counted tokens int32, {"lm loss": [sum, tokens]}); Megatron divides by the tokens.
+        (summed loss, number of counted tokens int32, {"lm loss": [sum, tokens]}); Megatron divides by the tokens. With
+        context parallelism such that the mean over its ranks of that quotient is the loss.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     _validate(loss)
     num_tokens = mask.sum().detach().to(torch.int)
-    return loss, num_tokens, {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+    report = {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+    ranks = mpu.get_context_parallel_world_size()
+    if ranks > 1 and not get_args().calculate_per_token_loss:
+        # Megatron takes the mean over this rank's tokens, then over ranks; what counts is the mean over the sequences.
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_context_parallel_group())
+        loss = loss * ranks
+    return loss, num_tokens, report
 
 
 def _validate(loss: Tensor) -> None:

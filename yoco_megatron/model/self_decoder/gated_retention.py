@@ -22,6 +22,7 @@ from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.norm import rms_norm
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
+from yoco_megatron.parallel.retention import StateExchange
 from yoco_megatron.parallel.sequence import SequenceShard
 
 
@@ -139,15 +140,23 @@ class GatedRetention(MegatronModule):
                 in_place=not (self.recompute_core and self.training),
             )
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
-        q, k = rotate(q, rotary_pos_emb, self.config), rotate(k, rotary_pos_emb, self.config)
-        log_decay = log_decay_from_logits(logits_SBH, self.config.decay_temperature)
-        o, _ = gated_retention(
-            *(t.transpose(0, 1) for t in (q, k, v, log_decay)),
-            document_ids=shard.document_ids,
+        log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))
+        k, v = shard.fold(rotate(k, rotary_pos_emb, self.config)), shard.fold(v)
+        exchange = StateExchange(k, v, log_decay, shard) if shard.ranks > 1 else None
+        q = shard.fold(rotate(q, rotary_pos_emb, self.config))  # while states are exchanged
+        o, final = gated_retention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=exchange and exchange.entering(),
+            document_ids=shard.folded_document_ids,
             chunk_size=self.config.retention_chunk_size,
             backend=self.backend.name,
         )
-        o_SBHD = o.transpose(0, 1)
+        if exchange:
+            o = exchange.tie(o, final, q, log_decay)
+        o_SBHD = shard.unfold(o)
         return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)
 
     def backward_dw(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.attention import ChunkedAttention
 from yoco_megatron.model.rotary import rotate
+from yoco_megatron.parallel.context import keys_with_halo
 from yoco_megatron.parallel.sequence import Chunk, SequenceShard
 
 
@@ -73,10 +74,15 @@ class SlidingWindowAttention(ChunkedAttention):
         query = rotate(query.flatten(2, 3), rotary_pos_emb, self.config)
         key, value = rotate(key.squeeze(3), rotary_pos_emb, self.config), value.squeeze(3)
 
-        def keys_of(index: int, chunk: Chunk, first: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            return key[first:], value[first:]
+        keys_and_values = (key, value)
+        if packed_seq_params.ranks > 1:
+            keys_and_values = keys_with_halo(key, value, self.reach, packed_seq_params)
 
-        y = self.attend(query, keys_of, packed_seq_params, key, value)
+        def keys_of(index: int, chunk: Chunk, first: int, *keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
+            key, value = keys_and_values[2 * index : 2 * index + 2]
+            return key[first - chunk.stop :], value[first - chunk.stop :]
+
+        y = self.attend(query, keys_of, packed_seq_params, *keys_and_values)
         return self.linear_proj(y)
 
     @property

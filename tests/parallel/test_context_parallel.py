@@ -1,0 +1,107 @@
+"""Context parallelism equals one process: the loss of every micro-batch and the gradient of every parameter.
+
+Sequences of 48 tokens are 4 chunks of 12 over two ranks and 8 of 6 over four; windows are shorter and longer than a
+chunk, documents end on, before and after chunks' edges. Tolerances, relative to each tensor's norm: 1e-10 in float64;
+2e-5 in float32, where sums run in another order, as in test_parity.py.
+"""
+
+import pytest
+import torch
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error
+from support.pipeline import pipeline_step
+from support.worlds import run_world
+
+FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+SP = dict(sequence_parallel=True)
+PP1 = "EttttttttL"
+
+# name -> (layout of 8 layers with the border at 4, pipeline ranks, tensor parallel, context parallel, config)
+QUICK = {
+    "CP2": (PP1, 1, 1, 2, {}),
+    "CP4": (PP1, 1, 1, 4, {}),
+    "TP2 CP2 SP": (PP1, 1, 2, 2, SP),
+    "PP2 CP2 uneven": ("Ett|ttttttL", 2, 1, 2, {}),
+    "CP2 recompute full": (PP1, 1, 1, 2, FULL_RECOMPUTE),
+}
+FULL = {
+    "TP2 CP2": (PP1, 1, 2, 2, {}),
+    "PP2 CP2 late border": ("Etttttt|ttL", 2, 1, 2, {}),
+    "PP2 CP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, 2, FULL_RECOMPUTE),
+    "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
+    "CP2 DP2": (PP1, 1, 1, 2, {}),
+}
+WINDOWS = {"short": 5, "long": 17, "longest": 100}
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """The reference for each model, computed once."""
+    done: dict = {}
+
+    def step(model: dict, documents: bool) -> dict:
+        key = (*sorted((name, str(value)) for name, value in model.items()), documents)
+        if key not in done:
+            done[key] = run_world(1, pipeline_step, model, None, False, 2, False, documents)[0]
+        return done[key]
+
+    return step
+
+
+def compare(results: list[dict], reference: dict, tolerance: float) -> None:
+    """Every rank's loss and gradients; together they hold all parameters."""
+    assert set().union(*results) == reference.keys()
+    for result in results:
+        for name, value in result.items():
+            error = relative_error(value, reference[name])
+            assert error < tolerance, f"{name}: relative error {error:.1e} against one process"
+
+
+def check(mesh: str, model: dict, documents: bool, one_process) -> None:
+    layout, pp, tp, cp, overrides = (QUICK | FULL)[mesh]
+    vp = (layout.count("|") + 1) // pp
+    results = run_world(
+        tp * pp * cp,
+        pipeline_step,
+        model | overrides,
+        layout,
+        False,
+        2,
+        False,
+        documents,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        vp=vp if vp > 1 else None,
+    )
+    compare(results, one_process(model, documents), TOLERANCE[model.get("params_dtype", torch.float32)])
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("mesh", QUICK)
+def test_retention(mesh: str, documents: bool, one_process) -> None:
+    check(mesh, FLOAT64 | dict(self_decoder="gated_retention"), documents, one_process)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize(("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest"])])
+def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
+    model = FLOAT64 | dict(self_decoder="sliding_window", self_decoder_window=WINDOWS[window])
+    check(mesh, model, documents, one_process)
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_float32(kind: str, one_process) -> None:
+    check("CP2", dict(self_decoder=kind), True, one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [None, *WINDOWS])
+@pytest.mark.parametrize("mesh", QUICK | FULL)
+def test_whole_matrix(mesh: str, window: str | None, documents: bool, one_process) -> None:
+    model = FLOAT64 | dict(self_decoder=SELF_DECODERS[0])
+    if window:
+        model = FLOAT64 | dict(self_decoder="sliding_window", self_decoder_window=WINDOWS[window])
+    check(mesh, model, documents, one_process)

@@ -1,0 +1,93 @@
+"""Gated retention over chunks that lie on different context-parallel ranks.
+
+Each rank works out what its chunks add to the state, one small all-gather tells it to everyone, and each combines what
+precedes its own chunks. With w_j what chunk j writes, a_j the share of the state that it keeps, and e_j whether the
+document goes on from chunk j - 1 into j, the state that enters chunk c is
+
+    S_c = sum_{j<c} e_{j+1} (prod_{j<m<c} a_m e_{m+1}) w_j
+
+The op then runs on each chunk with S_c as its initial state. Backward is the mirror: what the outputs of later chunks
+give to the states before them, exchanged the same way, is the gradient of a chunk's final state.
+
+Tensor legend: N chunks of the sequence, n chunks held here, b batch, H heads, K key width, V value width.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yoco_megatron.ops.gated_retention.chunk_state import state_gradient, state_written
+from yoco_megatron.parallel.sequence import SequenceShard
+
+
+class StateExchange:
+    """The exchange of one layer and micro-batch. Made early, it runs while the caller prepares the op.
+
+    Args:
+        k, v, log_decay: as for the op, chunks in the batch dimension: [n b, chunk, H, ...] (`SequenceShard.fold`).
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard, scale: float | None = None
+    ) -> None:
+        self.shard = shard
+        with torch.no_grad():
+            written, kept = state_written(k, v, log_decay, shard.folded_document_ids, scale=scale)
+            self._state = written.shape[1:]
+            self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
+
+    def entering(self) -> Tensor:
+        """The states before each chunk held here [n b, H, K, V], without a path for gradients: see `tie`."""
+        self._work.wait()
+        written_NbHS, kept_NbH1 = self.shard.in_order(self._message).split((self._message.shape[-1] - 1, 1), -1)
+        self.kept_NbH = kept_NbH1.squeeze(-1)
+        left = self._left(self.shard.chunk_ids, range(self.shard.num_chunks))
+        return torch.einsum("csbh,sbhx->cbhx", left, written_NbHS).flatten(0, 1).unflatten(-1, self._state[1:])
+
+    def tie(self, o: Tensor, final: Tensor, q: Tensor, log_decay: Tensor) -> Tensor:
+        """The op's outputs o; its final states get their gradient from the chunks after them, on any rank."""
+        return _Tie.apply(o, final, q.detach(), log_decay.detach(), self)
+
+    def final_gradient(self, gradient: Tensor) -> Tensor:
+        """From the gradients of the states before the chunks held here to those of the states after them."""
+        message, work = _start_gather(gradient.flatten(2), self.shard)
+        work.wait()
+        left = self._left(range(self.shard.num_chunks), self.shard.chunk_ids)
+        return torch.einsum("csbh,cbhx->sbhx", left, self.shard.in_order(message)).reshape(gradient.shape)
+
+    def _left(self, chunks, sources) -> Tensor:
+        """The share of what `source` wrote that is left when `chunk` begins, [chunks, sources, b, H]."""
+        kept = self.kept_NbH
+        chunk, source = (torch.tensor(list(ids), device=kept.device) for ids in (chunks, sources))
+        between = torch.arange(self.shard.num_chunks, device=kept.device)
+        after = source[:, None] < between  # [sources, N]
+        before = between < chunk[:, None]  # [chunks, N]
+        passed = (before[:, None] & after)[..., None, None]
+        left = torch.where(passed, kept, 1.0).prod(2) * (source < chunk[:, None])[..., None, None]
+        continues = self.shard.continues  # [N, b]
+        if continues is not None:
+            crossed = ((before | (between == chunk[:, None]))[:, None] & after)[..., None]
+            left = left * (~crossed | continues).all(2)[..., None]
+        return left
+
+
+def _start_gather(x: Tensor, shard: SequenceShard) -> tuple[Tensor, dist.Work]:
+    """[n b, ...] of every rank -> [N, b, ...], as ranks hold them."""
+    gathered = x.new_empty(shard.num_chunks, shard.batch, *x.shape[1:])
+    return gathered, dist.all_gather_into_tensor(
+        gathered.flatten(0, 1), x.contiguous(), group=shard.group, async_op=True
+    )
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, final, q, log_decay, exchange):
+        ctx.exchange = exchange
+        ctx.save_for_backward(q, log_decay)
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, log_decay = ctx.saved_tensors
+        gradient = state_gradient(q, do, log_decay, ctx.exchange.shard.folded_document_ids)
+        return do, ctx.exchange.final_gradient(gradient), None, None, None
