@@ -61,7 +61,11 @@ MISTAKES = {
     "odd layers": (1, ["--num-layers", "3"], ["--num-layers 3", "set --num-self-decoder-layers"]),
     "heads": (1, ["--num-attention-heads", "6"], ["--hidden-size 32", "--num-attention-heads 6", "change one"]),
     "self-decoder heads": (1, ["--self-decoder-heads", "3"], ["--self-decoder-heads 3", "change one"]),
-    "context": (2, ["--context-parallel-size", "2"], ["--context-parallel-size 2", "use --sequence-parallel"]),
+    "context": (
+        2,
+        ["--context-parallel-size", "2", "--seq-length", "30"],
+        ["--seq-length 30", "2 x --context-parallel-size 2 = 4", "each rank holds two chunks"],
+    ),
     "batch": (2, ["--global-batch-size", "6"], ["--global-batch-size 6", "--micro-batch-size 2 x 2", "change one"]),
     "unknown flag": (1, ["--hiden-size", "32"], ["--hiden-size", "did you mean --hidden-size?"]),
     "not a number": (1, ["--hidden-size", "wide"], ["--hidden-size", "'wide'"]),

@@ -41,7 +41,18 @@ MISTAKES = {
         ["tensor-model-parallel-size 8", "multiple of 8"],
     ),
     "mesh of nothing": ({"tensor-model-parallel-size": 0}, ["tensor-model-parallel-size 0"]),
-    "context parallel": ({"context-parallel-size": 2}, ["context-parallel-size 2", "sequence-parallel"]),
+    "sequence against context parallelism": (
+        {"context-parallel-size": 2, "seq-length": 66},
+        ["seq-length 66", "2 x --context-parallel-size 2 = 4"],
+    ),
+    "context parallel baseline in torch": (
+        {"context-parallel-size": 2, "architecture": "transformer"},
+        ["context-parallel-size 2", "architecture transformer", "transformer-impl transformer_engine"],
+    ),
+    "document masks of the baseline": (
+        {"dataloader-inter-document-masking": True, "architecture": "transformer"},
+        ["dataloader-inter-document-masking", "architecture yoco"],
+    ),
     "global batch": ({"global-batch-size": 15}, ["global-batch-size 15", "micro-batch-size 2 x 2 data-parallel"]),
     "no layers": ({"num-layers": 0}, ["num-layers 0"]),
     "odd layers": ({"num-layers": 5}, ["num-layers 5", "num-self-decoder-layers"]),
@@ -109,6 +120,9 @@ IGNORED = {
     "quick_geglu": True,
     "apply_query_key_layer_scaling": True,
     "qk_clip": True,
+    "cp_comm_type": "all_gather",
+    "hierarchical_context_parallel_sizes": "2 1",
+    "hybrid_context_parallel": True,
     "reset_position_ids": True,
     "reset_attention_mask": True,
 }

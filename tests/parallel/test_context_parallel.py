@@ -30,7 +30,6 @@ FULL = {
     "PP2 CP2 late border": ("Etttttt|ttL", 2, 1, 2, {}),
     "PP2 CP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, 2, FULL_RECOMPUTE),
     "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
-    "CP2 DP2": (PP1, 1, 1, 2, {}),
 }
 WINDOWS = {"short": 5, "long": 17, "longest": 100}
 

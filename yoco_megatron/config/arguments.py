@@ -207,7 +207,9 @@ def _failed_assertion(error: AssertionError) -> str:
 
 def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
     """The stages of a pipelined YOCO, a line each: layers, parameters, FLOPs, bytes, expected bubble."""
-    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    data_parallel = args.world_size // (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
     return planner.table(
         plan,
         ModelShape.from_args(args),

@@ -37,6 +37,9 @@ IGNORED_BY_YOCO = {
     "quick_geglu": "YOCO's FFN is SwiGLU",
     "apply_query_key_layer_scaling": "YOCO scales scores by the head width alone",
     "qk_clip": "clipping of queries and keys is not built for YOCO",
+    "cp_comm_type": "each kind of layer has its own exchange (docs/context_parallel.md)",
+    "hierarchical_context_parallel_sizes": "each kind of layer has its own exchange (docs/context_parallel.md)",
+    "hybrid_context_parallel": "sequences are cut into equal chunks, wherever documents end",
     "reset_position_ids": "--dataloader-inter-document-masking separates documents, positions included",
     "reset_attention_mask": "--dataloader-inter-document-masking separates documents",
 }
@@ -153,14 +156,18 @@ def check_mesh(args: Namespace) -> None:
         f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {model_parallel}: start a multiple of "
         f"{model_parallel} processes or make the mesh smaller",
     )
-    if args.architecture == "yoco":
-        require(
-            cp == 1,
-            f"--context-parallel-size {cp}: YOCO has no context parallelism in this version; use "
-            "--sequence-parallel with --tensor-model-parallel-size and --recompute-granularity for long sequences",
-        )
-    if args.sequence_parallel and tp > 1 and args.seq_length is not None:
-        _divides(tp, args.seq_length, "--seq-length", "--tensor-model-parallel-size", "--sequence-parallel splits it")
+    require(
+        cp == 1 or args.architecture == "yoco" or args.transformer_impl == "transformer_engine",
+        f"--context-parallel-size {cp} of --architecture transformer is Transformer Engine's: set --transformer-impl "
+        "transformer_engine, or use --sequence-parallel with --tensor-model-parallel-size",
+    )
+    if args.seq_length is not None:
+        if cp > 1:
+            two_chunks = "each rank holds two chunks of it"
+            _divides(2 * cp, args.seq_length, "--seq-length", f"2 x --context-parallel-size {cp} =", two_chunks)
+        if args.sequence_parallel and tp > 1:
+            name = "--tensor-model-parallel-size" + (f" {tp} x --context-parallel-size {cp} =" if cp > 1 else "")
+            _divides(tp * cp, args.seq_length, "--seq-length", name, "--sequence-parallel splits it")
     if args.global_batch_size is not None and args.micro_batch_size is not None:
         data_parallel = args.world_size // model_parallel
         _divides(
