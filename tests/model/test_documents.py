@@ -92,7 +92,7 @@ def test_another_document_changes_nothing(kind, masked, generator):
 def test_positions_are_counted_in_each_document():
     shard = SequenceShard(TOKENS, len(PACKS), ids_of(PACKS))
     wanted = torch.stack([torch.cat([torch.arange(length) for length in pack]) for pack in PACKS])
-    assert torch.equal(shard.positions("cpu").t(), wanted)
+    assert torch.equal(shard.positions().t(), wanted)
 
 
 def test_document_ids_of_padded_cu_seqlens():

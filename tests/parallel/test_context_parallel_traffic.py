@@ -14,7 +14,10 @@ from support.models import FULL_RECOMPUTE, SEQ, batch, build, document_batch, ti
 from support.pipeline import MICRO_BATCH, of_this_rank, pipeline_step
 from support.worlds import run_world
 
-BATCH, BYTES = 3, 8  # float64
+from yoco_megatron.config.shape import ModelShape
+from yoco_megatron.parallel.traffic import received_bytes
+
+BATCH, BYTES = 3, 8  # float64, states included
 CONFIG = tiny_config()
 HEADS, WIDTH = CONFIG.self_decoder_heads, CONFIG.hidden_size // CONFIG.self_decoder_heads
 CROSS_GROUPS, CROSS_WIDTH = CONFIG.num_query_groups, CONFIG.kv_channels
@@ -49,12 +52,17 @@ class Traffic:
         return (sum(receive) - receive[me]) * row
 
 
-def step(overrides: dict, documents: bool = False, only_first_chunk: bool = False) -> dict:
+def step(
+    overrides: dict,
+    documents: bool = False,
+    only_first_chunk: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
     """Traffic of one forward and backward; the loss is of all tokens, or of the sequence's first chunk alone."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         traffic = Traffic(monkeypatch)
         config = tiny_config(
-            context_parallel_size=mpu.get_context_parallel_world_size(), params_dtype=torch.float64, **overrides
+            context_parallel_size=mpu.get_context_parallel_world_size(), params_dtype=dtype, **overrides
         )
         model = build(config).train()
         tokens, _ = batch(BATCH)
@@ -155,3 +163,33 @@ def test_once_for_each_stage_and_micro_batch() -> None:
     scatters = [sum(calls.get(("reduce_scatter_tensor", "forward"), [])) for calls in results]
     wanted = [0, 0] + [number * shared_kv] * 6  # two ranks for each stage
     assert gathers == scatters == wanted
+
+
+def test_the_formulas() -> None:
+    """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
+    for kind, recompute in (("gated_retention", {}), ("sliding_window", FULL_RECOMPUTE)):
+        overrides = dict(self_decoder=kind, self_decoder_window=5)
+        results = run_world(4, step32, overrides | recompute, cp=4)
+        counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
+        shape = ModelShape(
+            architecture="yoco",
+            self_decoder=kind,
+            num_layers=CONFIG.num_layers,
+            num_self_decoder_layers=LAYERS,
+            hidden_size=CONFIG.hidden_size,
+            ffn_hidden_size=CONFIG.ffn_hidden_size,
+            num_attention_heads=CONFIG.num_attention_heads,
+            num_query_groups=CROSS_GROUPS,
+            kv_channels=CROSS_WIDTH,
+            self_decoder_heads=HEADS,
+            self_decoder_query_groups=HEADS,
+            self_decoder_window=5,
+            padded_vocab_size=None,
+            seq_length=SEQ,
+            tied=False,
+        )
+        assert counted == sum(received_bytes(shape, 4, BATCH, 4, bool(recompute)).values())
+
+
+def step32(overrides: dict) -> dict:
+    return step(overrides, dtype=torch.float32)

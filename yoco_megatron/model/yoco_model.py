@@ -123,11 +123,10 @@ class YOCOModel(LanguageModule):
             hidden_states, shared_kv = unpack(
                 hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
             )
-        ranks = self.cp_group.size()
-        shard = SequenceShard(
-            length * ranks, hidden_states.shape[1], document_ids, self.cp_group if ranks > 1 else None
-        )
-        positions = shard.positions(hidden_states.device)
+        ranks, batch = self.cp_group.size(), hidden_states.shape[1]
+        group = self.cp_group if ranks > 1 else None
+        shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
+        positions = shard.positions()
         hidden_states, reader = self.decoder(
             hidden_states, shared_kv, self.self_rotary(positions), self.cross_rotary(positions), shard
         )

@@ -27,21 +27,24 @@ class StateExchange:
         k, v, log_decay: as for the op, chunks in the batch dimension: [n b, chunk, H, ...] (`SequenceShard.fold`).
     """
 
-    def __init__(
-        self, k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard, scale: float | None = None
-    ) -> None:
+    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard) -> None:
         self.shard = shard
+        self._all = torch.arange(shard.num_chunks, device=k.device)
+        # Without a copy from the host: the rank's chunks are r and N - 1 - r.
+        self._own = torch.stack((self._all[shard.rank], self._all[-1 - shard.rank]))
         with torch.no_grad():
-            written, kept = state_written(k, v, log_decay, shard.folded_document_ids, scale=scale)
+            written, kept = state_written(k, v, log_decay, shard.folded_document_ids)
             self._state = written.shape[1:]
             self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
 
     def entering(self) -> Tensor:
         """The states before each chunk held here [n b, H, K, V], without a path for gradients: see `tie`."""
         self._work.wait()
-        written_NbHS, kept_NbH1 = self.shard.in_order(self._message).split((self._message.shape[-1] - 1, 1), -1)
-        self.kept_NbH = kept_NbH1.squeeze(-1)
-        left = self._left(self.shard.chunk_ids, range(self.shard.num_chunks))
+        message = self.shard.in_order(self._message)
+        self._message = None  # what backward needs is small
+        written_NbHS, kept_NbH1 = message.split((message.shape[-1] - 1, 1), -1)
+        self._kept_NbH = kept_NbH1.squeeze(-1).clone()
+        left = self._left(self._own, self._all)
         return torch.einsum("csbh,sbhx->cbhx", left, written_NbHS).flatten(0, 1).unflatten(-1, self._state[1:])
 
     def tie(self, o: Tensor, final: Tensor, q: Tensor, log_decay: Tensor) -> Tensor:
@@ -52,23 +55,20 @@ class StateExchange:
         """From the gradients of the states before the chunks held here to those of the states after them."""
         message, work = _start_gather(gradient.flatten(2), self.shard)
         work.wait()
-        left = self._left(range(self.shard.num_chunks), self.shard.chunk_ids)
+        left = self._left(self._all, self._own)
         return torch.einsum("csbh,cbhx->sbhx", left, self.shard.in_order(message)).reshape(gradient.shape)
 
-    def _left(self, chunks, sources) -> Tensor:
+    def _left(self, chunks: Tensor, sources: Tensor) -> Tensor:
         """The share of what `source` wrote that is left when `chunk` begins, [chunks, sources, b, H]."""
-        kept = self.kept_NbH
-        chunk, source = (torch.tensor(list(ids), device=kept.device) for ids in (chunks, sources))
-        between = torch.arange(self.shard.num_chunks, device=kept.device)
-        after = source[:, None] < between  # [sources, N]
-        before = between < chunk[:, None]  # [chunks, N]
+        between = torch.arange(self.shard.num_chunks, device=chunks.device)
+        after, before = sources[:, None] < between, between < chunks[:, None]  # [sources, N], [chunks, N]
         passed = (before[:, None] & after)[..., None, None]
-        left = torch.where(passed, kept, 1.0).prod(2) * (source < chunk[:, None])[..., None, None]
-        continues = self.shard.continues  # [N, b]
-        if continues is not None:
-            crossed = ((before | (between == chunk[:, None]))[:, None] & after)[..., None]
-            left = left * (~crossed | continues).all(2)[..., None]
-        return left
+        left = torch.where(passed, self._kept_NbH, 1.0).prod(2) * (sources < chunks[:, None])[..., None, None]
+        if self.shard.continues is None:
+            return left
+        reached = before | (between == chunks[:, None])
+        crossed = (reached[:, None] & after)[..., None]
+        return left * (~crossed | self.shard.continues).all(2)[..., None]
 
 
 def _start_gather(x: Tensor, shard: SequenceShard) -> tuple[Tensor, dist.Work]:

@@ -47,6 +47,7 @@ class SequenceShard:
         document_ids: integers [b, length], the same on all ranks, equal within a document and never falling; None for
             one document.
         group: the context-parallel group; None for one rank.
+        device: where the tokens are.
     Raises:
         ValueError: document_ids of another shape.
     """
@@ -57,11 +58,15 @@ class SequenceShard:
         batch: int,
         document_ids: Tensor | None = None,
         group: torch.distributed.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.length, self.batch, self.document_ids, self.group = length, batch, document_ids, group
+        self.device = device
         self.ranks, self.rank = (group.size(), group.rank()) if group is not None else (1, 0)
         self.num_chunks = 2 * self.ranks if self.ranks > 1 else 1
         self.local_length, self.chunk_length = length // self.ranks, length // self.num_chunks
+        self.held_order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
+        """Numbers of all chunks, as the ranks hold them, one rank after the other."""
         self.chunk_ids = self.chunks_of(self.rank)
         self.chunks = tuple(self.chunk(index) for index in self.chunk_ids)
         self._sights: dict[tuple[Chunk, int | None], Sight] = {}
@@ -89,21 +94,24 @@ class SequenceShard:
 
         `held` is [length, ...], or [chunks, ...] with something of each chunk.
         """
-        order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
-        places = torch.tensor([order.index(index) for index in range(self.num_chunks)], device=held.device)
-        return held.unflatten(0, (self.num_chunks, -1)).index_select(0, places).view_as(held)
+        return held.unflatten(0, (self.num_chunks, -1)).index_select(0, self._places).view_as(held)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        places = [self.held_order.index(index) for index in range(self.num_chunks)]
+        return torch.tensor(places, device=self.device)
 
     def spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where ranks hold tokens first..stop-1: (row, offset, rows) for each chunk that has some of them.
 
         `row` counts through the ranks' parts, one rank after the other; `offset` from `first`.
         """
-        order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
         for index in range(self.num_chunks):
             chunk = self.chunk(index)
             begin, end = max(first, chunk.start), min(stop, chunk.stop)
             if begin < end:
-                yield order.index(index) * self.chunk_length + begin - chunk.start, begin - first, end - begin
+                row = self.held_order.index(index) * self.chunk_length + begin - chunk.start
+                yield row, begin - first, end - begin
 
     def fold(self, x_SB: Tensor) -> Tensor:
         """[s, b, ...] held here -> [chunks * b, chunk, ...], for layers that see chunks as samples."""
@@ -132,9 +140,9 @@ class SequenceShard:
         parts = [x.narrow(dim, chunk.start, self.chunk_length) for chunk in self.chunks]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
-    def positions(self, device: torch.device | int | str) -> Tensor:
+    def positions(self) -> Tensor:
         """Positions of the tokens held here, counted in each document: int64 [s], with documents [s, b]."""
-        positions = torch.arange(self.length, device=device)
+        positions = torch.arange(self.length, device=self.device)
         if self.document_ids is None:
             return self.local(positions, 0)
         starts = torch.where(self._starts, positions, 0).cummax(1).values
@@ -161,7 +169,7 @@ class SequenceShard:
 
     def _packed(self, queries: list[int], keys: list[int]) -> PackedSeqParams:
         def on_device(sums: list[int]) -> Tensor:
-            return torch.tensor(sums, dtype=torch.int32, device=self.document_ids.device)
+            return torch.tensor(sums, dtype=torch.int32, device=self.device)
 
         def longest(sums: list[int]) -> int:
             return max(stop - start for start, stop in pairwise(sums))
