@@ -9,13 +9,14 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
+from yoco_megatron.model.mlp import ChunkedMLP
 from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.self_decoder.sliding_window import SlidingWindowAttention, SlidingWindowSubmodules
@@ -61,7 +62,7 @@ def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fuse
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=mlp_norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(ChunkedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),

@@ -1,0 +1,207 @@
+"""One sequence of a million tokens through a YOCO-3B-shaped stack on two GPUs: forward, backward, time and memory.
+
+    python benchmarks/million_tokens.py                     # as many layers as fit, tried from many to few
+    python benchmarks/million_tokens.py --layers 4 --length 524288
+
+The stack is embedding, self-decoder, shared K,V and cross-decoder; the head, whose logits are no matter of context
+parallelism, is left out, and so is the optimizer. Full recompute, the MLP in chunks. Prints what torch allocated beside
+the estimate of docs/context_parallel.md, part by part.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from record import record
+
+from yoco_megatron import runtime
+
+runtime.prepare()
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.init import initialize
+from yoco_megatron.model.stage import Stage
+from yoco_megatron.model.yoco_model import YOCOModel
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+VOCABULARY, MLP_CHUNKS = 8192, 16
+
+
+def config_of(options: argparse.Namespace, ranks: int) -> YOCOConfig:
+    """YOCO-3B's layers (configs/model/yoco_3b.yaml), fewer of them."""
+    transformer_engine = runtime.has_transformer_engine()
+    shape = dict(hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24, num_query_groups=8)
+    if options.tiny:
+        shape = dict(hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2)
+    return YOCOConfig(
+        num_layers=options.layers,
+        self_decoder=options.self_decoder,
+        **shape,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=runtime.has_gpu(),
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=transformer_engine,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        context_parallel_size=ranks,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        mlp_chunks_for_training=MLP_CHUNKS,
+    )
+
+
+def estimate(config: YOCOConfig, length: int, ranks: int, parameters: int) -> dict[str, float]:
+    """Bytes of the parts of a rank's memory that the design decides (docs/context_parallel.md)."""
+    tokens, width = length // ranks, 2 * config.num_query_groups * config.kv_channels
+    return {
+        "parameters and gradients, bf16": parameters * 4,
+        "inputs of layers, kept": config.num_layers * tokens * config.hidden_size * 2,
+        "shared K,V of the whole sequence": length * width * 2,
+        "their gradient, fp32": length * width * 4,
+        "one chunk of the MLP and its gradient": 6 * config.ffn_hidden_size * tokens // MLP_CHUNKS * 2,
+    }
+
+
+def worker(options: argparse.Namespace) -> None:
+    """One rank of the measurement."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if runtime.has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if runtime.has_gpu() else "gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=ranks)
+    model_parallel_cuda_manual_seed(1)
+    config = config_of(options, ranks)
+    stage = Stage(0, options.layers, post_process=False)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = YOCOModel(config, VOCABULARY, options.length, 8e7, stage=stage, pg_collection=groups)
+    initialize(model, config, 1, "yoco", 0, 1)
+    model = model.to(runtime.device()).bfloat16().train()
+    parameters = sum(param.numel() for param in model.parameters())
+    tokens = torch.randint(0, VOCABULARY, (1, options.length // ranks), device=runtime.device())
+
+    def allocated() -> float:
+        return torch.cuda.memory_allocated() if runtime.has_gpu() else 0.0
+
+    memory = {}
+    for _ in range(options.repeats):
+        model.zero_grad()
+        if runtime.has_gpu():
+            torch.cuda.reset_peak_memory_stats()
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        memory["before"] = allocated()
+        hidden = model(tokens)
+        memory["after forward"] = allocated()
+        _wait()
+        forward = time.perf_counter() - start
+        hidden.backward(torch.ones_like(hidden) / hidden.numel())
+        _wait()
+        seconds = time.perf_counter() - start
+        del hidden
+    finite = all(param.grad is not None and param.grad.isfinite().all().item() for param in model.parameters())
+    if runtime.has_gpu():
+        memory["peak"] = torch.cuda.max_memory_allocated()
+    if rank == 0:
+        result = dict(
+            forward=forward,
+            seconds=seconds,
+            finite=finite,
+            memory=memory,
+            estimate=estimate(config, options.length, ranks, parameters),
+            parameters=parameters,
+        )
+        print("RESULT " + json.dumps(result), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _wait() -> None:
+    if runtime.has_gpu():
+        torch.cuda.synchronize()
+
+
+def measure(layers: int, options: argparse.Namespace) -> dict | None:
+    """A fresh pair of processes; None where it did not fit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus)]
+    command += [__file__, "--worker", "--layers", str(layers), "--length", str(options.length)]
+    command += ["--self-decoder", options.self_decoder, "--repeats", str(options.repeats)]
+    command += ["--tiny"] if options.tiny else []
+    print(f"== {layers} layers, {options.length} tokens on {options.gpus} ranks", flush=True)
+    env = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    try:
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=options.timeout)
+    except subprocess.TimeoutExpired:
+        print(f"   did not end within {options.timeout} s", flush=True)
+        return None
+    for line in run.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    errors = [line for line in run.stderr.splitlines() if "Error: " in line or "out of memory" in line]
+    print(f"   failed: {errors[-1][:400] if errors else run.stderr[-2000:]}", flush=True)
+    return None
+
+
+def report(layers: int, result: dict, options: argparse.Namespace, device: str) -> None:
+    rate = options.length / result["seconds"] / options.gpus
+    print(
+        f"{options.length:,} tokens, {layers} layers, {result['parameters']:,} parameters: forward "
+        f"{result['forward']:.1f} s, forward and backward {result['seconds']:.1f} s, {rate:,.0f} tokens/s/GPU, "
+        f"gradients {'finite' if result['finite'] else 'NOT FINITE'}"
+    )
+    print(f"\n{'memory of a rank':<42} {'GiB':>8}")
+    for name, value in result["estimate"].items():
+        print(f"{'estimate: ' + name:<42} {value / GIB:>8.2f}")
+    print(f"{'estimate: sum of these':<42} {sum(result['estimate'].values()) / GIB:>8.2f}")
+    for name, value in result["memory"].items():
+        print(f"{'measured: ' + name:<42} {value / GIB:>8.2f}")
+    case = f"3b {layers} layers {options.self_decoder} {options.length} bf16 CP{options.gpus}, no head"
+    common = dict(benchmark="context_parallel", case=case, device=device)
+    record(options.output, metric="forward and backward", unit="s", value=round(result["seconds"], 2), **common)
+    if "peak" in result["memory"]:
+        value = round(result["memory"]["peak"] / GIB, 2)
+        record(options.output, metric="peak memory", unit="GiB", value=value, **common)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="default: 8, 6, 4, 2, until one fits")
+    parser.add_argument("--length", type=int, default=2**20)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="the last one counts")
+    parser.add_argument("--self-decoder", choices=["gated_retention", "sliding_window"], default="gated_retention")
+    parser.add_argument("--timeout", type=int, default=500, help="seconds for one run")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
+    options = parser.parse_args()
+    if options.worker:
+        worker(options)
+        return
+    device = f"{options.gpus}x {torch.cuda.get_device_name()}" if runtime.has_gpu() else f"{options.gpus} CPU processes"
+    for layers in [options.layers] if options.layers else [8, 6, 4, 2]:
+        if result := measure(layers, options):
+            report(layers, result, options, device)
+            return
+    sys.exit("nothing fitted: try a shorter --length")
+
+
+if __name__ == "__main__":
+    main()
