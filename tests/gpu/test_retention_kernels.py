@@ -10,12 +10,12 @@ Tolerances (relative Frobenius norm, worst head). bf16: operands are rounded to 
 
 import pytest
 import torch
+from support.retention_mixer import mix
 
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
 from yoco_megatron.ops.gated_retention.torch import chunkwise
 from yoco_megatron.ops.gated_retention.torch import step as plain_step
 from yoco_megatron.ops.gated_retention.triton import step
-from yoco_megatron.ops.retention_mixer import mix
 from yoco_megatron.ops.retention_mixer.triton import mix as fused_mix
 
 pytestmark = pytest.mark.gpu
@@ -154,7 +154,8 @@ def test_documents_do_not_leak_one_bit():
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("H", "D", "documents"), [(24, 128, False), (3, 128, True), (6, 256, True), (5, 64, False)])
 def test_fused_mixer(H, D, documents, in_place):
-    """The whole mixer against its parts in float64; 8e-3, because o and its gradient are rounded once more.
+    """The whole mixer against its parts in float64; 8e-3, because o and its gradient are rounded once more,
+    and 2e-2 for the gate logits, whose gradient is rounded to bfloat16 at last.
 
     Keys resemble queries: at a document's first token o is (q . k) v, and with q . k near 0 its norm blows up noise.
     """
@@ -178,7 +179,7 @@ def test_fused_mixer(H, D, documents, in_place):
     want, got = gradients(mix, torch.float64), gradients(fused_mix, torch.bfloat16, in_place=in_place)
     errors = {n: worst_head(got[n], want[n], 2) for n in want}
     print(f"mixer H{H} D{D}", " ".join(f"{n} {e:.1e}" for n, e in errors.items()))
-    assert errors["y"] < 8e-3 and errors["dqkvg"] < 8e-3 and errors["dlogits"] < 1.5e-2, errors
+    assert errors["y"] < 8e-3 and errors["dqkvg"] < 8e-3 and errors["dlogits"] < 2e-2, errors
 
 
 def test_one_token_steps():

@@ -35,13 +35,13 @@ def test_in_the_interpreter():
 
 if INTERPRETED:
     from ops.test_gated_retention import assert_close, document_ids, make_inputs, run
+    from support.retention_mixer import mix
 
     from yoco_megatron.ops.gated_retention import gated_retention, resolve_backend
     from yoco_megatron.ops.gated_retention.reference import recurrent
     from yoco_megatron.ops.gated_retention.torch import step as plain_step
     from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
     from yoco_megatron.ops.gated_retention.triton import step
-    from yoco_megatron.ops.retention_mixer import mix
     from yoco_megatron.ops.retention_mixer.triton import mix as fused_mix
 
 TOLERANCE = 1e-5

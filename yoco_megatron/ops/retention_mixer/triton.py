@@ -84,7 +84,11 @@ def mix(
     document_ids: Tensor | None = None,
     in_place: bool = True,
 ) -> Tensor:
-    """`torch.mix` in fused kernels, for bfloat16 and float32.
+    """Projections of a layer to what its output projection reads, in bfloat16 or float32.
+
+    Shapes: qkvg [S, B, H * 4 * D], a head's q, k, v and gate side by side; logits [S, B, H]; angles fp32
+    [S, 1 or B, 1, D], equal in pairs (2j, 2j+1), which are rotated together; document_ids [B, S] or None. Returns
+    [S, B, H * D] in qkvg's dtype. `tau` is the decay's temperature, `eps` the norm's.
 
     With `in_place`, q and k inside qkvg are overwritten by their rotation: right where qkvg is a projection's fresh
     output, wrong where it is kept to run this again (recomputation of the core).

@@ -1,4 +1,4 @@
-"""The retention mixer as a chain of plain operations, one tensor after the other: the definition of the fused one.
+"""The retention mixer as a chain of plain operations, one tensor after the other: what the fused one must equal.
 
 Tensor legend: S sequence, B batch, H heads, D head width.
 """
