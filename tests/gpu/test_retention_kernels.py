@@ -78,7 +78,7 @@ def check(B, T, H, K, V, mu, dtype=torch.bfloat16, state=True, documents=None, s
 
 
 @pytest.mark.parametrize("mu", [-4.0, 0.0, 4.0, 8.0])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
 def test_decays(dim, mu):
     check(1, 4096, 3, dim, dim, mu)
 
