@@ -38,6 +38,7 @@ if INTERPRETED:
     from support.retention_mixer import mix
 
     from yoco_megatron.ops.gated_retention import gated_retention, resolve_backend
+    from yoco_megatron.ops.gated_retention import step as dispatched_step
     from yoco_megatron.ops.gated_retention.reference import recurrent
     from yoco_megatron.ops.gated_retention.torch import step as plain_step
     from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
@@ -155,5 +156,9 @@ def test_one_token_steps():
     for start in (None, state):
         for got, want in zip(step(q, k, v, log_decay, start), plain_step(q, k, v, log_decay, start), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    _, new = step(q, k, v, log_decay, state, in_place=True)
+    chosen, kernel = dispatched_step(q, k, v, log_decay, state), step(q, k, v, log_decay, state)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, kernel, strict=True))
+    q.requires_grad_()
+    assert dispatched_step(q, k, v, log_decay, state)[0].requires_grad, "gradients need the torch path"
+    _, new = step(q.detach(), k, v, log_decay, state, in_place=True)
     assert new is state

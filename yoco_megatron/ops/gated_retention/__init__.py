@@ -9,7 +9,7 @@ from yoco_megatron.ops.gated_retention.dispatch import (
     gated_retention,
     log_decay_from_logits,
     resolve_backend,
+    step,
 )
-from yoco_megatron.ops.gated_retention.torch import step
 
 __all__ = ["Backend", "explain", "gated_retention", "log_decay_from_logits", "resolve_backend", "step"]

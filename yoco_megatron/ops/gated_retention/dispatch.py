@@ -15,6 +15,7 @@ from torch import Tensor
 
 from yoco_megatron.ops.gated_retention.reference import check_layout
 from yoco_megatron.ops.gated_retention.torch import chunkwise
+from yoco_megatron.ops.gated_retention.torch import step as torch_step
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,22 @@ def gated_retention(
         document_ids=document_ids,
         chunk_size=chunk_size,
     )
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, for decoding, by the best backend; arguments and results are `torch.step`'s.
+
+    Gradients flow on the torch path alone, which serves whenever one is asked for.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
+    where = dict(device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
+    if wants_gradient or resolve_backend("auto", **where).name == "torch":
+        return torch_step(q, k, v, log_decay, state, scale=scale)
+    from yoco_megatron.ops.gated_retention import triton
+
+    return triton.step(q, k, v, log_decay, state, scale=scale)
 
 
 def log_decay_from_logits(logits: Tensor, temperature: float = 16.0) -> Tensor:
