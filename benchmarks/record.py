@@ -28,9 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that ran: of the repository, or as COMMIT says where there is none."""
+    """The commit that ran: what COMMIT says (a copy of the tree may carry another history), else the repository's."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return run.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return os.environ.get("COMMIT") or run.stdout.strip() or "unknown"
 
 
 def record(
