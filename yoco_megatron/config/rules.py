@@ -118,6 +118,10 @@ def check_model(config: Any) -> None:
         require(
             head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
         )
+    require(
+        config.loss_chunk_size >= 0,
+        f"--loss-chunk-size {config.loss_chunk_size} must be at least 0 (0: all tokens at once)",
+    )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")

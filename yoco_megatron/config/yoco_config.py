@@ -57,6 +57,10 @@ class YOCOFields:
     retention_chunk_size: int = 128
     """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
 
+    loss_chunk_size: int = 0
+    """Tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A sequence of 32K with
+    100K words needs 13 GB of fp32 logits, a chunk of 1024 tokens 0.4 GB."""
+
 
 @dataclass
 class YOCOConfig(YOCOFields, TransformerConfig):

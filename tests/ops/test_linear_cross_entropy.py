@@ -1,0 +1,101 @@
+"""The chunked loss of a linear head equals the plain one in float64, gradients included, on any number of ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from support.worlds import run_world
+
+from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
+
+N, HIDDEN, WORDS = 50, 12, 24
+
+
+def inputs(dtype=torch.float64, scale=1.0):
+    rng = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, HIDDEN, generator=rng, dtype=torch.float64) for n in (N, WORDS))
+    labels = torch.randint(0, WORDS, (N,), generator=rng)
+    dloss = torch.rand(N, generator=rng, dtype=torch.float64)
+    dloss[::5] = 0.0  # as a loss mask does
+    return (scale * x).to(dtype), weight.to(dtype), labels, dloss
+
+
+def plain(x, weight, labels, dloss):
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    loss = F.cross_entropy(x @ weight.t(), labels, reduction="none")
+    loss.backward(dloss)
+    return loss.detach(), x.grad, weight.grad
+
+
+def chunked(x, weight, labels, dloss, chunk_size, group=None):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = linear_cross_entropy(x, weight, labels, chunk_size, group)
+    loss.backward(dloss.to(loss.dtype))
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 50, 64])
+@pytest.mark.parametrize("scale", [1.0, 300.0])  # logits in the thousands: exponentials would overflow
+def test_equals_the_plain_loss(chunk_size, scale):
+    case = inputs(scale=scale)
+    for got, want in zip(chunked(*case, chunk_size), plain(*case), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_narrow_inputs(dtype, tolerance):
+    """bf16: logits and their gradient are rounded to 2^-9 for the matrix products, sums are not."""
+    case = inputs(dtype)
+    results = chunked(*case, 16)
+    assert results[0].dtype == torch.float32 and results[1].dtype == results[2].dtype == dtype
+    for got, want in zip(results, plain(*case), strict=True):
+        assert (got.double() - want).norm() < tolerance * want.norm()
+
+
+def test_gradient_by_differences():
+    x, weight, labels, _ = inputs()
+    x, weight, labels = x[:5].requires_grad_(), weight.requires_grad_(), labels[:5]
+    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels, 2), (x, weight))
+
+
+def on_ranks():
+    x, weight, labels, dloss = inputs()
+    words = WORDS // dist.get_world_size()
+    part = weight[dist.get_rank() * words :][:words]
+    loss, dx, dweight = chunked(x, part, labels, dloss, 7, dist.group.WORLD)
+    dist.all_reduce(dx)
+    return {"loss": loss, "dx": dx, "dweight": dweight}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_split_vocabulary(ranks):
+    loss, dx, dweight = plain(*inputs())
+    results = run_world(ranks, on_ranks)
+    for result in results:
+        torch.testing.assert_close(result["loss"], loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(result["dx"], dx, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([r["dweight"] for r in results]), dweight, rtol=1e-10, atol=1e-10)
+
+
+def test_memory_is_that_of_a_chunk(monkeypatch):
+    """No tensor of N x V is ever made."""
+    largest = 0
+    real = torch.Tensor.__matmul__
+
+    def watched(a, b):
+        nonlocal largest
+        result = real(a, b)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    chunked(*inputs(), 8)
+    assert largest == 8 * WORDS
+
+
+def test_wrong_shapes_are_refused():
+    x, weight, labels, _ = inputs()
+    with pytest.raises(ValueError, match=r"labels \[N\]"):
+        linear_cross_entropy(x, weight, labels[1:], 8)
+    with pytest.raises(ValueError, match="chunk_size"):
+        linear_cross_entropy(x, weight, labels, 0)
