@@ -10,51 +10,30 @@ loss.
 import argparse
 import os
 import re
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from record import record
+from runs import ROOT, Run, train
 
 from yoco_megatron.config.files import load_config_files
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-@dataclass
-class Run:
-    """What a training log says."""
-
-    tokens_per_second: float
-    losses: list[float]
-    megabytes: list[float]
-
-
-def train(name: str, model: str, gpus: int, flags: str, options: argparse.Namespace) -> Run:
-    """One run; tokens/s from the median step after the first two."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    command += ["pretrain_yoco.py", "--config", f"configs/model/{model}.yaml", "configs/recipe/scaling.yaml"]
-    command += f"--mock-data --tokenizer-type NullTokenizer --vocab-size 100000 --lr 3e-4 --lr-warmup-iters 2 \
-        --log-interval 1 \
-        --micro-batch-size {options.micro_batch_size} --global-batch-size {options.global_batch_size} \
-        --seq-length {options.seq_length} --max-position-embeddings {options.seq_length} \
-        --exit-interval {options.steps} --eval-iters 0 {flags}".split()
-    print(f"== {name}", flush=True)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if run.returncode:
-        sys.exit(f"{name} failed:\n{run.stderr[-4000:]}")
-    times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
-    tokens = options.global_batch_size * options.seq_length
-    stages = re.findall(r"^ +\d+ +\d+ +\d+ +\d+ .*?% +([0-9.]+) +[0-9.]+ +[0-9.]+%$", run.stdout, re.MULTILINE)
-    result = Run(
-        tokens / (median(times[2:]) / 1e3),
-        [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)],
-        [float(value) for value in stages],
+def run(name: str, model: str, gpus: int, mesh: str, options: argparse.Namespace) -> Run:
+    """One run; it must succeed."""
+    flags = (
+        f"--config configs/model/{model}.yaml configs/recipe/scaling.yaml --vocab-size 100000 "
+        f"--micro-batch-size {options.micro_batch_size} --global-batch-size {options.global_batch_size} "
+        f"--seq-length {options.seq_length} --max-position-embeddings {options.seq_length} "
+        f"--exit-interval {options.steps} {mesh} {options.flags}"
     )
-    print(f"   {result.tokens_per_second:,.0f} tokens/s, losses {result.losses}", flush=True)
-    return result
+    return train(name, flags, gpus, verbose=True) or sys.exit(f"{name} failed")
+
+
+def megabytes_sent(run: Run) -> list[float]:
+    """What each stage receives a micro-batch, from the stage table in the log."""
+    stages = re.findall(r"^ +\d+ +\d+ +\d+ +\d+ .*?% +([0-9.]+) +[0-9.]+ +[0-9.]+%$", run.log, re.MULTILINE)
+    return [float(value) for value in stages]
 
 
 def main() -> None:
@@ -65,6 +44,7 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--flags", default="", help="more flags for every run, FP8 for example")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
     import torch
@@ -75,23 +55,24 @@ def main() -> None:
     pp2 = "--pipeline-model-parallel-size 2"
     vp2 = f"{pp2} --num-virtual-stages-per-pipeline-rank 2"
     runs = {
-        "YOCO one GPU": train("YOCO one GPU", yoco, 1, "", options),
-        "YOCO PP2": train("YOCO PP2", yoco, 2, pp2, options),
-        "YOCO PP2 VP2": train("YOCO PP2 VP2", yoco, 2, vp2, options),
-        "GPT one GPU": train("GPT one GPU", gpt, 1, "", options),
-        "GPT PP2": train("GPT PP2", gpt, 2, pp2, options),
-        "GPT PP2 VP2": train("GPT PP2 VP2", gpt, 2, vp2, options),
+        "YOCO one GPU": run("YOCO one GPU", yoco, 1, "", options),
+        "YOCO PP2": run("YOCO PP2", yoco, 2, pp2, options),
+        "YOCO PP2 VP2": run("YOCO PP2 VP2", yoco, 2, vp2, options),
+        "GPT one GPU": run("GPT one GPU", gpt, 1, "", options),
+        "GPT PP2": run("GPT PP2", gpt, 2, pp2, options),
+        "GPT PP2 VP2": run("GPT PP2 VP2", gpt, 2, vp2, options),
     }
+    tokens = options.global_batch_size * options.seq_length
     hidden_size = load_config_files([str(ROOT / f"configs/model/{gpt}.yaml")])["hidden-size"]
     hidden_megabytes = options.micro_batch_size * options.seq_length * hidden_size * 2 / 1e6
     print(f"\n{'run':<14} {'tokens/s':>10} {'bubble':>7} {'MB/boundary':>24} {'last loss':>10}")
-    for name, run in runs.items():
+    for name, one in runs.items():
         single = runs.get(f"{name.split()[0]} one GPU")
-        bubble = f"{1 - run.tokens_per_second / single.tokens_per_second / 2:.1%}" if single and "PP2" in name else ""
+        bubble = f"{1 - single.seconds / one.seconds / 2:.1%}" if single and "PP2" in name else ""
         # GPT's boundaries all carry hidden states alone, as the first one of an interleaved YOCO does.
-        megabytes = run.megabytes[1:] or [hidden_megabytes] * ("PP2" in name) * (3 if "VP2" in name else 1)
+        megabytes = megabytes_sent(one)[1:] or [hidden_megabytes] * ("PP2" in name) * (3 if "VP2" in name else 1)
         boundaries = " ".join(f"{value:.1f}" for value in megabytes)
-        print(f"{name:<14} {run.tokens_per_second:>10,.0f} {bubble:>7} {boundaries:>24} {run.losses[-1]:>10.4f}")
+        print(f"{name:<14} {tokens / one.seconds:>10,.0f} {bubble:>7} {boundaries:>24} {one.losses[-1]:>10.4f}")
     for mesh in ("PP2", "PP2 VP2"):
         ours, peer = runs[f"YOCO {mesh}"], runs[f"GPT {mesh}"]
         record(
@@ -100,9 +81,9 @@ def main() -> None:
             case=f"{options.model} {options.self_decoder} {options.seq_length} bf16 {mesh}",
             metric="throughput",
             unit="tokens/s",
-            value=round(ours.tokens_per_second),
+            value=round(tokens / ours.seconds),
             peer="Megatron GPT, same mesh",
-            peer_value=round(peer.tokens_per_second),
+            peer_value=round(tokens / peer.seconds),
             device=device,
         )
         record(
@@ -111,7 +92,7 @@ def main() -> None:
             case=f"{options.model} {options.self_decoder} {options.seq_length} bf16 {mesh}",
             metric="speed-up over one GPU",
             unit="x",
-            value=round(ours.tokens_per_second / runs["YOCO one GPU"].tokens_per_second, 3),
+            value=round(runs["YOCO one GPU"].seconds / ours.seconds, 3),
             peer="ideal",
             peer_value=2.0,
             device=device,

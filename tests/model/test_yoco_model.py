@@ -121,6 +121,9 @@ def test_equals_the_reference(case: str, tied: bool, generator: torch.Generator)
 
     loss = model(tokens, labels=labels)
     assert loss.shape == labels.shape
+    model.config.loss_chunk_size = 5
+    in_chunks = model(tokens, labels=labels)
+    assert relative_error(in_chunks, loss) < FP32_LOSS and in_chunks.is_contiguous()  # Megatron views it as a vector
     expected_loss = reference_model.mean_loss(expected, labels)
     assert relative_error(loss.mean(), expected_loss) < FP32_LOSS
     loss.mean().backward()

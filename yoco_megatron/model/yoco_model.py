@@ -170,4 +170,4 @@ class YOCOModel(LanguageModule):
             hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         x, rows = hidden_states.flatten(0, 1), labels.t()
         losses = linear_cross_entropy(x, weight, rows.flatten(), self.config.loss_chunk_size, self.tp_group)
-        return losses.view_as(rows).t()
+        return losses.view_as(rows).t().contiguous()
