@@ -27,8 +27,8 @@ test: env ## every test that needs no GPU
 test-quick: env ## the tests that take seconds
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
-test-gpu: ## GPU tests, with the Python that has torch and Transformer Engine (PYTHON=python3 make test-gpu)
-	$(PYTEST) -rs -s tests/gpu
+test-gpu: ## GPU tests, with the Python that has torch, Transformer Engine and pytest-xdist (PYTHON=python3 make test-gpu)
+	$(PYTEST) -rs -v -n 8 --dist worksteal tests/gpu
 
 lint: env ## ruff: style and format
 	$(VENV)/bin/ruff check .
