@@ -55,6 +55,12 @@ def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
         rows = rotate(x_SBHD.flatten(0, 1).unsqueeze(1), angles.flatten(0, 1).unsqueeze(1), config)
         return rows.view(x_SBHD.shape)
     if config.apply_rope_fusion:
-        return apply_rotary_pos_emb(x_SBHD, angles, config=config)  # Transformer Engine's kernel works in fp32
+        # Transformer Engine's kernel works in fp32, and counts elements in 32 bits: queries that are columns of a
+        # projection of a million tokens go through it in parts.
+        rows = (2**31 - 1) // max(1, x_SBHD.stride(0))
+        if rows < x_SBHD.shape[0]:
+            parts = zip(x_SBHD.split(rows), angles.split(rows))
+            return torch.cat([apply_rotary_pos_emb(x, part, config=config) for x, part in parts])
+        return apply_rotary_pos_emb(x_SBHD, angles, config=config)
     wide = x_SBHD if x_SBHD.dtype == torch.float64 else x_SBHD.float()
     return apply_rotary_pos_emb(wide, angles, config=config).to(x_SBHD.dtype)

@@ -51,8 +51,9 @@ class StateExchange:
         """The op's outputs o; its final states get their gradient from the chunks after them, on any rank."""
         return _Tie.apply(o, final, q.detach(), log_decay.detach(), self)
 
-    def final_gradient(self, gradient: Tensor) -> Tensor:
-        """From the gradients of the states before the chunks held here to those of the states after them."""
+    def mirror(self, q: Tensor, do: Tensor, log_decay: Tensor) -> Tensor:
+        """The gradient of the states after each chunk held here [n b, H, K, V], from that of the outputs."""
+        gradient = state_gradient(q, do, log_decay, self.shard.folded_document_ids)
         message, work = _start_gather(gradient.flatten(2), self.shard)
         work.wait()
         left = self._left(self._all, self._own)
@@ -88,6 +89,4 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        q, log_decay = ctx.saved_tensors
-        gradient = state_gradient(q, do, log_decay, ctx.exchange.shard.folded_document_ids)
-        return do, ctx.exchange.final_gradient(gradient), None, None, None
+        return do, ctx.exchange.mirror(ctx.saved_tensors[0], do, ctx.saved_tensors[1]), None, None, None

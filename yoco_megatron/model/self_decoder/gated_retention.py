@@ -136,8 +136,10 @@ class GatedRetention(MegatronModule):
                 rotary_pos_emb,
                 tau=self.config.decay_temperature,
                 eps=self.config.layernorm_epsilon,
-                document_ids=shard.document_ids,
+                document_ids=shard.folded_document_ids,
                 in_place=not (self.recompute_core and self.training),
+                chunks=len(shard.chunks),
+                exchange=partial(StateExchange, shard=shard) if shard.ranks > 1 else None,
             )
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))

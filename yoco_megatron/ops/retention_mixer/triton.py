@@ -8,10 +8,13 @@ q and k are rotated in place unless asked otherwise: nothing else reads the proj
 large as a layer's input. Tensor legend: S sequence, B batch, H heads, D head width.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 from torch import Tensor
 
+from yoco_megatron.ops.gated_retention import log_decay_from_logits
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.retention_mixer import kernels
 
@@ -27,51 +30,78 @@ def _rotate(x: Tensor, out: Tensor, angles: Tensor, sign: float) -> None:
     )  # fmt: skip
 
 
+def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Each chunk's rows of tensors [S, B, ...], as [B, chunk, ...]."""
+    return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
+
+
+def _fold(x: Tensor, count: int) -> Tensor:
+    """[S, B, ...] -> [chunks * B, chunk, ...]."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place):
+    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange):
         S, B, width = qkvg.shape
         D = angles.shape[-1]
         x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
         H = x.shape[2]
         rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
         _rotate(x, rotated, angles, 1.0)
-        q, k, v = (t.transpose(0, 1) for t in (rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]))
-        launch = retention.plan(q, v, None, document_ids, None)
-        ids = retention.pad_ids(document_ids, launch)
-        sums = retention.decay_sums(logits.transpose(0, 1), ids, launch, tau)
+        q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
+        exchange, starts = None, [None] * count
+        if make_exchange:
+            exchange = make_exchange(*(_fold(t, count) for t in (k, v, log_decay_from_logits(logits, tau))))
+            starts = exchange.entering().chunk(count)
+        ids_of = [None] * count if document_ids is None else document_ids.chunk(count)
         o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
-        _, entering, anchors = retention.run_forward(
-            q, k, v, sums, ids, None, launch,
-            out=o.transpose(0, 1), need_final=False, need_anchors=any(ctx.needs_input_grad),
-        )  # fmt: skip
+        saved = []
+        for (q_c, k_c, v_c, g_c, o_c), ids, start in zip(_chunks(count, q, k, v, logits, o), ids_of, starts):
+            launch = retention.plan(q_c, v_c, None, ids, None)
+            ids = retention.pad_ids(ids, launch)
+            sums = retention.decay_sums(g_c, ids, launch, tau)
+            final, entering, anchors = retention.run_forward(
+                q_c, k_c, v_c, sums, ids, start if start is None else start.contiguous(), launch,
+                out=o_c, need_final=exchange is not None, need_anchors=any(ctx.needs_input_grad),
+            )  # fmt: skip
+            saved += [sums, ids, entering, anchors, final]
         y = torch.empty_like(o)
         gate = x[..., 3, :]
         kernels.norm_gate[(S * B,)](
             o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=4
         )
-        ctx.save_for_backward(x, rotated, logits, angles, sums, ids, entering, anchors, o)
-        ctx.launch, ctx.tau, ctx.eps = launch, tau, eps
+        ctx.save_for_backward(x, rotated, logits, angles, o, *saved)
+        ctx.launch, ctx.exchange, ctx.tau, ctx.eps, ctx.count = launch, exchange, tau, eps, count
         return y.flatten(2)
 
     @staticmethod
     def backward(ctx, dy):
-        x, rotated, logits, angles, sums, ids, entering, anchors, o = ctx.saved_tensors
+        x, rotated, logits, angles, o, *saved = ctx.saved_tensors
         S, B, H, _, D = x.shape
         dx, do, gate = torch.empty_like(x), torch.empty_like(o), x[..., 3, :]
         kernels.norm_gate_backward[(S * B,)](
             o, gate, dy.contiguous(), do, dx[..., 3, :], gate.stride(1), gate.stride(2), ctx.eps,
             H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
         )  # fmt: skip
-        q, k, v = (t.transpose(0, 1) for t in (rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]))
-        dq, dk, dv = (dx[..., part, :].transpose(0, 1) for part in range(3))
+        q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
+        dfinals = [None] * ctx.count
+        if ctx.exchange:
+            log_decay = log_decay_from_logits(logits, ctx.tau)
+            dfinals = ctx.exchange.mirror(*(_fold(t, ctx.count) for t in (q, do, log_decay))).chunk(ctx.count)
         dlogits = torch.empty_like(logits)
-        retention.run_backward(
-            q, k, v, do.transpose(0, 1), sums, ids, entering, anchors, None, None, logits.transpose(0, 1), ctx.launch,
-            dq=dq, dk=dk, dv=dv, dgate=dlogits.transpose(0, 1), need_dstart=False, tau=ctx.tau,
-        )  # fmt: skip
+        gradients = (*(dx[..., part, :] for part in range(3)), dlogits)
+        chunks = _chunks(ctx.count, q, k, v, do, logits, *gradients)
+        for chunk, dfinal, at in zip(chunks, dfinals, range(0, len(saved), 5)):
+            q_c, k_c, v_c, do_c, g_c, dq, dk, dv, dg = chunk
+            sums, ids, entering, anchors, final = saved[at : at + 5]
+            retention.run_backward(
+                q_c, k_c, v_c, do_c, sums, ids, entering, anchors, final,
+                dfinal if dfinal is None else dfinal.contiguous(), g_c, ctx.launch,
+                dq=dq, dk=dk, dv=dv, dgate=dg, need_dstart=False, tau=ctx.tau,
+            )  # fmt: skip
         _rotate(dx, dx, angles, -1.0)
-        return dx.flatten(2), dlogits, None, None, None, None, None
+        return dx.flatten(2), dlogits, *[None] * 7
 
 
 def mix(
@@ -83,6 +113,8 @@ def mix(
     eps: float,
     document_ids: Tensor | None = None,
     in_place: bool = True,
+    chunks: int = 1,
+    exchange: Callable | None = None,
 ) -> Tensor:
     """Projections of a layer to what its output projection reads, in bfloat16 or float32.
 
@@ -92,5 +124,8 @@ def mix(
 
     With `in_place`, q and k inside qkvg are overwritten by their rotation: right where qkvg is a projection's fresh
     output, wrong where it is kept to run this again (recomputation of the core).
+
+    Context parallelism: S are equal `chunks` from different places of a sequence, document_ids [chunks * B, chunk], and
+    `exchange` makes what parallel.retention.StateExchange is, the states before and after them.
     """
-    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place)
+    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange)
