@@ -162,7 +162,7 @@ def table(
 
     lines = [
         f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "
-        f"{shape.seq_length} tokens (bytes and parameters before tensor-parallel splitting)",
+        f"{shape.seq_length} tokens (bytes and parameters before tensor and context parallelism)",
         f"{'stage':>5} {'rank':>4} {'self':>4} {'cross':>5} {'also':<14} {'parameters':>13} {'GFLOP/token':>11} "
         f"{'time':>5} {'recv MB':>8} {'send MB':>8} {'bubble':>6}",
     ]
