@@ -127,7 +127,7 @@ class GatedRetention(MegatronModule):
 
     def _core(self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """Projections [s, b, H*4*D] -> gated, normalised retention [s, b, H*D]."""
-        if self.backend.name == "triton" and self.config.rotary_interleaved and shard.ranks == 1:
+        if self.backend.name == "triton" and self.config.rotary_interleaved:
             from yoco_megatron.ops.retention_mixer.triton import mix
 
             return mix(
