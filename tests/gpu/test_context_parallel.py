@@ -86,6 +86,7 @@ def long_step(kind: str, documents: bool) -> dict:
     from support import models, pipeline
 
     models.SEQ = pipeline.SEQ = 4096
+    models.BORDERS = ([1024, 3072], [1023, 1025, 2500])
     overrides, _, _ = PATHS["bf16 transformer engine"]
     return pipeline_step(
         SIZES | overrides | dict(self_decoder=kind, self_decoder_window=512, num_layers=4),

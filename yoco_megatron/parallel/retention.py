@@ -38,14 +38,15 @@ class StateExchange:
             self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
 
     def entering(self) -> Tensor:
-        """The states before each chunk held here [n b, H, K, V], without a path for gradients: see `tie`."""
+        """The states before each chunk held here [n b, H, K, V], contiguous, without a path for gradients: see `tie`."""
         self._work.wait()
         message = self.shard.in_order(self._message)
         self._message = None  # what backward needs is small
         written_NbHS, kept_NbH1 = message.split((message.shape[-1] - 1, 1), -1)
         self._kept_NbH = kept_NbH1.squeeze(-1).clone()
         left = self._left(self._own, self._all)
-        return torch.einsum("csbh,sbhx->cbhx", left, written_NbHS).flatten(0, 1).unflatten(-1, self._state[1:])
+        states = torch.einsum("csbh,sbhx->cbhx", left, written_NbHS)
+        return states.flatten(0, 1).unflatten(-1, self._state[1:]).contiguous()
 
     def tie(self, o: Tensor, final: Tensor, q: Tensor, log_decay: Tensor) -> Tensor:
         """The op's outputs o; its final states get their gradient from the chunks after them, on any rank."""
@@ -57,7 +58,8 @@ class StateExchange:
         message, work = _start_gather(gradient.flatten(2), self.shard)
         work.wait()
         left = self._left(self._all, self._own)
-        return torch.einsum("csbh,cbhx->sbhx", left, self.shard.in_order(message)).reshape(gradient.shape)
+        states = torch.einsum("csbh,cbhx->sbhx", left, self.shard.in_order(message))
+        return states.reshape(gradient.shape).contiguous()
 
     def _left(self, chunks: Tensor, sources: Tensor) -> Tensor:
         """The share of what `source` wrote that is left when `chunk` begins, [chunks, sources, b, H]."""

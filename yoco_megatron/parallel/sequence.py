@@ -181,4 +181,5 @@ class SequenceShard:
             cu_seqlens_kv=cu_seqlens_q if keys == queries else on_device(keys),
             max_seqlen_q=longest(queries),
             max_seqlen_kv=longest(keys),
+            pad_between_seqs=False,
         )

@@ -50,19 +50,20 @@ class _Mix(torch.autograd.Function):
         rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
         _rotate(x, rotated, angles, 1.0)
         q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
-        exchange, starts = None, [None] * count
+        exchange = None
         if make_exchange:
             exchange = make_exchange(*(_fold(t, count) for t in (k, v, log_decay_from_logits(logits, tau))))
-            starts = exchange.entering().chunk(count)
         ids_of = [None] * count if document_ids is None else document_ids.chunk(count)
         o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
+        chunks = list(_chunks(count, q, k, v, logits, o))
+        launch = retention.plan(chunks[0][0], chunks[0][2], None, ids_of[0], None)
+        ids_of = [retention.pad_ids(ids, launch) for ids in ids_of]
+        sums_of = [retention.decay_sums(chunk[3], ids, launch, tau) for chunk, ids in zip(chunks, ids_of)]
+        starts = exchange.entering().chunk(count) if exchange else [None] * count
         saved = []
-        for (q_c, k_c, v_c, g_c, o_c), ids, start in zip(_chunks(count, q, k, v, logits, o), ids_of, starts):
-            launch = retention.plan(q_c, v_c, None, ids, None)
-            ids = retention.pad_ids(ids, launch)
-            sums = retention.decay_sums(g_c, ids, launch, tau)
+        for (q_c, k_c, v_c, _, o_c), ids, sums, start in zip(chunks, ids_of, sums_of, starts):
             final, entering, anchors = retention.run_forward(
-                q_c, k_c, v_c, sums, ids, start if start is None else start.contiguous(), launch,
+                q_c, k_c, v_c, sums, ids, start, launch,
                 out=o_c, need_final=exchange is not None, need_anchors=any(ctx.needs_input_grad),
             )  # fmt: skip
             saved += [sums, ids, entering, anchors, final]
@@ -96,8 +97,7 @@ class _Mix(torch.autograd.Function):
             q_c, k_c, v_c, do_c, g_c, dq, dk, dv, dg = chunk
             sums, ids, entering, anchors, final = saved[at : at + 5]
             retention.run_backward(
-                q_c, k_c, v_c, do_c, sums, ids, entering, anchors, final,
-                dfinal if dfinal is None else dfinal.contiguous(), g_c, ctx.launch,
+                q_c, k_c, v_c, do_c, sums, ids, entering, anchors, final, dfinal, g_c, ctx.launch,
                 dq=dq, dk=dk, dv=dv, dgate=dg, need_dstart=False, tau=ctx.tau,
             )  # fmt: skip
         _rotate(dx, dx, angles, -1.0)
