@@ -38,7 +38,7 @@ class StateExchange:
             self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
 
     def entering(self) -> Tensor:
-        """The states before each chunk held here [n b, H, K, V], contiguous, without a path for gradients: see `tie`."""
+        """The states before each chunk held here [n b, H, K, V], contiguous; for their gradients see `tie`."""
         self._work.wait()
         message = self.shard.in_order(self._message)
         self._message = None  # what backward needs is small

@@ -49,7 +49,7 @@ class SequenceShard:
         group: the context-parallel group; None for one rank.
         device: where the tokens are.
     Raises:
-        ValueError: document_ids of another shape.
+        ValueError: document_ids of another shape, a length that is not a multiple of the number of chunks.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class SequenceShard:
         self.device = device
         self.ranks, self.rank = (group.size(), group.rank()) if group is not None else (1, 0)
         self.num_chunks = 2 * self.ranks if self.ranks > 1 else 1
+        if length % self.num_chunks:
+            raise ValueError(f"{length} tokens do not divide into {self.num_chunks} chunks, two for each rank")
         self.local_length, self.chunk_length = length // self.ranks, length // self.num_chunks
         self.held_order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
         """Numbers of all chunks, as the ranks hold them, one rank after the other."""
