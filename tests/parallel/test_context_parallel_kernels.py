@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from support.models import FULL_RECOMPUTE, relative_error
 from support.pipeline import pipeline_step
 from support.worlds import run_world
@@ -24,6 +26,8 @@ CASES = {
     "CP4 documents recompute": (4, True, FULL_RECOMPUTE),
     "CP2 core recompute": (2, False, SELECTIVE),
 }
+# (tokens, segments, packed documents)
+STRETCHES = [(64, None, False), (130, 2, False), (300, 3, True), (300, 5, False), (20, None, True), (256, 4, True)]
 
 
 def test_in_the_interpreter() -> None:
@@ -38,10 +42,12 @@ def test_in_the_interpreter() -> None:
         timeout=900,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert f"{len(CASES)} passed" in run.stdout, "the inner run lost cases"
+    assert f"{len(CASES) + len(STRETCHES)} passed" in run.stdout, "the inner run lost cases"
 
 
 if INTERPRETED:
+    from yoco_megatron.ops.gated_retention import triton as triton_ops
+    from yoco_megatron.ops.gated_retention.chunk_state import state_gradient, state_written
 
     @pytest.mark.parametrize("case", CASES)
     def test_equals_one_process_in_torch(case: str) -> None:
@@ -55,3 +61,32 @@ if INTERPRETED:
             for name, value in reference[0].items():
                 error = relative_error(result[name], value)
                 assert error < 2e-5, f"{name}: relative error {error:.1e}"
+
+    @pytest.mark.parametrize(("tokens", "segments", "documents"), STRETCHES)
+    def test_states_of_a_stretch(tokens: int, segments: int | None, documents: bool) -> None:
+        """What the kernels make of a whole stretch, against float64."""
+        generator = torch.Generator().manual_seed(tokens)
+        shape = (2, tokens, 3, 16)
+        q, k, v, do = (torch.randn(shape, generator=generator) for _ in range(4))
+        log_decay = -torch.rand(shape[:3], generator=generator) * 0.1
+        ids = None
+        if documents:  # of the two samples one is a single document
+            ids = torch.stack([torch.arange(tokens) // 70, torch.zeros(tokens)]).int()
+        launch = triton_ops.plan(q, v, None, ids, None)
+        padded = triton_ops.pad_ids(ids, launch)
+        sums = triton_ops.decay_sums(log_decay, padded, launch)
+        wide = [t.double() for t in (q, k, v, do, log_decay)]
+        written, kept = state_written(wide[1], wide[2], masked(wide[4], ids), ids)
+        gradient = state_gradient(wide[0], wide[3], masked(wide[4], ids), ids)
+        got = triton_ops.stretch_state(k, v, sums, padded, launch, reverse=False, segments=segments)
+        torch.testing.assert_close(got.double(), written, rtol=1e-5, atol=1e-5)
+        got = triton_ops.stretch_state(q, do, sums, padded, launch, reverse=True, segments=segments)
+        torch.testing.assert_close(got.double(), gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(triton_ops.stretch_kept(sums, padded, launch).double(), kept, rtol=1e-5, atol=1e-9)
+
+    def masked(log_decay: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        """Nothing decays into a document's first token."""
+        if ids is None:
+            return log_decay
+        starts = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+        return log_decay.masked_fill(starts[..., None], 0.0)

@@ -24,18 +24,23 @@ class StateExchange:
     """The exchange of one layer and micro-batch. Made early, it runs while the caller prepares the op.
 
     Args:
-        k, v, log_decay: as for the op, chunks in the batch dimension: [n b, chunk, H, ...] (`SequenceShard.fold`).
+        written [n b, H, K, V], kept [n b, H]: what each chunk held here adds to the state and keeps of it
+            (ops.gated_retention.chunk_state), chunks in the batch dimension (`SequenceShard.fold`).
     """
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard) -> None:
+    def __init__(self, written: Tensor, kept: Tensor, shard: SequenceShard) -> None:
         self.shard = shard
-        self._all = torch.arange(shard.num_chunks, device=k.device)
+        self._all = torch.arange(shard.num_chunks, device=written.device)
         # Without a copy from the host: the rank's chunks are r and N - 1 - r.
         self._own = torch.stack((self._all[shard.rank], self._all[-1 - shard.rank]))
+        self._state = written.shape[1:]
+        self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
+
+    @staticmethod
+    def start(k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard) -> "StateExchange":
+        """The exchange for the op's k, v and log_decay, chunks in the batch dimension; no path for gradients."""
         with torch.no_grad():
-            written, kept = state_written(k, v, log_decay, shard.folded_document_ids)
-            self._state = written.shape[1:]
-            self._message, self._work = _start_gather(torch.cat((written.flatten(2), kept[..., None]), -1), shard)
+            return StateExchange(*state_written(k, v, log_decay, shard.folded_document_ids), shard)
 
     def entering(self) -> Tensor:
         """The states before each chunk held here [n b, H, K, V], contiguous; for their gradients see `tie`."""
@@ -52,9 +57,11 @@ class StateExchange:
         """The op's outputs o; its final states get their gradient from the chunks after them, on any rank."""
         return _Tie.apply(o, final, q.detach(), log_decay.detach(), self)
 
-    def mirror(self, q: Tensor, do: Tensor, log_decay: Tensor) -> Tensor:
-        """The gradient of the states after each chunk held here [n b, H, K, V], from that of the outputs."""
-        gradient = state_gradient(q, do, log_decay, self.shard.folded_document_ids)
+    def mirror(self, gradient: Tensor) -> Tensor:
+        """From the gradients of the states before the chunks held here to those of the states after them.
+
+        `gradient` is what the chunks' own outputs give to the states before them, [n b, H, K, V].
+        """
         message, work = _start_gather(gradient.flatten(2), self.shard)
         work.wait()
         left = self._left(self._all, self._own)
@@ -91,4 +98,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        return do, ctx.exchange.mirror(ctx.saved_tensors[0], do, ctx.saved_tensors[1]), None, None, None
+        q, log_decay = ctx.saved_tensors
+        exchange = ctx.exchange
+        gradient = state_gradient(q, do, log_decay, exchange.shard.folded_document_ids)
+        return do, exchange.mirror(gradient), None, None, None

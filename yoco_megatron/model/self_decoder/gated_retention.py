@@ -144,7 +144,7 @@ class GatedRetention(MegatronModule):
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))
         k, v = shard.fold(rotate(k, rotary_pos_emb, self.config)), shard.fold(v)
-        exchange = StateExchange(k, v, log_decay, shard) if shard.ranks > 1 else None
+        exchange = StateExchange.start(k, v, log_decay, shard) if shard.ranks > 1 else None
         q = shard.fold(rotate(q, rotary_pos_emb, self.config))  # while states are exchanged
         o, final = gated_retention(
             q,

@@ -7,17 +7,18 @@ The bracketed steps run only where heads alone cannot fill the GPU (tensor paral
 Tensor legend: B batch, T time, H heads, K key width, V value width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yoco_megatron.ops.gated_retention import kernels
 from yoco_megatron.ops.gated_retention.reference import check_layout
-from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments
+from yoco_megatron.ops.gated_retention.tuning import CHUNK, MIN_SEGMENT_CHUNKS, config_for, num_segments
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
 # a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
@@ -140,6 +141,19 @@ def decay_sums(gate: Tensor, ids: Tensor | None, launch: Launch, tau: float | No
     return out
 
 
+def _segment_states(y: Tensor, z: Tensor, sums: Tensor, ids: Tensor | None, launch: Launch, reverse: bool) -> Tensor:
+    """fp32 [B * H, segments, K, V]: what each segment alone writes into the state."""
+    config = config_for("segment", max(launch.K, launch.V), launch.dtype)
+    bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
+    local = torch.empty(launch.B * launch.H, launch.segments, launch.K, launch.V, device=y.device, dtype=torch.float32)
+    kernels.segment_states[(launch.K // bk * launch.V // bv, launch.segments, launch.B * launch.H)](
+        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, local,
+        launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
+        DK=launch.K, DV=launch.V, BK=bk, BV=bv, REVERSE=reverse, **launch.common, **config.options,
+    )  # fmt: skip
+    return local
+
+
 def entering_states(
     y: Tensor, z: Tensor, sums: Tensor, ids: Tensor | None, start: Tensor | None, launch: Launch, *, reverse: bool
 ) -> Tensor | None:
@@ -149,14 +163,7 @@ def entering_states(
     """
     if launch.segments == 1:
         return start
-    config = config_for("segment", max(launch.K, launch.V), launch.dtype)
-    bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
-    local = torch.empty(launch.B * launch.H, launch.segments, launch.K, launch.V, device=y.device, dtype=torch.float32)
-    kernels.segment_states[(launch.K // bk * launch.V // bv, launch.segments, launch.B * launch.H)](
-        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, local,
-        launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
-        DK=launch.K, DV=launch.V, BK=bk, BV=bv, REVERSE=reverse, **launch.common, **config.options,
-    )  # fmt: skip
+    local = _segment_states(y, z, sums, ids, launch, reverse)
     out = torch.empty_like(local)
     block = min(1024, launch.K * launch.V)
     kernels.chain_segments[(launch.K * launch.V // block, launch.B * launch.H)](
@@ -166,6 +173,57 @@ def entering_states(
         DOCS=launch.docs, HAS_START=start is not None,
     )  # fmt: skip
     return out
+
+
+def stretch_state(
+    y: Tensor,
+    z: Tensor,
+    sums: Tensor,
+    ids: Tensor | None,
+    launch: Launch,
+    *,
+    reverse: bool,
+    segments: int | None = None,
+) -> Tensor:
+    """fp32 [B, H, K, V]: what the whole of y, z writes into the state after it; `reverse`: into the one before it.
+
+    Without outputs, for context parallelism (chunk_state.py says what these are). y, z are k, v; reversed q, do.
+    """
+    columns = config_for("segment", max(launch.K, launch.V), launch.dtype).columns
+    programs = launch.B * launch.H * triton.cdiv(launch.K, columns) * triton.cdiv(launch.V, columns)
+    if segments is None and y.is_cuda:
+        segments = torch.cuda.get_device_properties(y.device).multi_processor_count // programs
+    chunks = launch.padded // CHUNK
+    segments = max(1, min(segments or 1, chunks // MIN_SEGMENT_CHUNKS if y.is_cuda else chunks))
+    per_segment = triton.cdiv(chunks, segments)
+    launch = replace(launch, segments=triton.cdiv(chunks, per_segment))
+    local = _segment_states(y, z, sums, ids, launch, reverse)
+    kept = F.pad(_kept_by_chunks(sums), (0, launch.segments * per_segment - chunks))
+    kept = kept.unflatten(1, (launch.segments, -1)).sum(2).exp2()
+    if launch.docs:
+        first = torch.arange(launch.segments, device=y.device) * launch.segment
+        last = (first + launch.segment - 1).clamp(max=launch.padded - 1)
+        comes, goes = ((last + 1).clamp(max=launch.padded - 1), first) if reverse else ((first - 1).clamp(min=0), last)
+        same = (ids[:, comes] == ids[:, goes]).repeat_interleave(launch.H, 0)
+        kept = kept.masked_fill(~same, 0.0)
+    # What segment j wrote goes through all segments after it (reversed: before it).
+    if not reverse:
+        kept = kept.flip(1)
+    left = F.pad(kept[:, :-1], (1, 0), value=1.0).cumprod(1)
+    if not reverse:
+        left = left.flip(1)
+    return torch.einsum("nj,njkv->nkv", left, local).unflatten(0, (launch.B, launch.H))
+
+
+def stretch_kept(sums: Tensor, ids: Tensor | None, launch: Launch) -> Tensor:
+    """fp32 [B, H]: the share of a state before the whole that is left after it; 0 if it ends in another document."""
+    kept = _kept_by_chunks(sums).sum(1).exp2().unflatten(0, (launch.B, launch.H))
+    return kept.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0) if launch.docs else kept
+
+
+def _kept_by_chunks(sums: Tensor) -> Tensor:
+    """log2, [B * H, chunks]."""
+    return sums[:, CHUNK - 1 :: CHUNK]
 
 
 def _anchor_states(launch: Launch, device: torch.device) -> Tensor:

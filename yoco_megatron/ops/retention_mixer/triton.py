@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from yoco_megatron.ops.gated_retention import log_decay_from_logits
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.retention_mixer import kernels
 
@@ -35,11 +34,6 @@ def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
     return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
 
 
-def _fold(x: Tensor, count: int) -> Tensor:
-    """[S, B, ...] -> [chunks * B, chunk, ...]."""
-    return x.unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1)
-
-
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange):
@@ -50,16 +44,19 @@ class _Mix(torch.autograd.Function):
         rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
         _rotate(x, rotated, angles, 1.0)
         q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
-        exchange = None
-        if make_exchange:
-            exchange = make_exchange(*(_fold(t, count) for t in (k, v, log_decay_from_logits(logits, tau))))
         ids_of = [None] * count if document_ids is None else document_ids.chunk(count)
         o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
         chunks = list(_chunks(count, q, k, v, logits, o))
         launch = retention.plan(chunks[0][0], chunks[0][2], None, ids_of[0], None)
         ids_of = [retention.pad_ids(ids, launch) for ids in ids_of]
         sums_of = [retention.decay_sums(chunk[3], ids, launch, tau) for chunk, ids in zip(chunks, ids_of)]
-        starts = exchange.entering().chunk(count) if exchange else [None] * count
+        exchange, starts = None, [None] * count
+        if make_exchange:
+            each = list(zip(chunks, sums_of, ids_of))
+            written = [retention.stretch_state(c[1], c[2], sums, ids, launch, reverse=False) for c, sums, ids in each]
+            kept = [retention.stretch_kept(sums, ids, launch) for _, sums, ids in each]
+            exchange = make_exchange(torch.cat(written), torch.cat(kept))
+            starts = exchange.entering().chunk(count)
         saved = []
         for (q_c, k_c, v_c, _, o_c), ids, sums, start in zip(chunks, ids_of, sums_of, starts):
             final, entering, anchors = retention.run_forward(
@@ -86,13 +83,16 @@ class _Mix(torch.autograd.Function):
             H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
         )  # fmt: skip
         q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
-        dfinals = [None] * ctx.count
-        if ctx.exchange:
-            log_decay = log_decay_from_logits(logits, ctx.tau)
-            dfinals = ctx.exchange.mirror(*(_fold(t, ctx.count) for t in (q, do, log_decay))).chunk(ctx.count)
         dlogits = torch.empty_like(logits)
         gradients = (*(dx[..., part, :] for part in range(3)), dlogits)
-        chunks = _chunks(ctx.count, q, k, v, do, logits, *gradients)
+        chunks = list(_chunks(ctx.count, q, k, v, do, logits, *gradients))
+        dfinals = [None] * ctx.count
+        if ctx.exchange:
+            given = [
+                retention.stretch_state(chunk[0], chunk[3], saved[at], saved[at + 1], ctx.launch, reverse=True)
+                for chunk, at in zip(chunks, range(0, len(saved), 5))
+            ]
+            dfinals = ctx.exchange.mirror(torch.cat(given)).chunk(ctx.count)
         for chunk, dfinal, at in zip(chunks, dfinals, range(0, len(saved), 5)):
             q_c, k_c, v_c, do_c, g_c, dq, dk, dv, dg = chunk
             sums, ids, entering, anchors, final = saved[at : at + 5]
@@ -126,6 +126,6 @@ def mix(
     output, wrong where it is kept to run this again (recomputation of the core).
 
     Context parallelism: S are equal `chunks` from different places of a sequence, document_ids [chunks * B, chunk], and
-    `exchange` makes what parallel.retention.StateExchange is, the states before and after them.
+    `exchange` makes what parallel.retention.StateExchange is, of what they write and keep.
     """
     return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange)
