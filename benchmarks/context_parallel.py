@@ -12,14 +12,13 @@ or of Transformer Engine, is a line that says so. `--longest` doubles the length
 
 import argparse
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from record import record
 
+from launch import ROOT, last_error, torchrun
 from yoco_megatron import runtime
 
 runtime.prepare()
@@ -30,7 +29,6 @@ from yoco_megatron.config import arguments
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.parallel.traffic import received_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 TE_RING = "GPT, Transformer Engine p2p"
 TE_GATHER = "GPT, Transformer Engine all_gather"
 # name -> (is it ours, GPUs, flags)
@@ -66,18 +64,14 @@ def flags_of(ours: bool, flags: str, length: int, options: argparse.Namespace) -
 def train(name: str, length: int, options: argparse.Namespace) -> Run | None:
     """One run, or None where it failed; the median step after the first two."""
     ours, gpus, flags = CASES[name]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    command += ["pretrain_yoco.py", *flags_of(ours, flags, length, options)]
     print(f"== {name}, {length} tokens", flush=True)
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.timeout)
-    except subprocess.TimeoutExpired:
+    run = torchrun(gpus, ["pretrain_yoco.py", *flags_of(ours, flags, length, options)], options.timeout)
+    if run is None:
         print(f"   did not end within {options.timeout} s", flush=True)
         return None
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
     if run.returncode or len(times) < 3:
-        errors = [line for line in run.stderr.splitlines() if re.search(r"[Ee]rror: |out of memory", line)]
-        print(f"   failed: {errors[-1][:300] if errors else run.stderr[-300:]}", flush=True)
+        print(f"   failed: {last_error(run.stderr)}", flush=True)
         if options.verbose:
             print(run.stderr[-6000:], flush=True)
         return None

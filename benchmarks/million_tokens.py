@@ -11,13 +11,13 @@ the estimate of docs/context_parallel.md, part by part.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from record import record
 
+from launch import ROOT, last_error, torchrun
 from yoco_megatron import runtime
 
 runtime.prepare()
@@ -32,7 +32,6 @@ from yoco_megatron.model.init import initialize
 from yoco_megatron.model.stage import Stage
 from yoco_megatron.model.yoco_model import YOCOModel
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 VOCABULARY, MLP_CHUNKS = 8192, 16
 
@@ -140,22 +139,18 @@ def _wait() -> None:
 
 def measure(layers: int, options: argparse.Namespace) -> dict | None:
     """A fresh pair of processes; None where it did not fit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus)]
-    command += [__file__, "--worker", "--layers", str(layers), "--length", str(options.length)]
-    command += ["--self-decoder", options.self_decoder, "--repeats", str(options.repeats)]
-    command += ["--tiny"] if options.tiny else []
+    script = [__file__, "--worker", "--layers", str(layers), "--length", str(options.length)]
+    script += ["--self-decoder", options.self_decoder, "--repeats", str(options.repeats)]
+    script += ["--tiny"] if options.tiny else []
     print(f"== {layers} layers, {options.length} tokens on {options.gpus} ranks", flush=True)
-    env = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    try:
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=options.timeout)
-    except subprocess.TimeoutExpired:
+    run = torchrun(options.gpus, script, options.timeout, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    if run is None:
         print(f"   did not end within {options.timeout} s", flush=True)
         return None
     for line in run.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    errors = [line for line in run.stderr.splitlines() if "Error: " in line or "out of memory" in line]
-    print(f"   failed: {errors[-1][:400] if errors else run.stderr[-2000:]}", flush=True)
+    print(f"   failed: {last_error(run.stderr)}", flush=True)
     return None
 
 
