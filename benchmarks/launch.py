@@ -1,9 +1,7 @@
 """A run of several processes that leaves none behind, whatever happens to it."""
 
-import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,6 @@ def torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         out, err = run.communicate(timeout=timeout)
@@ -32,9 +29,9 @@ def torchrun(
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)  # workers outlive a killed torchrun
-        run.wait()
+        # torchrun ends its workers when it is asked to end; killed, it would leave them with their GPUs.
+        run.terminate()
+        run.communicate()
 
 
 def last_error(stderr: str) -> str:
