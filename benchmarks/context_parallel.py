@@ -11,14 +11,11 @@ or of Transformer Engine, is a line that says so. `--longest` doubles the length
 """
 
 import argparse
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from record import record
+from runs import MOCK, ROOT, train
 
-from launch import ROOT, last_error, torchrun
 from yoco_megatron import runtime
 
 runtime.prepare()
@@ -40,59 +37,39 @@ CASES = {
 }
 
 
-@dataclass
-class Run:
-    """What a training log says."""
-
-    seconds: float
-    peak_gib: float | None
-    losses: list[float]
-
-
-def flags_of(ours: bool, flags: str, length: int, options: argparse.Namespace) -> list[str]:
+def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
+    ours, _, flags = CASES[name]
     suffix = "_swa" if ours and options.self_decoder == "sliding_window" else ""
     model = f"configs/model/{'yoco' if ours else 'transformer'}_{options.model}{suffix}.yaml"
     return (
         f"--config {model} configs/recipe/scaling.yaml --num-layers {options.layers} --seq-length {length} "
         f"--max-position-embeddings {length} --rotary-base 1000000 --micro-batch-size 1 "
-        f"--global-batch-size {options.micro_batches} --mock-data --tokenizer-type NullTokenizer --vocab-size 8000 "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --lr 1e-4 "
-        f"--lr-warmup-iters 2 --log-interval 1 --eval-iters 0 --exit-interval {options.steps} {flags}"
-    ).split()
-
-
-def train(name: str, length: int, options: argparse.Namespace) -> Run | None:
-    """One run, or None where it failed; the median step after the first two."""
-    ours, gpus, flags = CASES[name]
-    print(f"== {name}, {length} tokens", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *flags_of(ours, flags, length, options)], options.timeout)
-    if run is None:
-        print(f"   did not end within {options.timeout} s", flush=True)
-        return None
-    times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
-    if run.returncode or len(times) < 3:
-        print(f"   failed: {last_error(run.stderr)}", flush=True)
-        if options.verbose:
-            print(run.stderr[-6000:], flush=True)
-        return None
-    peaks = [float(value) for value in re.findall(r"max allocated: ([0-9.]+)", run.stdout)]
-    losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
-    result = Run(median(times[2:]) / 1e3, max(peaks) / 1024 if peaks else None, losses)
-    print(f"   {length * options.micro_batches / result.seconds:,.0f} tokens/s, losses {losses}", flush=True)
-    return result
+        f"--global-batch-size {options.micro_batches} --vocab-size 8000 --exit-interval {options.steps} "
+        f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {flags}"
+    )
 
 
 def gigabytes(name: str, length: int, options: argparse.Namespace) -> float:
     """That a rank receives in a step, by the formulas."""
-    ours, gpus, _ = CASES[name]
-    parsed = arguments.parse(flags_of(ours, "", length, options))
+    _, gpus, flags = CASES[name]
+    alone = flags_of(name, length, options).removesuffix(flags)  # nothing is started here
+    parsed = arguments.parse([*MOCK.split(), *alone.split()])
     per_micro_batch = sum(received_bytes(ModelShape.from_args(parsed), gpus, recompute=True).values())
     return per_micro_batch * options.micro_batches / 1e9
 
 
 def compare(length: int, options: argparse.Namespace, device: str) -> bool:
     """All cases at one length; whether ours ran on two GPUs."""
-    runs = {name: train(name, length, options) for name in options.cases}
+    runs = {
+        name: train(
+            f"{name}, {length} tokens",
+            flags_of(name, length, options),
+            CASES[name][1],
+            options.timeout,
+            options.verbose,
+        )
+        for name in options.cases
+    }
     print(f"\n{'run':<36} {'tokens/s/GPU':>12} {'efficiency':>10} {'GB/step':>8} {'peak GiB':>8} {'last loss':>10}")
     single = runs.get("YOCO, one GPU")
     for name, run in runs.items():

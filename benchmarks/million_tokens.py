@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from record import record
+from runs import ROOT, last_error, torchrun
 
-from launch import ROOT, last_error, torchrun
 from yoco_megatron import runtime
 
 runtime.prepare()

@@ -1,8 +1,10 @@
-"""Runs of pretrain_yoco.py whose logs benchmarks read."""
+"""Runs of several processes, and those of pretrain_yoco.py whose logs benchmarks read."""
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,18 +25,14 @@ class Run:
 
 def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False) -> Run | None:
     """Run `pretrain_yoco.py MOCK flags` on `gpus` processes; None, and a line that says why, where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    command += ["pretrain_yoco.py", *MOCK.split(), *flags.split()]
     print(f"== {name}", flush=True)
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
+    run = torchrun(gpus, ["pretrain_yoco.py", *MOCK.split(), *flags.split()], timeout)
+    if run is None:
         print(f"   did not end within {timeout} s", flush=True)
         return None
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
     if run.returncode or len(times) < 3:
-        errors = [line for line in run.stderr.splitlines() if re.search(r"[Ee]rror: |out of memory", line)]
-        print(f"   failed: {errors[-1][:300] if errors else run.stderr[-300:]}", flush=True)
+        print(f"   failed: {last_error(run.stderr)}", flush=True)
         if verbose:
             print(run.stderr[-6000:], flush=True)
         return None
@@ -43,3 +41,33 @@ def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = 
     result = Run(median(times[2:]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
     print(f"   {result.seconds * 1e3:,.0f} ms a step, losses {losses}", flush=True)
     return result
+
+
+def torchrun(
+    processes: int, script: Sequence[str], timeout: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess | None:
+    """`torchrun script` from the repository's root with its output captured; None if it did not end in `timeout` s."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = subprocess.Popen(
+        [*command, *script],
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = run.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(run.args, run.returncode, out, err)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # torchrun ends its workers when it is asked to end; killed, it would leave them with their GPUs.
+        run.terminate()
+        run.communicate()
+
+
+def last_error(stderr: str) -> str:
+    """The line that says why a run failed."""
+    errors = [line for line in stderr.splitlines() if re.search(r"Error: .|error: .|out of memory", line)]
+    return (errors[-1] if errors else stderr[-1000:]).strip()[:400]
