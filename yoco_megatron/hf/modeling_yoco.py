@@ -1,0 +1,471 @@
+"""YOCO (You Only Cache Once, arXiv 2405.05254) for transformers 5: depends on torch and transformers alone.
+
+    X^0 = sqrt(h) E[tokens] -> self-decoder (gated retention or sliding window) -> one K^,V^ -> cross-decoder -> head
+
+The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
+the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1).
+
+Shapes: b batch, s new tokens, h hidden, H heads, D head width; attention and retention work on [b, H, s, D].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_yoco import YocoConfig
+
+try:
+    # The trainer's kernels, where it is installed; the torch code below computes the same.
+    from yoco_megatron.ops import gated_retention as retention_kernels
+except ImportError:
+    retention_kernels = None
+
+CHUNK = 128
+
+
+def widen(x: Tensor) -> Tensor:
+    """16-bit tensors as fp32, others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class YocoRMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) in fp32, back to x's dtype, then times the weight (if there is one)."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return y if self.weight is None else self.weight * y
+
+
+class YocoRotaryEmbedding(nn.Module):
+    """Sines and cosines [b, s, D/2], fp32, for heads of one width."""
+
+    def __init__(self, config: YocoConfig, head_dim: int):
+        super().__init__()
+        self.config, self.head_dim = config, head_dim
+        self.inv_freq = nn.Buffer(self.compute(), persistent=False)
+
+    def compute(self) -> Tensor:
+        """Angles per position, fp32 [D/2]."""
+        if self.config.rope_variant == "yoco":
+            exponents = torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64)
+        else:
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        return (1.0 / self.config.rope_theta**exponents).float()
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(position_ids.device, torch.float)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate pairs of x [b, H, s, D]; fp32 arithmetic, x's dtype back."""
+    cos, sin = (t.unsqueeze(1) for t in rotary)
+    wide = widen(x)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+        y = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        y = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return y.to(x.dtype)
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t, in chunks; k is scaled by D^-1/2.
+
+    q, k, v [b, H, s, D]; log_decay [b, H, s] and state [b, H, D, D] in fp32 (fp64). Returns (o in q's dtype, state).
+    """
+    dtype, compute = q.dtype, state.dtype
+    q, k, v = q.to(compute), k.to(compute) * k.shape[-1] ** -0.5, v.to(compute)
+    if q.shape[2] == 1:
+        state = log_decay[..., None].exp() * state + k.transpose(-1, -2) @ v
+        return (q @ state).to(dtype), state
+    outputs = []
+    for q_, k_, v_, g_ in zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay))):
+        b = g_.cumsum(-1)
+        # Masked before exp: above the diagonal the exponent is positive.
+        causal = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
+        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * b.exp()[..., None]) @ state)
+        to_end = (b[..., -1:] - b).exp()[..., None]
+        state = b[..., -1, None, None].exp() * state + (k_ * to_end).transpose(-1, -2) @ v_
+    return torch.cat(outputs, dim=2).to(dtype), state
+
+
+def retention_by_kernel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the trainer's kernels, whose layout is [b, s, H, D]."""
+    if q.shape[2] == 1:
+        o, state = retention_kernels.step(q.squeeze(2), k.squeeze(2), v.squeeze(2), log_decay.squeeze(2), state)
+        return o.unsqueeze(2), state
+    q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
+    o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state)
+    return o.transpose(1, 2), state
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; returns ([b, s, H, D], probabilities)."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = widen(scores).softmax(-1).to(query.dtype)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class YocoMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: YocoConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class YocoAttention(nn.Module):
+    """What both kinds of softmax attention share: queries, output, and transformers' attention interface."""
+
+    sliding_window: int | None = None
+
+    def __init__(self, config: YocoConfig, layer_idx: int, heads: int, groups: int, head_dim: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, head_dim
+        self.scaling = head_dim**-0.5
+        self.num_key_value_groups = heads // groups
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+
+    def query(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(split_heads(self.q_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        window = self.sliding_window
+        o, weights = attention(self, q, k, v, mask, scaling=self.scaling, sliding_window=window, dropout=0.0, **kwargs)
+        return self.o_proj(o.reshape(*o.shape[:2], -1).contiguous()), weights
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[b, s, H D] -> [b, H, s, D]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+class YocoSlidingAttention(YocoAttention):
+    """Sliding-window attention of a self-decoder layer."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int):
+        heads, groups = config.self_decoder_heads, config.self_decoder_key_value_heads
+        super().__init__(config, layer_idx, heads, groups, config.self_decoder_head_dim)
+        self.sliding_window = config.sliding_window
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
+
+    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, **kwargs):
+        q = self.query(x, rotary)
+        k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        return self.attend(q, k, v, mask, **kwargs)
+
+
+class YocoGatedRetention(nn.Module):
+    """Gated retention of a self-decoder layer: out = (silu(x W_g) * RMS(o)) W_o."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.self_decoder_head_dim
+        width = config.self_decoder_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.decay_proj = nn.Linear(config.hidden_size, config.self_decoder_heads, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.head_norm = YocoRMSNorm(self.head_dim, config.rms_norm_eps, affine=False)
+
+    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, **kwargs):
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        interleaved = self.config.rope_interleaved
+        q, k = rotate(q, rotary, interleaved), rotate(k, rotary, interleaved)
+        # The state and the decay never see 16 bits.
+        log_decay = F.logsigmoid(widen(self.decay_proj(x))).transpose(1, 2) / self.config.decay_temperature
+        if mask is not None:  # a padding token writes nothing and lets nothing decay
+            log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
+        state = past_key_values.get_recurrent_state(self.layer_idx) if past_key_values is not None else None
+        if state is None:
+            state = log_decay.new_zeros(*k.shape[:2], self.head_dim, self.head_dim)
+        by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
+        o, state = (retention_by_kernel if by_kernel else retention)(q, k, v, log_decay, state)
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+            # transformers marks a layer as filled with its convolution's state, which retention has none of.
+            past_key_values.layers[self.layer_idx].has_previous_state[0] = True
+        y = self.head_norm(o).transpose(1, 2).flatten(2)
+        return self.o_proj(F.silu(self.g_proj(x)) * y), None
+
+
+class YocoSharedKV(nn.Module):
+    """The one K^,V^ of the model, projected from the self-decoder's output; also its one global cache entry."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+
+    def forward(self, x, rotary, past_key_values: Cache | None = None):
+        x = self.norm(x)
+        k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        return (k, v) if past_key_values is None else past_key_values.update(k, v, self.layer_idx)
+
+
+class YocoCrossAttention(YocoAttention):
+    """Queries of one cross-decoder layer over the shared K^,V^."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int):
+        super().__init__(config, layer_idx, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+    def forward(self, x, rotary, mask, k, v, **kwargs):
+        return self.attend(self.query(x, rotary), k, v, mask, **kwargs)
+
+
+class YocoLayer(GradientCheckpointingLayer):
+    """Pre-norm layer: mixer, SwiGLU, a residual around each."""
+
+    def __init__(self, config: YocoConfig, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+        self.input_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = YocoMLP(config)
+
+    def forward(self, x, k=None, v=None, rotary=None, mask=None, **kwargs):
+        # k and v come by position: re-entrant checkpointing gives gradients to nothing else.
+        shared = {} if k is None else {"k": k, "v": v}
+        x = x + self.mixer(self.input_layernorm(x), rotary, mask, **shared, **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class YocoPreTrainedModel(PreTrainedModel):
+    config: YocoConfig
+    config_class = YocoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["YocoLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [YocoLayer],
+        "attentions": [YocoSlidingAttention, YocoCrossAttention],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, YocoRotaryEmbedding):
+            # Loading builds the model without memory and restores no buffer that is not saved.
+            init.copy_(module.inv_freq, module.compute())
+
+
+class YocoModel(YocoPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: YocoConfig):
+        super().__init__(config)
+        border = config.num_self_decoder_layers
+        mixer = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}[config.self_decoder]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i)) for i in range(border))
+        self.shared_kv = YocoSharedKV(config, border)
+        self.cross_layers = nn.ModuleList(
+            YocoLayer(config, YocoCrossAttention(config, i)) for i in range(border, config.num_hidden_layers)
+        )
+        self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_rotary = YocoRotaryEmbedding(config, config.self_decoder_head_dim)
+        self.cross_rotary = YocoRotaryEmbedding(config, config.head_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cross_positions: int = 0,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """`cross_positions` n > 0 ends the prefill early: the cross-decoder runs for the last n positions alone, and
+        `last_hidden_state` is [b, n, h]. The cache is complete either way."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        length, shared = x.shape[1], self.shared_kv.layer_idx
+        if position_ids is None:
+            seen = past_key_values.get_seq_length(shared) if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=x.device) + seen).unsqueeze(0)
+        kept = min(cross_positions, length) or length
+        self_mask, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.hidden_size)
+
+        rotary = self.self_rotary(position_ids)
+        for layer in self.self_layers:
+            x = layer(x, rotary=rotary, mask=self_mask, past_key_values=past_key_values, **kwargs)
+        rotary = self.cross_rotary(position_ids)
+        k, v = self.shared_kv(x, rotary, past_key_values)
+        x, rotary = x[:, -kept:], tuple(t[:, -kept:] for t in rotary)
+        for layer in self.cross_layers:
+            x = layer(x, k, v, rotary=rotary, mask=cross_mask, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _masks(self, x, attention_mask, past_key_values, position_ids, kept):
+        """(mask of the self-decoder, mask of the cross-decoder's last `kept` queries), as the attention wants them."""
+        kind = self.config.layer_types[0]
+        if isinstance(attention_mask, dict):  # made by generate() for compiled decoding
+            cross = attention_mask["full_attention"]
+            return attention_mask[kind], cross[:, :, -kept:] if isinstance(cross, Tensor) and cross.ndim == 4 else cross
+        common = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        own = {
+            "linear_attention": create_recurrent_attention_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+            "full_attention": lambda **_: None,
+        }[kind](**common)
+        if kept == x.shape[1]:
+            return own, create_causal_mask(**common)
+        return own, self._mask_of_last(x, attention_mask, past_key_values, kept)
+
+    def _mask_of_last(self, x, attention_mask, past_key_values, kept):
+        """The causal mask of the last `kept` of the new queries over all keys."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return attention_mask[:, :, -kept:]
+        implementation = self.config._attn_implementation
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return None
+        length, shared = x.shape[1], self.shared_kv.layer_idx
+        keys, first_key, seen = length, 0, 0
+        if past_key_values is not None:
+            keys, first_key = past_key_values.get_mask_sizes(length, shared)
+            seen = past_key_values.get_query_offset(shared)
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=x.shape[0],
+            q_length=kept,
+            kv_length=keys,
+            q_offset=seen + length - kept,
+            kv_offset=first_key,
+            mask_function=causal_mask_function,
+            attention_mask=None if attention_mask is None else attention_mask.to(x.device, torch.bool),
+            # torch's own causal mask is aligned to the first key, so only a single query may do without a mask.
+            allow_is_causal_skip=kept == 1,
+            dtype=x.dtype,
+            config=self.config,
+            use_vmap=False,
+            device=x.device,
+        )
+
+
+class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
+    """YOCO with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: YocoConfig):
+        super().__init__(config)
+        # A recurrent state cannot be rolled back: assisted decoding is then refused with a clear error.
+        self._is_stateful = "linear_attention" in config.layer_types
+        self.model = YocoModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last `logits_to_keep` positions (0: all of them; a tensor: those positions)."""
+        early_exit = labels is None and isinstance(logits_to_keep, int)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cross_positions=logits_to_keep if early_exit else 0,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["YocoForCausalLM", "YocoModel", "YocoPreTrainedModel"]
