@@ -241,3 +241,12 @@ def test_the_guard_sees_a_stand_in_that_is_missing():
     done, violations = guarded_run("--without", "synchronize", *cli.TINY, *FLAGS.split())
     assert done.returncode != 0
     assert violations[0][0] == "synchronize" and "megatron" in violations[0][1]
+
+
+def test_meta_device_still_works():
+    """transformers builds models without memory; its own initialisation is skipped where memory is there already."""
+    with torch.device("meta"):
+        assert all(
+            t.is_meta for t in (torch.empty(2), torch.linspace(0, 1, 3), torch.arange(3), torch.nn.Linear(2, 2).weight)
+        )
+    assert not torch.empty(2).is_meta

@@ -30,7 +30,7 @@ def shapes(config: Any) -> dict[str, Shape]:
         if index >= border:
             mixer = {"q_proj": (q, h), "o_proj": (h, q)}
         elif config.self_decoder == "gated_retention":
-            mixer = {name: (h, h) for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")}
+            mixer = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
             mixer["decay_proj"] = (config.self_decoder_heads, h)
         else:
             mixer = {"q_proj": (h, h), "k_proj": (own_kv, h), "v_proj": (own_kv, h), "o_proj": (h, h)}

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 
@@ -211,6 +212,8 @@ def install() -> None:
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "_lazy_init", "_lazy_call"):
         setattr(torch.cuda.random, name, STAND_INS[name][0])
     torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _nothing(), _nothing()  # core/utils.py
+    # `with torch.device("meta")` knows factories by identity, and collects them when it is first asked.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

@@ -1,0 +1,173 @@
+"""Cached generation is uncached generation, token for token; an early exit is the full forward's last positions.
+
+Random models with a large embedding, so that greedy choices are clear of rounding; fp32, tolerance 1e-5 relative:
+sums over other shapes of the same numbers.
+"""
+
+import pytest
+import torch
+from support.models import SELF_DECODERS, relative_error
+from transformers import DynamicCache
+
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+
+CLOSE = 1e-5
+VOCAB, NEW, PROMPT = 257, 24, 37
+
+
+@pytest.fixture(params=SELF_DECODERS)
+def model(request) -> YocoForCausalLM:
+    torch.manual_seed(3)
+    config = YocoConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        self_decoder=request.param,
+        self_decoder_heads=2,
+        sliding_window=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    return YocoForCausalLM(config).eval()
+
+
+def prompts(batch: int = 2, length: int = PROMPT, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: YocoForCausalLM, tokens: torch.Tensor, **options) -> torch.Tensor:
+    return model.generate(tokens, max_new_tokens=NEW, do_sample=False, **options)
+
+
+def cache_elements(cache: DynamicCache) -> list[int]:
+    """Numbers stored per layer."""
+    states = [list(getattr(layer, "recurrent_states", {}).values()) for layer in cache.layers]
+    pairs = [[getattr(layer, "keys", None), getattr(layer, "values", None)] for layer in cache.layers]
+    return [sum(t.numel() for t in a + b if torch.is_tensor(t)) for a, b in zip(states, pairs)]
+
+
+@torch.no_grad()
+def test_steps_equal_one_forward(model):
+    """A prefill and then one token at a time, and pieces of any length, give the logits of a single forward."""
+    tokens = prompts(length=60)
+    expected = model(tokens, use_cache=False).logits
+    for pieces in ([20] + [1] * 40, [7, 1, 13, 9, 1, 29], [60]):
+        cache = DynamicCache(config=model.config)
+        found = [model(piece, past_key_values=cache).logits for piece in tokens.split(pieces, dim=1)]
+        assert relative_error(torch.cat(found, dim=1), expected) < CLOSE, pieces
+
+
+@torch.no_grad()
+def test_the_cache_is_small(model):
+    """One global entry; the self-decoder's do not grow."""
+    config, sizes = model.config, []
+    for length in (40, 80):
+        cache = DynamicCache(config=config)
+        model(prompts(1, length), past_key_values=cache, logits_to_keep=1)
+        sizes.append(cache_elements(cache))
+    for length, size in zip((40, 80), sizes):
+        assert size[3] == 2 * length * config.num_key_value_heads * config.head_dim
+        assert size[4:] == [0, 0]
+    assert sizes[0][:3] == sizes[1][:3]
+    if config.self_decoder == "gated_retention":
+        assert sizes[0][0] == config.hidden_size * config.self_decoder_head_dim
+        state = cache.layers[0].recurrent_states[0]
+        assert state.dtype == torch.float32
+    else:
+        assert sizes[0][0] == 2 * (config.sliding_window - 1) * config.hidden_size
+
+
+def test_state_stays_fp32_in_bf16(model):
+    if model.config.self_decoder == "gated_retention":
+        cache = DynamicCache(config=model.config)
+        model.bfloat16()(prompts(), past_key_values=cache)
+        assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+    assert model.bfloat16().model.self_rotary.inv_freq is not None
+
+
+@torch.no_grad()
+def test_early_exit(model):
+    """At many lengths and paddings, with and without a cache that holds something already."""
+    for length in (1, 2, 7, 8, 9, 37, 64, 130):
+        tokens = prompts(3, length, seed=length)
+        for pad in ("none", "left", "right"):
+            mask = torch.ones_like(tokens)
+            for row, missing in enumerate((0, length // 3, length // 2)):
+                if pad == "left":
+                    mask[row, :missing] = 0
+                elif pad == "right" and missing:
+                    mask[row, -missing:] = 0
+            full = model(tokens, attention_mask=mask, use_cache=False).logits
+            for kept in {1, 2, length - 1, length, length + 5} - {0}:
+                exit_early = model(tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+                expected, seen = full[:, -kept:], mask[:, -kept:].bool()
+                assert exit_early.shape == expected.shape
+                assert relative_error(exit_early[seen], expected[seen]) < CLOSE, (length, pad, kept)
+            if length > 2:
+                cache = DynamicCache(config=model.config)
+                first = length // 2
+                model(tokens[:, :first], attention_mask=mask[:, :first], past_key_values=cache, logits_to_keep=1)
+                late = model(tokens[:, first:], attention_mask=mask, past_key_values=cache, logits_to_keep=2).logits
+                seen = mask[:, -late.shape[1] :].bool()
+                assert relative_error(late[seen], full[:, -late.shape[1] :][seen]) < CLOSE, (length, pad)
+
+
+@torch.no_grad()
+def test_early_exit_skips_the_cross_decoder(model):
+    rows = []
+    model.model.cross_layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    greedy(model, prompts())
+    assert rows == [1] * NEW
+    model(prompts(), logits_to_keep=torch.tensor([3, 5]))
+    assert rows[-1] == PROMPT  # arbitrary positions need all of them
+
+
+def test_generation_with_and_without_cache(model):
+    assert torch.equal(greedy(model, prompts()), greedy(model, prompts(), use_cache=False))
+
+
+def test_static_cache_and_prefill_in_pieces(model):
+    expected = greedy(model, prompts())
+    static = greedy(model, prompts(), cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, expected)
+    assert torch.equal(greedy(model, prompts(), prefill_chunk_size=7), expected)
+
+
+def test_beam_search(model):
+    with_cache = greedy(model, prompts(), num_beams=3)
+    assert torch.equal(with_cache, greedy(model, prompts(), num_beams=3, use_cache=False))
+
+
+def test_a_padded_row_is_the_row_alone(model):
+    """Ragged prompts, padded on the left."""
+    rows = [prompts(1, length, seed=length)[0] for length in (3, 17, 37)]
+    longest = max(map(len, rows))
+    batch = torch.stack([torch.cat((row.new_zeros(longest - len(row)), row)) for row in rows])
+    together = greedy(model, batch, attention_mask=(batch != 0).long())
+    for row, result in zip(rows, together):
+        assert torch.equal(result[longest:], greedy(model, row[None])[0, len(row) :])
+
+
+def test_what_cannot_be_rolled_back_is_refused(model):
+    if model.config.self_decoder == "gated_retention":
+        with pytest.raises(ValueError, match="assisted"):
+            greedy(model, prompts(1), prompt_lookup_num_tokens=3)
+    else:
+        assert torch.equal(greedy(model, prompts(1), prompt_lookup_num_tokens=3), greedy(model, prompts(1)))
+
+
+def test_bad_input(model):
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    for wrong in (
+        {"self_decoder": "mamba"},
+        {"rope_variant": "yarn"},
+        {"num_hidden_layers": 2, "num_self_decoder_layers": 2},
+    ):
+        with pytest.raises(ValueError, match=next(reversed(wrong))):
+            YocoConfig(**wrong)
