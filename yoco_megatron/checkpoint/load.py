@@ -35,6 +35,16 @@ ONE_PROCESS = {
     "tensorboard-dir": None,
     "wandb-project": None,
     "pretrained-checkpoint": None,
+    "async-save": False,
+    "num-virtual-stages-per-pipeline-rank": None,
+    "num-layers-per-virtual-pipeline-stage": None,
+    "pipeline-model-parallel-layout": None,
+    "tp-comm-overlap": False,
+    # What this machine has may be less than what the run had.
+    "transformer-impl": None,
+    "retention-backend": None,
+    "distributed-backend": None,
+    "fp8-format": None,
     "skip-train": True,
     "no-load-optim": True,
     "no-load-rng": True,
@@ -42,7 +52,23 @@ ONE_PROCESS = {
 }
 
 
-def load_model(folder: str, iteration: int | None = None) -> tuple[MegatronModule, Namespace, MegatronTokenizerBase]:
+def parse_run(folder: str, iteration: int | None = None, **more: object) -> Namespace:
+    """The arguments with which one process reads the run in `folder` (its --save); `more` are flags that win.
+
+    Raises:
+        ValueError: no checkpoint of pretrain_yoco.py there.
+    """
+    config = Path(folder) / "resolved_config.yaml"
+    if not config.exists():
+        raise ValueError(f"--load {folder}: no resolved_config.yaml there; give the folder that training had as --save")
+    items = ONE_PROCESS | {"load": folder, "ckpt-step": iteration} | more
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in items.items()]
+    return arguments.parse(["--config", str(config), *overrides])
+
+
+def load_model(
+    folder: str, iteration: int | None = None, **more: object
+) -> tuple[MegatronModule, Namespace, MegatronTokenizerBase]:
     """Load the checkpoint in `folder` (the run's --save), the latest or the given iteration.
 
     Returns:
@@ -50,13 +76,9 @@ def load_model(folder: str, iteration: int | None = None) -> tuple[MegatronModul
     Raises:
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
-    config = Path(folder) / "resolved_config.yaml"
-    if not config.exists():
-        raise ValueError(f"--load {folder}: no resolved_config.yaml there; give the folder that training had as --save")
-    items = ONE_PROCESS | {"load": folder, "ckpt-step": iteration}
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in items.items()]
+    args = parse_run(folder, iteration, **more)
     _alone()
-    args = arguments.finalize(arguments.parse(["--config", str(config), *overrides]))
+    args = arguments.finalize(args)
     safe_load.install()
     initialize_megatron()
     model_config = model_config_from_args(args)

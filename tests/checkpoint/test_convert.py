@@ -1,0 +1,259 @@
+"""A model goes out to Hugging Face and comes back bit for bit, from any mesh to any mesh, and keeps its configuration."""
+
+import json
+import shutil
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli import train
+from support.worlds import spawn
+from transformers import AutoModelForCausalLM
+
+from yoco_megatron.checkpoint import fields
+from yoco_megatron.checkpoint.architecture import SWITCHES
+from yoco_megatron.checkpoint.convert import convert
+from yoco_megatron.checkpoint.source import TrainingTensors, checkpoint_folder, open_source
+from yoco_megatron.config.arguments import parse
+from yoco_megatron.config.shape import ModelShape
+from yoco_megatron.config.yoco_config import YOCOFields
+
+ONE_STEP = ["--train-iters", "1", "--lr-warmup-iters", "0", "--bf16"]
+UNTIED = ["--untie-embeddings-and-output-weights"]
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--self-decoder-query-groups", "2"]
+# name -> (processes, flags)
+RUNS = {
+    "TP1, retention, tied": (1, []),
+    "TP2, windows, untied": (2, [*TP2, *WINDOWS, *UNTIED]),
+    "PP2, retention, untied": (2, [*PP2, *UNTIED]),
+    "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
+    "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
+    "TP1, windows, untied, fp32": (1, [*WINDOWS, *UNTIED]),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> folder of a checkpoint after one step."""
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            processes, flags = RUNS[name]
+            done[name] = tmp_path_factory.mktemp("trained")
+            step = ONE_STEP[: -1 if "fp32" in name else None]
+            train(processes, *flags, *step, "--save", str(done[name]), "--save-interval", "1")
+        return done[name]
+
+    return run
+
+
+def in_fresh_process(*args, **options) -> str:
+    """`convert` where Megatron has not been started yet."""
+    return spawn(_convert, 1, (args, options))[0]
+
+
+def _convert(args, options) -> str:
+    return convert(*args, **options)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors of a training checkpoint."""
+    found = TrainingTensors(checkpoint_folder(folder, None))
+    return {name: found.load(name) for name in found.found()}
+
+
+def entries(folder: Path) -> set[str]:
+    """Everything that belongs to the model, extra states too."""
+    others = ("optimizer.", "rng_state", "rerun_state", "common_state")
+    metadata = TrainingTensors(checkpoint_folder(folder, None)).metadata
+    return {name for name in metadata.state_dict_metadata if not name.startswith(others)}
+
+
+@pytest.mark.parametrize("name", [*list(RUNS)[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[3:])])
+def test_round_trip_is_bitwise(name, trained, tmp_path):
+    run = trained(name)
+    report = in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"), shard_bytes=40_000)
+    assert "agree within" in report
+    assert (tmp_path / "hf/model.safetensors.index.json").exists()
+    report = in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
+    assert "agree within" in report
+    before, after = tensors(run), tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and len(before) > 20
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype and torch.equal(after[key], value), key
+    assert entries(run) == entries(tmp_path / "back")
+    architectures = [json.loads((folder / "architecture.json").read_text()) for folder in (run, tmp_path / "back")]
+    assert architectures[0] == architectures[1]
+
+
+@pytest.mark.slow
+def test_training_goes_on_at_any_mesh(trained, tmp_path):
+    """From the converted checkpoint as from the original's weights: the same losses, to the last printed digit."""
+    run = trained("TP2, windows, untied")
+    in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"))
+    in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
+    steps = ["--bf16", "--train-iters", "4", "--lr-warmup-iters", "0", *WINDOWS, *UNTIED]
+    for processes, mesh in ((1, []), (2, TP2), (2, PP2)):
+        logs = [
+            train(processes, *steps, *mesh, "--load", str(run), "--finetune"),
+            train(processes, *steps, *mesh, "--load", str(tmp_path / "back")),
+        ]
+        assert logs[0].losses == logs[1].losses and len(logs[0].losses) == 3
+        assert "successfully loaded checkpoint" in logs[1].text
+
+
+@torch.no_grad()
+def test_exported_folder(trained, tmp_path):
+    """What a user loads: the generation config, the model card, the logits of the trained weights."""
+    in_fresh_process("megatron", str(trained("TP1, retention, tied")), "hf", str(tmp_path / "hf"))
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "configuration_yoco.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_yoco.py",
+    }
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "library_name: transformers" in card and "| iterations | 1 |" in card and "| tokens seen | 256 |" in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
+
+
+# Fields of the trainer's that do not decide what the weights compute; each needs a reason.
+NOT_THE_FUNCTION = {
+    "architecture": "yoco, or the conversion refuses",
+    "seq_length": "a length to train at; max_position_embeddings survives",
+    "tied": "tie_word_embeddings, by the flag that unties",
+    "init_law": "only draws the first weights",
+    "retention_backend": "which kernel",
+    "fp32_kv_transport": "rounding between pipeline stages",
+    "retention_chunk_size": "rounding and memory",
+}
+
+
+def test_every_field_has_its_place():
+    ours = {f.name for f in dataclass_fields(ModelShape)} | set(SWITCHES) | {f.name for f in dataclass_fields(YOCOFields)}
+    assert ours - set(fields.SAME.values()) == set(NOT_THE_FUNCTION)
+
+
+UNUSUAL = {
+    "num-layers": 5,
+    "num-self-decoder-layers": 3,
+    "hidden-size": 48,
+    "ffn-hidden-size": 80,
+    "num-attention-heads": 6,
+    "group-query-attention": True,
+    "num-query-groups": 3,
+    "kv-channels": 10,
+    "self-decoder": "sliding_window",
+    "self-decoder-heads": 4,
+    "self-decoder-query-groups": 2,
+    "self-decoder-window": 9,
+    "decay-temperature": 7.5,
+    "rotary-base": 640000,
+    "rope-variant": "standard",
+    "rotary-interleaved": True,
+    "no-scale-embedding": True,
+    "norm-epsilon": 3e-6,
+    "max-position-embeddings": 64,
+    "untie-embeddings-and-output-weights": True,
+    "padded-vocab-size": 384,
+}
+
+
+@pytest.mark.parametrize("changed", [None, *UNUSUAL])
+def test_every_field_survives(changed, tmp_path):
+    """Flags -> YocoConfig -> config.json -> YocoConfig -> flags, for unusual values and each one left at its default."""
+    common = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--micro-batch-size", "1"]
+    needed = {"num-layers": 4, "hidden-size": 24, "num-attention-heads": 3}
+    values = {name: value for name, value in UNUSUAL.items() if name != changed}
+    if changed in ("hidden-size", "num-layers", "num-attention-heads"):
+        values |= {changed: {"num-layers": 4, "hidden-size": 36, "num-attention-heads": 3}[changed]}
+    if changed == "group-query-attention":
+        del values["num-query-groups"]
+    if changed == "num-query-groups":
+        values["num-query-groups"] = 2
+    values = needed | values
+    if values.get("num-layers") == 5 and "num-self-decoder-layers" not in values:
+        values["num-layers"] = 6
+
+    def arguments(flags):
+        args = parse([*common, "--seq-length", "64", "--config", *[f"{k}={_yaml(v)}" for k, v in flags.items()]])
+        args.padded_vocab_size = args.padded_vocab_size or 128
+        return args
+
+    config = fields.from_args(arguments(values))
+    config.save_pretrained(tmp_path)
+    again = type(config).from_pretrained(tmp_path)
+    flags = fields.to_flags(again)
+    flags.pop("seq-length")
+    twice = fields.from_args(arguments(flags))
+    for name in [*fields.SAME, "tie_word_embeddings"]:
+        assert getattr(config, name) == getattr(again, name) == getattr(twice, name), name
+
+
+def _yaml(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_fla_and_back(trained, tmp_path):
+    """Our export in fla's format and read back again: the same tensors."""
+    source = trained("PP2, retention, untied")
+    in_fresh_process("megatron", str(source), "fla", str(tmp_path / "fla"))
+    config = json.loads((tmp_path / "fla/config.json").read_text())
+    assert config["architectures"] == ["YOCOForCausalLM"] and config["self_decoder_attn"]["rope_inv_freq"] == "yoco"
+    in_fresh_process("fla", str(tmp_path / "fla"), "megatron", str(tmp_path / "back"))
+    before, after = tensors(source), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    with pytest.raises(ValueError, match="no sliding-window self-decoder"):
+        fields.to_fla(type(open_source("fla", str(tmp_path / "fla")).config)(self_decoder="sliding_window"))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("tied", [False, True])
+def test_official_layout(window, tied, tmp_path):
+    """A params.json and checkpoint.pth with the authors' names (written here, none was ever released)."""
+    folder = tmp_path / "official"
+    folder.mkdir()
+    params = {"dim": 32, "n_layers": 4, "hidden_dim": 48, "n_self_heads": 2, "n_attn_heads": 4, "n_attn_kv_heads": 2}
+    params |= {"vocab_size": 64, "rope_theta": 640000.0, "norm_eps": 1e-5, "max_seq_len": 128}
+    if window:
+        params["sliding_window"] = window
+    (folder / "params.json").write_text(json.dumps(params))
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    state = {"embed_tokens.weight": draw(64, 32), "layer_norm.weight": draw(32)}
+    state["output_projection.weight"] = state["embed_tokens.weight"] if tied else draw(64, 32)
+    for half in ("self", "cross"):
+        for index in range(2):
+            layer = f"{half}_decoder.layers.{index}."
+            projections = {"cross": "q", "self": "qkv"}[half] + ("" if window or half == "cross" else "g")
+            state |= {f"{layer}mixer.{p}_proj.weight": draw(32, 32) for p in projections}
+            state[f"{layer}mixer.out_proj.weight"] = draw(32, 32)
+            if half == "self" and not window:
+                state[f"{layer}mixer.gt_proj.weight"] = draw(2, 32)
+            state |= {f"{layer}ffn.{p}.weight": draw(48, 32) for p in ("fc1", "gate")}
+            state[f"{layer}ffn.fc2.weight"] = draw(32, 48)
+            state |= {f"{layer}{norm}.weight": draw(32) for norm in ("mixer_layer_norm", "final_layer_norm")}
+    state |= {f"cross_decoder.{p}_proj.weight": draw(16, 32) for p in "kv"}
+    state["cross_decoder.kv_layer_norm.weight"] = draw(32)
+    torch.save(state, folder / "checkpoint.pth")
+
+    report = convert("official", str(folder), "hf", str(tmp_path / "hf"))
+    assert "agree within" in report
+    ours = open_source("hf", str(tmp_path / "hf"))
+    assert ours.config.rope_theta == 640000 and ours.config.tie_word_embeddings == tied
+    assert ours.config.self_decoder == ("sliding_window" if window else "gated_retention")
+    fc1 = ours.load("model.cross_layers.1.mlp.gate_proj.weight")  # silu is on fc1 there
+    assert torch.equal(fc1, state["cross_decoder.layers.1.ffn.fc1.weight"])
+    shutil.rmtree(tmp_path / "hf")

@@ -1,0 +1,51 @@
+"""Convert a YOCO between training checkpoints, Hugging Face, flash-linear-attention and the authors' layout.
+
+    tools/convert_checkpoint.py --from megatron --input RUN/checkpoints --to hf --output MODEL
+    tools/convert_checkpoint.py --from hf --input MODEL --to megatron --output NEW/checkpoints
+
+A tensor at a time, so that a model larger than memory converts. Success means that both models were run and their
+logits agree; otherwise nothing is written.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+
+from yoco_megatron import runtime
+
+runtime.prepare()
+
+
+def main() -> None:
+    from yoco_megatron.checkpoint.convert import TARGETS, convert
+    from yoco_megatron.checkpoint.source import FORMATS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="kind", required=True, choices=FORMATS, help="format of the input")
+    parser.add_argument("--input", required=True, help="its folder (a run's --save for megatron)")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="format of the output")
+    parser.add_argument("--output", required=True, help="new folder")
+    parser.add_argument("--iteration", type=int, help="which training checkpoint (default: the latest)")
+    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship, where the input has none")
+    parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB a safetensors file, default 2")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="convert_checkpoint.py: %(message)s")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            report = convert(
+                options.kind,
+                options.input,
+                options.to,
+                options.output,
+                iteration=options.iteration,
+                tokenizer=options.tokenizer,
+                shard_bytes=int(options.max_shard_size * 1024**3),
+            )
+    except ValueError as error:
+        sys.exit(f"convert_checkpoint.py: error: {error}")
+    print(f"{options.output}: {report}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""From one format to another: read, write aside, compare, and only then give the result its name."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from yoco_megatron.checkpoint import target, verify
+from yoco_megatron.checkpoint.source import Source, open_source
+from yoco_megatron.config.files import write_atomically
+from yoco_megatron.config.rules import require
+
+TARGETS = ("megatron", "hf", "fla")
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    kind: str,
+    folder: str,
+    to: str,
+    output: str,
+    *,
+    iteration: int | None = None,
+    tokenizer: str | None = None,
+    shard_bytes: int = 2 * 1024**3,
+) -> str:
+    """Convert the model in `folder` (one of source.FORMATS) to `output` (one of TARGETS), and prove it.
+
+    Args:
+        tokenizer: folder of a tokenizer to ship, where the source has none.
+        shard_bytes: largest safetensors file; also what is held in memory, beside the largest tensors.
+    Returns:
+        a sentence about the comparison of the two models.
+    Raises:
+        ValueError: bad input, no room, or a result that differs; `output` does not exist then, the source is untouched.
+    """
+    final = Path(output)
+    require(
+        not final.exists() or (final.is_dir() and not any(final.iterdir())),
+        f"--output {output} exists already: name a new folder",
+    )
+    source = open_source(kind, folder, iteration)
+    if tokenizer is not None:
+        require(Path(tokenizer).is_dir(), f"--tokenizer {tokenizer}: no such folder")
+        source.tokenizer = Path(tokenizer)
+    _check_tokenizer(source)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(final.parent).free
+    require(
+        free > source.bytes * 1.01,
+        f"--output {output}: {source.bytes / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free",
+    )
+    aside = final.parent / f".{final.name}.incomplete-{os.getpid()}"
+    aside.mkdir()
+    try:
+        if to == "megatron":
+            target.write_megatron(source, aside)
+        else:
+            {"hf": target.write_hf, "fla": target.write_fla}[to](source, aside, shard_bytes)
+        report = verify.compare(source, to, aside, iteration)
+        if to == "megatron":
+            _final_tokenizer_path(aside, final)
+        if final.exists():
+            final.rmdir()
+        aside.rename(final)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _check_tokenizer(source: Source) -> None:
+    """Raises ValueError for a tokenizer with more ids than the model has rows."""
+    if source.tokenizer is None:
+        logger.warning("no tokenizer folder is known: the result will have none (--tokenizer names one)")
+        return
+    from transformers import AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(source.tokenizer))
+    require(
+        size <= source.config.vocab_size,
+        f"--tokenizer {source.tokenizer} has {size} ids, the model only {source.config.vocab_size} rows",
+    )
+
+
+def _final_tokenizer_path(aside: Path, final: Path) -> None:
+    """The config named the tokenizer where it lay while the folder was being made."""
+    path = aside / "resolved_config.yaml"
+    flags = yaml.safe_load(path.read_text())
+    if "tokenizer-model" in flags:
+        flags["tokenizer-model"] = str(final / "tokenizer")
+        write_atomically(path, yaml.safe_dump(flags, sort_keys=True))

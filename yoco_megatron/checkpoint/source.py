@@ -1,0 +1,283 @@
+"""Reading a YOCO in any of its formats, one tensor at a time: `open_source` checks everything, `Source.load` reads.
+
+Nothing is unpickled without restraint: safetensors holds no code, torch.load runs with `weights_only=True`, and a
+training checkpoint goes through `safe_load`.
+"""
+
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yoco_megatron.checkpoint import fields, names, safe_load
+from yoco_megatron.config.rules import nearest, require
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+
+Found = dict[str, tuple[names.Shape, torch.dtype]]
+FORMATS = ("megatron", "hf", "fla", "official")
+
+
+@dataclass
+class Source:
+    """A model on disk: its configuration, and `load(name)` for each of `names.shapes(config)`."""
+
+    kind: str
+    folder: Path
+    config: YocoConfig
+    dtypes: dict[str, torch.dtype]
+    load: Callable[[str], Tensor]
+    tokenizer: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is known of its training, for the model card."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(
+            self.dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in names.shapes(self.config).items()
+        )
+
+
+def open_source(kind: str, folder: str, iteration: int | None = None) -> Source:
+    """Open the checkpoint in `folder`.
+
+    Args:
+        kind: one of FORMATS.
+        iteration: which one of a training run's checkpoints; the latest by default.
+    Raises:
+        ValueError: no such checkpoint there, files missing or cut short, another architecture, wrong shapes.
+    """
+    path = Path(folder)
+    require(path.is_dir(), f"--input {folder}: no such folder")
+    return {"megatron": _megatron, "hf": _hf, "fla": _fla, "official": _official}[kind](path, iteration)
+
+
+def check_shapes(where: str, found: Found, wanted: dict[str, names.Shape]) -> None:
+    """Raises ValueError unless exactly the wanted tensors are there, with these shapes and a float dtype."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    require(not missing, f"{where}: {len(missing)} tensors are missing, first {missing[:1]}{_near(missing, found)}")
+    require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of this config, first {extra[:1]}")
+    for name, shape in wanted.items():
+        require(
+            tuple(found[name][0]) == tuple(shape),
+            f"{where}: {name} is {list(found[name][0])}, its config asks for {list(shape)}",
+        )
+        require(found[name][1].is_floating_point, f"{where}: {name} is {found[name][1]}, not a float type")
+
+
+def _near(missing: list[str], found: Found) -> str:
+    return nearest(missing[0], found) if missing else ""
+
+
+# -- training checkpoints
+
+
+def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
+    """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    require(
+        tracker.exists() and (folder / "resolved_config.yaml").exists(),
+        f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
+    )
+    latest = tracker.read_text().strip()
+    name = "release" if latest == "release" and iteration is None else f"iter_{int(iteration or latest):07d}"
+    require(
+        (folder / name / ".metadata").exists(),
+        f"--input {folder}: {name} is no checkpoint in the torch_dist format; there are "
+        f"{', '.join(sorted(p.name for p in folder.glob('iter_*'))) or 'none'}",
+    )
+    return folder / name
+
+
+class TrainingTensors:
+    """Whole tensors of a torch_dist checkpoint, whatever mesh wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        safe_load.install()
+        self.reader = FileSystemReader(folder)
+        self.metadata = self.reader.read_metadata()
+        self.reader.read_metadata = lambda *_, **__: self.metadata  # once, not for every tensor
+        for info in self.metadata.storage_data.values():
+            file = folder / info.relative_path
+            require(file.exists(), f"--input: {file} is missing: copy the checkpoint again")
+            require(
+                file.stat().st_size >= info.offset + info.length,
+                f"--input: {file} is cut short: copy the checkpoint again",
+            )
+
+    def found(self) -> Found:
+        """The model's tensors: no optimizer, no random states."""
+        entries = self.metadata.state_dict_metadata.items()
+        skipped = ("optimizer.", "rng_state", "rerun_state")
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in entries
+            if hasattr(entry, "properties") and not name.startswith(skipped)
+        }
+
+    def common(self) -> dict[str, Any]:
+        """What every rank had: Megatron's arguments, the iteration."""
+        return self._load("common_state/shard_0_1", None)[0]
+
+    def load(self, name: str) -> Tensor:
+        """One tensor."""
+        entry = self.metadata.state_dict_metadata[name]
+        return self._load(name, torch.empty(entry.size, dtype=entry.properties.dtype))
+
+    def _load(self, name: str, into: Any) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        state = {name: into}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is")
+            dcp.load(state, storage_reader=self.reader, no_dist=True)
+        return state[name]
+
+
+def _megatron(folder: Path, iteration: int | None) -> Source:
+    from yoco_megatron.checkpoint.load import parse_run
+
+    tensors = TrainingTensors(checkpoint_folder(folder, iteration))
+    args, found, common = parse_run(str(folder), iteration), tensors.found(), tensors.common()
+    embedding = found.get("embedding.word_embeddings.weight")
+    require(embedding is not None, f"--input {folder}: no embedding.word_embeddings.weight: no model of this project")
+    args.padded_vocab_size = embedding[0][0]
+    config = fields.from_args(args)
+    entries = names.megatron(config)
+    shapes = names.shapes(config)
+    check_shapes(f"--input {tensors.reader.path}", found, {entry.name: entry.shape(shapes) for entry in entries})
+    of = {name: entry for entry in entries for name in entry.names}
+
+    @functools.lru_cache(maxsize=1)  # the pieces of one matrix are asked for one after the other
+    def split(entry: names.Fused) -> dict[str, Tensor]:
+        return entry.split(tensors.load(entry.name))
+
+    tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
+    trained = common.get("args")
+    facts = {
+        "iteration": common.get("iteration"),
+        "samples": getattr(trained, "consumed_train_samples", None),
+        "seq_length": args.seq_length,
+        "flags": args.resolved_config,
+    }
+    return Source(
+        kind="megatron",
+        folder=folder,
+        config=config,
+        dtypes={name: found[entry.name][1] for name, entry in of.items()},
+        load=lambda name: split(of[name])[name],
+        tokenizer=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+        facts=facts,
+    )
+
+
+# -- safetensors
+
+
+class SafeTensors:
+    """Tensors of a folder of safetensors files, with or without an index."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            listed = ["model.safetensors"]
+        self.files: dict[str, Any] = {}
+        for name in listed:
+            file = folder / name
+            require(file.exists(), f"--input: {file} is missing: copy the folder again")
+            try:
+                opened = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"--input: {file} is no whole safetensors file ({error}): copy it again") from None
+            self.files |= dict.fromkeys(opened.keys(), opened)
+
+    def found(self) -> Found:
+        slices = {name: file.get_slice(name) for name, file in self.files.items()}
+        return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), torch.int8)) for name, s in slices.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise ValueError(f"--input {folder}: no config.json there; give the folder of an exported model") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--input {folder}/config.json is not JSON: {error}") from None
+    return config
+
+
+def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
+    """A source whose names are `rename` of ours."""
+    wanted = {rename(name): shape for name, shape in names.shapes(config).items()}
+    if config.tie_word_embeddings:  # some writers repeat the embedding as the head
+        found.pop(rename("lm_head.weight"), None)
+    check_shapes(f"--input {folder}", found, wanted)
+    dtypes = {name: found[rename(name)][1] for name in names.shapes(config)}
+    tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
+    return Source(kind, folder, config, dtypes, lambda name: load(rename(name)), tokenizer)
+
+
+def _hf(folder: Path, _: int | None) -> Source:
+    config = _config_json(folder)
+    architecture = config.get("architectures", ["nothing"])[0]
+    require(
+        architecture == "YocoForCausalLM",
+        f"--input {folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
+        + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
+    )
+    tensors = SafeTensors(folder)
+    source = _renamed("hf", folder, YocoConfig.from_dict(config), tensors.found(), tensors.load, str)
+    source.facts = config.get("training_facts") or {}
+    return source
+
+
+def _fla(folder: Path, _: int | None) -> Source:
+    config = _config_json(folder)
+    require(
+        "self_decoder_attn" in config and "cross_decoder_attn" in config,
+        f"--input {folder}: its config.json is not that of flash-linear-attention's YOCOForCausalLM",
+    )
+    tensors = SafeTensors(folder)
+    return _renamed("fla", folder, fields.from_fla(config), tensors.found(), tensors.load, names.fla)
+
+
+# -- the authors' layout
+
+
+def _official(folder: Path, _: int | None) -> Source:
+    params, weights = folder / "params.json", folder / "checkpoint.pth"
+    for file in (params, weights):
+        require(file.exists(), f"--input {folder}: no {file.name} there; the authors' layout has params.json beside it")
+    try:
+        state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever a broken or hostile pickle raises
+        what = str(error).splitlines()[0]
+        raise ValueError(
+            f"--input {weights}: cannot be read as weights alone, and nothing else is run: {what}"
+        ) from None
+    require(isinstance(state, dict), f"--input {weights}: holds no state dict")
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    tied = "output_projection.weight" not in state
+    if not tied and "embed_tokens.weight" in state:
+        tied = state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
+    config = fields.from_official(json.loads(params.read_text()), tied, max_position_embeddings=4096)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    return _renamed("official", folder, config, found, state.__getitem__, names.official)
