@@ -30,17 +30,6 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 The cache of a sequence is {per_token:,} bytes a token for the one global K,V and {fixed:,} bytes of {what} whatever its
 length. Prompts are prefilled without the cross-decoder.
 """
-# Flags worth telling, where the run had them.
-TRAINING = (
-    "train-iters",
-    "global-batch-size",
-    "seq-length",
-    "lr",
-    "min-lr",
-    "lr-decay-style",
-    "weight-decay",
-    "data-path",
-)
 
 
 def model_card(source: Source, dtype: str) -> str:
@@ -60,7 +49,8 @@ def model_card(source: Source, dtype: str) -> str:
         "layers": f"{split} (self-decoder + cross-decoder)",
         "self-decoder": "gated retention" if retention else f"sliding window of {config.sliding_window}",
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
-        "heads": f"{config.self_decoder_heads} self; {config.num_attention_heads} cross over {config.num_key_value_heads} K,V",
+        "self-decoder heads": str(config.self_decoder_heads),
+        "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
         "vocabulary": f"{config.vocab_size:,} rows",
         "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies",
         "trained to length": f"{facts.get('seq_length', config.max_position_embeddings):,}",
@@ -69,8 +59,7 @@ def model_card(source: Source, dtype: str) -> str:
         rows["iterations"] = f"{facts['iteration']:,}"
     if facts.get("samples"):
         rows["tokens seen"] = f"{facts['samples'] * facts['seq_length']:,}"
-    flags = facts.get("flags", {})
-    rows |= {f"`{name}`": str(flags[name]) for name in TRAINING if name in flags}
+    rows |= {f"`{name}`": str(value) for name, value in facts.get("flags", {}).items()}
     return CARD.format(
         title=f"YOCO {count / 1e9:.2g}B" if count >= 1e9 else f"YOCO {count / 1e6:.3g}M",
         kind={"megatron": "training"}.get(source.kind, source.kind),

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from yoco_megatron.checkpoint import fields, names, safe_load
+from yoco_megatron.config.files import load_config_files
 from yoco_megatron.config.rules import nearest, require
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 
 Found = dict[str, tuple[names.Shape, torch.dtype]]
 FORMATS = ("megatron", "hf", "fla", "official")
+# What a model card tells of a run.
+TRAINING = ("train-iters", "global-batch-size", "lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "weight-decay")
 
 
 @dataclass
@@ -108,10 +111,8 @@ class TrainingTensors:
         for info in self.metadata.storage_data.values():
             file = folder / info.relative_path
             require(file.exists(), f"--input: {file} is missing: copy the checkpoint again")
-            require(
-                file.stat().st_size >= info.offset + info.length,
-                f"--input: {file} is cut short: copy the checkpoint again",
-            )
+            whole = file.stat().st_size >= info.offset + info.length
+            require(whole, f"--input: {file} is cut short: copy the checkpoint again")
 
     def found(self) -> Found:
         """The model's tensors: no optimizer, no random states."""
@@ -162,11 +163,12 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
 
     tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
     trained = common.get("args")
+    flags = load_config_files([str(folder / "resolved_config.yaml")])
     facts = {
         "iteration": common.get("iteration"),
         "samples": getattr(trained, "consumed_train_samples", None),
         "seq_length": args.seq_length,
-        "flags": args.resolved_config,
+        "flags": {name: value for name, value in flags.items() if name in TRAINING},
     }
     return Source(
         kind="megatron",
@@ -270,9 +272,7 @@ def _official(folder: Path, _: int | None) -> Source:
         state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a broken or hostile pickle raises
         what = str(error).splitlines()[0]
-        raise ValueError(
-            f"--input {weights}: cannot be read as weights alone, and nothing else is run: {what}"
-        ) from None
+        raise ValueError(f"--input {weights}: cannot be read as weights alone; no code of it was run: {what}") from None
     require(isinstance(state, dict), f"--input {weights}: holds no state dict")
     state = {name.removeprefix("model."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     tied = "output_projection.weight" not in state

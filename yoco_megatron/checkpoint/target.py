@@ -66,13 +66,8 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     _write_tensors(source, folder, shard_bytes, rename=str)
     tokenizer = copy_tokenizer(source, folder)
     config = source.config
-    special = {
-        "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.eos_token_id,
-        "bos_token_id": config.bos_token_id,
-    }
-    if tokenizer is not None:
-        special = {name: getattr(tokenizer, name) for name in special}
+    knows = config if tokenizer is None else tokenizer
+    special = {name: getattr(knows, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     special = {name: value for name, value in special.items() if value is not None}
     dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     facts = {name: value for name, value in source.facts.items() if value is not None}
@@ -209,12 +204,15 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
         name: torch.empty(entry.shape(shapes), dtype=source.dtypes[entry.names[0]], device="meta")
         for name, entry in entries.items()
     }
-    state |= dict.fromkeys(_extra_states(entries), [None])
+    state |= {name: [None] for name in _extra_states(entries)}
     state["common_state/shard_0_1"] = [common]
     with _progress(source) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         planner = OneByOne(flatten_state_dict=False)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+        try:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+        except dcp.CheckpointException as wrapped:  # no Exception, so that few catch it
+            raise next(iter(wrapped.failures.values()))[0] from None
 
 
 def _extra_states(entries: dict[str, names.Fused]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import (
     YocoCrossAttention,
+    YocoForCausalLM,
     YocoGatedRetention,
     YocoLayer,
     YocoRMSNorm,
@@ -62,11 +63,12 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
     if whole is None:
         elements = sum(torch.Size(shape).numel() for shape in names.shapes(source.config).values())
         whole = 4 * elements * 1.2 < psutil.virtual_memory().available
-    runs = {"megatron": _by_trainer, "hf": _by_folder} if whole else {}
-    logits = []
-    for model_kind, path, step in ((source.kind, source.folder, iteration), (kind, folder, None)):
-        logits.append(runs.get(model_kind, _by_layers)(model_kind, path, step, tokens))
-        gc.collect()
+    # Code in the source's folder is not run; that in the result's is ours.
+    of_source = {"megatron": _by_trainer, "hf": _by_ours} if whole else {}
+    of_result = {"megatron": _by_trainer, "hf": _by_folder} if whole else {}
+    logits = [of_source.get(source.kind, _by_layers)(source.kind, source.folder, iteration, tokens)]
+    gc.collect()
+    logits.append(of_result.get(kind, _by_layers)(kind, folder, None, tokens))
     error = (torch.linalg.vector_norm(logits[1] - logits[0]) / torch.linalg.vector_norm(logits[0])).item()
     how = "" if whole else ", layer by layer because the whole does not fit into memory"
     if not error < TOLERANCE:  # nan fails too
@@ -94,6 +96,12 @@ def _by_folder(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
 
 
 @torch.no_grad()
+def _by_ours(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    model = YocoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(tokens, use_cache=False).logits.double()
+
+
+@torch.no_grad()
 def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     source = open_source(kind, str(folder), iteration)
     config, load = source.config, source.load
@@ -109,10 +117,11 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
 
     length, border = tokens.shape[1], config.num_self_decoder_layers
     positions = torch.arange(length)[None]
-    x = load("model.embed_tokens.weight")[tokens].float() * (config.hidden_size**0.5 if config.scale_embedding else 1.0)
-    own, cross = (
-        YocoRotaryEmbedding(config, width)(positions) for width in (config.self_decoder_head_dim, config.head_dim)
-    )
+    x = load("model.embed_tokens.weight")[tokens].float()
+    if config.scale_embedding:
+        x = x * config.hidden_size**0.5
+    own = YocoRotaryEmbedding(config, config.self_decoder_head_dim)(positions)
+    cross = YocoRotaryEmbedding(config, config.head_dim)(positions)
     distance = positions[0][:, None] - positions[0][None]
     causal = torch.zeros(length, length).masked_fill(distance < 0, -torch.inf)
     window = causal.masked_fill(distance >= config.sliding_window, -torch.inf)

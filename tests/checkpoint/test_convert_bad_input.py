@@ -1,0 +1,214 @@
+"""A bad source or a full disk is one clear error: no output folder, nothing left beside it, the source as it was."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from yoco_megatron.checkpoint import convert as conversion
+from yoco_megatron.checkpoint import names, verify
+from yoco_megatron.checkpoint.convert import convert
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+
+
+def config() -> YocoConfig:
+    return YocoConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        self_decoder_heads=2,
+        max_position_embeddings=64,
+        architectures=["YocoForCausalLM"],
+    )
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A good exported folder in two files."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    config().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    shapes = names.shapes(config()).items()
+    state = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes}
+    weight_map = {}
+    for number, part in enumerate((list(state)[:10], list(state)[10:]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        safetensors.torch.save_file({name: state[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def change(source: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors of the second file, or remove them."""
+    file = source / "model-00002-of-00002.safetensors"
+    state = safetensors.torch.load_file(file)
+    for name, value in changes.items():
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    safetensors.torch.save_file(state, file, {"format": "pt"})
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def refused(source: Path, match: str, kind: str = "hf", to: str = "fla") -> None:
+    """The conversion says so, and leaves no trace."""
+    before = digest(source)
+    output = source.parent / "output"
+    with pytest.raises(ValueError, match=match):
+        convert(kind, str(source), to, str(output))
+    assert digest(source) == before
+    assert sorted(path.name for path in source.parent.iterdir()) == [source.name]
+
+
+def test_good_one_is_taken(source):
+    assert "agree within" in convert("hf", str(source), "fla", str(source.parent / "output"))
+    assert sorted(path.name for path in source.parent.iterdir()) == ["output", "source"]
+    with pytest.raises(ValueError, match="exists already"):
+        convert("hf", str(source), "fla", str(source.parent / "output"))
+
+
+def test_missing_shard(source):
+    (source / "model-00002-of-00002.safetensors").unlink()
+    refused(source, "model-00002-of-00002.safetensors is missing")
+
+
+def test_truncated_shard(source):
+    file = source / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 8)
+    refused(source, "no whole safetensors file")
+
+
+def test_missing_tensor(source):
+    change(source, **{"model.norm.weight": None})
+    refused(source, r"1 tensors are missing, first \['model.norm.weight'\]")
+
+
+def test_extra_tensor(source):
+    change(source, **{"model.norm.bias": torch.zeros(32)})
+    refused(source, "model.norm.bias")
+
+
+def test_wrong_shape(source):
+    change(source, **{"model.norm.weight": torch.zeros(31)})
+    refused(source, r"model.norm.weight is \[31\], its config asks for \[32\]")
+
+
+def test_integers(source):
+    change(source, **{"model.norm.weight": torch.zeros(32, dtype=torch.int8)})
+    refused(source, "not a float type")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("to", ["fla", "hf", "megatron"])
+def test_not_finite(value, to, source):
+    change(source, **{"model.norm.weight": torch.full((32,), value)})
+    refused(source, "model.norm.weight holds 32 values that are NaN or infinite", to=to)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "YOCOForCausalLM"])
+def test_other_architecture(architecture, source):
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [architecture]}))
+    refused(source, f"says {architecture}, only YocoForCausalLM")
+
+
+def test_no_folder_and_no_config(source, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        convert("hf", str(tmp_path / "nowhere"), "fla", str(tmp_path / "output"))
+    refused(source, "no checkpoint of pretrain_yoco.py there", kind="megatron")
+    refused(source, "no params.json there", kind="official")
+    refused(source, "not that of flash-linear-attention", kind="fla", to="hf")
+    (source / "config.json").write_text("{")
+    refused(source, "is not JSON")
+    (source / "config.json").unlink()
+    refused(source, "no config.json there")
+
+
+def test_no_room(source, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    refused(source, "are needed there")
+
+
+@pytest.mark.parametrize("to", ["fla", "hf"])
+def test_disk_fills_up(to, source, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    refused(source, "No space left on device; nothing was left there", to=to)
+
+
+def test_disk_fills_up_in_a_training_checkpoint(source, monkeypatch):
+    import torch.distributed.checkpoint.filesystem as filesystem
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(filesystem, "_write_item", full)
+    refused(source, "No space left on device", to="megatron")
+
+
+def test_interrupted(source, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert("hf", str(source), "fla", str(source.parent / "output"))
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
+def test_a_wrong_result_is_not_kept(source, monkeypatch):
+    """Two matrices of one shape swapped on the way: the logits tell."""
+    rename = names.fla
+
+    def swapped(name: str) -> str:
+        mixed_up = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        for one, other in mixed_up.items():
+            if f"cross_layers.1.mlp.{one}" in name:
+                return rename(name.replace(one, other))
+        return rename(name)
+
+    monkeypatch.setattr(conversion.target.names, "fla", swapped)
+    write = conversion.target.write_fla
+
+    def wrong_while_writing(*args):
+        write(*args)
+        monkeypatch.setattr(conversion.target.names, "fla", rename)
+
+    monkeypatch.setattr(conversion.target, "write_fla", wrong_while_writing)
+    refused(source, "logits differ from the source's")
+
+
+class Evil:
+    """Pickles to a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_pickle_does_not_run(source):
+    (source / "params.json").write_text("{}")
+    torch.save({"embed_tokens.weight": Evil(source / "evil")}, source / "checkpoint.pth")
+    refused(source, "cannot be read as weights alone; no code of it was run", kind="official", to="hf")
+    assert not (source / "evil").exists()
