@@ -209,8 +209,10 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
     with _progress(source) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         planner = OneByOne(flatten_state_dict=False)
+        # Copying ahead is for GPU tensors; of CPU tensors it would hold all at once.
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.CheckpointException as wrapped:  # no Exception, so that few catch it
             raise next(iter(wrapped.failures.values()))[0] from None
 
