@@ -209,8 +209,8 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
     with _progress(source) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         planner = OneByOne(flatten_state_dict=False)
-        # Copying ahead is for GPU tensors; of CPU tensors it would hold all at once.
-        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        # torch's writer keeps all tensors of a file until the file is closed: so a file a tensor.
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.CheckpointException as wrapped:  # no Exception, so that few catch it
