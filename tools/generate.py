@@ -1,48 +1,109 @@
-"""Continue a prompt with a trained model: tools/generate.py --load RUN/checkpoints --prompt 'def main'."""
+"""Continue prompts with a trained model, from a training checkpoint or an exported folder.
+
+    tools/generate.py --load RUN/checkpoints --prompt 'def main'
+    tools/generate.py --load MODEL --prompt-file prompts.txt --temperature 0      # one prompt a line, as one batch
+    cat long.txt | tools/generate.py --load MODEL                                 # all of it as one prompt
+
+The text streams to standard output; tokens/s and the size of the cache go to standard error. Several prompts are
+printed when all are done.
+"""
 
 import argparse
-import contextlib
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 from yoco_megatron import runtime
 
 runtime.prepare()
 
 
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt, of --prompt-file (a line each), or the whole of standard input."""
+    if options.prompt:
+        return options.prompt
+    if options.prompt_file is None:
+        return [sys.stdin.read()]
+    try:
+        lines = Path(options.prompt_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {options.prompt_file}: {error}") from None
+    return [line for line in lines if line]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--load", required=True, help="checkpoint folder (the --save of training)")
-    parser.add_argument("--iteration", type=int, help="checkpoint to load (default: the latest)")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, help="a run's --save, or the folder of an exported model")
+    parser.add_argument("--iteration", type=int, help="training checkpoint to load (default: the latest)")
+    parser.add_argument("--prompt", action="append", help="text to continue; several of them make a batch")
+    parser.add_argument("--prompt-file", help="file of prompts, one a line")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt that run at a time")
     options = parser.parse_args()
-
-    from yoco_megatron.checkpoint.load import load_model
-    from yoco_megatron.inference.sampling import sample
-
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output holds the text alone
-            model, args, tokenizer = load_model(options.load, options.iteration)
+        run(options)
     except ValueError as error:
         sys.exit(f"generate.py: error: {error}")
-    prompt = tokenizer.tokenize(options.prompt)
-    if not prompt:
-        sys.exit("generate.py: error: --prompt has no token; give at least one character")
-    new = sample(
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, generate, print."""
+    from transformers import DynamicCache
+
+    from yoco_megatron.inference.generation import Sampling, cache_bytes, generate
+    from yoco_megatron.inference.load import load_for_generation
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    texts = read_prompts(options)
+    model, tokenizer = load_for_generation(options.load, options.iteration, runtime.device())
+    if tokenizer is None:
+        raise ValueError(f"--load {options.load}: the model has no Hugging Face tokenizer, so it cannot read text")
+    sampling = replace(sampling, vocab_size=len(tokenizer))
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    cache = DynamicCache(config=model.config)
+    steps = generate(
         model,
-        prompt,
+        prompts,
         options.max_new_tokens,
-        max_length=args.max_position_embeddings,
-        vocab_size=tokenizer.vocab_size,
-        end=tokenizer.eod,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
+        sampling,
+        end=tokenizer.eos_token_id,
+        cache=cache,
+        piece=options.prefill_piece,
     )
-    print(tokenizer.detokenize([*prompt, *new]))
+    new: list[list[int]] = [[] for _ in prompts]
+    shown = ""
+    started = time.perf_counter()
+    first = None
+    if len(prompts) == 1:
+        print(texts[0], end="", flush=True)
+    for tokens in steps:
+        first = first or time.perf_counter()
+        for row, token in zip(new, tokens):
+            if token is not None:
+                row.append(token)
+        if len(prompts) == 1:
+            text = tokenizer.decode(new[0])
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: its other bytes are to come
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    done = time.perf_counter()
+    if len(prompts) == 1:
+        print(tokenizer.decode(new[0])[len(shown) :])
+    else:
+        for text, row in zip(texts, new):
+            print(f"{text}{tokenizer.decode(row)}\n")
+    first = first or done
+    count = sum(map(len, new))
+    decoded = f", {(count - len(prompts)) / (done - first):.1f} tokens/s decoded" if count > len(prompts) else ""
+    print(
+        f"{sum(map(len, prompts))} prompt tokens in {first - started:.2f} s, {count} new tokens{decoded}, "
+        f"cache of {cache_bytes(cache):,} bytes",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

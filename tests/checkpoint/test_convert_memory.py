@@ -21,12 +21,11 @@ config = YocoConfig(vocab_size=8192, hidden_size=1024, intermediate_size=2048, n
 dtypes = dict.fromkeys(names.shapes(config), torch.float32)
 tensor = lambda name: torch.full(names.shapes(config)[name], 0.01)
 made = source.Source("hf", folder, config, dtypes, tensor)
+(folder / "first").mkdir()
 if to == "from hf":
-    (folder / "first").mkdir()
     target.write_hf(made, folder / "first", 32 * MB)
     made = source.open_source("hf", str(folder / "first"))
-elif to == "from megatron":
-    (folder / "first").mkdir()
+else:
     target.write_megatron(made, folder / "first")
     made = source.open_source("megatron", str(folder / "first"))
 
@@ -34,9 +33,6 @@ def anonymous():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0]) * 1024
 
-write = {"hf": lambda: target.write_hf(made, output, 32 * MB), "megatron": lambda: target.write_megatron(made, output),
-         "from hf": lambda: target.write_megatron(made, output),
-         "from megatron": lambda: target.write_hf(made, output, 32 * MB)}[to]
 output = folder / "output"
 output.mkdir()
 before, peak, done = anonymous(), [0], threading.Event()
@@ -46,16 +42,19 @@ def watch():
         time.sleep(0.002)
 watcher = threading.Thread(target=watch)
 watcher.start()
-write()
+if to == "from hf":
+    target.write_megatron(made, output)
+else:
+    target.write_hf(made, output, 32 * MB)
 done.set()
 watcher.join()
 print(made.bytes, peak[0] - before)
 """
 
 
-@pytest.mark.parametrize("to", ["hf", "megatron", "from hf", "from megatron"])
+@pytest.mark.parametrize("to", ["from hf", "from megatron"])
 def test_peak(to, tmp_path):
-    """A model of some 450 MB whose largest tensor has 32 MB, in shards of 32 MB."""
+    """A model of 680 MB whose largest tensor has 32 MB, in shards of 32 MB."""
     command = [sys.executable, "-c", MEASURE, str(tmp_path), to]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from yoco_megatron.checkpoint import target, verify
+from yoco_megatron.checkpoint import target, tokenizer_files, verify
 from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.config.files import write_atomically
 from yoco_megatron.config.rules import require
@@ -77,9 +77,7 @@ def _check_tokenizer(source: Source) -> None:
     if source.tokenizer is None:
         logger.warning("no tokenizer folder is known: the result will have none (--tokenizer names one)")
         return
-    from transformers import AutoTokenizer
-
-    size = len(AutoTokenizer.from_pretrained(source.tokenizer))
+    size = len(tokenizer_files.load(source.tokenizer))
     require(
         size <= source.config.vocab_size,
         f"--tokenizer {source.tokenizer} has {size} ids, the model only {source.config.vocab_size} rows",

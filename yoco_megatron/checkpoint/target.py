@@ -15,20 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import yoco_megatron.hf
-from yoco_megatron.checkpoint import architecture, fields, names
+from yoco_megatron.checkpoint import architecture, fields, names, tokenizer_files
 from yoco_megatron.checkpoint.model_card import model_card
 from yoco_megatron.checkpoint.source import Source
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 AUTO_MAP = {
     "AutoConfig": "configuration_yoco.YocoConfig",
     "AutoModel": "modeling_yoco.YocoModel",
@@ -45,26 +35,13 @@ def checked(source: Source, name: str) -> Tensor:
     return tensor
 
 
-def copy_tokenizer(source: Source, folder: Path) -> Any:
-    """Copy the tokenizer's files; the tokenizer itself, or None where the source has none."""
-    if source.tokenizer is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source.tokenizer / name).exists():
-            shutil.copy(source.tokenizer / name, folder / name)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 # -- safetensors: ours and fla's
 
 
 def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     """The folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
     _write_tensors(source, folder, shard_bytes, rename=str)
-    tokenizer = copy_tokenizer(source, folder)
+    tokenizer = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder)
     config = source.config
     knows = config if tokenizer is None else tokenizer
     special = {name: getattr(knows, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
@@ -97,7 +74,8 @@ def write_fla(source: Source, folder: Path, shard_bytes: int) -> None:
     """The folder that flash-linear-attention's YOCOForCausalLM loads."""
     config = fields.to_fla(source.config)
     _write_tensors(source, folder, shard_bytes, rename=names.fla)
-    copy_tokenizer(source, folder)
+    if source.tokenizer is not None:
+        tokenizer_files.copy(source.tokenizer, folder)
     dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     _write_json(folder / "config.json", config | {"torch_dtype": dtype})
 
@@ -174,8 +152,9 @@ def write_megatron(source: Source, folder: Path) -> None:
 
 
 def _tokenizer_flags(source: Source, folder: Path) -> dict[str, Any]:
-    if copy_tokenizer(source, folder / "tokenizer") is None:
+    if source.tokenizer is None:
         return {"tokenizer-type": "NullTokenizer", "vocab-size": source.config.vocab_size - 1}
+    tokenizer_files.copy(source.tokenizer, folder / "tokenizer")
     return {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(folder / "tokenizer")}
 
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from yoco_megatron.checkpoint import names
+from yoco_megatron.checkpoint import names, tokenizer_files
 from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import (
@@ -41,9 +41,7 @@ think of, he said, but it is the second one that I read. 3.14159 26535 89793; de
 def sample_tokens(source: Source) -> tuple[Tensor, str]:
     """(ids [1, at most LENGTH], what they are): TEXT by the source's tokenizer, or random ids where it has none."""
     if source.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(source.tokenizer)(TEXT, add_special_tokens=False)["input_ids"][:LENGTH]
+        ids = tokenizer_files.load(source.tokenizer)(TEXT, add_special_tokens=False)["input_ids"][:LENGTH]
         return torch.tensor([ids]), "of English text"
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, source.config.vocab_size, (1, LENGTH), generator=generator), "at random (no tokenizer)"

@@ -1,0 +1,66 @@
+"""Our loop generates what transformers' generates, from any cache, batch and piece of the prompt."""
+
+import pytest
+import torch
+from hf.test_generation import NEW, PROMPT, greedy, model, prompts  # noqa: F401  (model is a fixture)
+from transformers import DynamicCache
+
+from yoco_megatron.inference.generation import Sampling, cache_bytes, generate
+
+GREEDY = Sampling(temperature=0)
+
+
+def rows(steps) -> list[list[int]]:
+    """Tokens of each prompt."""
+    return [[token for token in row if token is not None] for row in zip(*steps)]
+
+
+@pytest.mark.parametrize("piece", [1000, 10])
+def test_equals_transformers(model, piece):  # noqa: F811
+    expected = greedy(model, prompts())[:, PROMPT:].tolist()
+    assert rows(generate(model, prompts().tolist(), NEW, GREEDY, piece=piece)) == expected
+
+
+def test_ragged_batch(model):  # noqa: F811
+    batch = [prompts(1, length, seed=length)[0].tolist() for length in (3, 17, 37)]
+    together = rows(generate(model, batch, NEW, GREEDY, piece=10))
+    assert together == [rows(generate(model, [prompt], NEW, GREEDY))[0] for prompt in batch]
+
+
+def test_ends_and_limits(model):  # noqa: F811
+    free = rows(generate(model, prompts().tolist(), NEW, GREEDY))
+    end = free[0][5]
+    ended = rows(generate(model, prompts().tolist(), NEW, GREEDY, end=end))
+    for row, whole in zip(ended, free):
+        assert row == (whole[: whole.index(end)] if end in whole else whole)
+    few = Sampling(temperature=0, vocab_size=11)
+    assert max(max(row) for row in rows(generate(model, prompts().tolist(), NEW, few))) < 11
+    for bad in ([], [[1], []]):
+        with pytest.raises(ValueError, match="no token"):
+            next(generate(model, bad, NEW, GREEDY))
+
+
+def test_cache_bytes(model):  # noqa: F811
+    cache = DynamicCache(config=model.config)
+    list(generate(model, prompts(1).tolist(), 4, GREEDY, cache=cache))
+    config, tokens = model.config, PROMPT + 3
+    fixed = {
+        "gated_retention": config.hidden_size * config.self_decoder_head_dim,
+        "sliding_window": 2 * (config.sliding_window - 1) * config.hidden_size,
+    }[config.self_decoder]
+    elements = 3 * fixed + 2 * tokens * config.num_key_value_heads * config.head_dim
+    assert cache_bytes(cache) == 4 * elements
+
+
+def test_top_p_and_temperature():
+    """Frequencies of 20000 draws; four standard deviations of a share are at most 0.015."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, 9.0]]).expand(20000, -1)
+    generator = torch.Generator().manual_seed(0)
+    ids = Sampling(temperature=2.0, top_p=0.7, vocab_size=4).draw(logits, generator)
+    probabilities = torch.tensor([3.0, 2.0, 1.0, 0.0]).div(2).softmax(-1)
+    kept = probabilities[:2] / probabilities[:2].sum()  # 0.455 and 0.276 reach 0.7
+    shares = torch.bincount(ids, minlength=4) / len(ids)
+    assert torch.allclose(shares[:2], kept, atol=0.015) and shares[2:].sum() == 0
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="--t"):
+            Sampling(**wrong)

@@ -1,0 +1,85 @@
+"""The whole way of a user: train with a tokenizer, export, generate from either folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.cli import TINY, train
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (
+    "the quick brown fox jumps over the lazy dog; " * 40 + "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. "
+)
+
+
+def run(tool: str, *flags: str, text: str | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "tools" / tool), *flags]
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A run's checkpoints, and the exported model."""
+    base = tmp_path_factory.mktemp("whole")
+    (base / "corpus.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    tokenizer = base / "tokenizer"
+    made = run(
+        "train_tokenizer.py", "--input", str(base / "corpus.jsonl"), "--vocab-size", "300", "--output", str(tokenizer)
+    )
+    assert made.returncode == 0, made.stderr
+    at = TINY.index("--tokenizer-type")
+    flags = [*TINY[:at], *TINY[at + 4 :]]
+    named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+    once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(base / "run"), "--save-interval", "1"]
+    train(1, *named, *once, base=flags)
+    done = run(
+        "convert_checkpoint.py",
+        *("--from", "megatron", "--input", str(base / "run"), "--to", "hf", "--output", str(base / "model")),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(f"{base / 'model'}: logits of ") and "tokens of English text agree" in done.stdout
+    return {"run": base / "run", "model": base / "model"}
+
+
+def generated(folder: Path, *flags: str, text: str | None = None) -> str:
+    done = run("generate.py", "--load", str(folder), "--max-new-tokens", "12", "--temperature", "0", *flags, text=text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tokens/s decoded, cache of " in done.stderr
+    return done.stdout
+
+
+def test_either_format_and_any_prompt(folders, tmp_path):
+    expected = generated(folders["run"], "--prompt", "the lazy fox")
+    assert expected.startswith("the lazy fox") and len(expected) > 14
+    assert generated(folders["model"], "--prompt", "the lazy fox", "--prefill-piece", "2") == expected
+    assert generated(folders["model"], text="the lazy fox") == expected
+    (tmp_path / "prompts.txt").write_text("the lazy fox\nquick\n")
+    batch = generated(folders["model"], "--prompt-file", str(tmp_path / "prompts.txt"))
+    assert batch.startswith(expected) and "\nquick" in batch
+
+
+def test_exported_folder_knows_its_tokenizer(folders):
+    config = json.loads((folders["model"] / "config.json").read_text())
+    generation = json.loads((folders["model"] / "generation_config.json").read_text())
+    assert generation["suppress_tokens"][-1] == config["vocab_size"] - 1
+    assert generation["eos_token_id"] == config["eos_token_id"]
+    assert (folders["model"] / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--load", "nowhere", "--prompt", "a"], "no such folder"),
+        (["--prompt", ""], "no token"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p 2.0"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt"),
+    ],
+)
+def test_bad_input(flags, said, folders):
+    done = run("generate.py", "--load", str(folders["model"]), *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("generate.py: error: ")
