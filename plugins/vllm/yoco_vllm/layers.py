@@ -1,0 +1,183 @@
+"""Layers of a YOCO in vLLM: window attention, the one shared K,V, and cross attention that only reads it.
+
+Shapes: t tokens of all sequences of a step, h hidden; heads are this tensor-parallel rank's.
+"""
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+
+def share(heads: int, what: str) -> int:
+    """This rank's heads. Raises ValueError where they do not divide."""
+    ranks = get_tensor_model_parallel_world_size()
+    if heads % ranks:
+        raise ValueError(f"--tensor-parallel-size {ranks} does not divide the model's {heads} {what}")
+    return heads // ranks
+
+
+class Rotary(nn.Module):
+    """YOCO's rotary embedding of heads of one width: its own frequencies, pairs (2j, 2j + 1)."""
+
+    def __init__(self, config, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim, self.interleaved = head_dim, config.rope_interleaved
+        if config.rope_variant == "yoco":
+            exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
+        else:
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        self.register_buffer("inv_freq", (1.0 / config.rope_theta**exponents).float(), persistent=False)
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        """positions [t], x [t, heads * head_dim] -> rotated x, in its dtype."""
+        angles = positions[:, None, None].float() * self.inv_freq.float()
+        cos, sin = angles.cos(), angles.sin()
+        wide = x.float().unflatten(-1, (-1, self.head_dim))
+        if self.interleaved:
+            a, b = wide[..., 0::2], wide[..., 1::2]
+            y = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+        else:
+            a, b = wide.chunk(2, dim=-1)
+            y = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        return y.flatten(-2).to(x.dtype)
+
+
+class KVWriter(Attention):
+    """The one global K,V cache: an attention layer that is only ever written, and never asked."""
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """k, v [t, heads * width] into the pages of this step's tokens."""
+        if self.attn_backend.forward_includes_kv_cache_update:
+            raise ValueError(
+                f"attention backend {self.attn_backend.get_name()} writes its cache inside attention; choose FLASH_ATTN"
+            )
+        k, v = (t.view(-1, self.num_kv_heads, self.head_size) for t in (k, v))
+        if self.use_direct_call:
+            unified_kv_cache_update(k, v, self.layer_name)
+        else:
+            from vllm.model_executor.layers.attention.attention import _encode_layer_name
+
+            torch.ops.vllm.unified_kv_cache_update(k, v, _encode_layer_name(self.layer_name))
+
+
+class SlidingAttention(nn.Module):
+    """Self-decoder mixer."""
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        heads, groups = config.self_decoder_heads, config.self_decoder_key_value_heads
+        width = config.hidden_size // heads
+        self.rotary = Rotary(config, width)
+        own_heads, own_groups = share(heads, "self-decoder heads"), share(groups, "self-decoder K,V heads")
+        self.sizes = [own_heads * width, own_groups * width, own_groups * width]
+        common = {"bias": False, "quant_config": vllm.quant_config}
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, width, heads, groups, prefix=f"{prefix}.qkv_proj", **common
+        )
+        self.o_proj = RowParallelLinear(heads * width, config.hidden_size, prefix=f"{prefix}.o_proj", **common)
+        self.attn = Attention(
+            own_heads,
+            width,
+            width**-0.5,
+            num_kv_heads=own_groups,
+            cache_config=vllm.cache_config,
+            quant_config=vllm.quant_config,
+            per_layer_sliding_window=config.sliding_window,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(x)[0].split(self.sizes, dim=-1)
+        return self.o_proj(self.attn(self.rotary(positions, q), self.rotary(positions, k), v))[0]
+
+
+class CrossAttention(nn.Module):
+    """Cross-decoder mixer: queries over the pages that `KVWriter` of layer `target` fills."""
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str, target: str) -> None:
+        super().__init__()
+        heads, width = config.num_attention_heads, config.head_dim
+        self.rotary = Rotary(config, width)
+        common = {"bias": False, "quant_config": vllm.quant_config}
+        self.q_proj = ColumnParallelLinear(config.hidden_size, heads * width, prefix=f"{prefix}.q_proj", **common)
+        self.o_proj = RowParallelLinear(heads * width, config.hidden_size, prefix=f"{prefix}.o_proj", **common)
+        self.attn = Attention(
+            share(heads, "attention heads"),
+            width,
+            width**-0.5,
+            num_kv_heads=share(config.num_key_value_heads, "K,V heads"),
+            cache_config=vllm.cache_config,
+            quant_config=vllm.quant_config,
+            kv_sharing_target_layer_name=target,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        return self.o_proj(self.attn(self.rotary(positions, self.q_proj(x)[0]), None, None))[0]
+
+
+class SharedKV(nn.Module):
+    """Projects the self-decoder's output to the one K,V, and writes it to the cache."""
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        width, groups = config.head_dim, config.num_key_value_heads
+        self.rotary = Rotary(config, width)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        common = {"bias": False, "quant_config": vllm.quant_config}
+        self.k_proj = ColumnParallelLinear(config.hidden_size, groups * width, prefix=f"{prefix}.k_proj", **common)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, groups * width, prefix=f"{prefix}.v_proj", **common)
+        self.attn = KVWriter(
+            share(config.num_attention_heads, "attention heads"),
+            width,
+            width**-0.5,
+            num_kv_heads=share(groups, "K,V heads"),
+            cache_config=vllm.cache_config,
+            quant_config=vllm.quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, x: Tensor) -> None:
+        x = self.norm(x)
+        self.attn.write(self.rotary(positions, self.k_proj(x)[0]), self.v_proj(x)[0])
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        h, ffn = config.hidden_size, config.intermediate_size
+        common = {"bias": False, "quant_config": vllm.quant_config}
+        self.gate_up_proj = MergedColumnParallelLinear(h, [ffn, ffn], prefix=f"{prefix}.gate_up_proj", **common)
+        self.down_proj = RowParallelLinear(ffn, h, prefix=f"{prefix}.down_proj", **common)
+        self.act = SiluAndMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(x)[0]))[0]
+
+
+class Layer(nn.Module):
+    """Pre-norm layer: mixer, SwiGLU, a residual around each."""
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config, vllm, f"{prefix}.mlp")
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        x = x + self.mixer(positions, self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,0 +1,141 @@
+"""YOCO in vLLM: windows in the self-decoder, ONE global K,V cache for the whole cross-decoder.
+
+All cross layers share the cache of `SharedKV`'s writer, so they are the trailing run of sharing layers that
+`--kv-sharing-fast-prefill` knows: with it, prompt tokens never enter the cross-decoder, except those whose logits are
+asked for.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
+
+from yoco_vllm.layers import CrossAttention, Layer, SharedKV, SlidingAttention
+
+# Weight of the checkpoint -> (fused parameter here, which part of it).
+FUSED = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+
+class YocoModel(nn.Module):
+    """The decoder without its head."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        if config.self_decoder != "sliding_window":
+            raise ValueError(
+                f"this plugin serves YOCO with a sliding-window self-decoder, the model has {config.self_decoder}; "
+                "gated retention needs a state cache and a kernel that vLLM does not have"
+            )
+        border = config.num_self_decoder_layers
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+
+        def layer(name: str, mixer: type, *more: str) -> Layer:
+            return Layer(config, vllm_config, name, mixer(config, vllm_config, f"{name}.mixer", *more))
+
+        # vLLM wants one number in a name, and different ones: the cache's owner counts as a layer.
+        writer = f"{prefix}.shared_kv.{border}"
+        self.self_layers = nn.ModuleList(layer(f"{prefix}.self_layers.{i}", SlidingAttention) for i in range(border))
+        self.shared_kv = SharedKV(config, vllm_config, writer)
+        self.cross_layers = nn.ModuleList(
+            layer(f"{prefix}.cross_layers.{i + 1}", CrossAttention, f"{writer}.attn")
+            for i in range(border, config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
+        self.rows = {"self": 0, "cross": 0}  # through each half so far; the check reads them
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [t, h]; rows whose logits nobody asks for may be unfinished."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x * self.scale
+        for layer in self.self_layers:
+            x = layer(positions, x)
+        self.shared_kv(positions, x)
+        wanted, count = self._wanted_rows()
+        y, at = (x, positions) if wanted is None else (x[wanted], positions[wanted])
+        if get_forward_context().attn_metadata is not None:
+            self.rows["self"] += x.shape[0]
+            self.rows["cross"] += y.shape[0]
+        for layer in self.cross_layers:
+            y = layer(at, y)
+        if wanted is not None:
+            x = x.clone()
+            x[wanted[:count]] = y[:count]
+            y = x
+        return self.norm(y)
+
+    def _wanted_rows(self) -> tuple[Tensor | None, int]:
+        """(rows that need the cross-decoder, how many of them are no padding); None for all."""
+        metadata = get_forward_context().attn_metadata
+        if not self.fast_prefill or metadata is None:
+            return None, 0
+        of_cross = metadata[self.cross_layers[-1].mixer.attn.layer_name]
+        if not isinstance(of_cross, KVSharingFastPrefillMetadata):
+            return None, 0
+        return of_cross.logits_indices_padded, of_cross.num_logits_indices
+
+
+class YocoForCausalLM(nn.Module):
+    """YOCO with its head, under the name in an exported model's config.json."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = YocoModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> Tensor:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the checkpoint's tensors; the names of the parameters that were filled."""
+        parameters, filled = dict(self.named_parameters()), set()
+        for name, weight in weights:
+            part = name.split(".")[-2]
+            fused, shard = FUSED.get(part, (None, None))
+            target = name.replace(f".{part}.", f".{fused}.") if fused else name
+            if fused and target in parameters:
+                parameters[target].weight_loader(parameters[target], weight, shard)
+            else:
+                target = name
+                loader = getattr(parameters[target], "weight_loader", default_weight_loader)
+                loader(parameters[target], weight)
+            filled.add(target)
+        return filled
