@@ -1,0 +1,97 @@
+"""Decoding at the speed of the memory: a prompt in pieces, then one CUDA graph a token.
+
+    engine = Engine(model, batch=4, max_length=1_050_000)
+    logits = engine.prefill(ids)                    # [b, vocabulary]
+    logits = engine.step(logits.argmax(-1))         # and again
+
+Works for YocoForCausalLM and for transformers' Transformers alike; on a CPU without the graph.
+"""
+
+import torch
+from torch import Tensor
+
+from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache, RetentionState
+
+PIECE = 32768
+
+
+class Engine:
+    """One batch of sequences of equal length.
+
+    Args:
+        model: a causal language model of transformers', in evaluation mode; its attention implementation is set.
+        max_length: tokens of prompt and continuation together.
+        capacity, reserve: see BlockCache; `reserve` is what a model needs whose every layer looks back at all pieces.
+        piece: tokens of the prompt that run at a time.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        max_length: int,
+        *,
+        capacity: int = 4096,
+        reserve: bool = False,
+        piece: int = PIECE,
+    ) -> None:
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.model, self.piece = model, piece
+        self.cache = BlockCache(model.config, max_length, capacity, reserve)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Take prompts [b, T]; logits [b, vocabulary] after the last token."""
+        if ids.shape[1] == 0:
+            raise ValueError("a prompt needs at least one token")
+        for part in ids.split(self.piece, dim=1):
+            start = self.cache.length
+            positions = torch.arange(start, start + part.shape[1], device=ids.device)[None]
+            logits = self._forward(part, positions)
+            self.cache.advance(part.shape[1])
+        self.cache.start_decoding(ids.device)
+        return logits
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take one token [b] of every sequence; logits [b, vocabulary] after it. The result is reused by the next."""
+        self.cache.make_room()
+        if not tokens.is_cuda:
+            logits = self._one(tokens)
+        else:
+            if self.graph is None:
+                self._capture(tokens)
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            logits = self.logits
+        self.cache.length += 1
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.model(
+            ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+
+    def _one(self, tokens: Tensor) -> Tensor:
+        logits = self._forward(tokens[:, None], self.cache.position[None])
+        self.cache.position += 1
+        return logits
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Record a step. What the rehearsal leaves behind is overwritten by the step itself, but for the states."""
+        self.tokens = tokens.clone()
+        states = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
+        saved, position = [layer.state.clone() for layer in states], self.cache.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, fills workspaces
+                self._one(self.tokens)
+                self.cache.position.copy_(position)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._one(self.tokens)
+        for layer, state in zip(states, saved):
+            layer.state.copy_(state)
+        self.cache.position.copy_(position)
