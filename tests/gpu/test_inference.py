@@ -1,0 +1,54 @@
+"""Decoding on a GPU: kernels, blocks, rings and the CUDA graph against transformers' own forward on the same device.
+
+float32 without TF32: 1e-4 relative (the retention kernels split their products, others differ in order). bfloat16 3e-2:
+some forty roundings of 2^-9 on both sides.
+"""
+
+import pytest
+import torch
+from support.models import SELF_DECODERS, relative_error
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.inference.engine import Engine
+
+pytestmark = pytest.mark.gpu
+SIZES = dict(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    initializer_range=0.08,
+)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    else:
+        model = YocoForCausalLM(YocoConfig(**SIZES, self_decoder=kind, self_decoder_heads=2, sliding_window=100))
+    return model.to("cuda", dtype).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", [*SELF_DECODERS, "llama"])
+def test_engine_equals_transformers(kind, dtype):
+    model = build(kind, dtype)
+    tokens = torch.randint(0, 512, (3, 700), generator=torch.Generator().manual_seed(1)).cuda()
+    expected = model(tokens, use_cache=False).logits[:, 599:]
+    for piece in (1000, 256, 100):
+        engine = Engine(model, 1000, capacity=128, reserve=kind == "llama", piece=piece)
+        found = [engine.prefill(tokens[:, :600])]
+        found += [engine.step(tokens[:, 600 + i]).clone() for i in range(100)]
+        assert engine.graph is not None
+        error = relative_error(torch.stack(found, dim=1), expected)
+        print(f"{kind} {dtype} pieces of {piece}: {error:.1e}")
+        assert error < TOLERANCE[dtype]
+        model.set_attn_implementation("sdpa")
