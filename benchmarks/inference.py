@@ -295,11 +295,11 @@ def plot(rows: dict[bool, dict[int, Row]], options: argparse.Namespace) -> None:
     }
     for axis, (label, value) in zip(axes, values.items()):
         for twin, of_length in rows.items():
-            lengths = [length // 1024 for length in of_length]
+            lengths = [length / 1024 for length in of_length]
             name = "Transformer" if twin else "YOCO"
             axis.plot(lengths, [value(row) for row in of_length.values()], "o-", label=name)
         axis.set(xscale="log", yscale="log", xlabel="length (K tokens)", title=label)
-        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
         axis.minorticks_off()
         axis.legend()
     figure.tight_layout()
