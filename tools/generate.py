@@ -52,9 +52,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, generate, print."""
-    from transformers import DynamicCache
-
-    from yoco_megatron.inference.generation import Sampling, cache_bytes, generate
+    from yoco_megatron.inference.generation import Sampling, decoder_for, generate
     from yoco_megatron.inference.load import load_for_generation
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
@@ -64,16 +62,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--load {options.load}: the model has no Hugging Face tokenizer, so it cannot read text")
     sampling = replace(sampling, vocab_size=len(tokenizer))
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    cache = DynamicCache(config=model.config)
-    steps = generate(
-        model,
-        prompts,
-        options.max_new_tokens,
-        sampling,
-        end=tokenizer.eos_token_id,
-        cache=cache,
-        piece=options.prefill_piece,
-    )
+    decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
+    steps = generate(decoder, prompts, options.max_new_tokens, sampling, end=tokenizer.eos_token_id)
     new: list[list[int]] = [[] for _ in prompts]
     shown = ""
     started = time.perf_counter()
@@ -101,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     decoded = f", {(count - len(prompts)) / (done - first):.1f} tokens/s decoded" if count > len(prompts) else ""
     print(
         f"{sum(map(len, prompts))} prompt tokens in {first - started:.2f} s, {count} new tokens{decoded}, "
-        f"cache of {cache_bytes(cache):,} bytes",
+        f"cache of {decoder.nbytes():,} bytes",
         file=sys.stderr,
     )
 

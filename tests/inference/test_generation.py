@@ -3,9 +3,9 @@
 import pytest
 import torch
 from hf.test_generation import NEW, PROMPT, greedy, model, prompts  # noqa: F401  (model is a fixture)
-from transformers import DynamicCache
 
-from yoco_megatron.inference.generation import Sampling, cache_bytes, generate
+from yoco_megatron.inference.engine import Engine
+from yoco_megatron.inference.generation import CachedModel, Sampling, decoder_for, generate
 
 GREEDY = Sampling(temperature=0)
 
@@ -18,38 +18,43 @@ def rows(steps) -> list[list[int]]:
 @pytest.mark.parametrize("piece", [1000, 10])
 def test_equals_transformers(model, piece):  # noqa: F811
     expected = greedy(model, prompts())[:, PROMPT:].tolist()
-    assert rows(generate(model, prompts().tolist(), NEW, GREEDY, piece=piece)) == expected
+    assert rows(generate(CachedModel(model, piece), prompts().tolist(), NEW, GREEDY)) == expected
+    engine = Engine(model, 100, capacity=64, piece=piece)
+    assert rows(generate(engine, prompts().tolist(), NEW, GREEDY)) == expected
 
 
 def test_ragged_batch(model):  # noqa: F811
     batch = [prompts(1, length, seed=length)[0].tolist() for length in (3, 17, 37)]
-    together = rows(generate(model, batch, NEW, GREEDY, piece=10))
-    assert together == [rows(generate(model, [prompt], NEW, GREEDY))[0] for prompt in batch]
+    together = rows(generate(CachedModel(model, 10), batch, NEW, GREEDY))
+    assert together == [rows(generate(CachedModel(model), [prompt], NEW, GREEDY))[0] for prompt in batch]
+    assert isinstance(decoder_for(model, batch, NEW), CachedModel)
+    with pytest.raises(ValueError, match="prompts of one length"):
+        next(generate(Engine(model, 100, capacity=64), batch, NEW, GREEDY))
 
 
 def test_ends_and_limits(model):  # noqa: F811
-    free = rows(generate(model, prompts().tolist(), NEW, GREEDY))
+    free = rows(generate(CachedModel(model), prompts().tolist(), NEW, GREEDY))
     end = free[0][5]
-    ended = rows(generate(model, prompts().tolist(), NEW, GREEDY, end=end))
+    ended = rows(generate(CachedModel(model), prompts().tolist(), NEW, GREEDY, end=end))
     for row, whole in zip(ended, free):
         assert row == (whole[: whole.index(end)] if end in whole else whole)
     few = Sampling(temperature=0, vocab_size=11)
-    assert max(max(row) for row in rows(generate(model, prompts().tolist(), NEW, few))) < 11
+    assert max(max(row) for row in rows(generate(CachedModel(model), prompts().tolist(), NEW, few))) < 11
     for bad in ([], [[1], []]):
         with pytest.raises(ValueError, match="no token"):
-            next(generate(model, bad, NEW, GREEDY))
+            next(generate(CachedModel(model), bad, NEW, GREEDY))
 
 
 def test_cache_bytes(model):  # noqa: F811
-    cache = DynamicCache(config=model.config)
-    list(generate(model, prompts(1).tolist(), 4, GREEDY, cache=cache))
+    decoder = CachedModel(model)
+    list(generate(decoder, prompts(1).tolist(), 4, GREEDY))
     config, tokens = model.config, PROMPT + 3
     fixed = {
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * (config.sliding_window - 1) * config.hidden_size,
     }[config.self_decoder]
     elements = 3 * fixed + 2 * tokens * config.num_key_value_heads * config.head_dim
-    assert cache_bytes(cache) == 4 * elements
+    assert decoder.nbytes() == 4 * elements
 
 
 def test_top_p_and_temperature():

@@ -120,7 +120,8 @@ def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor)
 def retention_by_kernel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same by the trainer's kernels, whose layout is [b, s, H, D]."""
     if q.shape[2] == 1:
-        o, state = retention_kernels.step(q.squeeze(2), k.squeeze(2), v.squeeze(2), log_decay.squeeze(2), state)
+        one = (t.squeeze(2) for t in (q, k, v, log_decay))
+        o, state = retention_kernels.step(*one, state, in_place=not torch.is_grad_enabled())
         return o.unsqueeze(2), state
     q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
     o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state)

@@ -234,7 +234,7 @@ class BlockCache:
         layer = self.layers[layer_idx]
         if layer.state is None:
             layer.state = state.clone()
-        else:
+        elif layer.state is not state:  # a kernel may have updated it where it lies
             layer.state.copy_(state)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

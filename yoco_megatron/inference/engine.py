@@ -7,12 +7,22 @@
 Works for YocoForCausalLM and for transformers' Transformers alike; on a CPU without the graph.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache, RetentionState
 
 PIECE = 32768
+
+
+def has_kernels(config: Any) -> bool:
+    """Whether the decoding kernel knows the model's heads: widths that are powers of two, from 16."""
+    widths = {getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        widths.add(getattr(config, "self_decoder_head_dim", 16))
+    return all(width >= 16 and width & (width - 1) == 0 for width in widths)
 
 
 class Engine:
@@ -40,8 +50,10 @@ class Engine:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, mask: None = None) -> Tensor:
         """Take prompts [b, T]; logits [b, vocabulary] after the last token."""
+        if mask is not None:
+            raise ValueError("the engine takes prompts of one length: use CachedModel for others")
         if ids.shape[1] == 0:
             raise ValueError("a prompt needs at least one token")
         for part in ids.split(self.piece, dim=1):
@@ -66,6 +78,10 @@ class Engine:
             logits = self.logits
         self.cache.length += 1
         return logits
+
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        return self.cache.nbytes()
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.model(

@@ -1,6 +1,6 @@
 """Text from a trained model: the prompt once, in pieces and without the cross-decoder, then one token at a time.
 
-Works with any cache of transformers' interface; `DynamicCache` holds the windows or states and the one K,V.
+On a GPU and for prompts of one length by the engine, elsewhere by transformers' own caches.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
-PIECE = 32768
+from yoco_megatron.inference.engine import PIECE, Engine, has_kernels
 
 
 @dataclass(frozen=True)
@@ -52,78 +51,91 @@ def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
     return ids, mask
 
 
-@torch.no_grad()
-def prefill(model: torch.nn.Module, ids: Tensor, mask: Tensor | None, cache: Cache, piece: int = PIECE) -> Tensor:
-    """Fill `cache` with prompts [B, T], `piece` tokens at a time; logits [B, vocabulary] after the last one.
+class CachedModel:
+    """A model with transformers' own cache: any device, prompts of different lengths in one batch."""
 
-    Each piece leaves the model before the cross-decoder, but for its last position.
-    """
-    start = 0
-    for part in ids.split(piece, dim=1):
-        end = start + part.shape[1]
-        positions = torch.arange(start, end, device=ids.device)[None]
-        seen = None if mask is None else mask[:, :end]
-        logits = model(
-            part, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-        start = end
-    return logits[:, -1]
+    def __init__(self, model: torch.nn.Module, piece: int = PIECE) -> None:
+        self.model, self.piece = model, piece
+        self.cache = DynamicCache(config=model.config)
+        self.mask: Tensor | None = None
+        self.length = 0
+
+    def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Take prompts [B, T], `piece` tokens at a time; logits [B, vocabulary] after the last one.
+
+        Each piece leaves the model before the cross-decoder, but for its last position. `mask` is 0 on padding.
+        """
+        self.mask = mask
+        for part in ids.split(self.piece, dim=1):
+            logits = self._forward(part)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take one token [B] of every sequence; logits [B, vocabulary] after it."""
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), dim=1)
+        return self._forward(tokens[:, None])
+
+    @torch.no_grad()
+    def _forward(self, ids: Tensor) -> Tensor:
+        start, self.length = self.length, self.length + ids.shape[1]
+        return self.model(
+            ids,
+            attention_mask=None if self.mask is None else self.mask[:, : self.length],
+            position_ids=torch.arange(start, self.length, device=ids.device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        tensors: dict[int, Tensor] = {}
+        for layer in self.cache.layers:
+            held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            held += getattr(layer, "recurrent_states", {}).values()
+            tensors |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@torch.no_grad()
+def decoder_for(
+    model: torch.nn.Module, prompts: list[list[int]], max_new_tokens: int, piece: int = PIECE
+) -> CachedModel | Engine:
+    """The engine where it can serve: on a GPU, for prompts of one length; else transformers' own caches."""
+    lengths = set(map(len, prompts))
+    if next(model.parameters()).is_cuda and len(lengths) == 1 and has_kernels(model.config):
+        return Engine(model, max(lengths) + max_new_tokens, piece=piece)
+    return CachedModel(model, piece)
+
+
 def generate(
-    model: torch.nn.Module,
+    decoder: CachedModel | Engine,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    *,
     end: int | None = None,
-    cache: Cache | None = None,
-    piece: int = PIECE,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, step by step; None for one that has ended.
 
     Args:
+        decoder: a fresh one (`decoder_for`).
         prompts: token ids, each at least one; lengths may differ.
         end: the id that ends a text (it is not yielded).
-        cache: an empty one to fill; a DynamicCache by default.
-        piece: tokens of the prompts that are prefilled at a time.
     Raises:
         ValueError: an empty prompt.
     """
     if not prompts or not all(prompts):
         raise ValueError("--prompt has no token; give at least one character")
-    device = next(model.parameters()).device
+    device = next(decoder.model.parameters()).device
     ids, mask = left_padded(prompts, device)
-    ragged = len(set(map(len, prompts))) > 1
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    logits = prefill(model, ids, mask if ragged else None, cache, piece)
+    logits = decoder.prefill(ids, None if mask.all() else mask)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
-    for step in range(max_new_tokens):
+    for number in range(max_new_tokens):
         tokens = sampling.draw(logits, generator)
         ended |= (tokens == end).cpu() if end is not None else False
         if ended.all():
             return
         yield [None if done else token for done, token in zip(ended.tolist(), tokens.tolist())]
-        if step + 1 == max_new_tokens:
-            return
-        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
-        logits = model(
-            tokens[:, None],
-            attention_mask=mask if ragged else None,
-            position_ids=torch.tensor([[ids.shape[1] + step]], device=device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors in a cache, all layers."""
-    tensors: dict[int, Tensor] = {}
-    for layer in cache.layers:
-        held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        held += getattr(layer, "recurrent_states", {}).values()
-        tensors |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+        if number + 1 < max_new_tokens:
+            logits = decoder.step(tokens)

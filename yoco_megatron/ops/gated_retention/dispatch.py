@@ -129,11 +129,18 @@ def gated_retention(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    *,
+    scale: float | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, for decoding, by the best backend; arguments and results are `torch.step`'s.
 
-    Gradients flow on the torch path alone, which serves whenever one is asked for.
+    With `in_place` a kernel may overwrite the state, and return it. Gradients flow on the torch path alone, which serves whenever one is asked for.
     """
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
     where = dict(device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
@@ -141,7 +148,7 @@ def step(
         return torch_step(q, k, v, log_decay, state, scale=scale)
     from yoco_megatron.ops.gated_retention import triton
 
-    return triton.step(q, k, v, log_decay, state, scale=scale)
+    return triton.step(q, k, v, log_decay, state, scale=scale, in_place=in_place)
 
 
 def log_decay_from_logits(logits: Tensor, temperature: float = 16.0) -> Tensor:
