@@ -9,6 +9,7 @@ printed when all are done.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -53,16 +54,25 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """Load, generate, print."""
     from yoco_megatron.inference.generation import Sampling, decoder_for, generate
-    from yoco_megatron.inference.load import load_for_generation
+    from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
+    from yoco_megatron.inference.rerun import Rerun
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     texts = read_prompts(options)
-    model, tokenizer = load_for_generation(options.load, options.iteration, runtime.device())
+    baseline = is_baseline(options.load)
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
+        if baseline:
+            model, tokenizer, max_length = load_baseline(options.load, options.iteration)
+        else:
+            model, tokenizer = load_for_generation(options.load, options.iteration, runtime.device())
     if tokenizer is None:
         raise ValueError(f"--load {options.load}: the model has no Hugging Face tokenizer, so it cannot read text")
     sampling = replace(sampling, vocab_size=len(tokenizer))
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
+    if baseline:
+        decoder = Rerun(model, max_length)
+    else:
+        decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
     steps = generate(decoder, prompts, options.max_new_tokens, sampling, end=tokenizer.eos_token_id)
     new: list[list[int]] = [[] for _ in prompts]
     shown = ""

@@ -36,13 +36,15 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(base / "run"), "--save-interval", "1"]
     train(1, *named, *once, base=flags)
+    once[once.index("--save") + 1] = str(base / "baseline")
+    train(1, *named, *once, "--architecture", "transformer", base=flags)
     done = run(
         "convert_checkpoint.py",
         *("--from", "megatron", "--input", str(base / "run"), "--to", "hf", "--output", str(base / "model")),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(f"{base / 'model'}: logits of ") and "tokens of English text agree" in done.stdout
-    return {"run": base / "run", "model": base / "model"}
+    return {"run": base / "run", "model": base / "model", "baseline": base / "baseline"}
 
 
 def generated(folder: Path, *flags: str, text: str | None = None) -> str:
@@ -60,6 +62,15 @@ def test_either_format_and_any_prompt(folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("the lazy fox\nquick\n")
     batch = generated(folders["model"], "--prompt-file", str(tmp_path / "prompts.txt"))
     assert batch.startswith(expected) and "\nquick" in batch
+
+
+def test_the_baseline_generates_too(folders):
+    text = generated(folders["baseline"], "--prompt", "the lazy fox")
+    assert text.startswith("the lazy fox") and len(text) > 14
+    output = str(folders["baseline"].parent / "no")
+    flags = ("--from", "megatron", "--input", str(folders["baseline"]), "--to", "hf", "--output", output)
+    refused = run("convert_checkpoint.py", *flags)
+    assert refused.returncode == 1 and "only YOCO models can be converted" in refused.stderr.splitlines()[-1]
 
 
 def test_exported_folder_knows_its_tokenizer(folders):

@@ -1,13 +1,30 @@
 """A trained model ready to generate, from a training checkpoint or an exported folder, without starting Megatron."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from yoco_megatron.checkpoint import names, tokenizer_files
+from yoco_megatron.checkpoint import architecture, names, tokenizer_files
 from yoco_megatron.checkpoint.source import open_source
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+
+
+def is_baseline(folder: str) -> bool:
+    """Whether the run in `folder` trained the Transformer baseline."""
+    path = Path(folder) / architecture.FILE_NAME
+    return path.exists() and json.loads(path.read_text())["architecture"] == "transformer"
+
+
+def load_baseline(folder: str, iteration: int | None = None) -> tuple[torch.nn.Module, Any, int]:
+    """(Megatron's model, its tokenizer or None, the longest sequence it may see), for `Rerun`."""
+    from yoco_megatron.checkpoint.load import load_model
+
+    model, args, _ = load_model(folder, iteration)
+    path = Path(args.tokenizer_model) if args.tokenizer_model else None
+    tokenizer = tokenizer_files.load(path) if path is not None and path.is_dir() else None
+    return model, tokenizer, args.max_position_embeddings
 
 
 def load_for_generation(

@@ -140,7 +140,8 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, for decoding, by the best backend; arguments and results are `torch.step`'s.
 
-    With `in_place` a kernel may overwrite the state, and return it. Gradients flow on the torch path alone, which serves whenever one is asked for.
+    With `in_place` a kernel may overwrite the state, and return it. Gradients flow on the torch path alone, which
+    serves whenever one is asked for.
     """
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
     where = dict(device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
