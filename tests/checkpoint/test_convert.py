@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from yoco_megatron.checkpoint import fields
 from yoco_megatron.checkpoint.architecture import SWITCHES
 from yoco_megatron.checkpoint.convert import convert
-from yoco_megatron.checkpoint.source import TrainingTensors, checkpoint_folder, open_source
+from yoco_megatron.checkpoint.source import SafeTensors, TrainingTensors, checkpoint_folder, open_source
 from yoco_megatron.config.arguments import parse
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
@@ -202,11 +202,25 @@ def _yaml(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+# As fla/models/yoco/modeling_yoco.py and fla/layers/yoco_attn.py spell them.
+FLA_NAMES = {
+    *(f"model.{name}.weight" for name in ("embeddings", "norm")),
+    "lm_head.weight",
+    *(f"model.shared_kv_builder.{name}.weight" for name in ("kv_norm", "k_proj", "v_proj")),
+    *(f"model.self_layers.0.attn.{p}_proj.weight" for p in ("q", "k", "v", "g", "gk", "o")),
+    *(f"model.cross_layers.0.attn.{p}_proj.weight" for p in ("q", "o")),
+    *(f"model.{h}_layers.0.mlp.{p}_proj.weight" for h in ("self", "cross") for p in ("gate", "up", "down")),
+    *(f"model.{h}_layers.0.{norm}.weight" for h in ("self", "cross") for norm in ("attn_norm", "mlp_norm")),
+}
+
+
 def test_fla_and_back(trained, tmp_path):
     """Our export in fla's format and read back again: the same tensors."""
     source = trained("PP2, retention, untied")
     in_fresh_process("megatron", str(source), "fla", str(tmp_path / "fla"))
     config = json.loads((tmp_path / "fla/config.json").read_text())
+    opened = SafeTensors(tmp_path / "fla").found()
+    assert {name.replace(".1.", ".0.") for name in opened} == FLA_NAMES
     assert config["architectures"] == ["YOCOForCausalLM"] and config["self_decoder_attn"]["rope_inv_freq"] == "yoco"
     in_fresh_process("fla", str(tmp_path / "fla"), "megatron", str(tmp_path / "back"))
     before, after = tensors(source), tensors(tmp_path / "back")

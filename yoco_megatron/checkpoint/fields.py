@@ -40,7 +40,7 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
 
     `args` as `arguments.parse` returns them, with the padded vocabulary filled in.
     """
-    from yoco_megatron.config.arguments import _model_fields
+    from yoco_megatron.config.arguments import model_fields
     from yoco_megatron.config.shape import ModelShape
 
     require(
@@ -48,7 +48,7 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
         f"--architecture {args.architecture}: only YOCO models can be converted; a Transformer baseline is Megatron's "
         "own GPT, for which Megatron Bridge has converters",
     )
-    values = vars(_model_fields(args)) | {"kv_channels": ModelShape.from_args(args).kv_channels}
+    values = vars(model_fields(args)) | {"kv_channels": ModelShape.from_args(args).kv_channels}
     if values["num_query_groups"] is None:
         values["num_query_groups"] = args.num_attention_heads
     if args.rope_variant == "yoco":

@@ -155,7 +155,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
     )
     if args.architecture == "yoco":
-        rules.check_model(_model_fields(args))
+        rules.check_model(model_fields(args))
         if args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
             build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
         choose_layout(args, ModelShape.from_args(args))
@@ -174,7 +174,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_loadable(args)
 
 
-def _model_fields(args: argparse.Namespace) -> argparse.Namespace:
+def model_fields(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments whose model fields mean what they will mean to YOCOConfig."""
     fields = argparse.Namespace(**vars(args))
     if not args.group_query_attention:
