@@ -132,6 +132,7 @@ NOT_THE_FUNCTION = {
     "retention_backend": "which kernel",
     "fp32_kv_transport": "rounding between pipeline stages",
     "retention_chunk_size": "rounding and memory",
+    "loss_chunk_size": "memory of the loss",
 }
 
 
