@@ -17,11 +17,13 @@ from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from yoco_megatron.checkpoint import architecture, safe_load
+from yoco_megatron.checkpoint import architecture, safe_load, safety
 from yoco_megatron.config import arguments
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.stages import StagePlan
+from yoco_megatron.resilience import outcome
+from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
 from yoco_megatron.training.upstream import carry_shared_kv, count_yoco
 
@@ -49,22 +51,25 @@ def main(argv: list[str]) -> None:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
     safe_load.install()
+    safety.install()
     count_yoco()
     carry_shared_kv()
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with run_folder_kept(args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        if os.environ.get("YOCO_TRACEBACK"):
+    except Exception as error:
+        how = outcome.record_exception(sys.argv, error)
+        if how.kind == "crash" or os.environ.get("YOCO_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or how.kind == "storage":
             print(f"pretrain_yoco.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(how.code)

@@ -28,6 +28,7 @@ from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_arg
 from yoco_megatron.parallel import planner
 from yoco_megatron.parallel.layout import choose_layout
 from yoco_megatron.parallel.stages import StagePlan
+from yoco_megatron.resilience import arguments as resilience
 
 # Megatron's defaults that are not a YOCO's (paper section 2 and the authors' code), by argparse destination.
 YOCO_DEFAULTS: dict[str, Any] = {
@@ -57,6 +58,7 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="FILE",
         help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
     )
+    resilience.add(parser)
     for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
     known = {action.dest for action in parser._actions}
@@ -103,6 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
         args = parse_args(extra_args_provider=add_yoco_arguments)
     args.resolved_config = explicit_flags(merged)
+    resilience.apply(args)
     check(args, parser)
     return args
 

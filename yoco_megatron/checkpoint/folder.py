@@ -1,0 +1,37 @@
+"""A folder of checkpoints as a launcher sees it: which iterations are there, and which one Megatron's tracker names.
+
+Needs nothing but Python. Megatron writes `iter_0001000/`, ending with `metadata.json`, and then the tracker.
+"""
+
+import re
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMPLETE = "metadata.json"
+MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
+
+
+def path_of(folder: Path, iteration: int) -> Path:
+    return folder / f"iter_{iteration:07d}"
+
+
+def iterations(folder: Path) -> list[int]:
+    """Iterations whose checkpoint was written to the end, newest first; whether it still is whole, `integrity` says."""
+    names = [path.name for path in folder.glob("iter_*") if (path / COMPLETE).exists()]
+    return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name)), reverse=True)
+
+
+def tracked_iteration(folder: Path) -> int | None:
+    """The iteration that Megatron's tracker names; None where there is none, or where it was cut short by a crash."""
+    try:
+        text = (folder / TRACKER).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def write_tracker(folder: Path, iteration: int) -> None:
+    """Name `iteration` as the one to load. Raises OSError."""
+    aside = folder / f".{TRACKER}"
+    aside.write_text(str(iteration))
+    aside.replace(folder / TRACKER)

@@ -1,0 +1,85 @@
+"""The flags of this package, and what they imply for Megatron's."""
+
+import argparse
+import json
+import signal
+from pathlib import Path
+
+from yoco_megatron.config.rules import require
+
+SKIPPED = "skipped_iterations.json"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the group "resilience"."""
+    group = parser.add_argument_group("resilience", "docs/resilience.md")
+    group.add_argument(
+        "--run-folder",
+        metavar="DIR",
+        help="Keep everything of the run there: implies --save and --load DIR/checkpoints, --tensorboard-dir "
+        "DIR/tensorboard and --exit-signal-handler (SIGUSR1), and switches heartbeat, trigger files and records on.",
+    )
+    group.add_argument("--keep-checkpoints", type=int, metavar="N", help="Remove all but the newest N checkpoints.")
+    group.add_argument("--keep-every", type=int, metavar="ITERATIONS", help="But keep the multiples of this.")
+    group.add_argument(
+        "--guard-sigmas",
+        type=float,
+        metavar="K",
+        help="Skip steps whose gradient norm is not finite, or K standard deviations above the recent mean.",
+    )
+    group.add_argument("--guard-window", type=int, default=128, help="Good steps that the mean is taken over.")
+    group.add_argument("--guard-patience", type=int, default=8, help="Bad steps in a row before rolling back.")
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="MINUTES",
+        help="Write the Python stacks of all processes and end them when no step is made for so long.",
+    )
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Check the flags and set those of Megatron that they imply, on parsed arguments.
+
+    Raises:
+        ValueError: a contradiction, or a folder that cannot be used.
+    """
+    for dest in ("keep_checkpoints", "keep_every", "guard_sigmas", "guard_window", "guard_patience", "hang_timeout"):
+        value = getattr(args, dest)
+        require(value is None or value > 0, f"--{dest.replace('_', '-')} {value} must be positive")
+    require(
+        not (args.keep_checkpoints and args.save_retain_interval),
+        "--keep-checkpoints and --save-retain-interval both remove checkpoints: use one (--keep-every is the latter)",
+    )
+    require(args.keep_checkpoints or not args.keep_every, "--keep-every has no effect without --keep-checkpoints")
+    needs_folder = {"--hang-timeout": args.hang_timeout, "--guard-sigmas": args.guard_sigmas}
+    for flag, value in needs_folder.items():
+        require(value is None or args.run_folder, f"{flag} needs --run-folder, where it writes")
+    if args.guard_sigmas is not None:
+        require(args.clip_grad > 0 or not args.fp16, "--guard-sigmas with --fp16 needs --clip-grad above 0")
+        args.check_for_nan_in_loss_and_grad = False  # it would end the run at the first NaN
+    if args.run_folder:
+        _apply_run_folder(args)
+
+
+def _apply_run_folder(args: argparse.Namespace) -> None:
+    folder = Path(args.run_folder)
+    for dest, name in (("save", "checkpoints"), ("load", "checkpoints"), ("tensorboard_dir", "tensorboard")):
+        if getattr(args, dest) is None:
+            setattr(args, dest, str(folder / name))
+    require(
+        Path(args.save) == folder / "checkpoints",
+        f"--save {args.save} is not in --run-folder {folder}: leave --save away, launchers look for checkpoints there",
+    )
+    if not args.exit_signal_handler:
+        args.exit_signal_handler, args.exit_signal = True, signal.SIGUSR1
+    skipped = folder / SKIPPED
+    if skipped.exists():
+        args.iterations_to_skip = sorted({*args.iterations_to_skip, *json.loads(skipped.read_text())})
+    if args.rank == 0:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None

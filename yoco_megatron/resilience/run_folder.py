@@ -1,0 +1,103 @@
+"""The run folder: where everything that a run leaves behind lies, and the records that make it repeatable.
+
+RUN/checkpoints, tensorboard   Megatron's
+RUN/records/ATTEMPT/           command, resolved config, git commit and diff, packages, environment without secrets
+RUN/logs/ATTEMPT/              one log per process
+RUN/attempts.jsonl             one line when an attempt starts and one when it ends (see `policy`)
+RUN/outcomes/ATTEMPT/          how each process ended that could say so (see `outcome`)
+RUN/stacks/ATTEMPT/            Python stacks of processes that hung; empty files of those that did not
+RUN/heartbeat.json             step, loss, tokens/s, written at each log interval
+RUN/triggers/                  make a file `save`, `exit` or `profile` here to have it done
+RUN/profile/                   traces that were asked for
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Names of variables whose values never leave the process. Long random-looking values are hidden whatever their name.
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}|[0-9a-fA-F]{32,}")
+URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
+# Only variables that can change what a run computes are written at all.
+RECORDED = re.compile(
+    r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|NVIDIA|TRITON|GLOO|UCX|FI|OMP|MKL|OPENBLAS|SLURM|CUBLAS|CUDNN|YOCO|MASTER|PYTHON|"
+    r"TORCHDYNAMO|TORCHINDUCTOR)(_|$)|(PATH|LD_LIBRARY_PATH|LD_PRELOAD|WORLD_SIZE|RANK|LOCAL_RANK|HOSTNAME|VIRTUAL_ENV)$"
+)
+HIDDEN = "<hidden>"
+
+
+def attempt() -> str:
+    """Which attempt of the run this process belongs to; launchers count them in YOCO_ATTEMPT."""
+    return os.environ.get("YOCO_ATTEMPT", "0")
+
+
+def rank() -> int:
+    """Rank of this process, as torchrun or srun says it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that a reader sees all of it or what was there before. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that a run's record may hold."""
+    return {
+        name: HIDDEN if SECRET_NAME.search(name) else redact(value)
+        for name, value in sorted(environment.items())
+        if RECORDED.match(name)
+    }
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a credential."""
+    return URL_PASSWORD.sub(rf"\1:{HIDDEN}@", SECRET_VALUE.sub(HIDDEN, text))
+
+
+def redact_command(argv: list[str]) -> list[str]:
+    """A command line without the values of flags that name a secret (`--wandb-api-key X`, `--token=X`)."""
+    plain, hide = [], False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        secret = flag.startswith("--") and bool(re.search(r"api-key|token$|secret|password", flag, re.IGNORECASE))
+        plain.append(HIDDEN if hide else f"{flag}={HIDDEN}" if secret and equals else redact(word))
+        hide = secret and not equals
+    return plain
+
+
+def _git(*command: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, errors="replace", check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def write_records(folder: Path, argv: list[str], resolved_config: str) -> Path:
+    """Write what is needed to repeat this attempt; the folder of the records. Called by one process. Raises OSError."""
+    records = folder / "records" / attempt()
+    records.mkdir(parents=True, exist_ok=True)
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
+    status = _git("status", "--porcelain")
+    texts = {
+        "command.json": json.dumps(redact_command([sys.executable, *argv])) + "\n",
+        "resolved_config.yaml": redact(resolved_config),
+        "git_commit.txt": (_git("rev-parse", "HEAD") or "not a git checkout\n") + status,
+        "git_diff.patch": redact(_git("diff", "HEAD")),
+        "packages.txt": "\n".join([f"python=={platform.python_version()}", *packages]) + "\n",
+        "environment.json": json.dumps(without_secrets(os.environ), indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        (records / name).write_text(text)
+    (folder / "triggers").mkdir(exist_ok=True)
+    return records

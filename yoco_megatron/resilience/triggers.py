@@ -1,0 +1,65 @@
+"""Trigger files: `touch RUN/triggers/save` (or exit, or profile) has it done at the next step; then the file goes.
+
+Only the first process looks, at most every few seconds; `loop` tells the others through the all-gather in which
+Megatron agrees on signals.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from yoco_megatron import runtime
+
+SIGNAL, SAVE, EXIT = 1, 2, 3  # what is agreed on; Megatron's own flag is 1
+PROFILED_STEPS = 3
+
+
+class Triggers:
+    """Looks at the files in `folder`/triggers every `interval_s` seconds."""
+
+    def __init__(self, folder: Path, interval_s: float = 2.0) -> None:
+        self.folder, self.interval_s = folder / "triggers", interval_s
+        self.traces = folder / "profile"
+        self.next_look = 0.0
+        self.pending: list[Path] = []
+        self.profiler: torch.profiler.profile | None = None
+        self.steps_left = 0
+
+    def poll(self) -> int:
+        """Look: EXIT, SAVE or 0. A profile concerns this process alone and starts here."""
+        if self.profiler is not None:
+            self._profile_step()
+        now = time.monotonic()
+        if now < self.next_look:
+            return 0
+        self.next_look = now + self.interval_s
+        if (self.folder / "profile").exists() and self.profiler is None:
+            (self.folder / "profile").unlink(missing_ok=True)
+            self._profile_start()
+        self.pending = [path for name in ("save", "exit") if (path := self.folder / name).exists()]
+        names = [path.name for path in self.pending]
+        return EXIT if "exit" in names else SAVE if "save" in names else 0
+
+    def done(self, leaves: bool) -> None:
+        """What was asked for has been done (an `exit` saves too)."""
+        for path in self.pending:
+            if path.name == "save" or leaves:
+                path.unlink(missing_ok=True)
+        self.pending = []
+
+    def _profile_start(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if runtime.has_gpu():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=activities)
+        self.profiler.start()
+        self.steps_left = PROFILED_STEPS
+
+    def _profile_step(self) -> None:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.profiler.stop()
+            self.traces.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(self.traces / f"{time.strftime('%Y%m%d-%H%M%S')}.json"))
+            self.profiler = None
