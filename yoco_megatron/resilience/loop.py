@@ -4,7 +4,9 @@ Replaced by name there: train_step (guard, watchdog), training_log (heartbeat), 
 files, why the run leaves), get_forward_backward_func and save_checkpoint_and_time (watchdog).
 """
 
+import functools
 import json
+import operator
 import sys
 import time
 from argparse import Namespace
@@ -143,27 +145,26 @@ class Loop:
         args, handler = get_args(), get_signal_handler()
         self.iteration = iteration
         if self.triggers and (asked := self.triggers.poll()):
-            handler._signal_received = max(int(handler._signal_received), asked)
+            handler._signal_received = int(handler._signal_received) | asked
         requests = handler.signals_received()
-        saving = SAVE in requests
+        asked = functools.reduce(operator.or_, requests)
         regular = args.save_interval and iteration % args.save_interval == 0
-        if saving:
-            handler._signal_received = False
-        leaving_asked = [request in (SIGNAL, EXIT) for request in requests]
-        if saving and not regular and not any(leaving_asked):
+        handler._signal_received = int(handler._signal_received) & ~SAVE
+        leaving_asked = [bool(asked & (SIGNAL | EXIT))]
+        if asked & SAVE and not regular and not any(leaving_asked):
             training.save_checkpoint_and_time(model, optimizer, scheduler, iteration, *rest, **_named(kwargs))
         with mock.patch.object(handler, "signals_received", return_value=leaving_asked):
             leaves = self._checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, *rest, **kwargs)
         if leaves:
-            self.leaving = self._why(args, requests, iteration)
+            self.leaving = self._why(args, asked, iteration)
         if self.triggers:
             self.triggers.done(leaves)
         return leaves
 
-    def _why(self, args: Namespace, requests: list[int], iteration: int) -> Outcome:
-        if EXIT in requests:
+    def _why(self, args: Namespace, asked: int, iteration: int) -> Outcome:
+        if asked & EXIT:
             return Outcome("stopped", 0, "the trigger file `exit`", iteration)
-        if SIGNAL in requests:
+        if asked & SIGNAL:
             return Outcome("requeue", 0, "a signal asked to leave", iteration)
         if args.exit_interval and iteration % args.exit_interval == 0:
             return Outcome("stopped", 0, f"--exit-interval {args.exit_interval}", iteration)

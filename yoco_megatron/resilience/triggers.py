@@ -1,4 +1,4 @@
-"""Trigger files: `touch RUN/triggers/save` (or exit, or profile) has it done at the next step; then the file goes.
+"""Trigger files: `touch RUN/triggers/save` (exit, requeue, profile) has it done at the next step; then the file goes.
 
 Only the first process looks, at most every few seconds; `loop` tells the others through the all-gather in which
 Megatron agrees on signals.
@@ -11,7 +11,8 @@ import torch
 
 from yoco_megatron import runtime
 
-SIGNAL, SAVE, EXIT = 1, 2, 3  # what is agreed on; Megatron's own flag is 1
+SIGNAL, SAVE, EXIT = 1, 2, 4  # what is agreed on; Megatron's own flag is 1
+REQUESTS = {"requeue": SIGNAL, "save": SAVE, "exit": EXIT}
 PROFILED_STEPS = 3
 
 
@@ -27,7 +28,7 @@ class Triggers:
         self.steps_left = 0
 
     def poll(self) -> int:
-        """Look: EXIT, SAVE or 0. A profile concerns this process alone and starts here."""
+        """Look: all requests, or-ed. A profile concerns this process alone and starts here."""
         if self.profiler is not None:
             self._profile_step()
         now = time.monotonic()
@@ -37,9 +38,8 @@ class Triggers:
         if (self.folder / "profile").exists() and self.profiler is None:
             (self.folder / "profile").unlink(missing_ok=True)
             self._profile_start()
-        self.pending = [path for name in ("save", "exit") if (path := self.folder / name).exists()]
-        names = [path.name for path in self.pending]
-        return EXIT if "exit" in names else SAVE if "save" in names else 0
+        self.pending = [path for name in REQUESTS if (path := self.folder / name).exists()]
+        return sum(REQUESTS[path.name] for path in self.pending)
 
     def done(self, leaves: bool) -> None:
         """What was asked for has been done (an `exit` saves too)."""

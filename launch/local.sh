@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Train on this machine, with torchrun; starts again after a crash, under the same policy as under SLURM.
+#
+#   launch/local.sh RUN_FOLDER --nproc 8 -- --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml ...
+#
+#   --nproc N          processes (GPUs); default 1
+#   --max-restarts N   attempts in a row without a new checkpoint before giving up; default 3
+# Everything after -- goes to pretrain_yoco.py. Ctrl-C saves and stops. PYTHON chooses the interpreter.
+set -uo pipefail
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+[[ ${1-} == --help || ${1-} == -h ]] && usage && exit 0
+[[ $# -lt 1 || $1 == -* ]] && usage >&2 && exit 2
+run=$1
+shift
+nproc=1
+max_restarts=3
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --nproc) nproc=$2 && shift 2 ;;
+        --max-restarts) max_restarts=$2 && shift 2 ;;
+        --help) usage && exit 0 ;;
+        --) shift && break ;;
+        *) echo "local.sh: error: unknown option $1; flags of pretrain_yoco.py come after --" >&2 && exit 2 ;;
+    esac
+done
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$here/.venv/bin/python}
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+policy() { "$python" -m yoco_megatron.resilience.policy "$@"; }
+
+while true; do
+    verdict=$(policy begin "$run" --max-restarts "$max_restarts") || exit 2
+    echo "local.sh: $verdict"
+    case $verdict in
+        go*) export YOCO_ATTEMPT=${verdict#go } ;;
+        done*) exit 0 ;;
+        *) exit 1 ;;
+    esac
+    mkdir -p "$run/triggers" "$run/logs"
+    trap 'echo "local.sh: saving, then stopping"; touch "$run/triggers/exit"' INT TERM
+    # Its own process group, and a request by file: Ctrl-C in the terminal must not reach torchrun, which would kill.
+    setsid "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --log-dir "$run/logs" --tee 3 \
+        "$here/pretrain_yoco.py" --run-folder "$run" "$@" &
+    wait $!
+    rc=$?
+    while kill -0 $! 2>/dev/null; do
+        wait $!
+        rc=$?
+    done
+    trap - INT TERM
+    {
+        read -r verdict
+        read -r _
+    } < <(policy end "$run" --exit-code "$rc")
+    echo "local.sh: exit $rc: $verdict"
+    case $verdict in
+        done*) exit 0 ;;
+        requeue*) ;;
+        *) exit 1 ;;
+    esac
+done

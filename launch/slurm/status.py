@@ -1,0 +1,115 @@
+"""How runs are doing, from their run folders alone (and squeue, where there is one).
+
+python launch/slurm/status.py RUN [RUN ...] [--json] [--watch SECONDS]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from yoco_megatron.checkpoint import folder as checkpoints
+from yoco_megatron.resilience import policy
+
+STALE_S = 600  # a heartbeat this old is worth a word
+
+
+def squeue(job: str | None) -> tuple[str | None, str | None]:
+    """(state, time left) of a job, as SLURM says; nothing where it does not know."""
+    if not job:
+        return None, None
+    try:
+        done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T|%L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    state, _, left = done.stdout.strip().partition("|")
+    return state or None, left or None
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Everything that is shown of one run. Raises ValueError for a folder that is none."""
+    lines = policy.attempts(run)
+    if not lines and not (run / "heartbeat.json").exists():
+        raise ValueError(f"{run}: no attempts.jsonl and no heartbeat.json there; give a --run-folder")
+    begins = [line for line in lines if line["event"] == "begin"]
+    last = lines[-1] if lines else {"event": "begin"}
+    job = begins[-1].get("job") if begins else os.environ.get("SLURM_JOB_ID")
+    slurm_state, left = squeue(job)
+    if last["event"] == "begin":
+        state = "running" if slurm_state in (None, "RUNNING") else slurm_state.lower()
+    else:
+        state = {"requeue": "waiting to restart", "done": "done", "stop": "stopped"}[last["verdict"]]
+    beat = json.loads((run / "heartbeat.json").read_text()) if (run / "heartbeat.json").exists() else {}
+    age = time.time() - beat["time"] if beat else None
+    if state == "running" and age is not None and age > STALE_S:
+        state = f"running, but no step for {age / 60:.0f} minutes"
+    remaining = None
+    if beat.get("tokens_per_second") and beat["iteration"]:
+        per_step = beat["tokens"] / beat["iteration"]
+        remaining = (beat["train_iters"] - beat["iteration"]) * per_step / beat["tokens_per_second"]
+    return {
+        "run": str(run),
+        "state": state,
+        "reason": last.get("reason", ""),
+        "job": job,
+        "step": beat.get("iteration"),
+        "of": beat.get("train_iters"),
+        "tokens": beat.get("tokens"),
+        "loss": beat.get("loss"),
+        "tokens_per_second": beat.get("tokens_per_second"),
+        "last_checkpoint": checkpoints.tracked_iteration(run / "checkpoints"),
+        "restarts": max(0, len(begins) - 1),
+        "seconds_to_finish": remaining,
+        "job_time_left": left,
+        "heartbeat_age": age,
+    }
+
+
+def table(status: dict[str, Any]) -> str:
+    """One run as a few lines of text."""
+
+    def number(value: Any, form: str = ",") -> str:
+        return "-" if value is None else format(value, form)
+
+    finish = status["seconds_to_finish"]
+    rows = {
+        "state": status["state"] + (f": {status['reason']}" if status["reason"] else ""),
+        "job": f"{status['job'] or '-'}, time left {status['job_time_left'] or '-'}",
+        "step": f"{number(status['step'])} of {number(status['of'])}",
+        "tokens": number(status["tokens"]),
+        "loss": number(status["loss"], ".4f"),
+        "tokens/s": number(status["tokens_per_second"], ",.0f"),
+        "to finish": "-" if finish is None else f"{finish / 3600:.1f} hours of training",
+        "checkpoint": f"iteration {number(status['last_checkpoint'])}",
+        "restarts": number(status["restarts"]),
+        "heartbeat": "-" if status["heartbeat_age"] is None else f"{status['heartbeat_age']:.0f} s ago",
+    }
+    return "\n".join([status["run"], *(f"  {name:<11}{value}" for name, value in rows.items())])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a --run-folder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show again and again")
+    args = parser.parse_args(argv)
+    while True:
+        all_of_them = [read(run) for run in args.runs]
+        print(json.dumps(all_of_them, indent=1) if args.json else "\n".join(map(table, all_of_them)), flush=True)
+        if not args.watch:
+            return 0
+        time.sleep(args.watch)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"status.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

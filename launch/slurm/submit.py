@@ -1,0 +1,212 @@
+"""Submit a pretraining run to SLURM: check it on this machine, write the batch script, and hand it to sbatch.
+
+    python launch/slurm/submit.py --nodes 64 --time 04:00:00 --cluster configs/cluster/h100.yaml --run-folder RUN \\
+        --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml --data-path DATA_text_document ...
+
+Every flag that is not listed here goes to pretrain_yoco.py. The job saves before its time limit, requeues itself and
+goes on; docs/resilience.md says what happens when. Submitting the same run folder again continues the run.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+CLUSTER_KEYS = {
+    "gpu",
+    "gpus-per-node",
+    "gpu-memory-gib",
+    "launcher",
+    "python",
+    "sbatch",
+    "container",
+    "preflight",
+    "env",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of this script."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--run-folder", required=True, help="everything of the run goes there; all nodes must see it")
+    p.add_argument("--cluster", default=str(ROOT / "configs/cluster/h100.yaml"), help="site settings, YAML")
+    p.add_argument("--nodes", type=int, required=True)
+    p.add_argument("--time", required=True, help="time limit of one attempt, as sbatch takes it")
+    p.add_argument("--job-name", help="default: the name of the run folder")
+    p.add_argument("--partition")
+    p.add_argument("--account")
+    p.add_argument("--qos")
+    p.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other option of sbatch")
+    p.add_argument("--container-image", help="pyxis; the cluster config can name one, too")
+    p.add_argument("--container-mounts", help="default: this checkout and the run folder")
+    p.add_argument("--launcher", choices=["srun", "torchrun"], help="a task per process, or torchrun on each node")
+    p.add_argument("--save-seconds", type=int, default=300, help="ask to save so long before the time limit")
+    p.add_argument("--max-restarts", type=int, default=3, help="attempts without a new checkpoint before giving up")
+    p.add_argument("--no-preflight", action="store_true", help="do not test the nodes before training")
+    p.add_argument("--no-check", action="store_true", help="this machine lacks torch or the data: check nothing")
+    p.add_argument("--dry-run", action="store_true", help="show plan and script, submit nothing, write nothing")
+    return p
+
+
+def load_cluster(path: str) -> dict[str, Any]:
+    """Site settings. Raises ValueError for a file or key that is wrong."""
+    try:
+        cluster = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--cluster {path}: cannot be read: {error}") from None
+    unknown = cluster.keys() - CLUSTER_KEYS if isinstance(cluster, dict) else {"not a mapping"}
+    if unknown:
+        raise ValueError(f"--cluster {path}: unknown key {sorted(unknown)[0]}; known are {sorted(CLUSTER_KEYS)}")
+    return cluster
+
+
+def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str]) -> tuple[str, dict[str, str]]:
+    """The plan as text, and the environment that it asks for.
+
+    Raises:
+        ValueError: what would make the job fail at its start.
+    """
+    from yoco_megatron import runtime
+
+    runtime.prepare()
+    from yoco_megatron.config import arguments
+    from yoco_megatron.config.shape import parameter_count
+    from yoco_megatron.parallel.stages import StagePlan
+    from yoco_megatron.resilience import plan
+
+    per_node = cluster.get("gpus-per-node", 8)
+    processes = options.nodes * per_node
+    with plan.world_of(processes):
+        args = arguments.parse(train_args)
+        if args.padded_vocab_size is None and args.tokenizer_type:
+            arguments.build_tokenizer(args)
+    shape = arguments.ModelShape.from_args(args)
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    if tp > per_node:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and pipeline stages"
+        )
+    stages = None
+    if pp > 1 and args.architecture == "yoco":
+        from yoco_megatron.model.builder import model_config_from_args
+
+        with plan.world_of(processes):
+            arguments.validate_args(args)
+        stages = StagePlan.from_config(model_config_from_args(args).transformer)
+    memory = plan.memory(args, stages)
+    lines = [
+        f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x data "
+        f"{processes // (tp * pp * cp)}",
+        f"{sum(parameter_count(shape).values()):,} parameters, --seq-length {args.seq_length}, --global-batch-size "
+        f"{args.global_batch_size}, --train-iters {args.train_iters}"
+        if shape.padded_vocab_size
+        else f"--seq-length {args.seq_length}",
+        f"memory per GPU: {memory.states / plan.GIB:.1f} GiB of states, about {memory.activations / plan.GIB:.1f} GiB of "
+        "activations",
+    ]
+    limit = cluster.get("gpu-memory-gib")
+    if limit and memory.states > limit * plan.GIB:
+        raise ValueError(
+            f"weights, gradients and optimizer take {memory.states / plan.GIB:.1f} GiB of the {limit} GiB of a GPU: "
+            "raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or --use-distributed-optimizer"
+        )
+    if limit and memory.total > 0.9 * limit * plan.GIB:
+        lines.append(f"WARNING: that is close to or above {limit} GiB: see --recompute-granularity, --micro-batch-size")
+    if args.save_interval is None:
+        raise ValueError("--save-interval is missing: a node failure would lose everything since the start")
+    return "\n".join(lines), plan.environment(cluster.get("gpu", "hopper"), args, options.run_folder)
+
+
+def render(options: argparse.Namespace, cluster: dict[str, Any], environment: dict[str, str]) -> str:
+    """The batch script: header, settings, then launch/slurm/train.sbatch as it is."""
+    run, per_node = Path(options.run_folder), cluster.get("gpus-per-node", 8)
+    launcher = options.launcher or cluster.get("launcher", "srun")
+    sbatch = {
+        "job-name": options.job_name or run.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": per_node if launcher == "srun" else 1,
+        "time": options.time,
+        "signal": f"B:USR1@{options.save_seconds}",
+        "output": f"{run}/logs/job-%j.log",
+        "open-mode": "append",
+        "requeue": True,
+    }
+    if cluster.get("gpu", "hopper") != "none":
+        sbatch["gpus-per-node"] = per_node
+    sbatch |= cluster.get("sbatch") or {}
+    sbatch |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
+    sbatch |= {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
+    header = [
+        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={value}"
+        for name, value in sbatch.items()
+        if value is not None and value is not False
+    ]
+    preflight = cluster.get("preflight") or {}
+    cpu = ["--cpu"] if cluster.get("gpu") == "none" else []
+    flags = [*cpu, *(word for name, value in preflight.items() for word in (f"--{name}", str(value)))]
+    container = cluster.get("container") or {}
+    settings = {
+        "RUN_FOLDER": str(run),
+        "TRAIN_ARGS": str(run / "train_args.txt"),
+        "LAUNCHER": launcher,
+        "PROCS_PER_NODE": per_node,
+        "REPO": str(ROOT),
+        "PYTHON": cluster.get("python") or sys.executable,
+        "MAX_RESTARTS": options.max_restarts,
+        "PREFLIGHT_ARGS": "skip" if options.no_preflight else " ".join(flags),
+        "CONTAINER_IMAGE": options.container_image or container.get("image", ""),
+        "CONTAINER_MOUNTS": options.container_mounts or container.get("mounts", ""),
+    }
+    exports = environment | {name: str(value) for name, value in (cluster.get("env") or {}).items()}
+    lines = ["#!/usr/bin/env bash", *header, ""]
+    lines += [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    body = (ROOT / "launch/slurm/train.sbatch").read_text().split("\n", 1)[1]
+    return "\n".join(lines) + "\n\n" + body
+
+
+def main(argv: list[str]) -> int:
+    options, train_args = parser().parse_known_args(argv)
+    options.run_folder = str(Path(options.run_folder).resolve())
+    train_args = [*train_args, "--run-folder", options.run_folder]
+    cluster = load_cluster(options.cluster)
+    if options.nodes < 1:
+        raise ValueError(f"--nodes {options.nodes} must be at least 1")
+    if any("\n" in word for word in train_args):
+        raise ValueError("a flag of pretrain_yoco.py holds a line break")
+    text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args)
+    script = render(options, cluster, environment)
+    print(text)
+    if options.dry_run:
+        print(script)
+        return 0
+    run = Path(options.run_folder)
+    # SLURM fails a job whose log folder is missing, without a word.
+    for folder in (run / "logs", run / "triggers"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (run / "train_args.txt").write_text("".join(word + "\n" for word in train_args))
+    path = run / "train.sbatch"
+    path.write_text(script)
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sbatch refuses {path}: {done.stderr.strip()}")
+    job = re.match(r"\d+", done.stdout).group()
+    print(f"submitted job {job}: {path}\nwatch it: python launch/slurm/status.py {run}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"submit.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""What a job on a cluster needs, found out on the login node: a mesh that fits the nodes, memory, environment.
+
+Sizes of the states are exact; activations are the estimate of Korthikanti et al. (arXiv 2205.05198, section 4) for a
+Transformer layer, which a YOCO layer is close to. So states that do not fit are an error, an estimate only a warning.
+"""
+
+import contextlib
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from yoco_megatron.config.rules import require
+from yoco_megatron.config.shape import ModelShape, parameter_count
+from yoco_megatron.parallel.planner import stage_parameters
+from yoco_megatron.parallel.stages import StagePlan
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU."""
+
+    states: int
+    """Weights, gradients, optimizer."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations
+
+
+@contextlib.contextmanager
+def world_of(processes: int) -> Iterator[None]:
+    """Inside, Megatron's arguments are parsed as the first of so many processes would."""
+    before = dict(os.environ)
+    os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
+    """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `plan` where there are stages."""
+    shape = ModelShape.from_args(args)
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    data_parallel = max(1, args.world_size // (tp * pp * args.context_parallel_size))
+    if plan is not None and pp > 1:
+        chunks = plan.count // pp
+        of_stage = [stage_parameters(plan.stage(g), plan.border, shape) for g in range(plan.count)]
+        held = max(sum(of_stage[rank::pp][:chunks]) for rank in range(pp))
+    else:
+        held = sum(parameter_count(shape).values()) / pp
+    half = args.bf16 or args.fp16
+    # bf16: weight 2, gradient 4, and fp32 weight 4, two moments 8 in the optimizer; fp32 needs no second weight.
+    weights, optimizer = (2 + 4, 12) if half else (4 + 4, 8)
+    sharded = data_parallel if args.use_distributed_optimizer else 1
+    states = held / tp * (weights + optimizer / sharded)
+    tokens = args.seq_length * args.micro_batch_size / args.context_parallel_size
+    value = 2 if half else 4
+    layers = shape.num_layers / pp
+    split = tp if args.sequence_parallel or tp == 1 else 1
+    if args.recompute_granularity == "full":
+        per_layer = value * tokens * shape.hidden_size / split
+    else:
+        per_layer = 17 * value * tokens * shape.hidden_size / split
+    in_flight = pp if pp > 1 else 1
+    logits = 2 * 4 * tokens * shape.vocab_rows / tp if shape.padded_vocab_size else 0
+    return Memory(int(states), int(per_layer * layers * in_flight + logits))
+
+
+def environment(gpu: str, args: Namespace, run_folder: str) -> dict[str, str]:
+    """Variables that the GPU generation and the parallel mode ask for. `gpu`: ampere, hopper, blackwell or none."""
+    require(gpu in ("ampere", "hopper", "blackwell", "none"), f"gpu '{gpu}': must be ampere, hopper, blackwell or none")
+    common = {"OMP_NUM_THREADS": "1"}
+    if gpu == "none":
+        return common | {"CUDA_VISIBLE_DEVICES": ""}
+    sharded = getattr(args, "use_megatron_fsdp", False) or getattr(args, "use_torch_fsdp2", False)
+    ordered = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
+    if sharded or gpu == "blackwell":
+        connections = "32"  # with one queue FSDP's gathers would wait for compute; Blackwell orders by itself
+    else:
+        connections = (
+            "1" if ordered else "8"
+        )  # one queue: tensor-parallel collectives start before the matmul they hide
+    return common | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": connections,
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        "NCCL_NVLS_ENABLE": "0",  # it takes GPU memory; a site that wants it sets it in its config
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the flight recorder: which collective hung
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_folder}/stacks/nccl_",
+    }
