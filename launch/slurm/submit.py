@@ -93,7 +93,8 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     if tp > per_node:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and pipeline stages"
+            f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and "
+            "--pipeline-model-parallel-size for the rest"
         )
     stages = None
     if pp > 1 and args.architecture == "yoco":
@@ -103,15 +104,16 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
             arguments.validate_args(args)
         stages = StagePlan.from_config(model_config_from_args(args).transformer)
     memory = plan.memory(args, stages)
+    data = processes // (tp * pp * cp)
     lines = [
-        f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x data "
-        f"{processes // (tp * pp * cp)}",
+        f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x "
+        f"data {data}",
         f"{sum(parameter_count(shape).values()):,} parameters, --seq-length {args.seq_length}, --global-batch-size "
         f"{args.global_batch_size}, --train-iters {args.train_iters}"
         if shape.padded_vocab_size
         else f"--seq-length {args.seq_length}",
-        f"memory per GPU: {memory.states / plan.GIB:.1f} GiB of states, about {memory.activations / plan.GIB:.1f} GiB of "
-        "activations",
+        f"memory per GPU: {memory.states / plan.GIB:.1f} GiB of states, about {memory.activations / plan.GIB:.1f} GiB "
+        "of activations",
     ]
     limit = cluster.get("gpu-memory-gib")
     if limit and memory.states > limit * plan.GIB:

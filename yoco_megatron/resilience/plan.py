@@ -80,12 +80,9 @@ def environment(gpu: str, args: Namespace, run_folder: str) -> dict[str, str]:
         return common | {"CUDA_VISIBLE_DEVICES": ""}
     sharded = getattr(args, "use_megatron_fsdp", False) or getattr(args, "use_torch_fsdp2", False)
     ordered = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
-    if sharded or gpu == "blackwell":
-        connections = "32"  # with one queue FSDP's gathers would wait for compute; Blackwell orders by itself
-    else:
-        connections = (
-            "1" if ordered else "8"
-        )  # one queue: tensor-parallel collectives start before the matmul they hide
+    # One queue, where tensor-parallel collectives must start before the matmul that hides them; with FSDP the gathers
+    # would wait for compute in it, and Blackwell keeps the order by itself.
+    connections = "32" if sharded or gpu == "blackwell" else "1" if ordered else "8"
     return common | {
         "CUDA_DEVICE_MAX_CONNECTIONS": connections,
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

@@ -3,8 +3,9 @@
     python -m yoco_megatron.resilience.preflight RUN --gpus 8 --min-tflops 400 --min-allreduce-gbps 100
 
 Counts and asks the GPUs (uncorrected memory errors, memory in use), checks the disk for one checkpoint, then multiplies
-matrices on each GPU and reduces over all GPUs of the node, so that a slow one shows. Writes RUN/preflight/ATTEMPT/NODE.json,
-and NODE.bad with the node's name if it is unfit. Without a GPU the same runs on the CPU. Exit code 3 means unfit.
+matrices on each GPU and reduces over all GPUs of the node, so that a slow one shows. Writes
+RUN/preflight/ATTEMPT/NODE.json, and NODE.bad with the node's name if it is unfit. Without a GPU the same runs on the
+CPU. Exit code 3 means unfit.
 """
 
 import argparse

@@ -1,0 +1,108 @@
+"""Runs survive, on a real SLURM of this one machine: what docs/resilience.md promises, fault by fault.
+
+The loss of every step, as printed, is that of the undisturbed run, in whichever attempt it was computed.
+"""
+
+import pytest
+from support.jobs import STEPS, Job
+from support.slurm import Cluster, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+QUICK = ("--no-check", "--no-preflight")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no SLURM here: {reason}")
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory) -> Job:
+    job = Job(cluster, tmp_path_factory.mktemp("run") / "undisturbed")
+    assert job.wait_for_end() == "COMPLETED", job.report()
+    return job
+
+
+def assert_same_curve(job: Job, undisturbed: Job) -> None:
+    ours, wanted = job.losses(), undisturbed.losses()
+    assert len(wanted) == STEPS - 1 and all(len(values) == 1 for values in wanted.values())
+    assert ours.keys() >= set(range(3, STEPS + 1))
+    different = {step: (ours[step], wanted[step]) for step in wanted if step in ours and ours[step] != wanted[step]}
+    assert not different
+
+
+def test_submitted_run_finishes_and_is_not_started_again(undisturbed):
+    job = undisturbed
+    assert job.attempts() == 1 and [end["kind"] for end in job.ends()] == ["finished"]
+    assert job.checkpoint() == STEPS
+    losses = {step: float(min(values)) for step, values in job.losses().items()}
+    assert losses[STEPS] < 0.7 * losses[1], "it learns something"
+    again = Job(job.cluster, job.folder)
+    assert again.wait_for_end() == "COMPLETED"
+    assert again.attempts() == 1, "done is done"
+    assert (job.folder / "preflight/0/n1.json").exists() and not list(job.folder.glob("preflight/0/*.bad"))
+
+
+def test_time_limit_saves_requeues_and_resumes(cluster, undisturbed, tmp_path):
+    """What SLURM sends before the time limit, sent now; torchrun, whose own shutdown must not cut the save short."""
+    job = Job(cluster, tmp_path / "run", options=("--launcher", "torchrun", *QUICK))
+    job.wait_for_step(10, attempt=0)
+    cluster("scancel", "--signal=USR1", "--batch", job.id)
+    assert job.wait_for_end() == "COMPLETED"
+    first, second = job.ends()
+    assert first["kind"] == "requeue" and first["checkpoint"] % 40 != 0, "saved where it was, not where it would"
+    assert second["kind"] == "finished" and job.attempts() == 2
+    assert_same_curve(job, undisturbed)
+
+
+def test_crash_and_lost_node(cluster, undisturbed, tmp_path):
+    """kill -9 of one process, then a node that goes down; each time on from the newest checkpoint."""
+    job = Job(cluster, tmp_path / "run", options=QUICK)
+    job.wait_for_step(50, attempt=0)
+    job.kill(rank=1)
+    job.wait_for_step(90, attempt=1)
+    assert job.ends()[0]["kind"] == "crash" and job.ends()[0]["checkpoint"] == 40
+    lost = cluster("scontrol", "show", "hostnames", job.nodes()).split()[-1]
+    cluster("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    try:
+        assert job.wait_for_end() == "COMPLETED", job.report()
+    finally:
+        cluster("scontrol", "update", f"nodename={lost}", "state=resume")
+    assert job.attempts() == 3 and len(job.ends()) == 2, "the lost attempt could not say how it ended"
+    assert job.ends()[-1]["kind"] == "finished" and lost not in job.nodes()
+    assert_same_curve(job, undisturbed)
+
+
+def test_crash_loop_stops_with_its_reason(cluster, tmp_path):
+    """Data that end before the first checkpoint, at every attempt."""
+    job = Job(cluster, tmp_path / "run", "--save-interval", "1000", options=(*QUICK, "--max-restarts", "1"))
+    for attempt in range(2):
+        job.wait_for_step(3, attempt)
+        job.kill(rank=0)
+    assert job.wait_for_end() == "FAILED"
+    assert job.attempts() == 2 and {end["kind"] for end in job.ends()} == {"crash"}
+    log = (job.folder / f"logs/job-{job.id}.log").read_text()
+    assert "stop 2 attempts in a row ended without a new checkpoint" in log
+
+
+def test_user_error_is_not_requeued(cluster, tmp_path):
+    job = Job(cluster, tmp_path / "run", "--lr-warmup-itres", "3", options=QUICK)
+    assert job.wait_for_end() == "FAILED"
+    assert [end["kind"] for end in job.ends()] == ["user_error"]
+    assert "did you mean --lr-warmup-iters" in job.ends()[0]["reason"]
+
+
+def test_unfit_node_is_left_out(cluster, tmp_path):
+    """Preflight finds a node unfit, here by a file in its name's place; the job goes on without it."""
+    job = Job(cluster, tmp_path / "run", "--exit-interval", "5", options=("--no-check",))
+    (job.folder / "preflight/0").mkdir(parents=True)
+    (job.folder / "preflight/0/n1.bad").write_text("n1\n")
+    assert job.wait_for_end() == "COMPLETED", job.report()
+    assert "n1" not in cluster("scontrol", "show", "hostnames", job.nodes()).split()
+    assert job.ends()[-1]["kind"] == "stopped"

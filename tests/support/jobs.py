@@ -1,0 +1,108 @@
+"""Runs as jobs: submitted with launch/slurm/submit.py, watched by what they leave in their folder."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from support.cli import TINY
+from support.slurm import Cluster
+
+ROOT = Path(__file__).parents[2]
+STEPS = 120
+# Long enough to be disturbed, and every figure of every step in the log.
+FLAGS = [*TINY, "--train-iters", str(STEPS), "--num-workers", "0", "--save-interval", "40", "--log-interval", "1"]
+
+
+class Job:
+    """One run folder, and the job that works on it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *flags: str, options: tuple[str, ...] = ()) -> None:
+        self.cluster, self.folder = cluster, folder
+        command = [sys.executable, str(ROOT / "launch/slurm/submit.py"), "--run-folder", str(folder), "--nodes", "2"]
+        command += ["--time", "00:10:00", "--cluster", str(ROOT / "tests/launch/cluster.yaml")]
+        done = subprocess.run([*command, *options, *FLAGS, *flags], env=cluster.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.id = re.search(r"submitted job (\d+)", done.stdout).group(1)
+
+    def state(self) -> str:
+        return re.search(r"JobState=(\w+)", self.cluster("scontrol", "show", "job", self.id)).group(1)
+
+    def nodes(self) -> str:
+        return re.search(r" NodeList=(\S+)", self.cluster("scontrol", "show", "job", self.id)).group(1)
+
+    def hurry(self) -> None:
+        """A requeued job waits for its credentials to run out; not here."""
+        if self.state() == "PENDING":
+            self.cluster("scontrol", "update", f"jobid={self.id}", "StartTime=now")
+
+    def wait_for_step(self, step: int, attempt: int) -> None:
+        def reached() -> bool:
+            self.hurry()
+            beat = self.heartbeat()
+            return beat["iteration"] >= step and beat["attempt"] == str(attempt)
+
+        self.wait(reached, f"step {step} of attempt {attempt}")
+
+    def wait_for_end(self) -> str:
+        def ended() -> bool:
+            self.hurry()
+            return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+        self.wait(ended, "the end of the job")
+        return self.state()
+
+    def wait(self, condition, what: str) -> None:
+        try:
+            Cluster.wait(condition, 120, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.report()}") from None
+
+    def report(self) -> str:
+        logs = sorted(self.folder.glob("logs/**/*.log"))
+        return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs)
+
+    def heartbeat(self) -> dict:
+        path = self.folder / "heartbeat.json"
+        return json.loads(path.read_text()) if path.exists() else {"iteration": 0, "attempt": None}
+
+    def ends(self) -> list[dict]:
+        """The end lines of attempts.jsonl."""
+        lines = map(json.loads, (self.folder / "attempts.jsonl").read_text().splitlines())
+        return [line for line in lines if line["event"] == "end"]
+
+    def attempts(self) -> int:
+        return (self.folder / "attempts.jsonl").read_text().count('"begin"')
+
+    def checkpoint(self) -> int:
+        return int((self.folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+
+    def losses(self) -> dict[int, set[str]]:
+        """Step -> the losses that were printed for it, over all attempts; more than one where attempts disagree."""
+        found: dict[int, set[str]] = {}
+        for attempt in self.folder.glob("logs/[0-9]*"):
+            text = "".join(path.read_text() for path in attempt.rglob("*") if path.is_file())
+            steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) ", text)
+            for step, loss in steps[:1] + steps[2:]:  # the second is printed as the mean of the first two
+                found.setdefault(int(step), set()).add(loss)
+        return found
+
+    def trainers(self) -> list[psutil.Process]:
+        """The training processes themselves, by rank."""
+        ours = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            words, environ = process.info["cmdline"] or [], process.info["environ"] or {}
+            if "pretrain_yoco.py" in words and "torch.distributed.run" not in words and str(self.folder) in words:
+                ours.append((int(environ.get("RANK", -1)), process.pid, process))
+        of_rank: dict[int, psutil.Process] = {}
+        for rank, _, process in sorted(ours, key=lambda one: one[:2]):
+            of_rank.setdefault(rank, process)  # the first of a rank; its helpers come later
+        return [process for rank, process in sorted(of_rank.items()) if rank >= 0]
+
+    def kill(self, rank: int) -> None:
+        os.kill(self.trainers()[rank].pid, signal.SIGKILL)

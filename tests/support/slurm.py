@@ -1,0 +1,155 @@
+"""A real SLURM on this one machine: munged, slurmctld and a few slurmd on loopback, all state in one folder.
+
+Debian's and Ubuntu's packages allow several slurmd per host. Root is needed, as slurmd needs it.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PACKAGES = ["slurm-wlm", "slurmd", "slurmctld", "slurm-client", "munge"]
+os.environ["PATH"] += os.pathsep + "/usr/sbin"
+
+
+def why_not() -> str | None:
+    """Why no cluster can be started here; installs SLURM's packages if it may."""
+    if os.geteuid() != 0:
+        return "needs root: slurmd does"
+    if not all(map(shutil.which, DAEMONS)):
+        if not shutil.which("apt-get"):
+            return "SLURM is not installed and there is no apt-get"
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            done = subprocess.run(["apt-get", *command], capture_output=True, text=True, env=environment, timeout=300)
+            if done.returncode:
+                return f"apt-get {command[0]} failed: {done.stderr.strip().splitlines()[-1:]}"
+    return None
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in held]
+
+
+class Cluster:
+    """Nodes n1, n2, ... of four "CPUs" each."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder, self.nodes = folder, [f"n{i + 1}" for i in range(nodes)]
+        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        for name in [name for name in self.env if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
+            del self.env[name]
+
+    def _configure(self) -> None:
+        host, (controller, *ports) = socket.gethostname().split(".")[0], free_ports(len(self.nodes) + 1)
+        f = self.folder
+        for name in ("state", "spool", "munge", "log", "run"):
+            (f / name).mkdir(parents=True)
+        f.chmod(0o755)
+        (f / "run").chmod(0o755)
+        (f / "munge").chmod(0o700)
+        (f / "munge/key").write_bytes(os.urandom(128))
+        (f / "munge/key").chmod(0o400)
+        lines = f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={f}/run/munge.sock,cred_expire=15
+SlurmctldPort={controller}
+SlurmctldPidFile={f}/run/slurmctld.pid
+SlurmdPidFile={f}/run/slurmd-%n.pid
+SlurmctldLogFile={f}/log/slurmctld.log
+SlurmdLogFile={f}/log/slurmd-%n.log
+StateSaveLocation={f}/state
+SlurmdSpoolDir={f}/spool/%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0,requeue_delay=1
+SwitchType=switch/none
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+MinJobAge=600
+SlurmctldTimeout=30
+SlurmdTimeout=30
+PropagateResourceLimits=NONE
+SlurmdParameters=config_overrides
+""".splitlines()
+        for name, port in zip(self.nodes, ports):
+            lines.append(
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Sockets=1 CoresPerSocket=4 "
+                "ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
+            )
+        lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO")
+        (f / "slurm.conf").write_text("\n".join(lines) + "\n")
+
+    def __enter__(self) -> "Cluster":
+        self._configure()
+        f = self.folder
+        munge = {"key-file": "munge/key", "socket": "run/munge.sock", "pid-file": "run/munged.pid"}
+        munge |= {"log-file": "log/munged.log", "seed-file": "munge/seed"}
+        try:
+            self._call("munged", "--force", *(f"--{name}={f / path}" for name, path in munge.items()))
+            self._call("slurmctld", "-i")
+            for name in self.nodes:
+                (f / "spool" / name).mkdir()
+                self._call("slurmd", "-N", name)
+            self.wait(lambda: self("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(self.nodes), 30)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all jobs, then every daemon that was started here."""
+        subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True)
+        with contextlib.suppress(AssertionError):
+            self.wait(lambda: not self("squeue", "-h"), 20)
+        for pid_file in sorted(self.folder.glob("run/*.pid"), key=lambda path: path.name.startswith("munged")):
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                pid = int(pid_file.read_text())
+                os.kill(pid, signal.SIGTERM)
+                for _ in range(50):
+                    os.kill(pid, 0)
+                    time.sleep(0.1)
+                os.kill(pid, signal.SIGKILL)
+
+    def _call(self, *command: str) -> str:
+        # Daemons keep the pipes of their parent open: nothing may wait for those to close.
+        log = self.folder / "log" / "output"
+        with log.open("a") as out:
+            done = subprocess.run(command, env=self.env, stdout=out, stderr=out, timeout=60)
+        assert done.returncode == 0, f"{command}: {log.read_text()}"
+        return ""
+
+    def __call__(self, *command: str) -> str:
+        """Output of a SLURM command."""
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
+        return done.stdout.strip()
+
+    @staticmethod
+    def wait(condition, seconds: float, what: str = "") -> None:
+        """Until `condition()` is true. Raises AssertionError after `seconds`."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"waited {seconds} s for {what or condition}"
+            time.sleep(0.2)
