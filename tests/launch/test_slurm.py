@@ -54,7 +54,7 @@ def test_time_limit_saves_requeues_and_resumes(cluster, undisturbed, tmp_path):
     job = Job(cluster, tmp_path / "run", options=("--launcher", "torchrun", *QUICK))
     job.wait_for_step(10, attempt=0)
     cluster("scancel", "--signal=USR1", "--batch", job.id)
-    assert job.wait_for_end() == "COMPLETED"
+    assert job.wait_for_end() == "COMPLETED", job.report()
     first, second = job.ends()
     assert first["kind"] == "requeue" and first["checkpoint"] % 40 != 0, "saved where it was, not where it would"
     assert second["kind"] == "finished" and job.attempts() == 2

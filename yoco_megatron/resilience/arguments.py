@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 from pathlib import Path
 
 from yoco_megatron.config.rules import require
@@ -17,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--run-folder",
         metavar="DIR",
         help="Keep everything of the run there: implies --save and --load DIR/checkpoints, --tensorboard-dir "
-        "DIR/tensorboard and --exit-signal-handler (SIGUSR1), and switches heartbeat, trigger files and records on.",
+        "DIR/tensorboard and --exit-signal-handler, and switches heartbeat, trigger files and records on.",
     )
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="Remove all but the newest N checkpoints.")
     group.add_argument("--keep-every", type=int, metavar="ITERATIONS", help="But keep the multiples of this.")
@@ -71,7 +70,7 @@ def _apply_run_folder(args: argparse.Namespace) -> None:
         f"--save {args.save} is not in --run-folder {folder}: leave --save away, launchers look for checkpoints there",
     )
     if not args.exit_signal_handler:
-        args.exit_signal_handler, args.exit_signal = True, signal.SIGUSR1
+        args.exit_signal_handler = True
     skipped = folder / SKIPPED
     if skipped.exists():
         args.iterations_to_skip = sorted({*args.iterations_to_skip, *json.loads(skipped.read_text())})

@@ -1,0 +1,137 @@
+"""What happens after an attempt: the whole exit policy on folders as attempts leave them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from yoco_megatron.resilience import outcome, policy
+from yoco_megatron.resilience.outcome import Outcome
+
+
+def saved(run: Path, iteration: int) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def said(run: Path, attempt: int, monkeypatch, *outcomes: Outcome) -> None:
+    monkeypatch.setenv("YOCO_ATTEMPT", str(attempt))
+    for rank, one in enumerate(outcomes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("SLURMD_NODENAME", f"node{rank}")
+        outcome.record(run, one)
+
+
+FINISHED, REQUEUE = Outcome("finished", 0, "all"), Outcome("requeue", 0, "signal")
+CRASH = Outcome("crash", 1, "RuntimeError: boom")
+ECHO = Outcome("crash", 1, "RuntimeError: NCCL error: remote process exited")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "exit_code", "verdict", "kind"),
+    [
+        ([FINISHED, FINISHED], 0, "done", "finished"),
+        ([REQUEUE, REQUEUE], 0, "requeue", "requeue"),
+        ([Outcome("stopped", 0, "trigger")] * 2, 0, "done", "stopped"),
+        ([Outcome("user_error", 2, "--lr is missing"), ECHO], 1, "stop", "user_error"),
+        ([ECHO, Outcome("storage", 74, "No space left on device")], 1, "stop", "storage"),
+        ([Outcome("rolled_back", 0, "back to 10")] * 2, 0, "requeue", "rolled_back"),
+        ([ECHO, CRASH], 1, "requeue", "crash"),
+        ([], 137, "requeue", "crash"),
+        ([FINISHED], 137, "requeue", "crash"),  # the other process was killed
+        ([FINISHED, CRASH], 1, "requeue", "crash"),
+    ],
+)
+def test_verdict(tmp_path, monkeypatch, outcomes, exit_code, verdict, kind):
+    assert policy.begin(tmp_path, 3)[0].what == "go"
+    said(tmp_path, 0, monkeypatch, *outcomes)
+    found = policy.end(tmp_path, exit_code)
+    assert (found.what, policy.attempts(tmp_path)[-1]["kind"]) == (verdict, kind)
+    assert found.exclude == []
+
+
+def test_cause_is_not_an_echo(tmp_path, monkeypatch):
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 0, monkeypatch, ECHO, CRASH)
+    assert policy.end(tmp_path, 1).reason == "RuntimeError: boom (rank 1 on node1)"
+
+
+def test_only_the_suspect_node_is_excluded(tmp_path, monkeypatch):
+    policy.begin(tmp_path, 3)
+    innocent = Outcome("hardware", 17, "rerun")
+    said(tmp_path, 0, monkeypatch, innocent, Outcome("hardware", 17, "rerun", suspect=True), innocent)
+    found = policy.end(tmp_path, 17)
+    assert (found.what, found.exclude) == ("requeue", ["node1"])
+
+
+def test_hang_is_seen_by_its_stacks(tmp_path, monkeypatch):
+    policy.begin(tmp_path, 3)
+    (tmp_path / "stacks/0").mkdir(parents=True)
+    (tmp_path / "stacks/0/0.txt").write_text("")
+    (tmp_path / "stacks/0/1.txt").write_text("Thread 0x1: ...")
+    found = policy.end(tmp_path, 142)
+    assert found.what == "requeue" and "1 processes hung" in found.reason and "1.txt" in found.reason
+
+
+def test_crash_loop(tmp_path):
+    """Three attempts from one checkpoint, of which each counts, whether or not it could note its end."""
+    saved(tmp_path, 10)
+    assert policy.begin(tmp_path, 2)[0].what == "go"
+    assert policy.end(tmp_path, 1).what == "requeue"
+    assert policy.begin(tmp_path, 2)[0].what == "go"  # and the node is lost
+    assert policy.begin(tmp_path, 2)[0].what == "go"
+    assert policy.end(tmp_path, 1).what == "requeue"
+    stop = policy.begin(tmp_path, 2)[0]
+    assert stop.what == "stop" and "3 attempts in a row" in stop.reason and "iteration 10" in stop.reason
+    saved(tmp_path, 20)  # someone has repaired it
+    assert policy.begin(tmp_path, 2)[0].what == "go"
+
+
+def test_progress_resets_the_count(tmp_path):
+    for step in range(10):
+        saved(tmp_path, step)
+        assert policy.begin(tmp_path, 0)[0].what == "go"
+        assert policy.end(tmp_path, 1).what == "requeue"
+
+
+def test_finished_is_not_started_again_but_stopped_may(tmp_path, monkeypatch):
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 0, monkeypatch, Outcome("stopped", 0, "trigger"))
+    policy.end(tmp_path, 0)
+    assert policy.begin(tmp_path, 3) == (policy.Verdict("go", "1"), 1)
+    said(tmp_path, 1, monkeypatch, FINISHED)
+    policy.end(tmp_path, 0)
+    assert policy.begin(tmp_path, 3)[0].what == "done"
+
+
+def test_line_cut_short_by_a_crash(tmp_path):
+    policy.begin(tmp_path, 3)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"event": "beg')
+    assert len(policy.attempts(tmp_path)) == 1
+
+
+def test_command_line(tmp_path, capsys):
+    assert policy.main(["begin", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "go 0\n"
+    assert policy.main(["end", str(tmp_path), "--exit-code", "137"]) == 0
+    assert capsys.readouterr().out.startswith("requeue no process left a reason, exit 137")
+
+
+def test_storage_error_is_found_however_it_is_wrapped():
+    full = OSError(28, "No space left on device")
+    assert outcome.of_exception(full).kind == "storage"
+    wrapped = RuntimeError("save failed")
+    wrapped.__cause__ = full
+    assert outcome.of_exception(wrapped).kind == "storage"
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    assert outcome.of_exception(CheckpointException("write", {0: (full, None)})).kind == "storage"
+    assert outcome.of_exception(RuntimeError("boom")).kind == "crash"
+    assert outcome.of_exception(FileNotFoundError(2, "x")).kind == "crash"
+
+
+def test_outcomes_hold_no_more_than_json(tmp_path, monkeypatch):
+    said(tmp_path, 0, monkeypatch, CRASH)
+    found = json.loads((tmp_path / "outcomes/0/0.json").read_text())
+    assert found["host"] == "node0" and found["rank"] == 0 and found["reason"] == "RuntimeError: boom"

@@ -1,0 +1,331 @@
+"""Runs with --run-folder, through pretrain_yoco.py in fresh processes: what happens when they are killed, damaged or
+fed bad batches. The same under SLURM is in tests/launch.
+
+Equal means equal as printed: an interrupted run computes what the undisturbed one does.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support import worlds
+from support.cli import TINY, Log, _main, _script, free_port, parse, run_script, train
+
+from yoco_megatron.checkpoint import folder as checkpoints
+from yoco_megatron.checkpoint import integrity
+from yoco_megatron.resilience import policy
+
+STEPS = 20
+SAVING = ["--save-interval", "5", "--num-workers", "0"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Log, Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(1, *SAVING, "--run-folder", str(folder)), folder
+
+
+def copy_of(undisturbed: tuple[Log, Path], tmp_path: Path, upto: int) -> Path:
+    """The run as it was after step `upto`."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[1], run)
+    for iteration in checkpoints.iterations(run / "checkpoints"):
+        if iteration > upto:
+            shutil.rmtree(checkpoints.path_of(run / "checkpoints", iteration))
+    checkpoints.write_tracker(run / "checkpoints", upto)
+    return run
+
+
+def resumed(run: Path, first: int, undisturbed: tuple[Log, Path], *flags: str) -> Log:
+    """Run to the end; it must start with step `first` and print what the undisturbed run printed."""
+    log = train(1, *SAVING, "--run-folder", str(run), *flags)
+    assert list(log.grad_norms) == list(range(first, STEPS + 1))
+    assert log.grad_norms == {step: norm for step, norm in undisturbed[0].grad_norms.items() if step >= first}
+    assert log.losses.items() <= undisturbed[0].losses.items()
+    return log
+
+
+def test_run_folder_holds_the_run(undisturbed):
+    _, run = undisturbed
+    beat = json.loads((run / "heartbeat.json").read_text())
+    assert beat["iteration"] == STEPS and beat["tokens"] == STEPS * 8 * 32 and beat["loss"] > 0
+    assert json.loads((run / "outcomes/0/0.json").read_text())["kind"] == "finished"
+    assert checkpoints.iterations(run / "checkpoints") == [20, 15, 10, 5]
+    for iteration in (5, 20):
+        assert (checkpoints.path_of(run / "checkpoints", iteration) / checkpoints.MANIFEST).exists()
+    names = {path.name for path in (run / "records/0").iterdir()}
+    assert {"command.json", "resolved_config.yaml", "git_commit.txt", "packages.txt", "environment.json"} <= names
+
+
+def test_damaged_newest_checkpoint(undisturbed, tmp_path):
+    run = copy_of(undisturbed, tmp_path, 15)
+    shard = checkpoints.path_of(run / "checkpoints", 15) / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    log = resumed(run, 11, undisturbed)
+    assert (
+        "falling back to the checkpoint of iteration 10: iteration 15: __0_0.distcp is not what was written" in log.text
+    )
+    assert integrity.fault(checkpoints.path_of(run / "checkpoints", 15)) is None, "saved again, whole"
+
+
+def test_no_whole_checkpoint_is_the_users_to_decide(undisturbed, tmp_path):
+    run = copy_of(undisturbed, tmp_path, 5)
+    (checkpoints.path_of(run / "checkpoints", 5) / "__0_0.distcp").write_bytes(b"")
+    code, text = run_script(1, *TINY, *SAVING, "--run-folder", str(run))[0]
+    assert code == 2 and "no checkpoint there is whole" in text
+    assert json.loads((run / "outcomes/0/0.json").read_text())["kind"] == "user_error"
+
+
+def _killed_at(place: str, flags: list[str]) -> None:
+    """Train, and die at a place of the save of step 10."""
+    from yoco_megatron.checkpoint import safety
+
+    def die(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def of_step_10(function):
+        return lambda path, *rest: die() if Path(path).name == "iter_0000010" else function(path, *rest)
+
+    if place == "before the manifest":
+        safety.integrity.seal = of_step_10(integrity.seal)
+    elif place == "before the tracker":
+        seal = integrity.seal
+
+        def seal_and_die(path, *rest):
+            seal(path, *rest)
+            if Path(path).name == "iter_0000010":
+                die()
+
+        safety.integrity.seal = seal_and_die
+    _main(flags)
+
+
+def start(function, *arguments) -> multiprocessing.Process:
+    """One training process, that may be killed."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = worlds._server().Process(target=worlds._child, args=(function, 0, 1, "/nowhere", None, env, arguments))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("place", ["before the manifest", "before the tracker"])
+def test_killed_while_saving(place, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start(_killed_at, place, [*TINY, *SAVING, "--run-folder", str(run)])
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoints.tracked_iteration(run / "checkpoints") == 5
+    resumed(run, 6, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_ms", [0, 5, 20, 60, 150])
+def test_killed_at_any_moment_of_a_save(after_ms, undisturbed, tmp_path):
+    """Killed some milliseconds after the folder of step 10 appeared: whatever there is then, the run goes on."""
+    run = tmp_path / "run"
+    process = start(_main, [*TINY, *SAVING, "--run-folder", str(run)])
+    target = checkpoints.path_of(run / "checkpoints", 10)
+    end = time.monotonic() + 120
+    while not target.exists():
+        assert time.monotonic() < end
+        time.sleep(0.0005)
+    time.sleep(after_ms / 1000)
+    process.kill()
+    process.join()
+    saved = checkpoints.tracked_iteration(run / "checkpoints")
+    assert saved is None or saved in (5, 10, 15, 20)
+    first = (saved or 0) + 1
+    if first <= STEPS:
+        resumed(run, first, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save", "--async-strategy", "mcore"]], ids=["sync", "async"])
+def test_full_disk_keeps_the_old_checkpoint(flags, small_disk, undisturbed):
+    run = small_disk / "run"
+    checkpoint_size = sum(f.stat().st_size for f in (undisturbed[1] / "checkpoints/iter_0000005").iterdir())
+    assert checkpoint_size < 1.4e6 < 3e6 < 4 * checkpoint_size, "one or two fit, four do not"
+    policy.begin(run, 3)
+    code, text = run_script(1, *TINY, *SAVING, *flags, "--run-folder", str(run))[0]
+    assert code == 74 and "No space left on device" in text
+    verdict = policy.end(run, code)
+    assert verdict.what == "stop" and "No space left on device" in verdict.reason
+    newest = checkpoints.tracked_iteration(run / "checkpoints")
+    assert newest in (5, 10) and integrity.newest_good(run / "checkpoints") == newest
+    assert f"successfully saved checkpoint from iteration {newest + 5:7d}" not in text
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, text = run_script(1, *TINY, *SAVING, "--run-folder", str(tmp_path / "file"))[0]
+    assert code == 2 and "--run-folder" in text and "cannot write there" in text
+
+
+def test_keep_checkpoints(undisturbed, tmp_path):
+    run = copy_of(undisturbed, tmp_path, 5)
+    resumed(run, 6, undisturbed, "--keep-checkpoints", "2", "--keep-every", "10")
+    assert checkpoints.iterations(run / "checkpoints") == [20, 15, 10]
+
+
+def _with_bad_steps(bad: dict[int, float], flags: list[str]) -> None:
+    """Train, with the gradient of some steps multiplied, or made NaN."""
+    from megatron.training import training
+
+    from yoco_megatron.training import step
+
+    forward = step.loss_func
+    train_step = training.train_step
+    now = {}
+
+    def numbered(*args, **kwargs):
+        now["step"] = kwargs["iteration"] + 1
+        return train_step(*args, **kwargs)
+
+    def worse(*args):
+        loss, tokens, report = forward(*args)
+        return loss * bad.get(now.get("step"), 1.0), tokens, report
+
+    training.train_step = numbered
+    step.loss_func = worse
+    _main(flags)
+
+
+GUARDED = ["--guard-sigmas", "6", "--guard-window", "8", "--guard-patience", "3"]
+
+
+def guarded(run: Path, bad: dict[int, float], *flags: str) -> Log:
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [*TINY, *SAVING, *GUARDED, "--run-folder", str(run), *flags]
+    worlds.spawn(_with_bad_steps, 1, (bad, words), log=str(run.parent / "log"), env=rendezvous)
+    return parse((run.parent / "log.0").read_text())
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e4], ids=["NaN", "spike"])
+def test_bad_step_changes_nothing(factor, tmp_path):
+    log = guarded(tmp_path / "run", {12: factor})
+    assert "guard: step 12 skipped" in log.text and log.text.count("guard: step") == 1
+    assert log.text.count("number of skipped iterations:   1") == 1
+    assert log.loss(STEPS) < log.loss(11), "it goes on learning"
+
+
+def test_guard_without_bad_steps_changes_nothing(undisturbed, tmp_path):
+    log = guarded(tmp_path / "run", {}, "--guard-sigmas", "50")
+    assert log.losses == undisturbed[0].losses and log.grad_norms == undisturbed[0].grad_norms
+
+
+def test_divergence_rolls_back_and_leaves_the_batches_out(tmp_path):
+    run = tmp_path / "run"
+    policy.begin(run, 3)
+    log = guarded(run, dict.fromkeys(range(11, 20), 1e4))
+    assert "3 bad steps in a row up to 13: back to 10, without its batches" in log.text
+    assert policy.end(run, 0).what == "requeue"
+    assert checkpoints.tracked_iteration(run / "checkpoints") == 10
+    os.environ["YOCO_ATTEMPT"] = policy.begin(run, 3)[0].reason
+    try:
+        again = guarded(run, {11: 1e4, 12: 1e4, 13: 1e4})
+    finally:
+        del os.environ["YOCO_ATTEMPT"]
+    assert list(again.grad_norms) == list(range(14, STEPS + 1)), "batches 11 to 13 are not used"
+    assert "guard: step" not in again.text
+    assert policy.end(run, 0) == policy.Verdict("done", policy.attempts(run)[-1]["reason"])
+
+
+def _hanging(flags: list[str]) -> None:
+    from megatron.training import training
+
+    train_step = training.train_step
+
+    def stuck(*args, **kwargs):
+        if kwargs["iteration"] == 7 and int(os.environ["RANK"]) == 1:
+            _sleep_here_for_ever()
+        return train_step(*args, **kwargs)
+
+    training.train_step = stuck
+    from yoco_megatron.resilience import hang
+
+    hang.GRACE_S = 2
+    _main(flags)
+
+
+def _sleep_here_for_ever() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def test_hang_ends_with_the_stacks_of_all_processes(tmp_path):
+    run = tmp_path / "run"
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    policy.begin(run, 3)
+    flags = [*TINY, *SAVING, "--run-folder", str(run), "--hang-timeout", "0.05"]
+    with pytest.raises(AssertionError, match=rf"exit codes \[-{signal.SIGALRM:d}, -{signal.SIGALRM:d}\]"):
+        worlds.spawn(_hanging, 2, (flags,), env=rendezvous)
+    assert "_sleep_here_for_ever" in (run / "stacks/0/1.txt").read_text()
+    assert "all_reduce" in (run / "stacks/0/0.txt").read_text() or "wait" in (run / "stacks/0/0.txt").read_text()
+    verdict = policy.end(run, 142)
+    assert verdict.what == "requeue" and "2 processes hung" in verdict.reason
+
+
+def _triggered(run: str, flags: list[str]) -> None:
+    """Make trigger files at certain steps."""
+    from megatron.training import training
+
+    from yoco_megatron.resilience import triggers
+
+    train_step = training.train_step
+    triggers.Triggers.__init__.__defaults__ = (0.0,)  # look at every step
+
+    def trigger(*args, **kwargs):
+        name = {3: "save", 6: "profile", 12: "exit"}.get(kwargs["iteration"] + 1)
+        if name and os.environ["RANK"] == "0":
+            Path(run, "triggers", name).touch()
+        return train_step(*args, **kwargs)
+
+    training.train_step = trigger
+    _main(flags)
+
+
+def test_trigger_files(tmp_path):
+    run = tmp_path / "run"
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    policy.begin(run, 3)
+    flags = [*TINY, "--num-workers", "0", "--save-interval", "100", "--run-folder", str(run)]
+    worlds.spawn(_triggered, 2, (str(run), flags), env=rendezvous)
+    assert checkpoints.iterations(run / "checkpoints") == [12, 3]
+    assert list((run / "triggers").iterdir()) == []
+    assert len(list((run / "profile").glob("*.json"))) == 1
+    assert policy.end(run, 0).what == "done" and policy.attempts(run)[-1]["kind"] == "stopped"
+
+
+def test_script_says_requeue_after_a_signal(tmp_path):
+    """The flag that Megatron polls, set by a signal; exit code 0, and the outcome says the rest."""
+    run = tmp_path / "run"
+    process = start(_script, [*TINY, *SAVING, "--train-iters", "4000", "--run-folder", str(run)])
+    end = time.monotonic() + 120
+    while not (run / "heartbeat.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    said = json.loads((run / "outcomes/0/0.json").read_text())
+    assert said["kind"] == "requeue" and said["iteration"] == checkpoints.tracked_iteration(run / "checkpoints")
