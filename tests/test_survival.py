@@ -149,31 +149,38 @@ def test_killed_at_any_moment_of_a_save(after_ms, undisturbed, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
+def disk_of(tmp_path):
+    """Make a file system of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save", "--async-strategy", "mcore"]], ids=["sync", "async"])
-def test_full_disk_keeps_the_old_checkpoint(flags, small_disk, undisturbed):
-    run = small_disk / "run"
-    checkpoint_size = sum(f.stat().st_size for f in (undisturbed[1] / "checkpoints/iter_0000005").iterdir())
-    assert checkpoint_size < 1.4e6 < 3e6 < 4 * checkpoint_size, "one or two fit, four do not"
+@pytest.mark.parametrize("room", [0.6, 2.6], ids=["no checkpoint", "two checkpoints"])
+def test_full_disk_keeps_the_old_checkpoint(room, flags, disk_of, undisturbed):
+    """Room for so many checkpoints. The first cannot know its size: its writers fail."""
+    size = sum(file.stat().st_size for file in (undisturbed[1] / "checkpoints/iter_0000005").iterdir())
+    run = disk_of(int(size * room)) / "run"
     policy.begin(run, 3)
     code, text = run_script(1, *TINY, *SAVING, *flags, "--run-folder", str(run))[0]
     assert code == 74 and "No space left on device" in text
     verdict = policy.end(run, code)
-    assert verdict.what == "stop" and "No space left on device" in verdict.reason
-    newest = checkpoints.tracked_iteration(run / "checkpoints")
-    assert newest in (5, 10) and integrity.newest_good(run / "checkpoints") == newest
-    assert f"successfully saved checkpoint from iteration {newest + 5:7d}" not in text
+    if room > 1:  # else there is no room for a line either
+        assert verdict.what == "stop" and "No space left on device" in verdict.reason
+    saved = int(room) * 5
+    assert (checkpoints.tracked_iteration(run / "checkpoints") or 0) == saved
+    assert text.count("successfully saved checkpoint") == int(room)
+    assert (integrity.newest_good(run / "checkpoints") or 0) == saved
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -214,8 +221,8 @@ def _with_bad_steps(bad: dict[int, float], flags: list[str]) -> None:
 GUARDED = ["--guard-sigmas", "6", "--guard-window", "8", "--guard-patience", "3"]
 
 
-def guarded(run: Path, bad: dict[int, float], *flags: str) -> Log:
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def guarded(run: Path, bad: dict[int, float], *flags: str, attempt: str = "0") -> Log:
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "YOCO_ATTEMPT": attempt}
     words = [*TINY, *SAVING, *GUARDED, "--run-folder", str(run), *flags]
     worlds.spawn(_with_bad_steps, 1, (bad, words), log=str(run.parent / "log"), env=rendezvous)
     return parse((run.parent / "log.0").read_text())
@@ -241,11 +248,7 @@ def test_divergence_rolls_back_and_leaves_the_batches_out(tmp_path):
     assert "3 bad steps in a row up to 13: back to 10, without its batches" in log.text
     assert policy.end(run, 0).what == "requeue"
     assert checkpoints.tracked_iteration(run / "checkpoints") == 10
-    os.environ["YOCO_ATTEMPT"] = policy.begin(run, 3)[0].reason
-    try:
-        again = guarded(run, {11: 1e4, 12: 1e4, 13: 1e4})
-    finally:
-        del os.environ["YOCO_ATTEMPT"]
+    again = guarded(run, {11: 1e4, 12: 1e4, 13: 1e4}, attempt=policy.begin(run, 3)[0].reason)
     assert list(again.grad_norms) == list(range(14, STEPS + 1)), "batches 11 to 13 are not used"
     assert "guard: step" not in again.text
     assert policy.end(run, 0) == policy.Verdict("done", policy.attempts(run)[-1]["reason"])
@@ -281,7 +284,7 @@ def test_hang_ends_with_the_stacks_of_all_processes(tmp_path):
     with pytest.raises(AssertionError, match=rf"exit codes \[-{signal.SIGALRM:d}, -{signal.SIGALRM:d}\]"):
         worlds.spawn(_hanging, 2, (flags,), env=rendezvous)
     assert "_sleep_here_for_ever" in (run / "stacks/0/1.txt").read_text()
-    assert "all_reduce" in (run / "stacks/0/0.txt").read_text() or "wait" in (run / "stacks/0/0.txt").read_text()
+    assert "torch/distributed/distributed_c10d.py" in (run / "stacks/0/0.txt").read_text(), "waits for the other"
     verdict = policy.end(run, 142)
     assert verdict.what == "requeue" and "2 processes hung" in verdict.reason
 

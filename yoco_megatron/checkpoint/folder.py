@@ -21,6 +21,11 @@ def iterations(folder: Path) -> list[int]:
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name)), reverse=True)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of one checkpoint, whole or not."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
+
+
 def tracked_iteration(folder: Path) -> int | None:
     """The iteration that Megatron's tracker names; None where there is none, or where it was cut short by a crash."""
     try:

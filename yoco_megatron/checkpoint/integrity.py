@@ -38,7 +38,7 @@ def seal(path: Path | str, extras: dict[str, str] | None = None) -> None:
             (path / name).write_text(text)
         return sorted(entry.name for entry in path.iterdir() if _counts(entry))
 
-    names = _agree(list_files)
+    names = agree(list_files)
     found = _shared({name: path / name for name in names}, _hash_of)
     errors = [value for value in found.values() if isinstance(value, str)]
     if errors:
@@ -58,7 +58,7 @@ def seal(path: Path | str, extras: dict[str, str] | None = None) -> None:
         _sync(path)
         _sync(path.parent)
 
-    _agree(write)
+    agree(write)
 
 
 def fault(path: Path | str) -> str | None:
@@ -80,7 +80,7 @@ def fault(path: Path | str) -> str | None:
         except (ValueError, KeyError, AttributeError, OSError) as error:
             return f"{checkpoints.MANIFEST} cannot be read: {error}"
 
-    wanted = _agree(expected)
+    wanted = agree(expected)
     if isinstance(wanted, str):
         return wanted
     if not wanted:
@@ -108,7 +108,7 @@ def newest_good(folder: Path | str) -> int | None:
         ValueError: there are checkpoints, and none is whole.
     """
     folder = Path(folder)
-    candidates, tracked = _agree(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
+    candidates, tracked = agree(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
     if candidates is None:
         return None
     faults = []
@@ -116,7 +116,7 @@ def newest_good(folder: Path | str) -> int | None:
         wrong = fault(checkpoints.path_of(folder, iteration))
         if wrong is None:
             if faults or iteration != tracked:
-                _agree(lambda: checkpoints.write_tracker(folder, iteration))  # noqa: B023
+                agree(lambda: checkpoints.write_tracker(folder, iteration))  # noqa: B023
             if faults:
                 _say(f"falling back to the checkpoint of iteration {iteration}: {'; '.join(faults)}")
             return iteration
@@ -167,7 +167,7 @@ def _world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _agree(function):
+def agree(function):
     """What `function` returns on the first process, on all of them; its OSError too."""
     rank, size = _world()
     result = [None, None]

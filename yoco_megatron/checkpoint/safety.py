@@ -4,7 +4,10 @@ megatron/training/checkpointing.py calls dist_checkpointing.save       -> the ma
 megatron/training/training.py calls save_checkpoint, load_checkpoint   -> one save at a time, retention; fall-back
 """
 
+import errno
 import functools
+import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -48,19 +51,54 @@ class _WithSeal:
 
 @functools.wraps(_save_sharded)
 def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's save, which ends, now or when the background writers are done, with our manifest."""
+    """Megatron's save, which ends, now or when the background writers are done, with our manifest.
+
+    Raises:
+        OSError: there is no room for it, on every process, before anything is written where that can be told.
+    """
     path = Path(checkpoint_dir)
-    if dist.get_rank() == 0:  # written over a checkpoint that was passed over: it is none until this save has ended
+
+    def make_room() -> None:
+        # Written over a checkpoint that was passed over: it is none until this save has ended.
         for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST):
             (path / marker).unlink(missing_ok=True)
+        _check_room(path)
+
+    integrity.agree(make_room)
     extras = {name: text() for name, text in extra_files.items()}
-    dist.barrier()
-    request = _save_sharded(state_dict, checkpoint_dir, *args, **kwargs)
+    try:
+        request = _save_sharded(state_dict, checkpoint_dir, *args, **kwargs)
+    except Exception as error:
+        _storage_fault(path, error)
+        raise
     if request is None:
         integrity.seal(path, extras)
     else:
         request.finalize_fns.append(lambda: integrity.seal(path, extras))
     return request
+
+
+def _check_room(path: Path) -> None:
+    """Raise OSError if a checkpoint as large as the newest does not fit."""
+    newest = checkpoints.iterations(path.parent)[:1]
+    needed = sum(checkpoints.size_of(checkpoints.path_of(path.parent, one)) for one in newest)
+    state = os.statvfs(path.parent)
+    free = state.f_bavail * state.f_frsize + checkpoints.size_of(path)
+    if free < needed:
+        message = f"{os.strerror(errno.ENOSPC)}: {free:,} bytes free, a checkpoint takes {needed:,}"
+        raise OSError(errno.ENOSPC, message, str(path))
+
+
+def _storage_fault(path: Path, error: Exception) -> None:
+    """Megatron's writers report a failure without its number: raise what the file system itself says, if it does."""
+    try:
+        _check_room(path)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as fault:
+        raise fault from error
 
 
 @functools.wraps(_save_checkpoint)

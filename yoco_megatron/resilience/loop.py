@@ -139,32 +139,33 @@ class Loop:
             print(f"guard: {reason}", flush=True)
 
     def checkpoint_and_decide_exit(
-        self, model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **kwargs: Any
+        self, model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: float, context: Any, data: Any
     ) -> bool:
         """Megatron's, and what trigger files ask for. One all-gather agrees on both, Megatron's own."""
         args, handler = get_args(), get_signal_handler()
         self.iteration = iteration
         if self.triggers and (asked := self.triggers.poll()):
             handler._signal_received = int(handler._signal_received) | asked
-        requests = handler.signals_received()
-        asked = functools.reduce(operator.or_, requests)
-        regular = args.save_interval and iteration % args.save_interval == 0
+        requests = functools.reduce(operator.or_, handler.signals_received())
         handler._signal_received = int(handler._signal_received) & ~SAVE
-        leaving_asked = [bool(asked & (SIGNAL | EXIT))]
-        if asked & SAVE and not regular and not any(leaving_asked):
-            training.save_checkpoint_and_time(model, optimizer, scheduler, iteration, *rest, **_named(kwargs))
-        with mock.patch.object(handler, "signals_received", return_value=leaving_asked):
-            leaves = self._checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, *rest, **kwargs)
+        leaving = bool(requests & (SIGNAL | EXIT))
+        regular = args.save_interval and iteration % args.save_interval == 0
+        if requests & SAVE and not regular and not leaving:
+            training.save_checkpoint_and_time(
+                iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data
+            )
+        with mock.patch.object(handler, "signals_received", return_value=[leaving]):
+            leaves = self._checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data)
         if leaves:
-            self.leaving = self._why(args, asked, iteration)
+            self.leaving = self._why(args, requests, iteration)
         if self.triggers:
             self.triggers.done(leaves)
         return leaves
 
-    def _why(self, args: Namespace, asked: int, iteration: int) -> Outcome:
-        if asked & EXIT:
+    def _why(self, args: Namespace, requests: int, iteration: int) -> Outcome:
+        if requests & EXIT:
             return Outcome("stopped", 0, "the trigger file `exit`", iteration)
-        if asked & SIGNAL:
+        if requests & SIGNAL:
             return Outcome("requeue", 0, "a signal asked to leave", iteration)
         if args.exit_interval and iteration % args.exit_interval == 0:
             return Outcome("stopped", 0, f"--exit-interval {args.exit_interval}", iteration)
@@ -191,10 +192,6 @@ class Loop:
             self.watchdog.stop()
         default = Outcome("finished", 0, "all of --train-iters", get_args().train_iters)
         outcome.record(self.folder, self.leaving or (default if code == 0 else Outcome("crash", code, f"exit {code}")))
-
-
-def _named(kwargs: dict) -> dict:
-    return {name: value for name, value in kwargs.items() if name == "train_data_iterator"}
 
 
 @contextmanager

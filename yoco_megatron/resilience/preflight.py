@@ -51,9 +51,7 @@ def judge_gpus(gpus: list[dict[str, str]], expected: int, max_used_mib: float) -
 def checkpoint_bytes(folder: Path) -> int:
     """Size of the newest checkpoint, 0 if there is none."""
     newest = checkpoints.iterations(folder / "checkpoints")[:1]
-    return sum(
-        file.stat().st_size for one in newest for file in checkpoints.path_of(folder / "checkpoints", one).iterdir()
-    )
+    return sum(checkpoints.size_of(checkpoints.path_of(folder / "checkpoints", one)) for one in newest)
 
 
 def judge_disk(folder: Path, min_free_gib: float) -> list[str]:
