@@ -1,6 +1,8 @@
 """Every test imports Megatron through the runtime, as users do; GPU tests are skipped, visibly, where there is none."""
 
 import os
+import subprocess
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,3 +33,20 @@ def one_process():
 
     with process_groups(rank=0, world_size=1):
         yield
+
+
+@pytest.fixture
+def disk_of(tmp_path):
+    """Make a file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], check=False)

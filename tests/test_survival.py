@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -146,23 +145,6 @@ def test_killed_at_any_moment_of_a_save(after_ms, undisturbed, tmp_path):
     first = (saved or 0) + 1
     if first <= STEPS:
         resumed(run, first, undisturbed)
-
-
-@pytest.fixture
-def disk_of(tmp_path):
-    """Make a file system of so many bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save", "--async-strategy", "mcore"]], ids=["sync", "async"])

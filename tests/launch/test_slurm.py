@@ -62,13 +62,16 @@ def test_time_limit_saves_requeues_and_resumes(cluster, undisturbed, tmp_path):
     assert_same_curve(job, undisturbed)
 
 
-def test_crash_and_lost_node(cluster, undisturbed, tmp_path):
-    """kill -9 of one process, then a node that goes down; each time on from the newest checkpoint."""
+def test_crash_damaged_checkpoint_and_lost_node(cluster, undisturbed, tmp_path):
+    """kill -9 of one process, and the newest checkpoint damaged; then a node goes down."""
     job = Job(cluster, tmp_path / "run", options=QUICK)
-    job.wait_for_step(50, attempt=0)
+    job.wait_for_step(85, attempt=0)
     job.kill(rank=1)
-    job.wait_for_step(90, attempt=1)
-    assert job.ends()[0]["kind"] == "crash" and job.ends()[0]["checkpoint"] == 40
+    shard = job.folder / "checkpoints/iter_0000080/__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    job.wait_for_step(85, attempt=1)
+    assert job.ends()[0]["kind"] == "crash" and job.ends()[0]["checkpoint"] == 80
+    assert "falling back to the checkpoint of iteration 40" in (job.folder / "logs/1/0.log").read_text()
     lost = cluster("scontrol", "show", "hostnames", job.nodes()).split()[-1]
     cluster("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     assert job.wait_for_end() == "COMPLETED", job.report()
@@ -87,6 +90,26 @@ def test_crash_loop_stops_with_its_reason(cluster, tmp_path):
     assert job.attempts() == 2 and {end["kind"] for end in job.ends()} == {"crash"}
     log = (job.folder / f"logs/job-{job.id}.log").read_text()
     assert "stop 2 attempts in a row ended without a new checkpoint" in log
+
+
+def test_killed_while_saving(cluster, undisturbed, tmp_path):
+    """kill -9 as soon as a shard of step 80 is there."""
+    job = Job(cluster, tmp_path / "run", options=QUICK)
+    job.wait_for_step(60, attempt=0)
+    victim = job.trainers()[0]
+    job.wait(lambda: list(job.folder.glob("checkpoints/iter_0000080/*")), "the save of step 80")
+    victim.kill()
+    assert job.wait_for_end() == "COMPLETED", job.report()
+    assert [end["kind"] for end in job.ends()] == ["crash", "finished"]
+    assert_same_curve(job, undisturbed)
+
+
+def test_full_disk_stops_and_keeps_the_checkpoint(cluster, tmp_path, disk_of):
+    """Room for one checkpoint and a half."""
+    run = disk_of(1_500_000) / "run"
+    job = Job(cluster, run, options=QUICK)
+    assert job.wait_for_end() == "FAILED"
+    assert [end["kind"] for end in job.ends()] == ["storage"] and job.checkpoint() == 40
 
 
 def test_user_error_is_not_requeued(cluster, tmp_path):

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch.distributed as dist
 from megatron.training import async_utils, checkpointing, get_args, training
+from torch.distributed.checkpoint.api import CheckpointException
 
 from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.checkpoint import integrity, retention
@@ -66,14 +67,11 @@ def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: An
 
     integrity.agree(make_room)
     extras = {name: text() for name, text in extra_files.items()}
-    try:
-        request = _save_sharded(state_dict, checkpoint_dir, *args, **kwargs)
-    except Exception as error:
-        _storage_fault(path, error)
-        raise
+    request = _told_apart(_save_sharded, path)(state_dict, checkpoint_dir, *args, **kwargs)
     if request is None:
         integrity.seal(path, extras)
     else:
+        request.finalize_fns[:] = [_told_apart(finish, path) for finish in request.finalize_fns]
         request.finalize_fns.append(lambda: integrity.seal(path, extras))
     return request
 
@@ -89,16 +87,25 @@ def _check_room(path: Path) -> None:
         raise OSError(errno.ENOSPC, message, str(path))
 
 
-def _storage_fault(path: Path, error: Exception) -> None:
-    """Megatron's writers report a failure without its number: raise what the file system itself says, if it does."""
-    try:
-        _check_room(path)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(bytes(1 << 20))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as fault:
-        raise fault from error
+def _told_apart(writing: Callable, path: Path) -> Callable:
+    """`writing`, whose failure is raised as what the file system itself says, if it does: its writers hide the cause."""
+
+    @functools.wraps(writing)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return writing(*args, **kwargs)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            try:
+                _check_room(path)
+                with tempfile.TemporaryFile(dir=path) as probe:
+                    probe.write(bytes(1 << 20))
+                    probe.flush()
+                    os.fsync(probe.fileno())
+            except OSError as fault:
+                raise fault from error
+            raise RuntimeError(f"checkpoint {path} could not be written: {error}") from error
+
+    return write
 
 
 @functools.wraps(_save_checkpoint)
