@@ -10,15 +10,17 @@ from yoco_megatron.config.arguments import build_parser
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Flags of other programs in our examples.
-OTHERS = {"--nproc-per-node", "--no-build-isolation", "--help"}
+OTHERS = {"--nproc-per-node", "--no-build-isolation", "--help", "--signal"}
 OTHERS |= {"--model", "--tasks", "--include", "--trust-remote-code", "--kv-sharing-fast-prefill"}
 
 
 def own_flags() -> set[str]:
-    """Every flag of pretrain_yoco.py, and those that a tool defines."""
+    """Every flag of pretrain_yoco.py, and those that a tool or a launcher defines."""
     flags = set(build_parser()._option_string_actions)
-    for tool in ROOT.glob("tools/*.py"):
+    for tool in [*ROOT.glob("tools/*.py"), *ROOT.glob("launch/slurm/*.py")]:
         flags |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', tool.read_text()))
+    for script in ROOT.glob("launch/*.sh"):
+        flags |= set(re.findall(r"^ +(--[a-z][a-z0-9-]+)\)", script.read_text(), re.MULTILINE))
     return flags
 
 

@@ -88,7 +88,7 @@ def _check_room(path: Path) -> None:
 
 
 def _told_apart(writing: Callable, path: Path) -> Callable:
-    """`writing`, whose failure is raised as what the file system itself says, if it does: its writers hide the cause."""
+    """`writing`, whose failure is raised as what the file system itself says: the writers hide their cause."""
 
     @functools.wraps(writing)
     def write(*args: Any, **kwargs: Any) -> Any:

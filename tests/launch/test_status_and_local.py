@@ -1,0 +1,73 @@
+"""launch/cpu.sh (and so local.sh) and status.py as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.cli import TINY
+
+from yoco_megatron.resilience import policy
+
+ROOT = Path(__file__).parents[2]
+
+
+def status(run: Path) -> dict:
+    command = [sys.executable, str(ROOT / "launch/slurm/status.py"), str(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)[0]
+
+
+def cpu(run: Path, *flags: str) -> subprocess.Popen:
+    command = ["bash", str(ROOT / "launch/cpu.sh"), str(run), "--nproc", "2", "--", *TINY, "--num-workers", "0", *flags]
+    env = os.environ | {"PYTHON": sys.executable}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+@pytest.mark.slow
+def test_interrupted_then_finished(tmp_path):
+    """Ctrl-C saves and stops; the same command goes on, and a third time there is nothing to do."""
+    run = tmp_path / "run"
+    process = cpu(run, "--train-iters", "200", "--save-interval", "1000")
+    end = time.monotonic() + 120
+    while not (run / "heartbeat.json").exists():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "done the trigger file `exit`" in text
+    stopped = status(run)
+    assert stopped["state"] == "done" and 0 < stopped["last_checkpoint"] == stopped["step"] < 200
+    text, _ = cpu(run, "--train-iters", "200", "--save-interval", "1000").communicate(timeout=240)
+    assert "done all of --train-iters" in text, text[-2000:]
+    finished = status(run)
+    assert finished["step"] == finished["of"] == 200 and finished["restarts"] == 1
+    assert finished["tokens"] == 200 * 8 * 32 and finished["tokens_per_second"] > 0
+    text, _ = cpu(run).communicate(timeout=60)
+    assert text == "local.sh: done the run has finished\n"
+
+
+def test_status_of_no_run(tmp_path):
+    command = [sys.executable, str(ROOT / "launch/slurm/status.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "no attempts.jsonl" in done.stderr
+
+
+def test_status_says_why(tmp_path):
+    policy.begin(tmp_path, 3)
+    assert status(tmp_path)["state"] == "running"
+    policy.end(tmp_path, 137)
+    found = status(tmp_path)
+    assert found["state"] == "waiting to restart" and "exit 137" in found["reason"] and found["step"] is None
+
+
+def test_unknown_option():
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/local.sh"), "run", "--nprocs", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "unknown option --nprocs" in done.stderr

@@ -1,0 +1,134 @@
+"""submit.py on the login node: mesh, memory, environment, script; without a SLURM."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.cli import TINY
+
+from yoco_megatron.config import arguments
+from yoco_megatron.config.shape import parameter_count
+from yoco_megatron.resilience import plan
+
+ROOT = Path(__file__).parents[2]
+SUBMIT = ROOT / "launch/slurm/submit.py"
+FLAGS = [*TINY, "--save-interval", "10"]
+BIG = ["--config", str(ROOT / "configs/model/yoco_13b.yaml"), str(ROOT / "configs/recipe/scaling_large.yaml")]
+BIG += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100000", "--save-interval", "500"]
+
+
+def submit(*words: str, nodes: int = 1, cluster: str = "cpu") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SUBMIT), "--run-folder", "/nowhere/run", "--time", "1:00:00", "--dry-run"]
+    command += ["--nodes", str(nodes), "--cluster", str(ROOT / f"configs/cluster/{cluster}.yaml"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "0"})
+
+
+def parsed(processes: int, *flags: str):
+    with plan.world_of(processes):
+        args = arguments.parse([*FLAGS, *flags])
+        arguments.build_tokenizer(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "bytes_per_parameter"),
+    [
+        (1, [], 16),  # fp32: weight, gradient, two moments
+        (1, ["--bf16"], 18),  # bf16 weight, fp32 gradient, fp32 weight, two moments
+        (2, ["--bf16"], 18),
+        (2, ["--bf16", "--use-distributed-optimizer"], 12),  # 2 + 4 + 12/2
+        (2, ["--bf16", "--tensor-model-parallel-size", "2"], 9),
+    ],
+)
+def test_states(processes, flags, bytes_per_parameter):
+    args = parsed(processes, *flags)
+    count = sum(parameter_count(arguments.ModelShape.from_args(args)).values())
+    assert plan.memory(args).states == pytest.approx(count * bytes_per_parameter)
+
+
+def test_more_activations_with_longer_sequences_fewer_with_recompute():
+    plain = plan.memory(parsed(1)).activations
+    assert plan.memory(parsed(1, "--seq-length", "64")).activations == pytest.approx(2 * plain)
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    assert plan.memory(parsed(1, *full)).activations < plain
+
+
+def test_environment_by_generation_and_mode():
+    tp2 = parsed(2, "--tensor-model-parallel-size", "2")
+    assert plan.environment("hopper", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert plan.environment("blackwell", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert plan.environment("hopper", parsed(2), "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    tp2.use_megatron_fsdp = True
+    assert plan.environment("hopper", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] != "1"
+    assert not [name for name in plan.environment("none", tp2, "/run") if "NCCL" in name]
+    with pytest.raises(ValueError, match="gpu 'volta'"):
+        plan.environment("volta", tp2, "/run")
+
+
+def test_dry_run_shows_plan_and_script():
+    done = submit(*FLAGS, "--job-name", "x", "--partition", "big", "--sbatch", "exclusive", nodes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 nodes x 2 = 4 processes: tensor 1 x pipeline 1 x context 1 x data 4" in done.stdout
+    for line in ("#SBATCH --nodes=2", "#SBATCH --partition=big", "#SBATCH --exclusive", "#SBATCH --requeue"):
+        assert line in done.stdout.splitlines()
+    assert "#SBATCH --signal=B:USR1@300" in done.stdout and "gpus-per-node" not in done.stdout
+    assert not Path("/nowhere").exists()
+    script = done.stdout[done.stdout.index("#!/usr/bin/env bash") :]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_container_only_when_named():
+    assert "CONTAINER_IMAGE=''" in submit("--no-check", *FLAGS).stdout
+    assert "CONTAINER_IMAGE=x.sqsh" in submit("--no-check", "--container-image", "x.sqsh", *FLAGS).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "cluster", "message"),
+    [
+        ([*FLAGS, "--tensor-model-parallel-size", "3"], 1, "cpu", "cannot be divided into"),
+        ([*FLAGS, "--tensor-model-parallel-size", "4"], 2, "cpu", "spans nodes of 2 GPUs"),
+        ([*FLAGS, "--num-layrs", "3"], 1, "cpu", "did you mean --num-layers"),
+        (TINY, 1, "cpu", "--save-interval is missing"),
+        ([*BIG, "--micro-batch-size", "1"], 1, "h100", "weights, gradients and optimizer take"),
+        (FLAGS, 0, "cpu", "--nodes 0 must be at least 1"),
+        (FLAGS, 1, "missing", "cannot be read"),
+    ],
+)
+def test_mistakes_are_seen_before_queueing(words, nodes, cluster, message):
+    done = submit(*words, nodes=nodes, cluster=cluster)
+    assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
+    assert done.stderr.startswith("submit.py: error:") and "Traceback" not in done.stderr
+
+
+def test_unknown_key_of_a_cluster(tmp_path):
+    (tmp_path / "site.yaml").write_text("gpus: 8\n")
+    done = submit("--cluster", str(tmp_path / "site.yaml"), *FLAGS)
+    assert done.returncode == 2 and "unknown key gpus" in done.stderr
+
+
+SCRIPTS = ["launch/local.sh", "launch/cpu.sh", "launch/slurm/submit.py", "launch/slurm/status.py"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch/slurm/train.sbatch"])
+def test_help(script):
+    interpreter = [sys.executable] if script.endswith(".py") else ["bash"]
+    done = subprocess.run([*interpreter, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout) > 100 and not done.stderr
+
+
+def test_shellcheck_is_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = [*map(str, ROOT.glob("launch/*.sh")), str(ROOT / "launch/slurm/train.sbatch")]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_site_names():
+    """Cluster configs hold no partition, account or address."""
+    for path in ROOT.glob("configs/cluster/*.yaml"):
+        lines = [line.split("#")[0] for line in path.read_text().splitlines()]
+        assert not [line for line in lines if any(word in line for word in ("partition", "account", "/"))]
