@@ -7,7 +7,7 @@ import pytest
 from support.jobs import STEPS, Job
 from support.slurm import Cluster, why_not
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 QUICK = ("--no-check", "--no-preflight")

@@ -67,7 +67,7 @@ class Job:
 
     def wait(self, condition, what: str) -> None:
         try:
-            Cluster.wait(condition, 120, what)
+            Cluster.wait(condition, 300, what)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.report()}") from None
 
