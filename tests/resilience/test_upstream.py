@@ -30,7 +30,7 @@ REPLACED = {
     "train_step": 1,
     "training_log": 1,
     "checkpoint_and_decide_exit": 1,
-    "save_checkpoint": 1,
+    "save_checkpoint": 3,  # two of them convert formats
 }
 
 

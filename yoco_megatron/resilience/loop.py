@@ -4,9 +4,7 @@ Replaced by name there: train_step (guard, watchdog), training_log (heartbeat), 
 files, why the run leaves), get_forward_backward_func and save_checkpoint_and_time (watchdog).
 """
 
-import functools
 import json
-import operator
 import sys
 import time
 from argparse import Namespace
@@ -16,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 import yaml
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args, get_signal_handler, training
 
+from yoco_megatron import runtime
 from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.checkpoint import safety
 from yoco_megatron.resilience import outcome, run_folder
@@ -141,12 +141,12 @@ class Loop:
     def checkpoint_and_decide_exit(
         self, model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: float, context: Any, data: Any
     ) -> bool:
-        """Megatron's, and what trigger files ask for. One all-gather agrees on both, Megatron's own."""
+        """Megatron's, and what trigger files ask for; all processes agree on both at once."""
         args, handler = get_args(), get_signal_handler()
         self.iteration = iteration
         if self.triggers and (asked := self.triggers.poll()):
             handler._signal_received = int(handler._signal_received) | asked
-        requests = functools.reduce(operator.or_, handler.signals_received())
+        requests = _largest(int(handler._signal_received))
         handler._signal_received = int(handler._signal_received) & ~SAVE
         leaving = bool(requests & (SIGNAL | EXIT))
         regular = args.save_interval and iteration % args.save_interval == 0
@@ -192,6 +192,16 @@ class Loop:
             self.watchdog.stop()
         default = Outcome("finished", 0, "all of --train-iters", get_args().train_iters)
         outcome.record(self.folder, self.leaving or (default if code == 0 else Outcome("crash", code, f"exit {code}")))
+
+
+def _largest(flags: int) -> int:
+    """The largest value of any process, in place of Megatron's all-gather, which reads each process's one by one.
+
+    A signal elsewhere that a larger request of the first process hides is still there at the next step.
+    """
+    largest = torch.tensor(flags, dtype=torch.int32, device=runtime.device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Trigger files: `touch RUN/triggers/save` (exit, requeue, profile) has it done at the next step; then the file goes.
 
-Only the first process looks, at most every few seconds; `loop` tells the others through the all-gather in which
-Megatron agrees on signals.
+Only the first process looks, at most every few seconds; `loop` tells the others together with the signals that came.
 """
 
 import time
