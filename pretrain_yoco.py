@@ -8,6 +8,7 @@ Every flag of Megatron's pretrain_gpt.py works; `--help` shows ours in the group
 
 import os
 import sys
+from pathlib import Path
 
 from yoco_megatron import runtime
 
@@ -22,7 +23,7 @@ from yoco_megatron.config import arguments
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.stages import StagePlan
-from yoco_megatron.resilience import outcome
+from yoco_megatron.resilience import outcome, run_folder
 from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
 from yoco_megatron.training.upstream import carry_shared_kv, count_yoco
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake in the command line or in the files it names, before anything is started.
     """
     args = arguments.parse(argv)
+    if args.run_folder and args.rank == 0:
+        run_folder.make(Path(args.run_folder))
     arguments.finalize(args)
     model = model_config_from_args(args)
     if args.rank == 0 and args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:

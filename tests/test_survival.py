@@ -111,7 +111,9 @@ def _killed_at(place: str, flags: list[str]) -> None:
 def start(function, *arguments) -> multiprocessing.Process:
     """One training process, that may be killed."""
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    process = worlds._server().Process(target=worlds._child, args=(function, 0, 1, "/nowhere", None, env, arguments))
+    process = worlds._server().Process(
+        target=worlds._child, args=(function, 0, 1, "/nonexistent", None, env, arguments)
+    )
     process.start()
     return process
 

@@ -16,6 +16,7 @@ from yoco_megatron.resilience import plan
 ROOT = Path(__file__).parents[2]
 SUBMIT = ROOT / "launch/slurm/submit.py"
 FLAGS = [*TINY, "--save-interval", "10"]
+HEADS4 = ["--num-query-groups", "4", "--self-decoder-heads", "4"]
 BIG = ["--config", str(ROOT / "configs/model/yoco_13b.yaml"), str(ROOT / "configs/recipe/scaling_large.yaml")]
 BIG += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100000", "--save-interval", "500"]
 
@@ -89,7 +90,7 @@ def test_container_only_when_named():
     ("words", "nodes", "cluster", "message"),
     [
         ([*FLAGS, "--tensor-model-parallel-size", "3"], 1, "cpu", "cannot be divided into"),
-        ([*FLAGS, "--tensor-model-parallel-size", "4"], 2, "cpu", "spans nodes of 2 GPUs"),
+        ([*FLAGS, *HEADS4, "--tensor-model-parallel-size", "4"], 2, "cpu", "spans nodes of 2 GPUs"),
         ([*FLAGS, "--num-layrs", "3"], 1, "cpu", "did you mean --num-layers"),
         (TINY, 1, "cpu", "--save-interval is missing"),
         ([*BIG, "--micro-batch-size", "1"], 1, "h100", "weights, gradients and optimizer take"),

@@ -1,6 +1,6 @@
 """What the hooks of `resilience.loop` and `checkpoint.safety` take for granted about Megatron is still so.
 
-When a digest changes: read the new code and the hook that leans on it, run tests/test_survival.py, put the new one here.
+When a digest changes: read the new code and the hook that leans on it, run tests/test_survival.py, put it here.
 """
 
 import ast

@@ -74,11 +74,3 @@ def _apply_run_folder(args: argparse.Namespace) -> None:
     skipped = folder / SKIPPED
     if skipped.exists():
         args.iterations_to_skip = sorted({*args.iterations_to_skip, *json.loads(skipped.read_text())})
-    if args.rank == 0:
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None

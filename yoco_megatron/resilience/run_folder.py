@@ -44,6 +44,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
+def make(folder: Path) -> None:
+    """Make the run folder. Raises ValueError if nothing can be written there."""
+    try:
+        for name in ("checkpoints", "triggers"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that a reader sees all of it or what was there before. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,5 +111,4 @@ def write_records(folder: Path, argv: list[str], resolved_config: str) -> Path:
     }
     for name, text in texts.items():
         (records / name).write_text(text)
-    (folder / "triggers").mkdir(exist_ok=True)
     return records
