@@ -75,8 +75,7 @@ def test_crash_damaged_checkpoint_and_lost_node(cluster, undisturbed, tmp_path):
     lost = cluster("scontrol", "show", "hostnames", job.nodes()).split()[-1]
     cluster("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     assert job.wait_for_end() == "COMPLETED", job.report()
-    assert job.attempts() == 3 and len(job.ends()) == 2, "the lost attempt could not say how it ended"
-    assert job.ends()[-1]["kind"] == "finished"
+    assert job.attempts() == 3 and job.ends()[-1]["kind"] == "finished"
     assert_same_curve(job, undisturbed)
 
 
