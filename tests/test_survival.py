@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support import worlds
 from support.cli import TINY, Log, _main, _script, free_port, parse, run_script, train
@@ -147,6 +148,27 @@ def test_killed_at_any_moment_of_a_save(after_ms, undisturbed, tmp_path):
     first = (saved or 0) + 1
     if first <= STEPS:
         resumed(run, first, undisturbed)
+
+
+def _killed_beside_its_helper(pid_file: str) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.get_write_results_queue().put(1)
+    helper = multiprocessing.active_children()[0]
+    os.kill(helper.pid, signal.SIGTERM)
+    assert filesystem_async.get_write_results_queue().get() == 1, "a signal to the whole job leaves it"
+    Path(pid_file).write_text(str(helper.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_helper_ends_with_its_process_and_not_before(tmp_path):
+    process = start(_killed_beside_its_helper, str(tmp_path / "pid"))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    end = time.monotonic() + 30
+    while psutil.pid_exists(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save", "--async-strategy", "mcore"]], ids=["sync", "async"])

@@ -44,6 +44,9 @@ REPAIRS = {
         (OPTIMIZER, "DistributedOptimizer.sharded_param_state_fully_reshardable"): "67a01a93840e6b16",
         (OPTIMIZER, "DistributedOptimizer.get_parameter_state_dp_zero"): "c87e8ab28bfd9cae",
     },
+    "runtime.upstream._checkpoint_helper_follows_its_process": {
+        ("core/dist_checkpointing/strategies/filesystem_async.py", "get_write_results_queue"): "d5428d9062471d52",
+    },
 }
 
 

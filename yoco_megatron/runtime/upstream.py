@@ -5,6 +5,9 @@ Each function names the upstream code that it repairs. `tests/runtime/test_upstr
 
 import functools
 import itertools
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from typing import Any
 
 import torch
 
@@ -15,6 +18,7 @@ def repair() -> None:
     _torch_adam_resumes()
     _norm_recompute_without_transformer_engine()
     _optimizer_state_behind_padded_buckets()
+    _checkpoint_helper_follows_its_process()
 
 
 def _dataset_helpers_are_compiled() -> None:
@@ -123,3 +127,23 @@ def _optimizer_state_behind_padded_buckets() -> None:
                 buffer.param_index_map = original
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = at_unpadded_offsets
+
+
+def _checkpoint_helper_follows_its_process() -> None:
+    """core/dist_checkpointing/strategies/filesystem_async.py:get_write_results_queue starts a process that stays.
+
+    It outlives a trainer that is killed, with half a gigabyte each; and SIGTERM, which SLURM sends to all processes of
+    a job, kills it before the trainer's last save.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from yoco_megatron.runtime.helper import follow_parent
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=get_context(mp_mode))
+            manager.start(follow_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
