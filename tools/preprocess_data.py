@@ -1,27 +1,35 @@
-"""Tokenize JSON lines files into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report .json."""
+"""Tokenize a corpus into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report .json.
+
+JSON lines, parquet and plain text, also packed (.gz, .bz2, .xz, .zst). A run that was killed goes on when repeated.
+"""
 
 import argparse
 import os
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data.corpus import expand_inputs
+from yoco_megatron.data.encoders import BACKENDS
 from yoco_megatron.data.preprocess import preprocess
+from yoco_megatron.data.readers import expand_inputs
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="JSON lines files or quoted globs")
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of a line's texts; one dataset each")
     parser.add_argument("--output-prefix", required=True, help="path and beginning of the name of the outputs")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="threads that encode (default: all CPUs)"
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="count lines that are not valid, do not stop")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="list records that are bad, do not stop")
+    parser.add_argument(
+        "--tokenizer-backend", choices=BACKENDS, default="auto", help="library that encodes; the ids are the same"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, start anew")
     add_tokenizer_arguments(parser)
     args = parser.parse_args()
     try:
@@ -42,16 +50,21 @@ def main() -> None:
             workers=args.workers,
             skip_bad_lines=args.skip_bad_lines,
             overwrite=args.overwrite,
+            backend=args.tokenizer_backend,
             about_tokenizer=about,
         )
     except ValueError as error:
         parser.error(str(error))
+    problems = Path(f"{args.output_prefix}_problems.jsonl")
     for key, report in reports.items():
         print(
             f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
             f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad lines, "
+            f"{report.empty_documents} empty, {report.documents_with_nul} with NUL; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
+    if any(report.bad_lines + report.empty_documents + report.documents_with_nul for report in reports.values()):
+        print(f"each bad, empty or odd record is listed in {problems}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from yoco_megatron.data.corpus import expand_inputs
+from yoco_megatron.data.readers import expand_inputs
 from yoco_megatron.data.tokenizer import tokenizer_sha256, train_tokenizer
 
 

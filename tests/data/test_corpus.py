@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from yoco_megatron.data.corpus import expand_inputs, find_files, gather, parse_line, python_stdlib
+from yoco_megatron.data.corpus import find_files, gather, parse_line, python_stdlib
+from yoco_megatron.data.readers import expand_inputs
 
 
 @pytest.fixture
@@ -110,4 +111,4 @@ def test_standard_library_is_python_without_installed_packages() -> None:
 def test_bad_lines_say_where_and_why(line: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"^f.jsonl:7: .*{reason}"):
         parse_line(line, ["text"], "f.jsonl:7")
-    assert parse_line(b'{"a": "1", "text": "\xc3\xa9"}', ["text", "a"], "") == ["é", "1"]
+    assert parse_line(b'{"a": "1", "text": "\xc3\xa9"}', ["text", "a"], "") == ["é".encode(), b"1"]

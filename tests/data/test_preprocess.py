@@ -1,5 +1,6 @@
 """Preprocessing: the datasets hold each line's own ids, in order, and appear whole or not at all."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.training.config import TokenizerConfig
 
+from yoco_megatron.data import index as index_file
 from yoco_megatron.data import preprocess as module
-from yoco_megatron.data.preprocess import preprocess, read_batches
+from yoco_megatron.data import readers
+from yoco_megatron.data.preprocess import preprocess
 from yoco_megatron.data.tokenizer import build_tokenizer, train_tokenizer
 
 TEXTS = [f"document {n}: " + "words and größer words " * (n % 11) for n in range(57)]
@@ -50,7 +53,7 @@ def names(folder: Path) -> list[str]:
 def test_datasets_hold_each_line_in_order(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_LINES", 3)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 3)
     files = [write_lines(tmp_path / "b.jsonl", TEXTS[:20]), write_lines(tmp_path / "a.jsonl", TEXTS[20:])]
     reports = run(files, tmp_path / "out", tokenizer, keys=["text", "title"], workers=workers)
 
@@ -69,18 +72,6 @@ def test_datasets_hold_each_line_in_order(
     assert json.loads((tmp_path / "out_text_document.json").read_text()) == asdict(report)
 
 
-def test_batches_are_all_lines_with_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_BYTES", 40)
-    path = tmp_path / "lines"
-    path.write_bytes(b"".join(b"%d" % n * (n % 9) + b"\n" for n in range(100)) + b"no newline")
-    batches = list(read_batches([path, path]))
-    assert b"".join(line for batch in batches for line in batch.lines) == path.read_bytes() * 2
-    lines = path.read_bytes().splitlines(keepends=True)
-    for batch in batches:
-        assert batch.lines == lines[batch.first_line - 1 :][: len(batch.lines)]
-        assert batch.size == sum(map(len, batch.lines)) < 40 + max(map(len, lines))
-
-
 def test_without_eod_ids_are_the_text_alone(tokenizer: Any, tmp_path: Path) -> None:
     run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer, append_eod=False)
     assert documents(tmp_path / "out_text_document") == [tokenizer.tokenize(text) for text in TEXTS]
@@ -94,7 +85,7 @@ def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: 
 
 
 def test_bad_line_stops_and_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_LINES", 4)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
     path = write_lines(tmp_path / "f.jsonl", TEXTS)
     lines = path.read_text().splitlines(keepends=True)
     lines[30] = '{"text": broken\n'
@@ -131,8 +122,8 @@ def test_index_is_the_last_to_appear(tokenizer: Any, tmp_path: Path, monkeypatch
     run([path], out, tokenizer)
     replace, done = os.replace, []
 
-    def dies_at_the_index(source: str, target: str) -> None:
-        if target.endswith(".idx"):
+    def dies_at_the_index(source: str | Path, target: str | Path) -> None:
+        if str(target).endswith(".idx"):
             raise OSError("power cut")
         done.append(Path(target).name)
         replace(source, target)
@@ -140,8 +131,12 @@ def test_index_is_the_last_to_appear(tokenizer: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "replace", dies_at_the_index)
     with pytest.raises(OSError, match=r"power cut"):
         run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
-    assert done == ["out_text_document.bin", "out_text_document.json"]
-    assert names(tmp_path) == ["f.jsonl", *done]
+    assert done == ["state.json", "out_text_document.bin", "out_text_document.json"]
+    monkeypatch.setattr(os, "replace", replace)
+    assert "out_text_document.idx" not in names(tmp_path)
+    run([path], out, tokenizer)  # what is left to do
+    assert names(tmp_path) == ["f.jsonl", "out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
+    assert len(documents(tmp_path / "out_text_document")) == 5
 
 
 def test_tokenizer_without_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -178,3 +173,54 @@ def test_gpt_dataset_trains_on_the_same_stream(tokenizer: Any, tmp_path: Path) -
 
     held_out = sum(len(every[document]) for document in set(valid.document_index.tolist()))
     assert sum(int(valid[index]["loss_mask"].sum()) for index in range(len(valid))) == held_out - 1
+
+
+def test_files_are_those_of_megatrons_builder(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, for both item sizes, also where the index is written in several blocks."""
+    monkeypatch.setattr(index_file, "BLOCK", 10)
+    path = write_lines(tmp_path / "f.jsonl", TEXTS)
+    for dtype in (np.uint16, np.int32):
+        monkeypatch.setattr(DType, "optimal_dtype", lambda size, dtype=dtype: dtype)
+        report = run([path], tmp_path / "out", tokenizer, overwrite=True)["text"]
+        builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
+        for text in TEXTS:
+            ids = [*tokenizer.tokenize(text), tokenizer.eod]
+            builder.add_document(np.array(ids), [len(ids)])
+        builder.finalize(str(tmp_path / "megatron.idx"))
+        for suffix, about in report.files.items():
+            ours = (tmp_path / f"out_text_document.{suffix}").read_bytes()
+            assert ours == (tmp_path / f"megatron.{suffix}").read_bytes()
+            assert about == {"bytes": len(ours), "sha256": hashlib.sha256(ours).hexdigest()}
+
+
+def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    records = ['{"text": "a\\u0000b"}', '{"text": ""}', "{", '{"text": "good"}', '{"title": ""}']
+    path.write_text("\n".join(records))
+    report = run([path], tmp_path / "out", tokenizer, skip_bad_lines=True)["text"]
+    assert (report.documents, report.bad_lines, report.empty_documents, report.documents_with_nul) == (2, 2, 1, 1)
+    listed = [json.loads(line) for line in (tmp_path / "out_problems.jsonl").read_text().splitlines()]
+    assert [(entry["place"], entry["kept"]) for entry in listed] == [
+        (f"{path}:1", True), (f"{path}:2", False), (f"{path}:3", False), (f"{path}:5", False),
+    ]  # fmt: skip
+    expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in ("a\0b", "good")]
+    assert documents(tmp_path / "out_text_document") == expected
+    path.write_text('{"text": "good"}\n')  # nothing odd any more: the list of the old data goes
+    run([path], tmp_path / "out", tokenizer, overwrite=True)
+    assert not (tmp_path / "out_problems.jsonl").exists()
+
+
+def test_a_document_of_50_mb(tokenizer: Any, tmp_path: Path) -> None:
+    """Between two short ones; its ids are those of one sentence, as often as it is in there."""
+    pytest.importorskip("gigatoken")
+    sentence, times = " words and größer words\n", 2_100_000
+    path = write_lines(tmp_path / "f.jsonl", ["short", sentence * times, "last"])
+    assert path.stat().st_size > 50_000_000
+    report = run([path], tmp_path / "out", tokenizer)["text"]
+    dataset = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert (report.backend, len(dataset)) == ("gigatoken", 3)
+    once = tokenizer.tokenize(sentence)
+    assert tokenizer.tokenize(sentence * 3) == once * 3  # no token spans two sentences
+    assert dataset[1][-1] == tokenizer.eod
+    assert (dataset[1][:-1].reshape(times, len(once)) == once).all()
+    assert dataset[2].tolist() == [*tokenizer.tokenize("last"), tokenizer.eod]

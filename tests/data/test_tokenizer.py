@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from megatron.training.config import TokenizerConfig
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from yoco_megatron.data.tokenizer import (
     EOD,
     MIN_VOCAB_SIZE,
     PAD,
-    batch_encoder,
     build_tokenizer,
     tokenizer_sha256,
     train_tokenizer,
@@ -97,31 +96,6 @@ def test_bad_corpus_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--input .*bad\.jsonl:3: not a line of JSON"):
         train_tokenizer([bad], 300, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_batches_encode_as_single_texts_do(folder: Path, tmp_path: Path, plain: bool) -> None:
-    """With what a tokenizer.json may carry (beginning of text, truncation, padding), and after a use that set both."""
-    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    stored.post_processor = processors.TemplateProcessing(single=f"{PAD} $A", special_tokens=[(PAD, 1)])
-    stored.enable_truncation(4)
-    stored.enable_padding(length=50)
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    stored.save(str(tmp_path / "tokenizer.json"))
-
-    expected = build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain))
-    built = build_tokenizer(config(tmp_path, tokenizer_hf_no_include_special_tokens=plain))
-    built._tokenizer.tokenizer("used", truncation=True, max_length=4, padding="max_length")
-    ids = batch_encoder(built)(TEXTS)
-    assert ids == [expected.tokenize(text) for text in TEXTS]
-    assert (ids[0][0] == 1) is not plain
-    assert max(map(len, ids)) > 4
-
-
-def test_tokenizers_without_a_rust_core_encode_too() -> None:
-    null = build_tokenizer(config(None, "NullTokenizer", vocab_size=100))
-    assert batch_encoder(null)(["1 2 3", "7"]) == [[1, 2, 3], [7]]
 
 
 def test_unusable_flags_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ config or a list of them, relative to the file, that are merged first. Instead o
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ def write_atomically(path: Path, text: str) -> Path:
     """Write `text` beside `path` and rename it into place, making the folder if need be: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(text)
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())  # a crash after the rename must not leave an empty file
     return aside.replace(path)
 
 

@@ -4,7 +4,6 @@ Megatron's `--split 95,4,1` cuts an indexed dataset by position. In the order of
 whatever sorts last (all of one package, one author, one year); after a shuffle by a fixed seed it is a fair sample.
 """
 
-import glob
 import json
 import random
 import sysconfig
@@ -88,39 +87,22 @@ def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> Gat
     return GatherReport(documents, size, not_utf8, empty)
 
 
-def expand_inputs(patterns: list[str]) -> list[Path]:
-    """The files that `--input` names, globs expanded and sorted, in the order given, each once.
-
-    Raises:
-        ValueError: a name or pattern that matches no file.
-    """
-    files: list[Path] = []
-    for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        found = [path for path in found if path.is_file()]
-        if not found:
-            raise ValueError(f"--input {pattern} matches no file; check the path (a glob must be quoted)")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def parse_line(line: bytes, keys: list[str], where: str) -> list[str]:
-    """The texts under `keys` of one line of a JSON lines file.
+def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
+    """The texts under `keys` of one line of a JSON lines file, in UTF-8.
 
     Raises:
         ValueError: what is wrong with the line, beginning with `where` ("file:line").
     """
     try:
         record = json.loads(line)
-    except ValueError as error:  # both malformed JSON and bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON, bytes that are not UTF-8, brackets without end
         raise ValueError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where}: a line must be an object such as {{"text": "..."}}, not {type(record).__name__}')
     for key in keys:
         if not isinstance(record.get(key), str):
             raise ValueError(f"{where}: no text under the key {key!r} (keys: {', '.join(record)}); see --json-keys")
-        try:
-            record[key].encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-            raise ValueError(f"{where}: {key!r} holds a lone surrogate, which is not Unicode text") from None
-    return [record[key] for key in keys]
+    try:
+        return [record[key].encode("utf-8") for key in keys]
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+        raise ValueError(f"{where}: a text holds a lone surrogate, which is not Unicode text") from None

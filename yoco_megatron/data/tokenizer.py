@@ -8,7 +8,7 @@ import argparse
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _texts(corpus: list[Path], key: str) -> Iterator[str]:
             with path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield parse_line(line, [key], f"--input {path}:{number}")[0]
+                        yield parse_line(line, [key], f"--input {path}:{number}")[0].decode()
                     progress.update(len(line))
         progress.set_postfix_str("merging")
 
@@ -116,24 +116,6 @@ def build_tokenizer(args: Any) -> Any:
         raise ValueError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model}{here} cannot be loaded: {error}"
         ) from error
-
-
-def batch_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """A thread-safe function that encodes many texts, each exactly as `tokenizer.tokenize(text)` would.
-
-    Tokenizers that have a Rust core encode the batch there, outside Python's lock; others text by text.
-    """
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-
-    wrapper = getattr(tokenizer, "_tokenizer", None)
-    core = getattr(getattr(wrapper, "tokenizer", None), "backend_tokenizer", None)
-    if core is None or not isinstance(wrapper, HuggingFaceTokenizer):
-        return lambda texts: [tokenizer.tokenize(text) for text in texts]
-    # A tokenizer.json may carry the truncation of its last use; transformers lifts it call by call, the core does not.
-    core.no_truncation()
-    core.no_padding()
-    special = wrapper.include_special_tokens
-    return lambda texts: [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 def tokenizer_sha256(path: str | None) -> str | None:
