@@ -20,6 +20,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron.checkpoint import architecture, safe_load, safety
 from yoco_megatron.config import arguments
+from yoco_megatron.data import fingerprint
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.stages import StagePlan
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> None:
     args = arguments.parse(argv)
     if args.run_folder and args.rank == 0:
         run_folder.make(Path(args.run_folder))
+    fingerprint.check_tokenizer(args)
+    fingerprint.check_resumable(args)
     arguments.finalize(args)
     model = model_config_from_args(args)
     if args.rank == 0 and args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
@@ -53,6 +56,7 @@ def main(argv: list[str]) -> None:
     if args.save and args.rank == 0:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
+        fingerprint.save(args, args.save)
     safe_load.install()
     safety.install()
     count_yoco()

@@ -51,6 +51,11 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the group "YOCO", our defaults and our error messages to Megatron's parser."""
     group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
     group.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="continue a checkpoint that was trained on other data, or with another tokenizer",
+    )
+    group.add_argument(
         "--config",
         action="append",
         nargs="+",

@@ -1,0 +1,91 @@
+"""Changed data or another tokenizer are told before training, by name; unchanged or moved data are not."""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from yoco_megatron.data import fingerprint
+
+
+def dataset(prefix: Path, lengths: list[int], sha256: str | None = None) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in lengths:
+        builder.add_document(np.arange(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    if sha256:
+        report = {"tokenizer": {"sha256": sha256}, "files": {"bin": {"sha256": f"tokens of {sha256}"}}}
+        Path(f"{prefix}.json").write_text(json.dumps(report))
+    return str(prefix)
+
+
+def arguments(**given: Any) -> Namespace:
+    names = (*fingerprint.PATHS, *fingerprint.LISTS, *fingerprint.FLAGS, "tokenizer_model", "load")
+    others = {"finetune": False, "skip_train": False, "allow_changed_data": False, "seed": 1234}
+    return Namespace(**(dict.fromkeys(names) | others | given))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Namespace:
+    """A blend of two, saved."""
+    paths = ["0.3", dataset(tmp_path / "a", [3, 4]), "0.7", dataset(tmp_path / "b", [5, 6])]
+    args = arguments(data_path=paths, split="90,10,0", load=str(tmp_path / "checkpoints"))
+    fingerprint.save(args, args.load)
+    return args
+
+
+def test_the_same_data_pass_also_elsewhere(run: Namespace, tmp_path: Path) -> None:
+    fingerprint.check_resumable(run)
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("*.*"):
+        shutil.move(path, tmp_path / "moved")
+    run.data_path = [entry.replace(str(tmp_path), str(tmp_path / "moved")) for entry in run.data_path]
+    fingerprint.check_resumable(run)
+    fingerprint.check_resumable(arguments(load=str(tmp_path / "another program's")))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("split", "80,20,0"), ("seed", 1), ("mock_data", True), ("tokenizer_type", "Other")]
+)
+def test_changed_flags_are_named(run: Namespace, flag: str, value: Any) -> None:
+    setattr(run, flag, value)
+    with pytest.raises(ValueError, match=rf"--load .*other data: .*{flag} was .*, is {value}"):
+        fingerprint.check_resumable(run)
+    for way in ("finetune", "skip_train", "allow_changed_data"):
+        fingerprint.check_resumable(Namespace(**vars(run) | {way: True}))
+
+
+def test_changed_weights_order_and_documents_are_named(run: Namespace, tmp_path: Path) -> None:
+    paths = run.data_path
+    for changed in (["0.4", *paths[1:]], [*paths[2:], *paths[:2]]):
+        run.data_path = changed
+        with pytest.raises(ValueError, match=r"data_path was \['0.3', 'a', '0.7', 'b'\]"):
+            fingerprint.check_resumable(run)
+    run.data_path = paths
+    dataset(tmp_path / "b", [6, 5])  # as many tokens and documents
+    with pytest.raises(ValueError, match=r"other data: b was .*idx_head_sha256"):
+        fingerprint.check_resumable(run)
+
+
+def test_tokens_of_another_checksum_are_changed_data(tmp_path: Path) -> None:
+    args = arguments(data_path=[dataset(tmp_path / "a", [3], "one")], load=str(tmp_path / "checkpoints"))
+    fingerprint.save(args, args.load)
+    fingerprint.check_resumable(args)
+    dataset(tmp_path / "a", [3], "two")
+    with pytest.raises(ValueError, match=r"a was .*tokens of one.*tokens of two"):
+        fingerprint.check_resumable(args)
+
+
+def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ours = fingerprint.tokenizer_sha256(str(tmp_path))
+    args = arguments(tokenizer_model=str(tmp_path), data_path=[dataset(tmp_path / "a", [3], ours)])
+    fingerprint.check_tokenizer(args)
+    dataset(tmp_path / "a", [3], "0" * 64)
+    with pytest.raises(ValueError, match=r"--tokenizer-model .* did not make .*a \(sha256 000000000000"):
+        fingerprint.check_tokenizer(args)

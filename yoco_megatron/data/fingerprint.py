@@ -1,0 +1,96 @@
+"""Which data a run reads: compared before a checkpoint is continued, and with the tokenizer before any training.
+
+Megatron takes the number of consumed samples from the checkpoint and skips as many in whatever the flags now name. With
+other data, another order or another tokenizer it would go on without a word, elsewhere in the stream.
+"""
+
+import json
+from argparse import Namespace
+from hashlib import sha256
+from pathlib import Path
+
+from yoco_megatron.config.files import write_atomically
+from yoco_megatron.data.check import data_prefixes_from_args
+from yoco_megatron.data.tokenizer import tokenizer_sha256
+
+FILE_NAME = "data.json"
+# Flags that decide the order of the samples and what is in them. A longer --seq-length is free, as it is for the model.
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+LISTS = ("data_args_path", "per_split_data_args_path")
+FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
+# Of an .idx that no report describes: the lengths of the first quarter million documents.
+HEAD_BYTES = 1 << 20
+
+
+def describe(args: Namespace) -> dict[str, object]:
+    """Flags, the tokenizer's file, and what tells each dataset from others; quick for data of any size.
+
+    Folders of the prefixes are left out, so that data may move.
+    """
+    flags: dict[str, object] = {name: getattr(args, name) for name in FLAGS}
+    flags |= {name: [Path(entry).name for entry in getattr(args, name) or []] for name in PATHS}
+    lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
+    flags |= {name: sha256(Path(path).read_bytes()).hexdigest() for name, path in lists.items()}
+    prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
+    datasets = {Path(prefix).name: dataset_fingerprint(prefix) for prefix in prefixes}
+    return flags | {"tokenizer_sha256": tokenizer_sha256(args.tokenizer_model)} | datasets
+
+
+def dataset_fingerprint(prefix: str) -> dict[str, object]:
+    """Sizes of .bin and .idx, and the .bin's SHA-256 from the report beside it, or that of the .idx's beginning."""
+    found: dict[str, object] = {suffix: Path(f"{prefix}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
+    report = _report(prefix)
+    if report.get("files"):
+        return found | {"sha256": report["files"]["bin"]["sha256"]}
+    with open(f"{prefix}.idx", "rb") as stream:
+        return found | {"idx_head_sha256": sha256(stream.read(HEAD_BYTES)).hexdigest()}
+
+
+def _report(prefix: str) -> dict:
+    path = Path(f"{prefix}.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(args: Namespace, folder: str) -> Path:
+    """Write data.json into a checkpoint folder, in one step."""
+    return write_atomically(Path(folder) / FILE_NAME, json.dumps(describe(args), indent=1) + "\n")
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """Compare the tokenizer of the flags with the one that made the data, where their reports name it.
+
+    Raises:
+        ValueError: data that were made with another tokenizer.
+    """
+    ours = tokenizer_sha256(args.tokenizer_model)
+    for prefix in data_prefixes_from_args(args):
+        theirs = _report(prefix).get("tokenizer", {}).get("sha256")
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ValueError(
+                f"--tokenizer-model {args.tokenizer_model} (sha256 {ours[:12]}) did not make {prefix} "
+                f"(sha256 {theirs[:12]}, see {prefix}.json); give that one, or preprocess the data with this one"
+            )
+
+
+def check_resumable(args: Namespace) -> None:
+    """Compare --load with the data that the flags describe, unless --finetune starts anew or nothing is trained.
+
+    Raises:
+        ValueError: everything that differs, with both values. A folder without data.json passes.
+    """
+    if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
+        return
+    path = Path(args.load) / FILE_NAME
+    if not path.exists():
+        return
+    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
+    different = [
+        f"{name} was {saved.get(name)}, is {wanted.get(name)}"
+        for name in {**saved, **wanted}
+        if saved.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"--load {args.load} was trained on other data: {'; '.join(different)}. Give the same data, or say "
+            "--allow-changed-data to skip as many samples of these as were read of those"
+        )
