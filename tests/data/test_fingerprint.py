@@ -36,6 +36,7 @@ def run(tmp_path: Path) -> Namespace:
     paths = ["0.3", dataset(tmp_path / "a", [3, 4]), "0.7", dataset(tmp_path / "b", [5, 6])]
     args = arguments(data_path=paths, split="90,10,0", load=str(tmp_path / "checkpoints"))
     fingerprint.save(args, args.load)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")
     return args
 
 
@@ -75,6 +76,7 @@ def test_changed_weights_order_and_documents_are_named(run: Namespace, tmp_path:
 def test_tokens_of_another_checksum_are_changed_data(tmp_path: Path) -> None:
     args = arguments(data_path=[dataset(tmp_path / "a", [3], "one")], load=str(tmp_path / "checkpoints"))
     fingerprint.save(args, args.load)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")
     fingerprint.check_resumable(args)
     dataset(tmp_path / "a", [3], "two")
     with pytest.raises(ValueError, match=r"a was .*tokens of one.*tokens of two"):
@@ -89,3 +91,9 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
     dataset(tmp_path / "a", [3], "0" * 64)
     with pytest.raises(ValueError, match=r"--tokenizer-model .* did not make .*a \(sha256 000000000000"):
         fingerprint.check_tokenizer(args)
+
+
+def test_before_the_first_checkpoint_data_may_change(run: Namespace) -> None:
+    (Path(run.load) / "latest_checkpointed_iteration.txt").unlink()
+    run.seed = 1
+    fingerprint.check_resumable(run)

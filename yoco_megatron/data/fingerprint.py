@@ -76,12 +76,13 @@ def check_resumable(args: Namespace) -> None:
     """Compare --load with the data that the flags describe, unless --finetune starts anew or nothing is trained.
 
     Raises:
-        ValueError: everything that differs, with both values. A folder without data.json passes.
+        ValueError: everything that differs, with both values. A folder without data.json, or without a checkpoint, passes.
     """
     if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
         return
     path = Path(args.load) / FILE_NAME
-    if not path.exists():
+    # A run that ended before its first checkpoint has read nothing that is to be continued.
+    if not path.exists() or not (Path(args.load) / "latest_checkpointed_iteration.txt").exists():
         return
     saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
     different = [
