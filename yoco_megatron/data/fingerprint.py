@@ -76,7 +76,7 @@ def check_resumable(args: Namespace) -> None:
     """Compare --load with the data that the flags describe, unless --finetune starts anew or nothing is trained.
 
     Raises:
-        ValueError: everything that differs, with both values. A folder without data.json, or without a checkpoint, passes.
+        ValueError: everything that differs, with both values. Without data.json or a checkpoint a folder passes.
     """
     if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
         return
