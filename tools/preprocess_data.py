@@ -13,6 +13,7 @@ warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers
 from yoco_megatron.data.encoders import BACKENDS
 from yoco_megatron.data.preprocess import preprocess
 from yoco_megatron.data.readers import expand_inputs
+from yoco_megatron.data.sentences import SentenceSplitter
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
 
 
@@ -29,6 +30,9 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer-backend", choices=BACKENDS, default="auto", help="library that encodes; the ids are the same"
     )
+    parser.add_argument("--split-sentences", action="store_true", help="encode each sentence of a document by itself")
+    parser.add_argument("--keep-newlines", action="store_true", help="keep the white space between sentences")
+    parser.add_argument("--lang", default="english", help="language of --split-sentences")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, start anew")
     add_tokenizer_arguments(parser)
     args = parser.parse_args()
@@ -52,6 +56,7 @@ def main() -> None:
             overwrite=args.overwrite,
             backend=args.tokenizer_backend,
             about_tokenizer=about,
+            sentences=SentenceSplitter(args.lang, args.keep_newlines) if args.split_sentences else None,
         )
     except ValueError as error:
         parser.error(str(error))

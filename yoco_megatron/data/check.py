@@ -66,7 +66,7 @@ def _problem(prefix: str) -> str | None:
             return f"{path} is missing; {_advice(prefix)}"
     expected = _expected_sizes(idx)
     if isinstance(expected, str):
-        return f"{idx} {expected}; copy or preprocess it again"
+        return f"{idx} {expected}" + ("" if "sentences" in expected else "; copy or preprocess it again")
     size = binary.stat().st_size
     if size != expected:
         state = "shorter" if size < expected else "longer"
@@ -107,6 +107,12 @@ def _expected_sizes(idx: Path) -> int | str:
             return f"is {state} ({size:,} bytes, not {text_size:,})"
         if sequences == 0:
             return "holds no documents"
+        # Empty documents have no sequence; more sequences than documents are what GPTDataset would take for documents.
+        if sequences > document_indices - 1:
+            return (
+                f"is an index of sentences ({sequences:,} in {document_indices - 1:,} documents), which training would "
+                "shuffle; preprocess the text with tools/preprocess_data.py, whose --split-sentences keeps documents"
+            )
         stream.seek(HEADER.size + 4 * (sequences - 1))
         (length,) = struct.unpack("<i", stream.read(4))
         stream.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))

@@ -24,6 +24,7 @@ from yoco_megatron.config.files import write_atomically
 from yoco_megatron.data.encoders import Encoder, Ids, choose_encoder, with_ends
 from yoco_megatron.data.index import write_index
 from yoco_megatron.data.readers import Batch, Position, as_list, check_keys, describe, read_batches
+from yoco_megatron.data.sentences import SentenceSplitter
 from yoco_megatron.data.unfinished import Unfinished
 
 # How often a run saves where it is.
@@ -146,6 +147,7 @@ def preprocess(
     overwrite: bool = False,
     backend: str = "auto",
     about_tokenizer: dict[str, Any] | None = None,
+    sentences: SentenceSplitter | None = None,
 ) -> dict[str, Report]:
     """Encode the records of `files` into one indexed dataset for each of `keys`.
 
@@ -155,6 +157,7 @@ def preprocess(
         workers: threads that encode.
         backend: one of `encoders.BACKENDS`.
         about_tokenizer: what to write about the tokenizer into the reports.
+        sentences: encode each sentence of a document by itself.
     Returns:
         Key -> report. The datasets are in place; on any error none of them is, and older ones are untouched. What was
         saved until then stays beside them, and the same call goes on from there.
@@ -173,11 +176,14 @@ def preprocess(
     # The threads below are the parallelism; the tokenizer's own pool would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name, encode = choose_encoder(tokenizer, backend)
+    if sentences is not None:
+        encode = sentences.encoder(encode)
 
     base = Report(
         dtype=dtype.__name__, backend=name, tokenizer=about_tokenizer or {}, inputs=[str(path) for path in files]
     )
     job = {"input": describe(files), "json-keys": keys, "eod": eod, "tokenizer": base.tokenizer, "dtype": base.dtype}
+    job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
     streams = [f"{key}.{suffix}" for key in keys for suffix in ("bin", "lengths")]
     unfinished = Unfinished(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
     complete = False
