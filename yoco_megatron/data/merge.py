@@ -1,0 +1,129 @@
+"""Several indexed datasets of documents, one after another, as one: the bytes of Megatron's IndexedDatasetBuilder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from yoco_megatron.config.files import write_atomically
+from yoco_megatron.data.check import HEADER, check_data_prefixes
+from yoco_megatron.data.index import sync, write_index
+from yoco_megatron.data.preprocess import BLOCK_BYTES, file_sha256
+
+# Counts of a report that add up.
+SUMS = ("documents", "tokens", "bytes", "bad_lines", "empty_documents", "documents_with_nul")
+
+
+def find_prefixes(inputs: list[str]) -> list[str]:
+    """Prefixes of indexed datasets: those given, and for a folder all directly in it, by name.
+
+    Raises:
+        ValueError: a folder without any.
+    """
+    found: list[str] = []
+    for entry in inputs:
+        if not Path(entry).is_dir():
+            found.append(entry)
+            continue
+        inside = [str(path.with_suffix("")) for path in sorted(Path(entry).glob("*.idx"))]
+        if not inside:
+            raise ValueError(f"--input {entry} holds no .idx; give prefixes of datasets, or a folder of them")
+        found += inside
+    return found
+
+
+def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
+    """Write the datasets `prefixes`, in this order, to `output`; memory does not grow with them.
+
+    Returns:
+        the report that is written beside the dataset, as tools/preprocess_data.py writes it.
+    Raises:
+        ValueError: one that is missing, damaged, of another dtype or another tokenizer, or an output that exists.
+    """
+    check_data_prefixes(prefixes)
+    if Path(f"{output}.idx").exists() and not overwrite:
+        raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
+    if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
+        raise ValueError(f"--output-prefix {output} is one of the inputs; choose another prefix")
+    headers = {prefix: _header(prefix) for prefix in prefixes}
+    codes = {prefix: code for prefix, (code, _, _) in headers.items()}
+    reports = [_report(prefix) for prefix in prefixes]
+    _require_one(codes, "dtype code", "datasets of one tokenizer have one")
+    hashes = {prefix: report.get("tokenizer", {}).get("sha256") for prefix, report in zip(prefixes, reports)}
+    _require_one({prefix: sha for prefix, sha in hashes.items() if sha}, "tokenizer", "its SHA-256 is in the .json")
+
+    from megatron.core.datasets.indexed_dataset import DType
+
+    dtype = DType.dtype_from_code(codes[prefixes[0]])
+    paths = {suffix: Path(f"{output}.{suffix}") for suffix in ("bin", "idx", "json")}
+    aside = {suffix: Path(f"{path}.tmp") for suffix, path in paths.items()}
+    lengths = Path(f"{output}.lengths.tmp")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes)
+        with (
+            aside["bin"].open("wb") as ids,
+            lengths.open("wb") as counts,
+            tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
+        ):
+            for prefix in prefixes:
+                with open(f"{prefix}.bin", "rb") as source:
+                    while block := source.read(BLOCK_BYTES):
+                        ids.write(block)
+                        progress.update(len(block))
+                counts.write(memoryview(_lengths(prefix, headers[prefix][1])))
+            sync(ids)
+            sync(counts)
+        write_index(aside["idx"], np.memmap(lengths, np.int32, "r"), dtype)
+        report = _merged(prefixes, reports, headers, dtype)
+        report["files"] = {
+            suffix: {"bytes": aside[suffix].stat().st_size, "sha256": file_sha256(aside[suffix])}
+            for suffix in ("bin", "idx")
+        }
+        paths["idx"].unlink(missing_ok=True)  # of an older .bin
+        os.replace(aside["bin"], paths["bin"])
+        write_atomically(paths["json"], json.dumps(report, indent=1) + "\n")
+        os.replace(aside["idx"], paths["idx"])
+    finally:
+        for path in (*aside.values(), lengths):
+            path.unlink(missing_ok=True)
+    return report
+
+
+def _require_one(values: dict[str, Any], what: str, advice: str) -> None:
+    if len(set(values.values())) > 1:
+        first, *_ = values
+        other = next(prefix for prefix in values if values[prefix] != values[first])
+        raise ValueError(
+            f"--input: {first} has {what} {str(values[first])[:12]}, {other} has {str(values[other])[:12]}; {advice}"
+        )
+
+
+def _header(prefix: str) -> tuple[int, int, int]:
+    """dtype code, sequences, document indices."""
+    with open(f"{prefix}.idx", "rb") as stream:
+        return HEADER.unpack(stream.read(HEADER.size))[2:]
+
+
+def _lengths(prefix: str, documents: int) -> np.ndarray:
+    return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (documents,))
+
+
+def _report(prefix: str) -> dict[str, Any]:
+    path = Path(f"{prefix}.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _merged(
+    prefixes: list[str], reports: list[dict[str, Any]], headers: dict[str, Any], dtype: type[np.integer]
+) -> dict[str, Any]:
+    """Counts of text are known only if every dataset has a report; documents and tokens always are."""
+    sums = {name: sum(report[name] for report in reports) for name in SUMS if all(name in report for report in reports)}
+    sums["documents"] = sum(headers[prefix][1] for prefix in prefixes)
+    sums["tokens"] = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes) // np.dtype(dtype).itemsize
+    tokenizers = [report["tokenizer"] for report in reports if report.get("tokenizer")]
+    known = tokenizers[0] if len(tokenizers) == len(reports) else {}
+    return sums | {"dtype": np.dtype(dtype).name, "tokenizer": known, "inputs": prefixes}
