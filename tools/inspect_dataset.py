@@ -1,13 +1,17 @@
-"""What an indexed dataset (PREFIX.bin, PREFIX.idx) holds: documents, tokens, entropy of the token frequencies."""
+"""What an indexed dataset (PREFIX.bin, PREFIX.idx) holds: counts, lengths, entropy, documents; and is it still whole?"""
 
 import argparse
 import json
+import logging
 import math
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
+from yoco_megatron.data import inspect
 from yoco_megatron.data.check import check_data_prefixes, count_documents, unigram_entropy
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments
 
 
 def main() -> None:
@@ -15,21 +19,41 @@ def main() -> None:
     parser.add_argument("--data-path", required=True, help="prefix of the .bin and .idx files")
     parser.add_argument("--split", help="as in pretraining, such as 95,4,1: count the entropy of one --part of it")
     parser.add_argument("--part", choices=["train", "valid", "test"], help="part of --split")
+    parser.add_argument("--verify", action="store_true", help="read all of it and compare with its checksums")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N random documents, decoded")
+    parser.add_argument("--sample-tokens", type=int, default=200, help="at most so many tokens of each")
+    parser.add_argument("--sample-seed", type=int, default=1234, help="of the choice of documents")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of the documents")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_tokenizer_arguments(parser)
     args = parser.parse_args()
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers tell each step, on the standard output
     try:
         check_data_prefixes([args.data_path])
+        checksums = inspect.verify(args.data_path) if args.verify else None
+        tokenizer = inspect.tokenizer_of(args.data_path, args) if args.samples > 0 else None
         documents, tokens = count_documents(args.data_path)
         nats = unigram_entropy(args.data_path, args.split, args.part)
     except ValueError as error:
         parser.error(str(error))
+    lengths = inspect.document_lengths(args.data_path)
+    if args.histogram:
+        inspect.save_histogram(lengths, args.histogram, Path(args.data_path).name)
     if args.json:
         part = {"split": args.split, "part": args.part}
-        print(json.dumps({"documents": documents, "tokens": tokens, **part, "unigram_entropy_nats": nats}))
+        content = {"documents": documents, "tokens": tokens, **part, "unigram_entropy_nats": nats, "sha256": checksums}
+        print(json.dumps(content))
         return
     where = f" of part {args.part} of {args.split}" if args.part else ""
     print(f"{args.data_path}: {documents:,} documents, {tokens:,} tokens")
+    print(inspect.describe_lengths(lengths))
     print(f"unigram entropy{where}: {nats:.4f} nats a token (perplexity {math.exp(nats):,.1f})")
+    for suffix, sha256 in (checksums or {}).items():
+        print(f".{suffix} is whole: sha256 {sha256}")
+    if tokenizer is not None:
+        sample = (args.samples, args.sample_seed, args.sample_tokens)
+        for number, length, text in inspect.random_documents(args.data_path, tokenizer, *sample):
+            print(f"\n== document {number:,}, {length:,} tokens\n{text}")
 
 
 if __name__ == "__main__":

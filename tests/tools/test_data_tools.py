@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,40 @@ def test_bad_line_ends_preprocessing_with_its_place(made: tuple[Path, dict[str, 
     assert "--skip-bad-lines" in error
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
     assert "1 documents" in run("preprocess_data", *arguments, "--skip-bad-lines")
+
+
+def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, _ = made
+    prefix = folder / "out" / "code_text_document"
+    texts = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").open(encoding="utf-8")]
+    png = tmp_path / "lengths.png"
+    said = run(
+        "inspect_dataset", "--data-path", prefix, "--samples", 3, "--sample-tokens", 10_000, "--verify",
+        "--histogram", png,
+    )  # fmt: skip
+    shown = re.findall(r"== document (\d+), (\d+) tokens\n(.*?)<\|endoftext\|>", said, re.DOTALL)
+    assert len(shown) == 3
+    lengths = IndexedDataset(str(prefix)).sequence_lengths
+    for number, length, text in shown:
+        assert text == texts[int(number)] and int(length) == lengths[int(number)]
+    assert f"tokens a document: {lengths.min()} to {lengths.max()}" in said
+    assert ".bin is whole" in said and ".idx is whole" in said
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    for suffix in ("bin", "idx", "json"):
+        (tmp_path / f"copy.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
+    run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify")
+    damaged = bytearray((tmp_path / "copy.bin").read_bytes())
+    damaged[5] ^= 1
+    (tmp_path / "copy.bin").write_bytes(damaged)
+    assert "copy.bin has SHA-256" in run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
+
+
+def test_merge_and_its_errors(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, _ = made
+    prefix = folder / "out" / "code_text_document"
+    arguments = ["--input", prefix, prefix, "--output-prefix", tmp_path / "two"]
+    assert "80 documents" in run("merge_datasets", *arguments)
+    assert (tmp_path / "two.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes() * 2
+    assert "80 documents" in run("inspect_dataset", "--data-path", tmp_path / "two", "--verify")
+    assert "--overwrite" in run("merge_datasets", *arguments, fails=True)
