@@ -1,4 +1,4 @@
-"""What an indexed dataset (PREFIX.bin, PREFIX.idx) holds: counts, lengths, entropy, documents; and is it still whole?"""
+"""What an indexed dataset (PREFIX.bin, PREFIX.idx) holds: counts, lengths, entropy, documents; and is it whole?"""
 
 import argparse
 import json
