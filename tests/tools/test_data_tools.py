@@ -117,7 +117,8 @@ def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict
     )  # fmt: skip
     shown = re.findall(r"== document (\d+), (\d+) tokens\n(.*?)<\|endoftext\|>", said, re.DOTALL)
     assert len(shown) == 3
-    lengths = IndexedDataset(str(prefix)).sequence_lengths
+    dataset = IndexedDataset(str(prefix))
+    lengths = dataset.sequence_lengths
     for number, length, text in shown:
         assert text == texts[int(number)] and int(length) == lengths[int(number)]
     assert f"tokens a document: {lengths.min()} to {lengths.max()}" in said

@@ -71,7 +71,8 @@ def document_lengths(prefix: str) -> np.ndarray:
     """Tokens of each document, int32 [documents]."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    return IndexedDataset(prefix).sequence_lengths
+    dataset = IndexedDataset(prefix)
+    return dataset.sequence_lengths.copy()  # the dataset unmaps the file at its end, under an array that lives on
 
 
 def describe_lengths(lengths: np.ndarray) -> str:
