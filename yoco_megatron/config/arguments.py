@@ -5,6 +5,7 @@ here as ValueError, before anything is started.
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -98,11 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ValueError: anything wrong that can be seen without starting.
     """
     parser = build_parser()
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config", action="append", nargs="+", default=[])
-    given, rest = config_only.parse_known_args(argv)
-    from_files = to_argv(load_config_files([source for group in given.config for source in group]), parser)
-    merged = [*from_files, *rest]
+    merged = _with_configs(argv, parser)
     rules.require(
         all(token.partition("=")[0] != "--yaml-cfg" for token in merged),
         "--yaml-cfg replaces every other flag in Megatron, and knows none of ours: use --config",
@@ -113,6 +110,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     resilience.apply(args)
     check(args, parser)
     return args
+
+
+def _with_configs(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line with the flags of its configs before its own."""
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", action="append", nargs="+", default=[])
+    given, rest = config_only.parse_known_args(argv)
+    return [*to_argv(load_config_files([source for group in given.config for source in group]), parser), *rest]
+
+
+def parse_anywhere(argv: list[str]) -> argparse.Namespace:
+    """As `parse`, for a tool that runs alone with the flags of a run on many GPUs: the smallest world that they fit."""
+    parser = build_parser()
+    args, _ = parser.parse_known_args(_with_configs(argv, parser))
+    world = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world), "RANK": "0"}):
+        return parse(argv)
 
 
 def explicit_flags(argv: list[str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """YAML configs: Megatron's flag names as keys, merged left to right.
 
 A config is a YAML mapping from flag names (dashes or underscores, without the leading --) to values: `true` sets a
-switch, `false` or `null` leaves it at its default, a list gives a flag several values. The key `include` names another
-config or a list of them, relative to the file, that are merged first. Instead of a file, `key=value` may be given.
+switch, `false` or `null` leaves it at its default, a list gives a flag several values, and a mapping under data-path
+blends datasets (prefix: weight). The key `include` names another config or a list of them, relative to the file, that
+are merged first. Instead of a file, `key=value` may be given.
 """
 
 import argparse
@@ -93,8 +94,20 @@ def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str
             continue
         if is_switch:
             argv.append(flags[key])
+        elif isinstance(value, dict):
+            argv += [flags[key], *_blend(key, value)]
         elif isinstance(value, list):
             argv += [flags[key], *map(str, value)]
         else:
             argv.append(f"{flags[key]}={value}")  # one token, because argparse takes -1e-5 for a flag
     return argv
+
+
+def _blend(key: str, sources: dict[Any, Any]) -> list[str]:
+    """Megatron's 'W1 P1 W2 P2 ...' of a mapping from the prefix of a dataset to its weight."""
+    if not key.endswith("data-path"):
+        raise ValueError(f"config key '{key}': a mapping is for data-path (prefix: weight) alone")
+    for prefix, weight in sources.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise ValueError(f"config key '{key}': the weight of {prefix} must be a positive number, not {weight!r}")
+    return [word for prefix, weight in sources.items() for word in (repr(weight), str(prefix))]

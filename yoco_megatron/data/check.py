@@ -144,7 +144,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
     from tqdm import tqdm  # not a need of training, which imports this module
 
     dataset = IndexedDataset(prefix)
-    first, end = _sequences_of(len(dataset), split, part)
+    first, end = sequences_of(len(dataset), split, part)
     lengths = dataset.sequence_lengths[first:end]
     remaining = int(lengths.sum(dtype=np.int64))
     if remaining == 0:
@@ -168,7 +168,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
     return float(-(shares * np.log(shares)).sum()) or 0.0  # never -0.0
 
 
-def _sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[int, int]:
+def sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[int, int]:
     """First and end of the sequences in a part, cut as core/datasets/blended_megatron_dataset_builder.py does."""
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,

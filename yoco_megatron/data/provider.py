@@ -2,12 +2,15 @@
 
 from argparse import Namespace
 from functools import partial
+from unittest import mock
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.training.utils import get_blend_and_blend_per_split
+
+from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
 
 
 def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
@@ -51,3 +54,33 @@ def build_datasets(
     kind = MockGPTDataset if args.mock_data else GPTDataset
     is_built_here = partial(_is_built_here, args.dataloader_inter_document_masking)
     return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args, tokenizer)).build()
+
+
+def prepare_cache(args: Namespace) -> dict[str, int]:
+    """Build and write the indices that training with `args` will look for, in one process without process groups.
+
+    Returns:
+        samples of train, valid and test, of those that there are.
+    Raises:
+        ValueError: no --data-cache-path, or no data to index.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import training
+
+    if args.data_cache_path is None:
+        raise ValueError("--data-cache-path is missing: name the folder, the same as in training")
+    if args.mock_data:
+        raise ValueError("--mock-data needs no cache")
+    if args.rampup_batch_size is not None and args.train_iters is None:
+        raise ValueError(
+            "--rampup-batch-size with --train-samples: the number of evaluations is known in training only"
+        )
+    # What Megatron fills in when training starts.
+    args.split = args.split or (DEFAULT_SPLIT if args.data_path is not None else None)
+    args.train_iters = args.train_iters or train_samples(args) // args.global_batch_size
+    args.eval_global_batch_size = args.eval_global_batch_size or args.global_batch_size
+    with mock.patch.object(training, "get_args", return_value=args):
+        sizes = training.get_train_valid_test_num_samples()
+    config = dataset_config(args, build_tokenizer(args))
+    datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    return {name: len(part) for name, part in zip(("train", "valid", "test"), datasets) if part is not None}

@@ -1,0 +1,38 @@
+"""Build the index caches of a run off the cluster. Takes the flags and configs of pretrain_yoco.py, exactly as there.
+
+Training finds them in --data-cache-path, which both must name. Their names are hashes of the data flags, of the flags of
+the tokenizer (its path as it is written) and of --seq-length: other flags build others.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from yoco_megatron import runtime
+
+runtime.prepare()  # before anything imports megatron
+
+from yoco_megatron.config import arguments
+from yoco_megatron.data.provider import prepare_cache
+
+
+def main() -> None:
+    if "--help" in sys.argv:
+        sys.exit(__doc__.strip())
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    started = time.monotonic()
+    try:
+        args = arguments.parse_anywhere(sys.argv[1:])
+        built = prepare_cache(args)
+    except ValueError as error:
+        sys.exit(f"prepare_cache.py: error: {error}")
+    files = [path for path in Path(args.data_cache_path).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    print(f"{args.data_cache_path}: {len(files)} files, {size:,} bytes, {time.monotonic() - started:.1f} s")
+    for name, samples in built.items():
+        print(f"{name}: {samples:,} samples")
+
+
+if __name__ == "__main__":
+    main()
