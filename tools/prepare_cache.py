@@ -1,7 +1,7 @@
 """Build the index caches of a run off the cluster. Takes the flags and configs of pretrain_yoco.py, exactly as there.
 
-Training finds them in --data-cache-path, which both must name. Their names are hashes of the data flags, of the flags of
-the tokenizer (its path as it is written) and of --seq-length: other flags build others.
+Training finds them in --data-cache-path, which both must name. Their names are hashes of the data flags, of the flags
+of the tokenizer (its path as it is written) and of --seq-length: other flags build others.
 """
 
 import logging
