@@ -26,7 +26,9 @@ def dataset(prefix: Path, lengths: list[int], sha256: str | None = None) -> str:
 
 def arguments(**given: Any) -> Namespace:
     names = (*fingerprint.PATHS, *fingerprint.LISTS, *fingerprint.FLAGS, "tokenizer_model", "load")
-    others = {"finetune": False, "skip_train": False, "allow_changed_data": False, "seed": 1234}
+    others = {"finetune": False, "skip_train": False, "allow_changed_data": False, "seed": 1234, "rank": 0}
+    others |= {"seq_length": 2, "train_samples": None, "train_iters": None, "global_batch_size": 2}
+    others |= {"mid_level_dataset_surplus": 0.005}
     return Namespace(**(dict.fromkeys(names) | others | given))
 
 
@@ -96,4 +98,29 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
 def test_before_the_first_checkpoint_data_may_change(run: Namespace) -> None:
     (Path(run.load) / "latest_checkpointed_iteration.txt").unlink()
     run.seed = 1
+    fingerprint.check_resumable(run)
+
+
+def test_a_longer_run_must_not_shuffle_anew(tmp_path: Path) -> None:
+    """3 samples an epoch; Megatron shuffles as many epochs as the whole run needs, all together."""
+    args = arguments(data_path=[dataset(tmp_path / "a", [4, 3])], load=str(tmp_path), train_iters=1, split="1,0,0")
+    fingerprint.save(args, args.load)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    fingerprint.check_resumable(args)
+    args.train_iters, args.train_samples = None, 3  # longer, within the epoch
+    fingerprint.check_resumable(args)
+    args.train_samples = 7
+    with pytest.raises(ValueError, match=r"a was shuffled as 1 epochs, is as 3 epochs.* \(--train-iters"):
+        fingerprint.check_resumable(args)
+    args.seq_length = 1  # other samples anyway
+    fingerprint.check_resumable(args)
+
+
+def test_the_split_that_megatron_fills_in_is_the_same(run: Namespace) -> None:
+    run.split = None
+    with pytest.raises(ValueError, match=r"split was 90,10,0, is 969, 30, 1"):
+        fingerprint.check_resumable(run)
+    run.split = "969, 30, 1"
+    fingerprint.save(run, run.load)
+    run.split = None
     fingerprint.check_resumable(run)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from yoco_megatron.config.files import write_atomically
 from yoco_megatron.data.check import data_prefixes_from_args
+from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
 from yoco_megatron.data.tokenizer import tokenizer_sha256
 
 FILE_NAME = "data.json"
@@ -20,6 +21,7 @@ LISTS = ("data_args_path", "per_split_data_args_path")
 FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
 # Of an .idx that no report describes: the lengths of the first quarter million documents.
 HEAD_BYTES = 1 << 20
+ORDER = "sample_order"
 
 
 def describe(args: Namespace) -> dict[str, object]:
@@ -28,12 +30,35 @@ def describe(args: Namespace) -> dict[str, object]:
     Folders of the prefixes are left out, so that data may move.
     """
     flags: dict[str, object] = {name: getattr(args, name) for name in FLAGS}
+    if args.data_path and args.split is None:  # which Megatron fills in between the check and the saving
+        flags["split"] = DEFAULT_SPLIT
     flags |= {name: [Path(entry).name for entry in getattr(args, name) or []] for name in PATHS}
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     flags |= {name: sha256(Path(path).read_bytes()).hexdigest() for name, path in lists.items()}
     prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
     datasets = {Path(prefix).name: dataset_fingerprint(prefix) for prefix in prefixes}
     return flags | {"tokenizer_sha256": tokenizer_sha256(args.tokenizer_model)} | datasets
+
+
+def sample_order(args: Namespace) -> dict[str, object]:
+    """What else decides the order: --seq-length, and by dataset the epochs that Megatron shuffles together.
+
+    A longer run may have more of them, and then draws other samples from its first step on. {} where nothing is drawn
+    from local datasets, or the flags do not say how much.
+    """
+    prefixes = data_prefixes_from_args(args)
+    if not prefixes or any("://" in prefix for prefix in prefixes):
+        return {}
+    try:
+        sources = plan(args, train_samples(args))
+    except ValueError:  # no length of the run, or no training part
+        return {}
+    return {"seq_length": args.seq_length, "epochs": {Path(source.prefix).name: source.order for source in sources}}
+
+
+def _epochs(order: list) -> str:
+    epochs, last_apart = order
+    return f"{epochs} epochs" + (", the last apart" if last_apart else "")
 
 
 def dataset_fingerprint(prefix: str) -> dict[str, object]:
@@ -53,7 +78,8 @@ def _report(prefix: str) -> dict:
 
 def save(args: Namespace, folder: str) -> Path:
     """Write data.json into a checkpoint folder, in one step."""
-    return write_atomically(Path(folder) / FILE_NAME, json.dumps(describe(args), indent=1) + "\n")
+    content = describe(args) | {ORDER: sample_order(args)}
+    return write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_tokenizer(args: Namespace) -> None:
@@ -85,11 +111,21 @@ def check_resumable(args: Namespace) -> None:
     if not path.exists() or not (Path(args.load) / "latest_checkpointed_iteration.txt").exists():
         return
     saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
+    was = saved.pop(ORDER, {})
+    # One rank reads all lengths, for all.
+    now = json.loads(json.dumps(sample_order(args))) if was and args.rank == 0 else {}
     different = [
         f"{name} was {saved.get(name)}, is {wanted.get(name)}"
         for name in {**saved, **wanted}
         if saved.get(name) != wanted.get(name)
     ]
+    if now and was["seq_length"] == now["seq_length"]:
+        different += [
+            f"{name} was shuffled as {_epochs(was['epochs'][name])}, is as {_epochs(order)} "
+            "(--train-iters, --train-samples)"
+            for name, order in now["epochs"].items()
+            if name in was["epochs"] and was["epochs"][name] != order
+        ]
     if different:
         raise ValueError(
             f"--load {args.load} was trained on other data: {'; '.join(different)}. Give the same data, or say "
