@@ -188,3 +188,13 @@ def test_parts_that_are_not_there(prefix: str) -> None:
         unigram_entropy(prefix, "9,1,0", "dev")
     with pytest.raises(ValueError, match=r"go together"):
         unigram_entropy(prefix, "9,1,0")
+
+
+def test_parts_without_a_document_are_refused(prefix: str) -> None:
+    """GPTDataset adds epochs of nothing until it has enough."""
+    check.check_split([prefix], "1,0,0")
+    with pytest.raises(ValueError, match=r"--split 969, 30, 1: none of the \d+ documents of .* the part (valid|test)"):
+        check.check_split([prefix], "969, 30, 1")
+    for split in ("a,b", "0,0,0", "1,1,1,1"):
+        with pytest.raises(ValueError, match=rf"--split {split}: give the shares"):
+            check.check_split([prefix], split)

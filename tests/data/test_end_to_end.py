@@ -141,7 +141,7 @@ def test_order_is_the_same_for_every_data_parallel_size(tokenizer_folder: Path, 
 
 def test_resumed_with_another_data_parallel_size(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Through pretrain_yoco.py, without --split: the losses of the undisturbed run; other data are refused."""
-    prefix = data(tmp_path / "data", tokenizer_folder, texts())
+    prefix = data(tmp_path / "data", tokenizer_folder, texts() * 10)
     flags = ["--data-path", prefix, "--train-iters", "16", "--eval-iters", "0", *MASK]
     base = flags_of(tokenizer_folder)
     split = base.index("--split")
@@ -156,4 +156,4 @@ def test_resumed_with_another_data_parallel_size(tokenizer_folder: Path, tmp_pat
     with pytest.raises(AssertionError, match=r"was trained on other data: seed was 1234, is 4"):
         train(1, *resume, "--seed", "4", base=base)
     with pytest.raises(AssertionError, match=r"d_text_document was shuffled as \d+ epochs"):
-        train(1, *resume, "--train-iters", "400", base=base)
+        train(1, *resume, "--train-iters", "1000", base=base)

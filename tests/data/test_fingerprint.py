@@ -124,3 +124,14 @@ def test_the_split_that_megatron_fills_in_is_the_same(run: Namespace) -> None:
     fingerprint.save(run, run.load)
     run.split = None
     fingerprint.check_resumable(run)
+
+
+def test_masking_ends_that_the_data_do_not_have_is_refused(tmp_path: Path) -> None:
+    args = arguments(data_path=[dataset(tmp_path / "a", [3], "one")], eod_mask_loss=True)
+    for eod, refused in ((0, False), (None, True)):
+        (tmp_path / "a.json").write_text(json.dumps({"tokenizer": {"eod": eod}}))
+        if refused:
+            with pytest.raises(ValueError, match=r"--eod-mask-loss has no effect on .*a, .* --append-eod"):
+                fingerprint.check_tokenizer(args)
+        else:
+            fingerprint.check_tokenizer(args)

@@ -25,7 +25,8 @@ from yoco_megatron.config import rules
 from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
-from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args
+from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
+from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.parallel import planner
 from yoco_megatron.parallel.layout import choose_layout
 from yoco_megatron.parallel.stages import StagePlan
@@ -193,6 +194,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
         )
         check_data_prefixes(prefixes)
+        if args.data_path is not None or (args.data_args_path is not None and args.split is not None):
+            check_split(prefixes, args.split or DEFAULT_SPLIT)
     check_loadable(args)
 
 

@@ -59,6 +59,35 @@ def check_data_prefixes(prefixes: list[str]) -> None:
         raise ValueError("--data-path: " + "\n  ".join(problems))
 
 
+def check_split(prefixes: list[str], split: str) -> None:
+    """Check that each part that --split asks for holds a document of each dataset; Megatron would count for ever.
+
+    Raises:
+        ValueError: the first empty part, or shares that are no shares.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+    from megatron.core.datasets.utils import Split
+
+    try:
+        shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = [np.nan]
+    if not np.isfinite(shares).all():
+        raise ValueError(f"--split {split}: give the shares of train, valid and test, such as 98,1,1")
+    for prefix in prefixes:
+        if "://" in prefix:
+            continue
+        with open(f"{prefix}.idx", "rb") as stream:
+            sequences = HEADER.unpack(stream.read(HEADER.size))[3]
+        for part, share in zip(Split, shares):
+            first, end = sequences_of(sequences, split, part.name)
+            if share > 0 and first == end:
+                raise ValueError(
+                    f"--split {split}: none of the {sequences:,} documents of {prefix} is in the part {part.name}; "
+                    "give it a larger share, or 0"
+                )
+
+
 def _problem(prefix: str) -> str | None:
     idx, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, binary):

@@ -83,18 +83,24 @@ def save(args: Namespace, folder: str) -> Path:
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Compare the tokenizer of the flags with the one that made the data, where their reports name it.
+    """Compare the flags with what the reports of the data say about their tokenizer and ends of documents.
 
     Raises:
-        ValueError: data that were made with another tokenizer.
+        ValueError: data of another tokenizer, or data without ends of documents and --eod-mask-loss, which looks for them.
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
-        theirs = _report(prefix).get("tokenizer", {}).get("sha256")
+        about = _report(prefix).get("tokenizer", {})
+        theirs = about.get("sha256")
         if theirs is not None and ours is not None and theirs != ours:
             raise ValueError(
                 f"--tokenizer-model {args.tokenizer_model} (sha256 {ours[:12]}) did not make {prefix} "
                 f"(sha256 {theirs[:12]}, see {prefix}.json); give that one, or preprocess the data with this one"
+            )
+        if args.eod_mask_loss and "eod" in about and about["eod"] is None:
+            raise ValueError(
+                f"--eod-mask-loss has no effect on {prefix}, whose documents have no end (see {prefix}.json): leave the "
+                "flag away, or preprocess with --append-eod"
             )
 
 
