@@ -86,7 +86,7 @@ def check_tokenizer(args: Namespace) -> None:
     """Compare the flags with what the reports of the data say about their tokenizer and ends of documents.
 
     Raises:
-        ValueError: data of another tokenizer, or data without ends of documents and --eod-mask-loss, which looks for them.
+        ValueError: data of another tokenizer, or without ends of documents though --eod-mask-loss looks for them.
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
@@ -99,8 +99,8 @@ def check_tokenizer(args: Namespace) -> None:
             )
         if args.eod_mask_loss and "eod" in about and about["eod"] is None:
             raise ValueError(
-                f"--eod-mask-loss has no effect on {prefix}, whose documents have no end (see {prefix}.json): leave the "
-                "flag away, or preprocess with --append-eod"
+                f"--eod-mask-loss has no effect on {prefix}, whose documents have no end (see {prefix}.json): "
+                "leave the flag away, or preprocess with --append-eod"
             )
 
 
