@@ -138,6 +138,7 @@ ROUND_TRIP = [
 @pytest.mark.parametrize("flags", ROUND_TRIP, ids=" ".join)
 def test_resolved_config_gives_the_same_arguments(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "check_data_prefixes", lambda prefixes: None)
+    monkeypatch.setattr(arguments, "check_split", lambda prefixes, split: None)
     argv = [token for token in MINIMAL if token != "--mock-data" or "--data-path" not in flags]
     args = arguments.parse([*argv, *flags])
     path = arguments.save_resolved_config(args, str(tmp_path / "run"))
