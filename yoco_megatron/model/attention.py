@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.projections import output_projection, save_original_input
 from yoco_megatron.parallel.sequence import Chunk, SequenceShard, Sight
 
 # Megatron's enum has no name for Transformer Engine's mask of packed documents with fewer queries than keys.
@@ -33,6 +34,9 @@ class ChunkedAttention(MegatronModule):
         submodules: `core_attention` and `linear_proj`.
         reach: earlier keys that a query sees; None for all.
     """
+
+    linear_in: str
+    """Name of the projection of the layer's input."""
 
     def __init__(
         self,
@@ -57,21 +61,12 @@ class ChunkedAttention(MegatronModule):
             softmax_scale=config.softmax_scale,
             pg_collection=pg_collection,
         )
-        self.linear_proj = submodules.linear_proj(
-            config.num_attention_heads * self.head_dim,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="proj",
-            tp_group=pg_collection.tp,
+        self.linear_proj = output_projection(
+            submodules.linear_proj, config, config.num_attention_heads * self.head_dim, pg_collection.tp
         )
         if config.fp8 and config.fp8_recipe != "delayed":
             # The attention kernel keeps this input anyway; a quantised copy beside it would be memory for nothing.
-            _save_original_input(self.linear_proj)
+            save_original_input(self.linear_proj)
 
     def attend(self, query: Tensor, keys_of: KeysOf, shard: SequenceShard, *saved: Tensor) -> Tensor:
         """query [s, b, H, D] -> [s, b, H * D].
@@ -115,16 +110,11 @@ class ChunkedAttention(MegatronModule):
     def backward_dw(self) -> None:
         """Delayed weight gradients, as Megatron's schedules call them."""
         self.linear_proj.backward_dw()
-        self.linear_in.backward_dw()
+        getattr(self, self.linear_in).backward_dw()
 
     def set_for_recompute_input_layernorm(self) -> None:
         """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
-        _save_original_input(self.linear_in)
-
-    @property
-    def linear_in(self) -> MegatronModule:
-        """The projection of the layer's input."""
-        raise NotImplementedError
+        save_original_input(getattr(self, self.linear_in))
 
 
 def _lay_end_to_end(x: Tensor, first: list[int]) -> Tensor:
@@ -132,9 +122,3 @@ def _lay_end_to_end(x: Tensor, first: list[int]) -> Tensor:
     if x.shape[1] == 1:
         return x[first[0] :].squeeze(1)
     return torch.cat([x[row:, sample] for sample, row in enumerate(first)])
-
-
-def _save_original_input(linear: MegatronModule) -> None:
-    from megatron.core.extensions.transformer_engine import set_save_original_input
-
-    set_save_original_input(linear)

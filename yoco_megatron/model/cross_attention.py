@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.attention import ChunkedAttention
 from yoco_megatron.model.kv_gradient import SharedKVReader
+from yoco_megatron.model.projections import input_projection
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.parallel.sequence import SequenceShard
 
@@ -29,6 +29,8 @@ class SharedKVAttentionSubmodules:
 class SharedKVAttention(ChunkedAttention):
     """Mixer [s, b, h] -> [s, b, h] over the shared keys and values; only queries are projected and rotated."""
 
+    linear_in = "linear_q"
+
     def __init__(
         self,
         config: YOCOConfig,
@@ -38,17 +40,8 @@ class SharedKVAttention(ChunkedAttention):
         **_: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection, attention_type="cross", reach=None)
-        self.linear_q = submodules.linear_q(
-            config.hidden_size,
-            config.num_attention_heads * self.head_dim,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="qkv",
-            tp_group=pg_collection.tp,
+        self.linear_q = input_projection(
+            submodules.linear_q, config, config.num_attention_heads * self.head_dim, pg_collection.tp
         )
 
     def forward(
@@ -72,7 +65,3 @@ class SharedKVAttention(ChunkedAttention):
         reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
         y = self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), packed_seq_params)
         return self.linear_proj(y)
-
-    @property
-    def linear_in(self) -> MegatronModule:
-        return self.linear_q

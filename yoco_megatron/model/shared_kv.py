@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.projections import input_projection
 from yoco_megatron.model.rotary import rotate
 
 
@@ -43,17 +44,8 @@ class SharedKV(MegatronModule):
         self.layernorm = submodules.layernorm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        self.linear_kv = submodules.linear_kv(
-            config.hidden_size,
-            2 * config.num_query_groups * self.head_dim,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="qkv",
-            tp_group=pg_collection.tp,
+        self.linear_kv = input_projection(
+            submodules.linear_kv, config, 2 * config.num_query_groups * self.head_dim, pg_collection.tp
         )
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:

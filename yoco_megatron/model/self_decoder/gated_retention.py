@@ -20,6 +20,7 @@ from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.norm import rms_norm
+from yoco_megatron.model.projections import input_projection, output_projection, save_original_input
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
 from yoco_megatron.parallel.retention import StateExchange
@@ -62,25 +63,8 @@ class GatedRetention(MegatronModule):
         )
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         width = config.num_attention_heads * self.head_dim
-        common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
-        self.linear_qkvg = submodules.linear_qkvg(
-            config.hidden_size,
-            4 * width,
-            init_method=config.init_method,
-            gather_output=False,
-            skip_bias_add=False,
-            tp_comm_buffer_name="qkv",
-            **common,
-        )
-        self.linear_proj = submodules.linear_proj(
-            width,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="proj",
-            **common,
-        )
+        self.linear_qkvg = input_projection(submodules.linear_qkvg, config, 4 * width, self.tp_group)
+        self.linear_proj = output_projection(submodules.linear_proj, config, width, self.tp_group)
         # One logit per head: all heads on every rank (a [h, heads] matrix), see `decay_logits`.
         self.linear_decay = torch.nn.Linear(
             config.hidden_size,
@@ -168,6 +152,4 @@ class GatedRetention(MegatronModule):
 
     def set_for_recompute_input_layernorm(self) -> None:
         """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
-        from megatron.core.extensions.transformer_engine import set_save_original_input
-
-        set_save_original_input(self.linear_qkvg)
+        save_original_input(self.linear_qkvg)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.attention import ChunkedAttention
+from yoco_megatron.model.projections import input_projection
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.parallel.context import keys_with_halo
 from yoco_megatron.parallel.sequence import Chunk, SequenceShard
@@ -33,6 +33,8 @@ class SlidingWindowAttention(ChunkedAttention):
     so that tensor parallelism cuts between heads.
     """
 
+    linear_in = "linear_qkv"
+
     def __init__(
         self,
         config: YOCOConfig,
@@ -45,17 +47,11 @@ class SlidingWindowAttention(ChunkedAttention):
             config, submodules, layer_number, pg_collection, attention_type="self", reach=config.window_size[0]
         )
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
-        self.linear_qkv = submodules.linear_qkv(
-            config.hidden_size,
+        self.linear_qkv = input_projection(
+            submodules.linear_qkv,
+            config,
             (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="qkv",
-            tp_group=pg_collection.tp,
+            pg_collection.tp,
         )
 
     def forward(
@@ -84,7 +80,3 @@ class SlidingWindowAttention(ChunkedAttention):
 
         y = self.attend(query, keys_of, packed_seq_params, *keys_and_values)
         return self.linear_proj(y)
-
-    @property
-    def linear_in(self) -> MegatronModule:
-        return self.linear_qkv
