@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from yoco_megatron.checkpoint import fields, names, safe_load
+from yoco_megatron.checkpoint.folder import TRACKER, path_of
 from yoco_megatron.config.files import load_config_files
 from yoco_megatron.config.rules import nearest, require
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -83,13 +84,13 @@ def _near(missing: list[str], found: Found) -> str:
 
 def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
     """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     require(
         tracker.exists() and (folder / "resolved_config.yaml").exists(),
         f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
     )
     latest = tracker.read_text().strip()
-    name = "release" if latest == "release" and iteration is None else f"iter_{int(iteration or latest):07d}"
+    name = "release" if latest == "release" and iteration is None else path_of(folder, int(iteration or latest)).name
     require(
         (folder / name / ".metadata").exists(),
         f"--input {folder}: {name} is no checkpoint in the torch_dist format; there are "

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import yoco_megatron.hf
 from yoco_megatron.checkpoint import architecture, fields, names, tokenizer_files
+from yoco_megatron.checkpoint.folder import COMPLETE, TRACKER
 from yoco_megatron.checkpoint.model_card import model_card
 from yoco_megatron.checkpoint.source import Source
 
@@ -147,8 +148,8 @@ def write_megatron(source: Source, folder: Path) -> None:
         "content_metadata": {"singleton_local_shards": False},
     }
     _save_streaming(source, checkpoint, common)
-    _write_json(checkpoint / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    _write_json(checkpoint / COMPLETE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    (folder / TRACKER).write_text("release")
 
 
 def _tokenizer_flags(source: Source, folder: Path) -> dict[str, Any]:

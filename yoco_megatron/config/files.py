@@ -64,14 +64,18 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return {str(key).replace("_", "-"): value for key, value in content.items()}
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` beside `path` and rename it into place, making the folder if need be: readers see all or nothing."""
+def write_atomically(path: Path, text: str, durable: bool = True) -> Path:
+    """Write `text` beside `path` and rename it into place, making the folder if need be: readers see all or nothing.
+
+    durable: wait for the disk, so that a crash after the rename cannot leave an empty file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w") as stream:
         stream.write(text)
         stream.flush()
-        os.fsync(stream.fileno())  # a crash after the rename must not leave an empty file
+        if durable:
+            os.fsync(stream.fileno())
     return aside.replace(path)
 
 

@@ -7,11 +7,13 @@ A truncated copy shows up in Megatron as wrong tokens or an error on some rank, 
     .bin   ends where its last sequence ends: pointer[S - 1] + length[S - 1] * item size
 """
 
+import json
 import os
 import re
 import struct
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +45,12 @@ def data_prefixes_from_args(args: Namespace) -> list[str]:
         ) from None
     prefixes = [prefix for part in [blend, *(blend_per_split or [])] if part is not None for prefix in part[0]]
     return list(dict.fromkeys(prefixes))
+
+
+def read_report(prefix: str) -> dict[str, Any]:
+    """The report that preprocessing wrote beside a dataset; {} if there is none."""
+    path = Path(f"{prefix}.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def check_data_prefixes(prefixes: list[str]) -> None:

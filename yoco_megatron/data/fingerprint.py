@@ -9,8 +9,9 @@ from argparse import Namespace
 from hashlib import sha256
 from pathlib import Path
 
+from yoco_megatron.checkpoint.folder import TRACKER
 from yoco_megatron.config.files import write_atomically
-from yoco_megatron.data.check import data_prefixes_from_args
+from yoco_megatron.data.check import data_prefixes_from_args, read_report
 from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
 from yoco_megatron.data.tokenizer import tokenizer_sha256
 
@@ -64,16 +65,11 @@ def _epochs(order: list) -> str:
 def dataset_fingerprint(prefix: str) -> dict[str, object]:
     """Sizes of .bin and .idx, and the .bin's SHA-256 from the report beside it, or that of the .idx's beginning."""
     found: dict[str, object] = {suffix: Path(f"{prefix}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
-    report = _report(prefix)
+    report = read_report(prefix)
     if report.get("files"):
         return found | {"sha256": report["files"]["bin"]["sha256"]}
     with open(f"{prefix}.idx", "rb") as stream:
         return found | {"idx_head_sha256": sha256(stream.read(HEAD_BYTES)).hexdigest()}
-
-
-def _report(prefix: str) -> dict:
-    path = Path(f"{prefix}.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def save(args: Namespace, folder: str) -> Path:
@@ -90,7 +86,7 @@ def check_tokenizer(args: Namespace) -> None:
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
-        about = _report(prefix).get("tokenizer", {})
+        about = read_report(prefix).get("tokenizer", {})
         theirs = about.get("sha256")
         if theirs is not None and ours is not None and theirs != ours:
             raise ValueError(
@@ -114,7 +110,7 @@ def check_resumable(args: Namespace) -> None:
         return
     path = Path(args.load) / FILE_NAME
     # A run that ended before its first checkpoint has read nothing that is to be continued.
-    if not path.exists() or not (Path(args.load) / "latest_checkpointed_iteration.txt").exists():
+    if not path.exists() or not (Path(args.load) / TRACKER).exists():
         return
     saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
     was = saved.pop(ORDER, {})

@@ -1,6 +1,5 @@
 """What a person wants to see of an indexed dataset: some of its documents, their lengths, whether it is still whole."""
 
-import json
 import random
 from argparse import Namespace
 from collections.abc import Iterator
@@ -9,14 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from yoco_megatron.data.check import read_report
 from yoco_megatron.data.preprocess import file_sha256
 from yoco_megatron.data.tokenizer import build_tokenizer, tokenizer_sha256
-
-
-def load_report(prefix: str) -> dict[str, Any]:
-    """The report that preprocessing wrote beside the dataset; {} if there is none."""
-    path = Path(f"{prefix}.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def verify(prefix: str) -> dict[str, str]:
@@ -25,7 +19,7 @@ def verify(prefix: str) -> dict[str, str]:
     Raises:
         ValueError: no checksums beside the dataset, or a file that changed.
     """
-    files = load_report(prefix).get("files")
+    files = read_report(prefix).get("files")
     if not files:
         raise ValueError(f"--verify: {prefix}.json with checksums is missing; tools/preprocess_data.py writes it")
     for suffix, told in files.items():
@@ -41,7 +35,7 @@ def tokenizer_of(prefix: str, args: Namespace) -> Any:
     Raises:
         ValueError: neither, or another vocabulary than the data were made with.
     """
-    about = load_report(prefix).get("tokenizer") or {}
+    about = read_report(prefix).get("tokenizer") or {}
     if args.tokenizer_type is None:
         if not about.get("type"):
             raise ValueError(

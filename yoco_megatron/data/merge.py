@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from yoco_megatron.config.files import write_atomically
-from yoco_megatron.data.check import HEADER, check_data_prefixes
+from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
 from yoco_megatron.data.index import sync, write_index
 from yoco_megatron.data.preprocess import BLOCK_BYTES, file_sha256
 
@@ -50,7 +50,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
         raise ValueError(f"--output-prefix {output} is one of the inputs; choose another prefix")
     headers = {prefix: _header(prefix) for prefix in prefixes}
     codes = {prefix: code for prefix, (code, _, _) in headers.items()}
-    reports = [_report(prefix) for prefix in prefixes]
+    reports = [read_report(prefix) for prefix in prefixes]
     _require_one(codes, "dtype code", "datasets of one tokenizer have one")
     hashes = {prefix: report.get("tokenizer", {}).get("sha256") for prefix, report in zip(prefixes, reports)}
     _require_one({prefix: sha for prefix, sha in hashes.items() if sha}, "tokenizer", "its SHA-256 is in the .json")
@@ -110,11 +110,6 @@ def _header(prefix: str) -> tuple[int, int, int]:
 
 def _lengths(prefix: str, documents: int) -> np.ndarray:
     return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (documents,))
-
-
-def _report(prefix: str) -> dict[str, Any]:
-    path = Path(f"{prefix}.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _merged(

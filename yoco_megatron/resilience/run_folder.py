@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from yoco_megatron.config.files import write_atomically
+
 # Names of variables whose values never leave the process. Long random-looking values are hidden whatever their name.
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}|[0-9a-fA-F]{32,}")
@@ -57,11 +59,11 @@ def make(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader sees all of it or what was there before. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    """Write `content` so that a reader sees all of it or what was there before. Raises OSError.
+
+    It does not wait for the disk: the heartbeat is written while training goes on.
+    """
+    write_atomically(path, json.dumps(content, indent=1) + "\n", durable=False)
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
