@@ -1,36 +1,19 @@
 """The very kernels of the GPU, in Triton's interpreter: equal to the float64 recurrence, gradients included.
 
-A process of its own, because Triton reads TRITON_INTERPRET when kernels are defined. float32 only (the interpreter
-multiplies bfloat16 wrongly), so errors are float32 rounding: 1e-5 as for the torch path, measured 1e-7 to 5e-7.
+float32 only (the interpreter multiplies bfloat16 wrongly), so errors are float32 rounding: 1e-5 as for the torch path,
+measured 1e-7 to 5e-7.
 bf16, speed and the compiler are the business of tests/gpu/test_retention_kernels.py.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from support.interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_in_the_interpreter():
-    if INTERPRETED:
-        pytest.skip("this is the inner run")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{len(CASES) + len(MIXERS) + 5} passed" in run.stdout, "the inner run lost cases"
+    run_interpreted(__file__, len(CASES) + len(MIXERS) + 5)
 
 
 if INTERPRETED:

@@ -1,22 +1,17 @@
 """Context parallelism of the fused retention mixer: its very kernels, in Triton's interpreter, against torch.
 
-A process of its own, as in tests/ops/test_retention_kernels.py. float32, sums in another order: 2e-5.
+float32, sums in another order: 2e-5.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.interpreter import INTERPRETED, run_interpreted
 from support.models import FULL_RECOMPUTE, relative_error
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 # name -> (ranks, packed documents, config)
 CASES = {
@@ -31,18 +26,7 @@ STRETCHES = [(64, None, False), (130, 2, False), (300, 3, True), (300, 5, False)
 
 
 def test_in_the_interpreter() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the inner run")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert f"{len(CASES) + len(STRETCHES)} passed" in run.stdout, "the inner run lost cases"
+    run_interpreted(__file__, len(CASES) + len(STRETCHES))
 
 
 if INTERPRETED:
