@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print the end of a failed run's log")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
-    device = f"2x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "2 CPU processes"
+    device = f"2x {torch.cuda.get_device_name()}" if runtime.has_gpu() else "2 CPU processes"
     fits = False
     for length in options.lengths:
         fits = compare(length, options, device)

@@ -48,6 +48,7 @@ def config_for(kernel: str, width: int, dtype: torch.dtype) -> Config:
     return entries["float32"] if dtype == torch.float32 else entries["256" if width > 128 else "128"]
 
 
+@cache
 def num_segments(heads: int, chunks: int, programs: tuple[int, ...], multiprocessors: int) -> int:
     """Into how many segments to cut a sequence of `chunks`, so that programs fill the GPU.
 
