@@ -15,7 +15,10 @@ MOCK = "--mock-data --tokenizer-type NullTokenizer --log-interval 1 --eval-iters
 
 @dataclass
 class Run:
-    """What a training log says: seconds of the median step after the first two, peak GiB that torch allocated."""
+    """What a training log says: seconds of the median step of the second half, peak GiB that torch allocated.
+
+    The first half warms up: kernels are compiled, chosen and loaded for about five steps.
+    """
 
     seconds: float
     peak_gib: float | None
@@ -23,23 +26,30 @@ class Run:
     log: str
 
 
-def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False) -> Run | None:
+def train(
+    name: str,
+    flags: str,
+    gpus: int,
+    timeout: int = 300,
+    verbose: bool = False,
+    env: Mapping[str, str] | None = None,
+) -> Run | None:
     """Run `pretrain_yoco.py MOCK flags` on `gpus` processes; None, and a line that says why, where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *MOCK.split(), *flags.split()], timeout)
+    run = torchrun(gpus, ["pretrain_yoco.py", *MOCK.split(), *flags.split()], timeout, env)
     if run is None:
-        print(f"   did not end within {timeout} s", flush=True)
+        print(f"   {name}: did not end within {timeout} s", flush=True)
         return None
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
     if run.returncode or len(times) < 3:
-        print(f"   failed: {last_error(run.stderr)}", flush=True)
+        print(f"   {name} failed: {last_error(run.stderr)}", flush=True)
         if verbose:
             print(run.stderr[-6000:], flush=True)
         return None
     peaks = [float(value) for value in re.findall(r"max allocated: ([0-9.]+)", run.stdout)]
     losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
-    result = Run(median(times[2:]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
-    print(f"   {result.seconds * 1e3:,.0f} ms a step, losses {losses}", flush=True)
+    result = Run(median(times[len(times) // 2 :]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
+    print(f"   {name}: {result.seconds * 1e3:,.0f} ms a step, losses {losses}", flush=True)
     return result
 
 
