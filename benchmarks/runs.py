@@ -23,24 +23,48 @@ class Run:
     log: str
 
 
-def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False) -> Run | None:
-    """Run `pretrain_yoco.py MOCK flags` on `gpus` processes; None, and a line that says why, where it fails."""
+OUT_OF_MEMORY = "out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+
+
+@dataclass
+class Failure:
+    """A run that did not end well, and why."""
+
+    reason: str
+
+    @property
+    def out_of_memory(self) -> bool:
+        return re.search(OUT_OF_MEMORY, self.reason) is not None
+
+
+def attempt(
+    name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False, data: str = MOCK
+) -> Run | Failure:
+    """Run `pretrain_yoco.py data flags` on `gpus` processes; `verbose` shows the log where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *MOCK.split(), *flags.split()], timeout)
+    run = torchrun(gpus, ["pretrain_yoco.py", *data.split(), *flags.split()], timeout)
     if run is None:
-        print(f"   did not end within {timeout} s", flush=True)
-        return None
+        failure = Failure(f"did not end within {timeout} s")
+        print(f"   {failure.reason}", flush=True)
+        return failure
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
     if run.returncode or len(times) < 3:
-        print(f"   failed: {last_error(run.stderr)}", flush=True)
-        if verbose:
-            print(run.stderr[-6000:], flush=True)
-        return None
+        failure = Failure(last_error(run.stderr) or f"{len(times)} steps, exit code {run.returncode}")
+        print(f"   failed: {failure.reason}", flush=True)
+        if verbose and not failure.out_of_memory:
+            print(f"{run.stdout[-2000:]}\n{run.stderr[-6000:]}", flush=True)
+        return failure
     peaks = [float(value) for value in re.findall(r"max allocated: ([0-9.]+)", run.stdout)]
     losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
     result = Run(median(times[2:]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
-    print(f"   {result.seconds * 1e3:,.0f} ms a step, losses {losses}", flush=True)
+    print(f"   {result.seconds * 1e3:,.0f} ms a step of {[round(t) for t in times]}, losses {losses}", flush=True)
     return result
+
+
+def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False) -> Run | None:
+    """As `attempt` with mock data; None where the run fails."""
+    run = attempt(name, flags, gpus, timeout, verbose)
+    return run if isinstance(run, Run) else None
 
 
 def torchrun(
@@ -68,6 +92,8 @@ def torchrun(
 
 
 def last_error(stderr: str) -> str:
-    """The line that says why a run failed."""
-    errors = [line for line in stderr.splitlines() if re.search(r"Error: .|error: .|out of memory", line)]
+    """The line that says why a run failed; a lack of memory explains whatever else went wrong."""
+    lines = stderr.splitlines()
+    errors = [line for line in lines if re.search(OUT_OF_MEMORY, line)]
+    errors = errors or [line for line in lines if re.search(r"Error: .|error: .", line)]
     return (errors[-1] if errors else stderr[-1000:]).strip()[:400]
