@@ -20,7 +20,7 @@ from record import record
 from runs import Run
 
 HEAD = (
-    f"{"model":<44} {'micro':>5} {'tokens/s':>9} {'TFLOP/s':>7} {'MFU':>6} {'of measured':>11} {'GiB':>6} {'ratio':>6}"
+    f"{'model':<44} {'micro':>5} {'tokens/s':>9} {'TFLOP/s':>7} {'MFU':>6} {'of measured':>11} {'GiB':>6} {'ratio':>6}"
 )
 
 
