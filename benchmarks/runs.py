@@ -38,11 +38,17 @@ class Failure:
 
 
 def attempt(
-    name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False, data: str = MOCK
+    name: str,
+    flags: str,
+    gpus: int,
+    timeout: int = 300,
+    verbose: bool = False,
+    data: str = MOCK,
+    env: Mapping[str, str] | None = None,
 ) -> Run | Failure:
     """Run `pretrain_yoco.py data flags` on `gpus` processes; `verbose` shows the log where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *data.split(), *flags.split()], timeout)
+    run = torchrun(gpus, ["pretrain_yoco.py", *data.split(), *flags.split()], timeout, env)
     if run is None:
         failure = Failure(f"did not end within {timeout} s")
         print(f"   {failure.reason}", flush=True)
@@ -57,7 +63,8 @@ def attempt(
     peaks = [float(value) for value in re.findall(r"max allocated: ([0-9.]+)", run.stdout)]
     losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
     result = Run(median(times[2:]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
-    print(f"   {result.seconds * 1e3:,.0f} ms a step of {[round(t) for t in times]}, losses {losses}", flush=True)
+    shown = [f"{value:.4g}" for value in (losses if len(losses) < 20 else [*losses[:3], *losses[-3:]])]
+    print(f"   {result.seconds * 1e3:,.1f} ms a step, first steps {times[:8]}, losses {' '.join(shown)}", flush=True)
     return result
 
 
@@ -95,5 +102,5 @@ def last_error(stderr: str) -> str:
     """The line that says why a run failed; a lack of memory explains whatever else went wrong."""
     lines = stderr.splitlines()
     errors = [line for line in lines if re.search(OUT_OF_MEMORY, line)]
-    errors = errors or [line for line in lines if re.search(r"Error: .|error: .", line)]
+    errors = errors or [line for line in lines if re.search(r"Error: .|error: .|Error$", line)]
     return (errors[-1] if errors else stderr[-1000:]).strip()[:400]
