@@ -23,7 +23,7 @@ def test_the_last_steps_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 def test_a_difference_is_an_error(tmp_path: Path, factor: float) -> None:
-    with pytest.raises(SystemExit, match="differs by 1.00% from bf16"):
+    with pytest.raises(SystemExit, match=r"differs by 1\.00% from bf16"):
         fp8_curves.compare({"bf16": [2.0, 2.0], "blockwise": [2.0 * factor] * 2}, options_of(tmp_path), "GPU")
 
 
