@@ -157,7 +157,9 @@ class YOCOModel(LanguageModule):
         hidden_states = self.final_layernorm(hidden_states)
         if labels is not None and self.config.loss_chunk_size:
             weight = self.output_layer.weight if weight is None else weight
-            return chunked_loss(hidden_states, weight, labels, self.config, self.config.loss_chunk_size, self.tp_group)
+            fused = self.config.gradient_accumulation_fusion
+            size = self.config.loss_chunk_size
+            return chunked_loss(hidden_states, weight, labels, self.config, size, self.tp_group, fused)
         logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
