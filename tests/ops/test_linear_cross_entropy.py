@@ -90,14 +90,16 @@ plain = run()
 op._fused = lambda function, on_gpu: op._compiled(function)
 for got, want in zip(run(), plain):
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, torch._dynamo.utils.counters["stats"]
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+assert graphs == 4, graphs
 """
 
 
 @pytest.mark.slow
 def test_compiled_as_on_a_gpu():
     """What lies between the products goes through torch.compile on a GPU; here inductor makes it for the CPU, in a
-    process where the CPU stand-in has not switched compilation off. One graph each, whatever the chunk's length."""
+    process where the CPU stand-in has not switched compilation off. Two graphs each: one for the first length, and one
+    for any other."""
     env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -111,8 +111,8 @@ def _fused(function: Callable, on_gpu: bool) -> Callable:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # The last chunk may be shorter: one kernel for all lengths.
-    return torch.compile(function, dynamic=True)
+    # For the first chunk's length; another one, of a last and shorter chunk, makes a second kernel, for any length.
+    return torch.compile(function)
 
 
 def _parts(length: int, size: int) -> list[slice]:
