@@ -34,7 +34,7 @@ def run(name: str, model: str, gpus: int, mesh: str, options: argparse.Namespace
         f"--seq-length {options.seq_length} --max-position-embeddings {options.seq_length} "
         f"--exit-interval {options.steps} {mesh} {PRECISIONS[options.precision]}"
     )
-    return train(name, flags, gpus, verbose=True, env=settings) or sys.exit(f"{name} failed")
+    return train(name, flags, gpus, verbose=True, **settings) or sys.exit(f"{name} failed")
 
 
 def megabytes_sent(run: Run) -> list[float]:

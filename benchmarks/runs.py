@@ -26,31 +26,58 @@ class Run:
     log: str
 
 
-def train(
+OUT_OF_MEMORY = "out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+
+
+@dataclass
+class Failure:
+    """A run that did not end well, and why."""
+
+    reason: str
+
+    @property
+    def out_of_memory(self) -> bool:
+        return re.search(OUT_OF_MEMORY, self.reason) is not None
+
+
+def attempt(
     name: str,
     flags: str,
     gpus: int,
     timeout: int = 300,
     verbose: bool = False,
+    data: str = MOCK,
     env: Mapping[str, str] | None = None,
-) -> Run | None:
-    """Run `pretrain_yoco.py MOCK flags` on `gpus` processes; None, and a line that says why, where it fails."""
+) -> Run | Failure:
+    """Run `pretrain_yoco.py data flags` on `gpus` processes; `verbose` shows the log where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *MOCK.split(), *flags.split()], timeout, env)
+    run = torchrun(gpus, ["pretrain_yoco.py", *data.split(), *flags.split()], timeout, env)
     if run is None:
-        print(f"   {name}: did not end within {timeout} s", flush=True)
-        return None
+        failure = Failure(f"did not end within {timeout} s")
+        print(f"   {name} {failure.reason}", flush=True)
+        return failure
     times = [float(value) for value in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", run.stdout)]
     if run.returncode or len(times) < 3:
-        print(f"   {name} failed: {last_error(run.stderr)}", flush=True)
-        if verbose:
-            print(run.stderr[-6000:], flush=True)
-        return None
+        failure = Failure(last_error(run.stderr) or f"{len(times)} steps, exit code {run.returncode}")
+        print(f"   {name} failed: {failure.reason}", flush=True)
+        if verbose and not failure.out_of_memory:
+            print(f"{run.stdout[-2000:]}\n{run.stderr[-6000:]}", flush=True)
+        return failure
     peaks = [float(value) for value in re.findall(r"max allocated: ([0-9.]+)", run.stdout)]
     losses = [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
     result = Run(median(times[len(times) // 2 :]) / 1e3, max(peaks) / 1024 if peaks else None, losses, run.stdout)
-    print(f"   {name}: {result.seconds * 1e3:,.0f} ms a step, losses {losses}", flush=True)
+    shown = [f"{value:.4g}" for value in (losses if len(losses) < 20 else [*losses[:3], *losses[-3:]])]
+    print(
+        f"   {name}: {result.seconds * 1e3:,.1f} ms a step, first steps {times[:8]}, losses {' '.join(shown)}",
+        flush=True,
+    )
     return result
+
+
+def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = False, **env: str) -> Run | None:
+    """As `attempt` with mock data; None where the run fails."""
+    run = attempt(name, flags, gpus, timeout, verbose, env=env)
+    return run if isinstance(run, Run) else None
 
 
 def torchrun(
@@ -78,6 +105,8 @@ def torchrun(
 
 
 def last_error(stderr: str) -> str:
-    """The line that says why a run failed."""
-    errors = [line for line in stderr.splitlines() if re.search(r"Error: .|error: .|out of memory", line)]
+    """The line that says why a run failed; a lack of memory explains whatever else went wrong."""
+    lines = stderr.splitlines()
+    errors = [line for line in lines if re.search(OUT_OF_MEMORY, line)]
+    errors = errors or [line for line in lines if re.search(r"Error: .|error: .|Error$", line)]
     return (errors[-1] if errors else stderr[-1000:]).strip()[:400]

@@ -15,9 +15,9 @@ OTHERS |= {"--model", "--tasks", "--include", "--trust-remote-code", "--kv-shari
 
 
 def own_flags() -> set[str]:
-    """Every flag of pretrain_yoco.py, and those that a tool or a launcher defines."""
+    """Every flag of pretrain_yoco.py, and those that a tool, a launcher or a benchmark defines."""
     flags = set(build_parser()._option_string_actions)
-    for tool in [*ROOT.glob("tools/*.py"), *ROOT.glob("launch/slurm/*.py")]:
+    for tool in [*ROOT.glob("tools/*.py"), *ROOT.glob("launch/slurm/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', tool.read_text()))
     for script in ROOT.glob("launch/*.sh"):
         flags |= set(re.findall(r"^ +(--[a-z][a-z0-9-]+)\)", script.read_text(), re.MULTILINE))

@@ -133,6 +133,7 @@ NOT_THE_FUNCTION = {
     "fp32_kv_transport": "rounding between pipeline stages",
     "retention_chunk_size": "rounding and memory",
     "loss_chunk_size": "memory of the loss",
+    "recompute_elementwise": "memory of the activations",
 }
 
 

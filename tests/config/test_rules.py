@@ -203,6 +203,7 @@ IN_PYTHON = {
     "--num-query-groups": {"num_query_groups": 3},
     "--self-decoder-window": {"self_decoder_window": 0},
     "--loss-chunk-size": {"loss_chunk_size": -1},
+    "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},
     "--self-decoder-query-groups": {"self_decoder_query_groups": 2},
     "--ffn-hidden-size": {"ffn_hidden_size": 97, "tensor_model_parallel_size": 2},
     "--decay-temperature": {"decay_temperature": 0.0},

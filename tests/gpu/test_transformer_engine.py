@@ -14,6 +14,7 @@ TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 LOSS_BF16, GRAD_BF16 = 5e-3, 6e-2
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+ELEMENTWISE = dict(recompute_elementwise=True, bias_activation_fusion=True)
 
 
 def plain_name(name: str) -> str:
@@ -34,7 +35,11 @@ def _in_one_process(one_process):
 
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)
-@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, SELECTIVE], ids=["plain", "full", "selective"])
+@pytest.mark.parametrize(
+    "recompute",
+    [{}, FULL_RECOMPUTE, SELECTIVE, ELEMENTWISE],
+    ids=["plain", "full", "selective", "elementwise"],
+)
 def test_bf16_equals_float32_torch(kind: str, recompute: dict) -> None:
     reference = train_step(dict(self_decoder=kind))
     result = {plain_name(k): v for k, v in train_step(dict(self_decoder=kind, **TE, **BF16, **recompute)).items()}

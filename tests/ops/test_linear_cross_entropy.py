@@ -1,5 +1,10 @@
 """The chunked loss of a linear head equals the plain one in float64, gradients included, on any number of ranks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +13,7 @@ from support.worlds import run_world
 
 from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
 
+ROOT = Path(__file__).resolve().parents[2]
 N, HIDDEN, WORDS = 50, 12, 24
 
 
@@ -50,6 +56,53 @@ def test_narrow_inputs(dtype, tolerance):
     assert results[0].dtype == torch.float32 and results[1].dtype == results[2].dtype == dtype
     for got, want in zip(results, plain(*case), strict=True):
         assert (got.double() - want).norm() < tolerance * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_into_a_buffer(dtype):
+    """The weight's gradient is added to `main_grad`, unrounded; autograd gets zeros, so nothing counts twice."""
+    x, weight, labels, dloss = inputs(dtype)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    before = torch.randn(WORDS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    buffer = before.clone()
+    linear_cross_entropy(x, weight, labels, 16, main_grad=buffer).backward(dloss.float())
+    assert weight.grad.count_nonzero() == 0
+    _, dx, dweight = plain(x.detach(), weight.detach(), labels, dloss)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert ((buffer - before).double() - dweight).norm() < tolerance * dweight.norm()
+    assert (x.grad.double() - dx).norm() < tolerance * dx.norm()
+
+
+COMPILE = """
+import torch
+from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
+from yoco_megatron.ops.linear_cross_entropy import torch as op
+
+def run():
+    x, w = x0.clone().requires_grad_(), w0.clone().requires_grad_()
+    loss = linear_cross_entropy(x, w, labels, 32)
+    loss.sum().backward()
+    return loss, x.grad, w.grad
+
+x0, w0 = torch.randn(75, 64).bfloat16(), torch.randn(300, 64).bfloat16()  # the last chunk is shorter
+labels = torch.randint(0, 300, (75,))
+plain = run()
+op._fused = lambda function, on_gpu: op._compiled(function)
+for got, want in zip(run(), plain):
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+assert graphs == 4, graphs
+"""
+
+
+@pytest.mark.slow
+def test_compiled_as_on_a_gpu():
+    """What lies between the products goes through torch.compile on a GPU; here inductor makes it for the CPU, in a
+    process where the CPU stand-in has not switched compilation off. Two graphs each: one for the first length, and one
+    for any other."""
+    env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_gradient_by_differences():
@@ -97,5 +150,7 @@ def test_wrong_shapes_are_refused():
     x, weight, labels, _ = inputs()
     with pytest.raises(ValueError, match=r"labels \[N\]"):
         linear_cross_entropy(x, weight, labels[1:], 8)
+    with pytest.raises(ValueError, match="main_grad"):
+        linear_cross_entropy(x, weight, labels, 8, main_grad=x)
     with pytest.raises(ValueError, match="chunk_size"):
         linear_cross_entropy(x, weight, labels, 0)

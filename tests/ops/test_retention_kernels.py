@@ -128,6 +128,11 @@ def test_fused_mixer_equals_its_parts(case):
     for in_place in (True, False):
         for got, expected in zip(gradients(fused_mix, torch.float32, in_place=in_place), want, strict=True):
             assert (got - expected).norm() / expected.norm() < 1e-5
+    remakes: list = []
+    y = fused_mix(qkvg.clone().requires_grad_(), logits, angles, **options, remakes=remakes)
+    again = torch.full_like(y, float("nan"))
+    remakes[0](again)
+    assert torch.equal(again, y)
 
 
 @interpreted

@@ -24,6 +24,8 @@ MESHES = {
     "recompute full": (1, 1, False, FULL_RECOMPUTE),
     "recompute selective": (1, 1, False, SELECTIVE),
     "TP2 SP recompute full": (2, 2, False, dict(sequence_parallel=True, **FULL_RECOMPUTE)),
+    "recompute elementwise": (1, 1, False, dict(recompute_elementwise=True)),
+    "TP2 SP recompute elementwise": (2, 2, False, dict(sequence_parallel=True, recompute_elementwise=True)),
     "loss in chunks": (1, 1, False, dict(loss_chunk_size=17)),
     "TP2 loss in chunks": (2, 2, False, dict(loss_chunk_size=17)),
     "TP4 SP loss in chunks": (4, 4, False, dict(loss_chunk_size=17, sequence_parallel=True)),

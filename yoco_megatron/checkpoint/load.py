@@ -77,7 +77,7 @@ def load_model(
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
     args = parse_run(folder, iteration, **more)
-    _alone()
+    alone()
     args = arguments.finalize(args)
     safe_load.install()
     initialize_megatron()
@@ -90,7 +90,7 @@ def load_model(
     return unwrap_model(models)[0].eval(), args, get_tokenizer()
 
 
-def _alone() -> None:
+def alone() -> None:
     """The environment that torchrun would set for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

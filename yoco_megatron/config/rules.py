@@ -118,14 +118,23 @@ def check_model(config: Any) -> None:
         require(
             head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
         )
+    check_loss_chunk(config)
     require(
-        config.loss_chunk_size >= 0,
-        f"--loss-chunk-size {config.loss_chunk_size} must be at least 0 (0: all tokens at once)",
+        not (config.recompute_elementwise and config.fp8),
+        "--recompute-elementwise is for bf16: with --fp8-format the linear layers keep quantised copies; leave it away",
     )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
     check_tensor_parallel(config, groups)
+
+
+def check_loss_chunk(config: Any) -> None:
+    """Of every architecture."""
+    require(
+        config.loss_chunk_size >= 0,
+        f"--loss-chunk-size {config.loss_chunk_size} must be at least 0 (0: all tokens at once)",
+    )
 
 
 def check_tensor_parallel(config: Any, groups: int) -> None:
@@ -186,6 +195,11 @@ def check_mesh(args: Namespace) -> None:
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
     if args.architecture != "yoco":
+        check_loss_chunk(args)
+        require(
+            not args.recompute_elementwise,
+            "--recompute-elementwise is built for --architecture yoco alone: leave it away",
+        )
         require(
             not args.dataloader_inter_document_masking,
             "--dataloader-inter-document-masking is built for --architecture yoco alone: leave it away",

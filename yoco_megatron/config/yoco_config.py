@@ -57,6 +57,11 @@ class YOCOFields:
     retention_chunk_size: int = 128
     """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
 
+    recompute_elementwise: bool = False
+    """Compute again in backward, instead of keeping them, what a few elementwise operations make of what is kept
+    anyway: the output of SwiGLU, and the retention's normalised and gated output. bf16 only: FP8 keeps quantised
+    copies."""
+
     loss_chunk_size: int = 0
     """Tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A sequence of 32K with
     100K words needs 13 GB of fp32 logits, a chunk of 1024 tokens 0.4 GB."""

@@ -2,7 +2,8 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -10,11 +11,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
+from yoco_megatron.model.loss import chunked_loss
 from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.stages import StagePlan
@@ -34,6 +38,8 @@ class TransformerModelConfig(YOCOModelConfig):
     """The Llama-style baseline: Megatron's own GPTModel."""
 
     builder: ClassVar[str] = "yoco_megatron.model.builder.TransformerModelBuilder"
+    loss_chunk_size: int = 0
+    fuse_weight_gradients: bool = False
 
 
 class YOCOModelBuilder(GPTModelBuilder):
@@ -71,7 +77,8 @@ class YOCOModelBuilder(GPTModelBuilder):
 
 
 class TransformerModelBuilder(GPTModelBuilder):
-    """Builds Megatron's GPTModel, with our initialisation and, without Transformer Engine, our norm and attention."""
+    """Builds Megatron's GPTModel, with our initialisation, where asked for our loss in chunks, and, without Transformer
+    Engine, our norm and attention."""
 
     def build_model(
         self,
@@ -82,7 +89,35 @@ class TransformerModelBuilder(GPTModelBuilder):
     ):
         """One process's part of the model, with its initial weights."""
         model = super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        config = self._model_config
+        if config.fuse_weight_gradients:
+            # As in a YOCO: all but Megatron's own output layer, which cannot be built with it where Apex is missing.
+            for module in model.modules():
+                if hasattr(module, "fuse_wgrad_accumulation"):
+                    module.fuse_wgrad_accumulation = True
+        if config.loss_chunk_size:
+            process = partial(_chunked_gpt_loss, model_config=config, tp_group=pg_collection.tp)
+            model.forward = partial(model.forward, output_processor=process)
         return _initialized(model, self._model_config, pg_collection)
+
+
+def _chunked_gpt_loss(
+    *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None,
+    model_config: TransformerModelConfig, tp_group: ProcessGroup, **_: Any,
+) -> Tensor:  # fmt: skip
+    """What GPTModel calls on its last stage instead of its own output layer and loss."""
+    if labels is None:
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        return logits.transpose(0, 1).contiguous()
+    return chunked_loss(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        labels,
+        model_config.transformer,
+        model_config.loss_chunk_size,
+        tp_group,
+        model_config.fuse_weight_gradients,
+    )
 
 
 def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupCollection):
@@ -114,8 +149,10 @@ def model_config_from_args(args: Namespace) -> YOCOModelConfig:
     else:
         transformer = core_transformer_config_from_args(args)
         transformer.perform_initialization = False
+        fused = transformer.gradient_accumulation_fusion
         transformer.gradient_accumulation_fusion &= runtime.has_fused_weight_gradient()
         config = gpt_config_from_args(args, config=transformer, model_config_cls=TransformerModelConfig)
+        config.loss_chunk_size, config.fuse_weight_gradients = args.loss_chunk_size, fused
         if args.transformer_impl == "local":
             config.transformer_layer_spec = local_gpt_spec
     config.initialization, config.initialization_seed = args.init_law, args.seed

@@ -1,25 +1,52 @@
-"""The feed-forward of a layer, in chunks of the sequence where it is long.
+"""The feed-forward of a layer, with less kept for backward.
 
-The widest activations of a layer are here: 2 x ffn-hidden-size values a token, and again as gradients. With
-`--mlp-chunks-for-training N` Megatron's TransformerLayer calls the MLP for one chunk after the other, which alone saves
-nothing, since backward needs all of them. Here each chunk is computed again in backward, so that only one is wide at
-a time: 1M tokens on two GPUs need that.
+The widest activations of a layer are here: 2 x ffn-hidden-size values a token before SwiGLU, half as many after, and
+again as gradients. `--recompute-elementwise` makes the half after SwiGLU again in backward. `--mlp-chunks-for-training
+N` is for sequences so long that even one layer's are too large: Megatron's TransformerLayer then calls the MLP for one
+chunk of the sequence after the other, which alone saves nothing, since backward needs all of them. Here each chunk is
+computed again in backward, so that only one is wide at a time: 1M tokens on two GPUs need that.
 """
 
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.jit import jit_fuser
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from yoco_megatron.model.remade import remake_in_backward
 
-class ChunkedMLP(MLP):
-    """Megatron's MLP, recomputed in backward where the layer calls it in chunks."""
+
+class LeanMLP(MLP):
+    """Megatron's SwiGLU MLP, parts of it recomputed in backward as the flags say."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> ([s, b, h], no bias)."""
-        run = partial(super().forward, **kwargs)
-        if self.config.mlp_chunks_for_training == 1 or not self.training:
-            return run(hidden_states)
-        return tensor_parallel.checkpoint(run, False, hidden_states)
+        if self.training and self.config.mlp_chunks_for_training > 1:
+            return tensor_parallel.checkpoint(partial(super().forward, **kwargs), False, hidden_states)
+        if self.training and self.config.recompute_elementwise and torch.is_grad_enabled():
+            return self._forward_lean(hidden_states)
+        return super().forward(hidden_states, **kwargs)
+
+    def _forward_lean(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide, _ = self.linear_fc1(hidden_states)
+        y = bias_swiglu_impl(wide, None) if self.config.bias_activation_fusion else swiglu(wide)
+        output, bias = self.linear_fc2(y)
+        remake_in_backward(y, output, partial(_swiglu_into, wide))
+        return output, bias
+
+
+def swiglu(wide: Tensor) -> Tensor:
+    """silu(a) b of [..., a and b side by side]."""
+    a, b = wide.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+@jit_fuser
+def _swiglu_into(wide: Tensor, out: Tensor) -> None:
+    a, b = wide.chunk(2, dim=-1)
+    out.copy_(F.silu(a) * b)

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
-from yoco_megatron.model.mlp import ChunkedMLP
+from yoco_megatron.model.mlp import LeanMLP
 from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.self_decoder.sliding_window import SlidingWindowAttention, SlidingWindowSubmodules
@@ -62,7 +62,7 @@ def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fuse
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=mlp_norm,
-            mlp=partial(ChunkedMLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(LeanMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),

@@ -15,10 +15,10 @@ from torch import Tensor
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
+from yoco_megatron.model.loss import chunked_loss
 from yoco_megatron.model.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.stage import Stage
 from yoco_megatron.model.yoco_block import YOCOBlock
-from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
 from yoco_megatron.parallel.sequence import SequenceShard
 
@@ -156,18 +156,11 @@ class YOCOModel(LanguageModule):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         hidden_states = self.final_layernorm(hidden_states)
         if labels is not None and self.config.loss_chunk_size:
-            return self._chunked_loss(hidden_states, self.output_layer.weight if weight is None else weight, labels)
+            weight = self.output_layer.weight if weight is None else weight
+            fused = self.config.gradient_accumulation_fusion
+            size = self.config.loss_chunk_size
+            return chunked_loss(hidden_states, weight, labels, self.config, size, self.tp_group, fused)
         logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
-
-    def _chunked_loss(self, hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Losses [b, s] of normalised hidden states [s, b, h], without the logits of all tokens."""
-        if self.config.sequence_parallel:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
-        else:
-            hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
-        x, rows = hidden_states.flatten(0, 1), labels.t()
-        losses = linear_cross_entropy(x, weight, rows.flatten(), self.config.loss_chunk_size, self.tp_group)
-        return losses.view_as(rows).t().contiguous()

@@ -7,6 +7,7 @@
 Shapes: s sequence, b batch, h hidden, H heads of this tensor-parallel rank, D head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.norm import rms_norm
 from yoco_megatron.model.projections import input_projection, output_projection, save_original_input
+from yoco_megatron.model.remade import remake_in_backward
 from yoco_megatron.model.rotary import rotate
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
 from yoco_megatron.parallel.retention import StateExchange
@@ -89,10 +91,13 @@ class GatedRetention(MegatronModule):
         logits_SBH = self.decay_logits(hidden_states)
         core = partial(self._core, packed_seq_params)
         if self.recompute_core and self.training:
-            y = tensor_parallel.checkpoint(core, False, qkvg, logits_SBH, rotary_pos_emb)
-        else:
-            y = core(qkvg, logits_SBH, rotary_pos_emb)
-        return self.linear_proj(y)
+            y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, qkvg, logits_SBH, rotary_pos_emb)
+            return self.linear_proj(y)
+        y, remake = core(qkvg, logits_SBH, rotary_pos_emb)
+        output, bias = self.linear_proj(y)
+        if self.config.recompute_elementwise and self.training and torch.is_grad_enabled():
+            remake_in_backward(y, output, remake)
+        return output, bias
 
     def decay_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [s, b, H] of this rank's heads.
@@ -109,12 +114,15 @@ class GatedRetention(MegatronModule):
         logits = tensor_parallel.all_to_all_sp2hp(logits, group=self.tp_group)
         return logits.view(-1, batch, heads // self.tp_group.size())
 
-    def _core(self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        """Projections [s, b, H*4*D] -> gated, normalised retention [s, b, H*D]."""
+    def _core(
+        self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """Projections [s, b, H*4*D] -> (gated, normalised retention [s, b, H*D], what writes it again)."""
         if self.backend.name == "triton" and self.config.rotary_interleaved:
             from yoco_megatron.ops.retention_mixer.triton import mix
 
-            return mix(
+            remakes: list[Callable[[Tensor], None]] = []
+            y = mix(
                 qkvg,
                 logits_SBH,
                 rotary_pos_emb,
@@ -124,7 +132,9 @@ class GatedRetention(MegatronModule):
                 in_place=not (self.recompute_core and self.training),
                 chunks=len(shard.chunks),
                 exchange=partial(StateExchange, shard=shard) if shard.ranks > 1 else None,
+                remakes=remakes,
             )
+            return y, remakes[0]
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))
         k, v = shard.fold(rotate(k, rotary_pos_emb, self.config)), shard.fold(v)
@@ -143,7 +153,11 @@ class GatedRetention(MegatronModule):
         if exchange:
             o = exchange.tie(o, final, q, log_decay)
         o_SBHD = shard.unfold(o)
-        return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)
+
+        def y() -> Tensor:
+            return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)
+
+        return y(), lambda out: out.copy_(y())
 
     def backward_dw(self) -> None:
         """Delayed weight gradients, as Megatron's schedules call them."""

@@ -2,15 +2,19 @@
 
     loss_t = log sum_v exp(x_t . w_v) - x_t . w_label
 
-The logits of 32,768 tokens and 100,352 words take 13 GB in fp32, those of a chunk of 1024 take 0.4. Forward keeps one
-number a token, the logarithm of its sum; backward makes the chunk's logits again (a fourth matrix product where three
-would do, in exchange for a gradient that is exact for any weights of the losses):
+The logits of 32,768 tokens and 100,352 words take 13 GB in fp32; those of a chunk of 2048, 0.4 GB in bf16, are all that
+exists at a time. Forward keeps one number a token, the logarithm of its sum; backward makes the chunk's logits again (a
+fourth matrix product where three would do, in exchange for a gradient that is exact for any weights of the losses):
 
     dx_t = dloss_t (softmax(x_t W^T) - onehot) W            dW = sum_t dloss_t (softmax - onehot)^T x_t
 
 Matrix products run in the dtype of x, everything between them in fp32 (float64 for float64); dW is summed over chunks
-in fp32. Tensor legend: N tokens, n tokens of a chunk, h hidden, V words of this rank.
+in fp32. On a GPU what lies between the products is one fused kernel each way: forward reads the logits, backward
+replaces them by their gradient. Tensor legend: N tokens, n tokens of a chunk, h hidden, V words of this rank.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,7 +22,12 @@ from torch import Tensor
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, group: dist.ProcessGroup | None = None
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Losses [N], fp32 (float64 for float64), differentiable in x and weight.
 
@@ -27,6 +36,7 @@ def linear_cross_entropy(
         weight: [V, h]; rank r holds the words r V to (r + 1) V - 1.
         labels: int64 [N], words of the whole vocabulary.
         chunk_size: tokens whose logits exist at a time.
+        main_grad: [V, h] of x's dtype or fp32, to which backward adds the weight's gradient; autograd then gets zeros.
     Raises:
         ValueError: shapes that do not fit, or chunk_size < 1.
     """
@@ -37,46 +47,72 @@ def linear_cross_entropy(
         )
     if chunk_size < 1:
         raise ValueError(f"linear cross entropy needs chunk_size >= 1, got {chunk_size}")
-    return _LinearCrossEntropy.apply(x, weight, labels, chunk_size, group)
+    if main_grad is not None and main_grad.shape != weight.shape:
+        raise ValueError(f"main_grad {list(main_grad.shape)} must be shaped like the weight {list(weight.shape)}")
+    return _LinearCrossEntropy.apply(x, weight, labels, chunk_size, group, main_grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, chunk_size, group):
+    def forward(ctx, x, weight, labels, chunk_size, group, main_grad):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         ranks = dist.get_world_size(group) if group is not None else 1
         first_word = weight.shape[0] * (dist.get_rank(group) if ranks > 1 else 0)
         local = labels - first_word
-        here = (local >= 0) & (local < weight.shape[0])
-        local = local.clamp(0, weight.shape[0] - 1)
+        local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
         log_sum, at_label = x.new_empty(2, len(x), dtype=wide)
+        summarize = _fused(_summarize, x.is_cuda)
         for part in _parts(len(x), chunk_size):
-            logits_nV = (x[part] @ weight.t()).to(wide)
-            log_sum[part] = logits_nV.logsumexp(1)
-            at_label[part] = logits_nV.gather(1, local[part, None]).squeeze(1)
+            log_sum[part], at_label[part] = summarize(x[part] @ weight.t(), local[part], wide)
         if ranks > 1:
             # The sum of all words from the sums of each rank's: two small all-reduces for all chunks.
             largest = log_sum.clone()
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack(((log_sum - largest).exp(), at_label.masked_fill(~here, 0.0)))
+            sums = torch.stack(((log_sum - largest).exp(), at_label))
             dist.all_reduce(sums, group=group)
             log_sum, at_label = sums[0].log() + largest, sums[1]
-        ctx.save_for_backward(x, weight, local, here, log_sum)
-        ctx.chunk_size = chunk_size
+        ctx.save_for_backward(x, weight, local, log_sum)
+        ctx.chunk_size, ctx.main_grad = chunk_size, main_grad
         return log_sum - at_label
 
     @staticmethod
     def backward(ctx, dloss):
-        x, weight, local, here, log_sum = ctx.saved_tensors
+        x, weight, local, log_sum = ctx.saved_tensors
         dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=log_sum.dtype)
+        total = torch.zeros_like(weight, dtype=log_sum.dtype) if ctx.main_grad is None else ctx.main_grad
+        differentiate = _fused(_differentiate, x.is_cuda)
         for part in _parts(len(x), ctx.chunk_size):
-            d_nV = ((x[part] @ weight.t()).to(log_sum.dtype) - log_sum[part, None]).exp_()
-            d_nV.scatter_add_(1, local[part, None], -here[part, None].to(d_nV.dtype))
-            d_nV = d_nV.mul_(dloss[part, None]).to(x.dtype)
+            d_nV = x[part] @ weight.t()
+            differentiate(d_nV, local[part], log_sum[part], dloss[part])
             torch.mm(d_nV, weight, out=dx[part])
-            _add_product(dweight, d_nV.t(), x[part])
-        return dx, dweight.to(weight.dtype), None, None, None
+            _add_product(total, d_nV.t(), x[part])
+            del d_nV  # before the next one is made
+        dweight = total.to(weight.dtype) if ctx.main_grad is None else torch.zeros_like(weight)
+        return dx, dweight, None, None, None, None
+
+
+def _summarize(logits_nV: Tensor, local: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(logarithm of the sum of exponentials, logit of the label or 0 where `local` is -1), each [n] in `wide`."""
+    logits_nV = logits_nV.to(wide)
+    at_label = logits_nV.gather(1, local.clamp(min=0)[:, None]).squeeze(1)
+    return logits_nV.logsumexp(1), torch.where(local >= 0, at_label, 0.0)
+
+
+def _differentiate(logits_nV: Tensor, local: Tensor, log_sum: Tensor, dloss: Tensor) -> None:
+    """Replace logits by their gradient, dloss (softmax - onehot)."""
+    probability = (logits_nV.to(log_sum.dtype) - log_sum[:, None]).exp()
+    onehot = torch.arange(logits_nV.shape[1], device=local.device) == local[:, None]
+    logits_nV.copy_((probability - onehot.to(probability.dtype)) * dloss[:, None])
+
+
+def _fused(function: Callable, on_gpu: bool) -> Callable:
+    return _compiled(function) if on_gpu else function
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    # For the first chunk's length; another one, of a last and shorter chunk, makes a second kernel, for any length.
+    return torch.compile(function)
 
 
 def _parts(length: int, size: int) -> list[slice]:

@@ -29,6 +29,14 @@ def _rotate(x: Tensor, out: Tensor, angles: Tensor, sign: float) -> None:
     )  # fmt: skip
 
 
+def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
+    """y = silu(gate) * RMS(o), all [S, B, H, D]; gate strided."""
+    S, B, H, D = o.shape
+    kernels.norm_gate[(S * B,)](
+        o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=4
+    )
+
+
 def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Each chunk's rows of tensors [S, B, ...], as [B, chunk, ...]."""
     return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
@@ -36,7 +44,7 @@ def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange):
+    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange, remakes):
         S, B, width = qkvg.shape
         D = angles.shape[-1]
         x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
@@ -65,12 +73,11 @@ class _Mix(torch.autograd.Function):
             )  # fmt: skip
             saved += [sums, ids, entering, anchors, final]
         y = torch.empty_like(o)
-        gate = x[..., 3, :]
-        kernels.norm_gate[(S * B,)](
-            o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=4
-        )
+        _norm_gate(o, x[..., 3, :], eps, y)
         ctx.save_for_backward(x, rotated, logits, angles, o, *saved)
         ctx.launch, ctx.exchange, ctx.tau, ctx.eps, ctx.count = launch, exchange, tau, eps, count
+        if remakes is not None:
+            remakes.append(lambda out: _norm_gate(o, x[..., 3, :], eps, out.view_as(o)))
         return y.flatten(2)
 
     @staticmethod
@@ -101,7 +108,7 @@ class _Mix(torch.autograd.Function):
                 dq=dq, dk=dk, dv=dv, dgate=dg, need_dstart=False, tau=ctx.tau,
             )  # fmt: skip
         _rotate(dx, dx, angles, -1.0)
-        return dx.flatten(2), dlogits, *[None] * 7
+        return dx.flatten(2), dlogits, *[None] * 8
 
 
 def mix(
@@ -115,6 +122,7 @@ def mix(
     in_place: bool = True,
     chunks: int = 1,
     exchange: Callable | None = None,
+    remakes: list[Callable[[Tensor], None]] | None = None,
 ) -> Tensor:
     """Projections of a layer to what its output projection reads, in bfloat16 or float32.
 
@@ -127,5 +135,7 @@ def mix(
 
     Context parallelism: S are equal `chunks` from different places of a sequence, document_ids [chunks * B, chunk], and
     `exchange` makes what parallel.retention.StateExchange is, of what they write and keep.
+
+    `remakes` gets a function that writes the result once more into a tensor like it, from what is kept for backward.
     """
-    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange)
+    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange, remakes)

@@ -1,0 +1,106 @@
+"""What training is measured with: the models that are compared, precisions, meshes, and their flags."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import ROOT, Failure, Run, attempt
+
+MODELS = {"GPT": "transformer_{}", "gated_retention": "yoco_{}", "sliding_window": "yoco_{}_swa"}
+PRECISIONS = {
+    "bf16": "",
+    "delayed": "--fp8-format hybrid --fp8-recipe delayed",
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
+}
+MESHES = {
+    "1": (1, ""),
+    "DP2": (2, ""),  # the recipe has the distributed optimizer and both overlaps
+    "TP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+}
+# bf16 matrix units without sparsity, by the vendor's data sheet.
+STATED_PEAK = {"H100": 989e12, "H200": 989e12}
+# In a process of its own: a CUDA context would take half a gigabyte from every run.
+MEASURE_DEVICE = """
+import torch
+a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+times = []
+for _ in range(30):
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    a @ b
+    stop.record()
+    torch.cuda.synchronize()
+    times.append(start.elapsed_time(stop))
+print(torch.cuda.get_device_name(), 2 * 8192**3 / sorted(times)[15] * 1e3, sep="|")
+"""
+
+
+def measure_device() -> tuple[str, float, float]:
+    """(name, stated and measured bf16 peak in FLOP/s); ("CPU", 0, 0) without a GPU."""
+    run = subprocess.run([sys.executable, "-c", MEASURE_DEVICE], capture_output=True, text=True)
+    if run.returncode:
+        print(f"no GPU: {run.stderr.strip().splitlines()[-1]}", flush=True)
+        return "CPU", 0.0, 0.0
+    name, measured = run.stdout.strip().split("|")
+    stated = next((peak for part, peak in STATED_PEAK.items() if part in name), 0.0)
+    print(f"{name}: bf16 peak {stated / 1e12:.0f} TFLOP/s stated, {float(measured) / 1e12:.0f} measured", flush=True)
+    return name, stated, float(measured)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say what is trained."""
+    parser.add_argument("--model", default="3b", help="a size of configs/model")
+    parser.add_argument("--layers", type=int, help="fewer layers, alike in all models")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--vocab-size", type=int, default=100_350)
+    parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
+    parser.add_argument("--loss-chunk-size", type=int, default=0, help="of YOCO, and of GPT with --chunk-gpt-loss")
+    parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
+    parser.add_argument("--flags", default="", help="more flags for all models")
+    parser.add_argument("--yoco-flags", default="", help="more flags for YOCO")
+    parser.add_argument("--gpt-flags", default="", help="more flags for GPT")
+    parser.add_argument("--steps", type=int, default=8, help="the median of those after the second counts")
+    parser.add_argument("--timeout", type=int, default=200, help="seconds for one run")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
+
+
+def sequences(length: int, mesh: str, options: argparse.Namespace) -> int:
+    """Of a step, on all GPUs."""
+    return max(1, options.batch_tokens // length) * MESHES[mesh][0]
+
+
+def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: str, options: argparse.Namespace) -> str:
+    """Flags of pretrain_yoco.py for one run."""
+    chunked = options.loss_chunk_size and (model != "GPT" or options.chunk_gpt_loss)
+    return (
+        f"--config configs/model/{MODELS[model].format(options.model)}.yaml configs/recipe/scaling.yaml "
+        f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
+        f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
+        f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
+        f"{PRECISIONS[precision]} {MESHES[mesh][1]} {options.flags} "
+        f"{f'--loss-chunk-size {options.loss_chunk_size}' if chunked else ''} "
+        f"{options.gpt_flags if model == 'GPT' else options.yoco_flags}"
+    )
+
+
+def title(model: str, length: int, precision: str, mesh: str, options: argparse.Namespace) -> str:
+    """The case, as results name it."""
+    layers = f" {options.layers} layers" if options.layers else ""
+    chunked = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
+    return f"{options.model}{layers} {model}{chunked} {length} {precision}{'' if mesh == '1' else f' {mesh}'}"
+
+
+def largest_that_fits(
+    model: str, length: int, precision: str, micro_batch: int, mesh: str, options: argparse.Namespace, more: str = ""
+) -> tuple[int, Run | Failure]:
+    """Run with `micro_batch`, halved until it fits the memory: the micro-batch and how its run ended."""
+    while True:
+        name = f"{title(model, length, precision, mesh, options)}, micro-batch {micro_batch}"
+        flags = f"{flags_of(model, length, precision, micro_batch, mesh, options)} {more}"
+        run = attempt(name, flags, MESHES[mesh][0], options.timeout, verbose=True)
+        if isinstance(run, Run) or not run.out_of_memory or micro_batch == 1:
+            return micro_batch, run
+        micro_batch //= 2
+        print(f"   out of memory: again with micro-batch {micro_batch}", flush=True)
