@@ -74,6 +74,39 @@ def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folde
     assert tokenizer_sha256("no/such/folder") is None
 
 
+def test_a_tokenizer_saved_again_is_the_same(folder: Path, tmp_path: Path) -> None:
+    """By tokenizers on one line, by transformers after a use that padded and truncated, with merges as of old."""
+    ours = tokenizer_sha256(str(folder))
+    assert ours == tokenizer_sha256(str(folder / "tokenizer.json"))
+    file = tmp_path / "tokenizer.json"
+    Tokenizer.from_file(str(folder / "tokenizer.json")).save(str(file), pretty=False)
+    assert file.read_bytes() != (folder / "tokenizer.json").read_bytes()
+    assert tokenizer_sha256(str(tmp_path)) == ours
+    used = AutoTokenizer.from_pretrained(folder)
+    used("some text", truncation=True, max_length=2, padding="max_length")
+    used.save_pretrained(tmp_path)
+    content = json.loads(file.read_text())
+    assert content["truncation"] and content["padding"]
+    assert tokenizer_sha256(str(tmp_path)) == ours
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    file.write_text(json.dumps(content))
+    assert tokenizer_sha256(str(tmp_path)) == ours
+
+    content["model"]["merges"][-1:] = []
+    file.write_text(json.dumps(content))
+    assert tokenizer_sha256(str(tmp_path)) != ours
+
+
+def test_a_folder_without_a_tokenizer_json_has_one_too(tmp_path: Path) -> None:
+    assert tokenizer_sha256(str(tmp_path)) is None
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("a b")
+    before = tokenizer_sha256(str(tmp_path))
+    assert before is not None
+    (tmp_path / "merges.txt").write_text("a c")
+    assert tokenizer_sha256(str(tmp_path)) not in (before, None)
+
+
 def test_training_again_replaces_and_leaves_nothing_aside(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "bpe"
     train_tokenizer([corpus], 300, output)

@@ -1,6 +1,5 @@
 """The data command lines end to end, as a user runs them: text -> corpus -> tokenizer -> indexed dataset -> report."""
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
+
+from yoco_megatron.data.tokenizer import tokenizer_sha256
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
@@ -71,7 +72,7 @@ def test_tools_tell_what_they_did(made: tuple[Path, dict[str, str]]) -> None:
     size = sum(path.stat().st_size for path in (folder / "source").glob("module*.py"))
     assert f"40 documents, {size:,} bytes" in said["gather"]
     assert "1 files that are not UTF-8" in said["gather"]
-    digest = hashlib.sha256((folder / "bpe" / "tokenizer.json").read_bytes()).hexdigest()
+    digest = tokenizer_sha256(str(folder / "bpe"))
     assert f"320 tokens, sha256 {digest}" in said["train"]
     report = json.loads((folder / "out" / "code_text_document.json").read_text())
     assert report["tokenizer"]["sha256"] == digest

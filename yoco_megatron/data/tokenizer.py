@@ -7,6 +7,7 @@ the exported checkpoint. Which tokenizer a `--tokenizer-type` means is decided i
 import argparse
 import copy
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = [EOD, PAD]
 # Every byte has a token, so that any text can be encoded.
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+# Of a Hugging Face folder without a tokenizer.json.
+SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str = "text") -> int:
@@ -119,8 +122,30 @@ def build_tokenizer(args: Any) -> Any:
 
 
 def tokenizer_sha256(path: str | None) -> str | None:
-    """SHA-256, in hex, of the tokenizer.json in the folder `path`, or of the file `path`; None if there is neither."""
-    if path is None:
+    """SHA-256, in hex, of what a tokenizer means: the folder of a Hugging Face one, or the one file of another library.
+
+    A tokenizer.json that was saved again, by another version or after a use that truncated, has the same one. None if
+    there is no such file here (a name on the hub).
+    """
+    if path is None or not Path(path).exists():
         return None
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if Path(path).is_file():
+        files = [Path(path)]
+    else:
+        files = [Path(path) / "tokenizer.json"]
+        if not files[0].exists():  # what tokenizers without one are made of
+            files = [file for name in SLOW_FILES if (file := Path(path) / name).exists()]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_meaning(file) if file.name == "tokenizer.json" else file.read_bytes())
+    return digest.hexdigest() if files else None
+
+
+def _meaning(file: Path) -> bytes:
+    """A tokenizer.json in one spelling, without the padding and truncation of its last use."""
+    content = json.loads(file.read_bytes())
+    content |= {"padding": None, "truncation": None}
+    model = content.get("model", {})
+    if "merges" in model:  # of old, "a b"
+        model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return json.dumps(content, sort_keys=True).encode()
