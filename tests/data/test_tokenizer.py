@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from yoco_megatron.data.encoders import choose_encoder
 from yoco_megatron.data.tokenizer import (
     EOD,
     MIN_VOCAB_SIZE,
     PAD,
     build_tokenizer,
+    byte_tokenizer,
     tokenizer_sha256,
     train_tokenizer,
 )
@@ -59,6 +62,21 @@ def test_megatron_builds_it_with_its_end_of_document(folder: Path) -> None:
     for text in TEXTS:
         assert tokenizer.tokenize(text) == stored.encode(text).ids
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_bytes_are_ids(tmp_path: Path) -> None:
+    """Those of megatron.core's class of that name; no byte is an end of document."""
+    assert byte_tokenizer(tmp_path / "bytes") == 258
+    tokenizer = build_tokenizer(config(tmp_path / "bytes"))
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.vocab_size) == (256, 257, 258)
+    every = "".join(map(chr, range(0x110000 - 0x800)[::7])).encode(errors="ignore").decode()
+    for text in (every, "".join(map(chr, range(256))), *TEXTS):
+        if EOD not in text:
+            assert tokenizer.tokenize(text) == ByteLevelTokenizer().text_to_ids(text) == list(text.encode())
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    for backend in ("auto", "library"):
+        found = choose_encoder(tokenizer, backend)[1]([text.encode() for text in TEXTS])
+        assert [found.of(index).tolist() for index in range(len(TEXTS))] == [tokenizer.tokenize(text) for text in TEXTS]
 
 
 def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folder: Path, tmp_path: Path) -> None:
