@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hard_text(generator: random.Random) -> str:
-    """Runs, some longer than a piece: words, digits, spaces, marks that normalizers join, special tokens, any Unicode."""
+    """Runs, some longer than a piece: words, digits, spaces, marks to be joined, special tokens, any Unicode."""
     every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     words = ["the quick foxes 0123456789 \n\t", "".join(map(chr, range(256))), "漢字🙂e\u0301\u0323\u200d ا", every]
     alphabets = [*words, " ", "\n ", "a", "0123456789", [f"{EOD} ", f"x{PAD}", EOD]]
