@@ -4,17 +4,22 @@ JSON lines, parquet and plain text, also packed (.gz, .bz2, .xz, .zst). A run th
 """
 
 import argparse
+import itertools
+import json
 import os
+import sys
 import warnings
-from pathlib import Path
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
 from yoco_megatron.data.encoders import BACKENDS
-from yoco_megatron.data.preprocess import preprocess
+from yoco_megatron.data.preprocess import MAX_BAD_LINES, Report, preprocess
 from yoco_megatron.data.readers import expand_inputs
 from yoco_megatron.data.sentences import SentenceSplitter
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
+
+# Bad records that are shown on the screen.
+SHOWN = 10
 
 
 def main() -> None:
@@ -26,7 +31,13 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="threads that encode (default: all CPUs)"
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="list records that are bad, do not stop")
+    parser.add_argument(
+        "--max-bad-lines",
+        type=int,
+        default=MAX_BAD_LINES,
+        metavar="N",
+        help="bad records are left out and listed; stop at one more than N (default: %(default)s)",
+    )
     parser.add_argument(
         "--tokenizer-backend", choices=BACKENDS, default="auto", help="library that encodes; the ids are the same"
     )
@@ -52,7 +63,7 @@ def main() -> None:
             keys=args.json_keys,
             append_eod=args.append_eod,
             workers=args.workers,
-            skip_bad_lines=args.skip_bad_lines,
+            max_bad_lines=args.max_bad_lines,
             overwrite=args.overwrite,
             backend=args.tokenizer_backend,
             about_tokenizer=about,
@@ -60,7 +71,11 @@ def main() -> None:
         )
     except ValueError as error:
         parser.error(str(error))
-    problems = Path(f"{args.output_prefix}_problems.jsonl")
+    except OSError as error:  # a full disk, no permission
+        parser.error(
+            f"--output-prefix {args.output_prefix}: {error}. Repeat the command when that is mended; it goes on from "
+            "what it saved"
+        )
     for key, report in reports.items():
         print(
             f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
@@ -68,8 +83,21 @@ def main() -> None:
             f"{report.empty_documents} empty, {report.documents_with_nul} with NUL; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
-    if any(report.bad_lines + report.empty_documents + report.documents_with_nul for report in reports.values()):
-        print(f"each bad, empty or odd record is listed in {problems}")
+    tell_problems(next(iter(reports.values())))
+
+
+def tell_problems(report: Report) -> None:
+    """Say how many records are bad, and where the list is; show the first."""
+    if report.bad_lines:
+        print(f"WARNING: {report.bad_lines:,} bad records are left out:", file=sys.stderr)
+        with open(report.problems, encoding="utf-8") as stream:
+            bad = (entry for entry in map(json.loads, stream) if entry["kind"] == "bad")
+            for entry in itertools.islice(bad, SHOWN):
+                print(f"  {entry['place']}: {entry['reason']}", file=sys.stderr)
+        if report.bad_lines > SHOWN:
+            print("  ...", file=sys.stderr)
+    if report.problems:
+        print(f"each bad, empty or odd record is listed in {report.problems}", file=sys.stderr)
 
 
 if __name__ == "__main__":

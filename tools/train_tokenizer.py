@@ -1,25 +1,36 @@
-"""Train a byte-level BPE tokenizer on a corpus (JSON lines) and save it as a Hugging Face folder."""
+"""Train a byte-level BPE tokenizer on a corpus (JSON lines), or make one of bytes alone, as a Hugging Face folder.
+
+tools/train_tokenizer.py --input corpus.jsonl --vocab-size 32000 --output TOKENIZER
+tools/train_tokenizer.py --bytes --output TOKENIZER                    # a byte is a token; nothing to train
+"""
 
 import argparse
 from pathlib import Path
 
 from yoco_megatron.data.readers import expand_inputs
-from yoco_megatron.data.tokenizer import tokenizer_sha256, train_tokenizer
+from yoco_megatron.data.tokenizer import byte_tokenizer, tokenizer_sha256, train_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="JSON lines files or globs")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--bytes", action="store_true", help="a byte is a token, without --input and --vocab-size")
+    kind.add_argument("--input", nargs="+", help="JSON lines files or globs")
     parser.add_argument("--json-key", default="text", help="key of a line's text")
-    parser.add_argument("--vocab-size", type=int, required=True, help="size of the vocabulary, special tokens included")
+    parser.add_argument("--vocab-size", type=int, help="size of the vocabulary, special tokens included")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    if args.bytes != (args.vocab_size is None):
+        parser.error("--vocab-size goes with --input: a tokenizer of --bytes has the size that it has")
     try:
-        size = train_tokenizer(expand_inputs(args.input), args.vocab_size, args.output, args.json_key)
+        if args.bytes:
+            size = byte_tokenizer(args.output)
+        else:
+            size = train_tokenizer(expand_inputs(args.input), args.vocab_size, args.output, args.json_key)
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.output}: {size:,} tokens, sha256 {tokenizer_sha256(str(args.output))}")
-    if size < args.vocab_size:
+    if args.vocab_size is not None and size < args.vocab_size:
         print(f"the corpus is too small for --vocab-size {args.vocab_size}: give it more text, or ask for {size}")
     print(f"use it with: --tokenizer-type HuggingFaceTokenizer --tokenizer-model {args.output}")
 

@@ -1,5 +1,6 @@
 """Batched ids are those that Megatron's tokenizer gives text by text, for every backend."""
 
+import base64
 import json
 import random
 from pathlib import Path
@@ -109,6 +110,24 @@ def test_sentencepiece(tmp_path: Path) -> None:
     tokenizer = built(tmp_path / "pieces.model", "GPTSentencePieceTokenizer")
     texts = [*TEXTS, *sentences[:20]]
     assert encoded(choose_encoder(tokenizer)[1], texts) == [list(tokenizer.tokenize(text)) for text in texts]
+
+
+def test_tiktoken(tmp_path: Path) -> None:
+    """A vocabulary file as Megatron's TikTokenizer reads it: the bytes, and words that are in the texts."""
+    pytest.importorskip("tiktoken")
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" f", b" fo", b" fox", b"\n\t", b"ab", b"  "]
+    rows = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": ""}
+        for rank, token in enumerate(tokens)
+    ]
+    (tmp_path / "vocab.json").write_text(json.dumps(rows))
+    more = {"tiktoken_pattern": "v2", "vocab_size": len(rows) + 20, "tiktoken_num_special_tokens": 20}
+    tokenizer = built(tmp_path / "vocab.json", "TikTokenizer", **more)
+    name, encode = choose_encoder(tokenizer)
+    texts = [*TEXTS, "the fox", "</s>one<s>two<SPECIAL_9>", *random_texts(100)]
+    expected = [tokenizer.tokenize(text) for text in texts]
+    assert name == "tiktoken" and encoded(encode, texts) == expected
+    assert expected[len(TEXTS)] == [20 + 257, 20 + 260]
 
 
 def of_bytes(texts: list[bytes]) -> Ids:

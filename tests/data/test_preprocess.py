@@ -84,20 +84,59 @@ def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: 
         run([write_lines(tmp_path / "e.jsonl", [""])], tmp_path / "none", tokenizer)
 
 
-def test_bad_line_stops_and_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_line_too_many_stops_and_leaves_nothing(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
     path = write_lines(tmp_path / "f.jsonl", TEXTS)
     lines = path.read_text().splitlines(keepends=True)
     lines[30] = '{"text": broken\n'
-    lines[40] = '{"title": "no text"}\n'
+    lines[31] = lines[40] = '{"title": "no text"}\n'
     path.write_text("".join(lines))
-    with pytest.raises(ValueError, match=r"--input .*f\.jsonl:31: .* --skip-bad-lines"):
-        run([path], tmp_path / "out", tokenizer)
+    for allowed, line in enumerate((31, 32, 41)):
+        with pytest.raises(ValueError, match=rf"--input .*f\.jsonl:{line}: .* --max-bad-lines {allowed} "):
+            run([path], tmp_path / "out", tokenizer, max_bad_lines=allowed)
+        assert names(tmp_path) == ["f.jsonl"]
+    with pytest.raises(ValueError, match=r"--max-bad-lines -1"):
+        run([path], tmp_path / "out", tokenizer, max_bad_lines=-1)
+
+    reports = run([path], tmp_path / "out", tokenizer, max_bad_lines=3, keys=["text", "title"])
+    assert [reports[key].bad_lines for key in ("text", "title")] == [3, 3]
+    assert [reports[key].documents for key in ("text", "title")] == [len(TEXTS) - 3] * 2
+
+
+def test_a_wrong_key_ends_soon_and_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "f.jsonl", ["text"] * 5000)
+    with pytest.raises(ValueError, match=r"f\.jsonl:1001: no text under the key 'txt' \(keys: text, title\)"):
+        run([path], tmp_path / "out", tokenizer, keys=["txt"])
+    write_lines(path, ["text"] * 50)
+    with pytest.raises(ValueError, match=r"'txt' \(50 bad records, 0 empty, the first: .*f\.jsonl:1: no text under"):
+        run([path], tmp_path / "out", tokenizer, keys=["txt"])
     assert names(tmp_path) == ["f.jsonl"]
 
-    reports = run([path], tmp_path / "out", tokenizer, skip_bad_lines=True, keys=["text", "title"])
-    assert [reports[key].bad_lines for key in ("text", "title")] == [2, 2]
-    assert [reports[key].documents for key in ("text", "title")] == [len(TEXTS) - 2] * 2
+
+def test_what_cannot_be_printed_is_listed_too(tokenizer: Any, tmp_path: Path) -> None:
+    """A file name that is not UTF-8, half a surrogate pair among the keys, and more keys than anybody reads."""
+    path = Path(os.fsdecode(bytes(tmp_path / "na") + b"\xefve.jsonl"))
+    path.write_text('{"\\ud800": 1}\n{"text": "fine"}\n' + json.dumps({f"key{n}": n for n in range(9999)}))
+    report = run([path], tmp_path / "out", tokenizer)["text"]
+    listed = [json.loads(line) for line in Path(report.problems).read_text().splitlines()]
+    assert (report.documents, report.bad_lines) == (1, 2)
+    assert [entry["place"].rpartition("/")[2] for entry in listed] == [r"na\udcefve.jsonl:1", r"na\udcefve.jsonl:3"]
+    assert r"\ud800" in listed[0]["reason"] and len(listed[1]["reason"]) == module.REASON_LENGTH
+
+
+def test_outputs_in_the_input_folder_are_no_input(tokenizer: Any, tmp_path: Path) -> None:
+    write_lines(tmp_path / "f.jsonl", TEXTS)
+    (tmp_path / "f_problems.txt").write_text("a text")
+    first = run(readers.expand_inputs([str(tmp_path)]), tmp_path / "f", tokenizer)["text"]
+    assert (first.documents, first.bad_lines) == (len(TEXTS) + 1, 0)
+    (tmp_path / "f.unfinished").mkdir()
+    (tmp_path / "f.unfinished" / "text.bin").write_bytes(b"\xff")
+    again = run(readers.expand_inputs([str(tmp_path)]), tmp_path / "f", tokenizer, overwrite=True)["text"]
+    assert again.files == first.files and again.inputs == first.inputs
+    with pytest.raises(ValueError, match=r"--input names nothing but"):
+        run([tmp_path / "f_text_document.bin"], tmp_path / "f", tokenizer)
 
 
 def test_existing_data_are_replaced_only_on_demand(tokenizer: Any, tmp_path: Path) -> None:
@@ -109,7 +148,7 @@ def test_existing_data_are_replaced_only_on_demand(tokenizer: Any, tmp_path: Pat
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl:1"):
-        run([path, bad], out, tokenizer, overwrite=True)
+        run([path, bad], out, tokenizer, overwrite=True, max_bad_lines=0)
     bad.unlink()
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == old
     run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
@@ -197,16 +236,17 @@ def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) 
     path = tmp_path / "f.jsonl"
     records = ['{"text": "a\\u0000b"}', '{"text": ""}', "{", '{"text": "good"}', '{"title": ""}']
     path.write_text("\n".join(records))
-    report = run([path], tmp_path / "out", tokenizer, skip_bad_lines=True)["text"]
+    report = run([path], tmp_path / "out", tokenizer)["text"]
     assert (report.documents, report.bad_lines, report.empty_documents, report.documents_with_nul) == (2, 2, 1, 1)
     listed = [json.loads(line) for line in (tmp_path / "out_problems.jsonl").read_text().splitlines()]
-    assert [(entry["place"], entry["kept"]) for entry in listed] == [
-        (f"{path}:1", True), (f"{path}:2", False), (f"{path}:3", False), (f"{path}:5", False),
+    assert report.problems == str(tmp_path / "out_problems.jsonl")
+    assert [(entry["place"], entry["kind"]) for entry in listed] == [
+        (f"{path}:1", "kept"), (f"{path}:2", "empty"), (f"{path}:3", "bad"), (f"{path}:5", "bad"),
     ]  # fmt: skip
     expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in ("a\0b", "good")]
     assert documents(tmp_path / "out_text_document") == expected
     path.write_text('{"text": "good"}\n')  # nothing odd any more: the list of the old data goes
-    run([path], tmp_path / "out", tokenizer, overwrite=True)
+    assert run([path], tmp_path / "out", tokenizer, overwrite=True)["text"].problems == ""
     assert not (tmp_path / "out_problems.jsonl").exists()
 
 

@@ -114,6 +114,31 @@ def test_packed_files_that_end_too_early_are_refused(tmp_path: Path, suffix: str
         read([path], ["text"])
 
 
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACKERS if suffix])
+def test_packed_files_without_a_byte_are_refused(tmp_path: Path, suffix: str) -> None:
+    """Nothing packed has some bytes; an empty file was never written. A plain file may be empty."""
+    lines, text = tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}"
+    lines.touch()
+    text.touch()
+    with pytest.raises(ValueError, match=rf"--input .*a\.jsonl{suffix} is damaged .*it is empty"):
+        read([lines], ["text"])
+    assert "it is empty" in read([text], ["text"])[2][0][1]
+    lines.write_bytes(PACKERS[suffix](b""))
+    (tmp_path / "c.jsonl").touch()
+    assert read([lines, tmp_path / "c.jsonl"], ["text"])[:3] == ([], [], [])
+
+
+def test_zstd_that_begins_with_a_frame_without_data(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstd(LINES))
+    assert [row[0] for row in read([path], ["text"])[0]] == TEXTS
+
+
+def test_a_text_file_begins_after_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo \ufeff".encode())
+    assert read([tmp_path / "a.txt"], ["text"])[0] == [["one\r\ntwo \ufeff"]]
+
+
 def test_what_cannot_be_read_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"--json-keys title: .*a\.txt .*no keys"):

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from yoco_megatron.data.encoders import choose_encoder
 from yoco_megatron.data.tokenizer import (
     EOD,
     MIN_VOCAB_SIZE,
     PAD,
     build_tokenizer,
+    byte_tokenizer,
     tokenizer_sha256,
     train_tokenizer,
 )
@@ -61,6 +64,21 @@ def test_megatron_builds_it_with_its_end_of_document(folder: Path) -> None:
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
+def test_bytes_are_ids(tmp_path: Path) -> None:
+    """Those of megatron.core's class of that name; no byte is an end of document."""
+    assert byte_tokenizer(tmp_path / "bytes") == 258
+    tokenizer = build_tokenizer(config(tmp_path / "bytes"))
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.vocab_size) == (256, 257, 258)
+    every = "".join(map(chr, range(0x110000 - 0x800)[::7])).encode(errors="ignore").decode()
+    for text in (every, "".join(map(chr, range(256))), *TEXTS):
+        if EOD not in text:
+            assert tokenizer.tokenize(text) == ByteLevelTokenizer().text_to_ids(text) == list(text.encode())
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    for backend in ("auto", "library"):
+        found = choose_encoder(tokenizer, backend)[1]([text.encode() for text in TEXTS])
+        assert [found.of(index).tolist() for index in range(len(TEXTS))] == [tokenizer.tokenize(text) for text in TEXTS]
+
+
 def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folder: Path, tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from yoco_megatron.data.tokenizer import train_tokenizer as train\n"
     code += "train([Path(sys.argv[1])], 300, Path(sys.argv[2]))"
@@ -72,6 +90,39 @@ def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folde
     assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
     assert tokenizer_sha256(str(folder)) == tokenizer_sha256(str(again / "tokenizer.json"))
     assert tokenizer_sha256("no/such/folder") is None
+
+
+def test_a_tokenizer_saved_again_is_the_same(folder: Path, tmp_path: Path) -> None:
+    """By tokenizers on one line, by transformers after a use that padded and truncated, with merges as of old."""
+    ours = tokenizer_sha256(str(folder))
+    assert ours == tokenizer_sha256(str(folder / "tokenizer.json"))
+    file = tmp_path / "tokenizer.json"
+    Tokenizer.from_file(str(folder / "tokenizer.json")).save(str(file), pretty=False)
+    assert file.read_bytes() != (folder / "tokenizer.json").read_bytes()
+    assert tokenizer_sha256(str(tmp_path)) == ours
+    used = AutoTokenizer.from_pretrained(folder)
+    used("some text", truncation=True, max_length=2, padding="max_length")
+    used.save_pretrained(tmp_path)
+    content = json.loads(file.read_text())
+    assert content["truncation"] and content["padding"]
+    assert tokenizer_sha256(str(tmp_path)) == ours
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    file.write_text(json.dumps(content))
+    assert tokenizer_sha256(str(tmp_path)) == ours
+
+    content["model"]["merges"][-1:] = []
+    file.write_text(json.dumps(content))
+    assert tokenizer_sha256(str(tmp_path)) != ours
+
+
+def test_a_folder_without_a_tokenizer_json_has_one_too(tmp_path: Path) -> None:
+    assert tokenizer_sha256(str(tmp_path)) is None
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("a b")
+    before = tokenizer_sha256(str(tmp_path))
+    assert before is not None
+    (tmp_path / "merges.txt").write_text("a c")
+    assert tokenizer_sha256(str(tmp_path)) not in (before, None)
 
 
 def test_training_again_replaces_and_leaves_nothing_aside(corpus: Path, tmp_path: Path) -> None:

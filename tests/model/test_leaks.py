@@ -1,14 +1,10 @@
-"""Who sees whom, told by gradients: d(logits at position t) / d(embedding of token j).
-
-A gradient that has no path is exactly zero, one that has a path is not (float64, random directions), so nothing here
-has a tolerance.
-"""
+"""Who sees whom in the model, told by gradients (support/influence.py), in float64 and without a tolerance."""
 
 import pytest
 import torch
+from support.influence import influence, model_influence
 from support.models import SELF_DECODERS, VOCAB, build, tiny_config
 
-from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.sequence import SequenceShard
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -18,24 +14,6 @@ SPLITS = [0, 1, 2, 3]
 
 def tokens(generator: torch.Generator, batch: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, TOKENS), generator=generator)
-
-
-def influence(inputs: torch.Tensor, outputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """bool [position t, token j]: whether outputs[t] depends on inputs[j]; both [positions, width]."""
-    rows = []
-    for output in outputs:
-        direction = torch.randn(output.shape, generator=generator, dtype=output.dtype)
-        (gradient,) = torch.autograd.grad((output * direction).sum(), inputs, retain_graph=True)
-        assert gradient.isfinite().all()
-        rows.append((gradient != 0).flatten(1).any(1))
-    return torch.stack(rows)
-
-
-def model_influence(model: YOCOModel, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    embedded = []
-    model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-    logits = model(ids)
-    return influence(embedded[0], logits[0], generator)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -1,26 +1,34 @@
 """The data command lines end to end, as a user runs them: text -> corpus -> tokenizer -> indexed dataset -> report."""
 
-import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
+from yoco_megatron.data.tokenizer import tokenizer_sha256
+
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
 
 
-def run(tool: str, *arguments: object, fails: bool = False) -> str:
-    """Standard output of tools/TOOL.py, or its standard error if it is to fail as argparse does."""
+def start(tool: str, *arguments: object, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """tools/TOOL.py, run to its end; `before` runs in its process."""
     command = [sys.executable, ROOT / "tools" / f"{tool}.py", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=before)
+
+
+def run(tool: str, *arguments: object, fails: bool = False) -> str:
+    """Standard output of tools/TOOL.py, or its standard error if it is to fail as argparse does."""
+    done = start(tool, *arguments)
     assert done.returncode == (2 if fails else 0), done.stderr
     return done.stderr if fails else done.stdout
 
@@ -64,7 +72,7 @@ def test_tools_tell_what_they_did(made: tuple[Path, dict[str, str]]) -> None:
     size = sum(path.stat().st_size for path in (folder / "source").glob("module*.py"))
     assert f"40 documents, {size:,} bytes" in said["gather"]
     assert "1 files that are not UTF-8" in said["gather"]
-    digest = hashlib.sha256((folder / "bpe" / "tokenizer.json").read_bytes()).hexdigest()
+    digest = tokenizer_sha256(str(folder / "bpe"))
     assert f"320 tokens, sha256 {digest}" in said["train"]
     report = json.loads((folder / "out" / "code_text_document.json").read_text())
     assert report["tokenizer"]["sha256"] == digest
@@ -94,16 +102,33 @@ def test_truncated_data_are_refused(made: tuple[Path, dict[str, str]], tmp_path:
     assert "cut.bin is shorter than its .idx says" in error
 
 
-def test_bad_line_ends_preprocessing_with_its_place(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_bad_lines_are_shown_and_may_end_preprocessing(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder, _ = made
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text"\n')
+    bad.write_text('{"text": "fine"}\n' + '{"text"\n' * 12)
     arguments = ["--input", bad, *TOKENIZER, folder / "bpe", "--output-prefix", tmp_path / "out"]
-    error = run("preprocess_data", *arguments, fails=True)
-    assert "bad.jsonl:2" in error
-    assert "--skip-bad-lines" in error
+    error = run("preprocess_data", *arguments, "--max-bad-lines", 11, fails=True)
+    assert "bad.jsonl:13" in error and "--max-bad-lines" in error
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
-    assert "1 documents" in run("preprocess_data", *arguments, "--skip-bad-lines")
+    done = start("preprocess_data", *arguments)
+    assert "1 documents" in done.stdout and "12 bad lines" in done.stdout
+    assert "WARNING: 12 bad records are left out:" in done.stderr
+    assert re.findall(r"bad\.jsonl:(\d+): not a line of JSON", done.stderr) == [str(n) for n in range(2, 12)]
+    assert f"listed in {tmp_path}/out_problems.jsonl" in done.stderr
+
+
+def test_a_full_disk_is_one_error_and_the_run_goes_on(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """No file may become larger than 64 KiB, which is how the write fails; then it may."""
+    folder, _ = made
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes((folder / "corpus.jsonl").read_bytes() * 200)
+    arguments = ["--input", corpus, *TOKENIZER, folder / "bpe", "--output-prefix", tmp_path / "out"]
+    small = (1 << 16, 1 << 16)
+    done = start("preprocess_data", *arguments, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
+    assert done.returncode == 2
+    assert re.search(r"error: --output-prefix .*out: .*File too large.* Repeat the command", done.stderr)
+    assert "Traceback" not in done.stderr and not (tmp_path / "out_text_document.idx").exists()
+    assert "8,000 documents" in run("preprocess_data", *arguments)
 
 
 def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:

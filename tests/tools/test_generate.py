@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.cli import TINY, train
 
@@ -94,3 +95,29 @@ def test_bad_input(flags, said, folders):
     done = run("generate.py", "--load", str(folders["model"]), *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("generate.py: error: ")
+
+
+def test_bytes_are_tokens_all_the_way(tmp_path):
+    """The tokenizer of bytes: preprocessing, training on its data, generation, and the exported model with it."""
+    tokenizer, prefix = tmp_path / "bytes", tmp_path / "d"
+    made = run("train_tokenizer.py", "--bytes", "--output", str(tokenizer))
+    assert made.returncode == 0, made.stderr
+    named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+    (tmp_path / "corpus.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 9)
+    flags = ["--input", str(tmp_path / "corpus.jsonl"), "--output-prefix", str(prefix), "--append-eod"]
+    done = run("preprocess_data.py", *flags, *named)
+    assert done.returncode == 0, done.stderr
+    data = np.fromfile(f"{prefix}_text_document.bin", np.uint16)
+    assert data.tolist() == [*TEXT.encode(), 256] * 9
+
+    at = TINY.index("--mock-data")
+    flags = [*TINY[:at], *TINY[at + 7 :], *named, "--data-path", f"{prefix}_text_document", "--split", "1,0,0"]
+    once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    train(1, *once, "--eval-iters", "0", "--dataloader-inter-document-masking", "--eod-mask-loss", base=flags)
+    model = tmp_path / "model"
+    flags = ("--from", "megatron", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(model))
+    done = run("convert_checkpoint.py", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = generated(tmp_path / "run", "--prompt", "größer")
+    assert expected.startswith("größer")
+    assert generated(model, "--prompt", "größer") == expected

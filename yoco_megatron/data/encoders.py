@@ -6,12 +6,15 @@ Backends, the fastest first: gigatoken (for byte-level BPE and SentencePiece-lik
 tokenizer's own library does for a batch. None of them holds Python's lock for long, so threads can share an encoder.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
+
+from yoco_megatron.data.pieces import PIECE, encode_in_pieces
 
 BACKENDS = ("auto", "gigatoken", "library")
 # What tokenizers disagree about: spaces, controls, marks that normalizers join, other scripts, digits, contractions.
@@ -183,12 +186,7 @@ def library_encoder(tokenizer: Any) -> tuple[str, Encoder]:
     wrapper = getattr(tokenizer, "_tokenizer", None)
     core, special = _rust_core(tokenizer)
     if core is not None:
-
-        def hugging_face(texts: list[bytes]) -> Ids:
-            strings = [text.decode() for text in texts]
-            return join([coded.ids for coded in core.encode_batch_fast(strings, add_special_tokens=special)])
-
-        return "tokenizers", hugging_face
+        return "tokenizers", _hugging_face(core, special)
     if isinstance(wrapper, libraries.TikTokenTokenizer):
         coding = wrapper.tokenizer
         return "tiktoken", lambda texts: join(
@@ -201,3 +199,33 @@ def library_encoder(tokenizer: Any) -> tuple[str, Encoder]:
                 pieces.encode([text.decode() for text in texts], out_type=int, num_threads=1)
             )
     return "one by one", lambda texts: join([list(tokenizer.tokenize(text.decode())) for text in texts])
+
+
+def _hugging_face(core: Any, special: bool) -> Encoder:
+    before, after = _template(core) if special else ([], [])
+    # Where the ends of a text are not simply added, a long one has to be encoded at once.
+    longest = PIECE if len(before) + len(after) == core.num_special_tokens_to_add(False) * special else None
+
+    @functools.cache
+    def plain() -> Any:
+        copy = type(core).from_str(core.to_str())
+        copy.post_processor = None
+        copy.encode_special_tokens = core.encode_special_tokens
+        return copy
+
+    def encode(texts: list[bytes]) -> Ids:
+        strings = [text.decode() for text in texts]
+        long = {index for index, text in enumerate(strings) if longest is not None and len(text) > longest}
+        short = [text for index, text in enumerate(strings) if index not in long]
+        coded = iter(core.encode_batch_fast(short, add_special_tokens=special))
+        if not long:
+            return join([text.ids for text in coded])
+        parts = []
+        for index, text in enumerate(strings):
+            if index in long:
+                parts.append(with_ends(join([encode_in_pieces(plain(), text)]), before, after).ids)
+            else:
+                parts.append(np.array(next(coded).ids, np.int64))
+        return join(parts)
+
+    return encode

@@ -82,7 +82,8 @@ def check_tokenizer(args: Namespace) -> None:
     """Compare the flags with what the reports of the data say about their tokenizer and ends of documents.
 
     Raises:
-        ValueError: data of another tokenizer, or without ends of documents though --eod-mask-loss looks for them.
+        ValueError: data of another tokenizer, or without ends of documents though --eod-mask-loss looks for them, as it
+            does unless documents are apart.
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
@@ -93,10 +94,11 @@ def check_tokenizer(args: Namespace) -> None:
                 f"--tokenizer-model {args.tokenizer_model} (sha256 {ours[:12]}) did not make {prefix} "
                 f"(sha256 {theirs[:12]}, see {prefix}.json); give that one, or preprocess the data with this one"
             )
-        if args.eod_mask_loss and "eod" in about and about["eod"] is None:
+        by_token = args.eod_mask_loss and not args.dataloader_inter_document_masking
+        if by_token and "eod" in about and about["eod"] is None:
             raise ValueError(
                 f"--eod-mask-loss has no effect on {prefix}, whose documents have no end (see {prefix}.json): "
-                "leave the flag away, or preprocess with --append-eod"
+                "preprocess with --append-eod, or add --dataloader-inter-document-masking, which knows where they end"
             )
 
 

@@ -9,13 +9,14 @@ its output has the same bytes as if it had not been.
 import hashlib
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -30,17 +31,26 @@ from yoco_megatron.data.unfinished import Unfinished
 # How often a run saves where it is.
 SAVE_SECONDS = 10.0
 PROBLEMS = "problems.jsonl"
+# Bad records that a run leaves out before it stops: one torn line is no reason to, a wrong --json-keys is.
+MAX_BAD_LINES = 1000
+# Characters of a reason in the list; a record may name thousands of keys.
+REASON_LENGTH = 300
 # Memory of one read when files are hashed.
 BLOCK_BYTES = 1 << 22
 
 
 @dataclass
 class Problem:
-    """A record that was left out, or kept though it is worth a look."""
+    """A record that is worth a look: 'bad' and left out, 'empty' and no document, or 'kept' as it is."""
 
     place: str
     reason: str
-    kept: bool = False
+    kind: str
+
+
+def printable(text: str) -> str:
+    """`text` with what is no Unicode (file names of other encodings, half surrogates) as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
@@ -59,7 +69,8 @@ class Encoded:
 class Report:
     """What one output holds (`bytes` of UTF-8 text) and what made it; written as PREFIX_KEY_document.json.
 
-    `files` is the suffix, "bin" or "idx", -> bytes and sha256 of that file.
+    `files` is the suffix, "bin" or "idx", -> bytes and sha256 of that file; `problems` the list of bad, empty and odd
+    records ("" if there is none).
     """
 
     documents: int = 0
@@ -75,23 +86,13 @@ class Report:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: str = ""
 
 
-def encode_batch(
-    batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], eod: int | None, skip_bad_lines: bool
-) -> Encoded:
-    """Read and encode one batch; a record that is bad for one key is left out for all.
-
-    Raises:
-        ValueError: the first bad record, as "file:number", unless `skip_bad_lines`.
-    """
+def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], eod: int | None) -> Encoded:
+    """Read and encode one batch; a record that is bad for one key is left out for all."""
     rows, indices, bad = batch.texts(keys)
-    if bad and not skip_bad_lines:
-        index, reason = bad[0]
-        raise ValueError(
-            f"--input {batch.place(index)}: {reason}. Correct it, or leave such records out with --skip-bad-lines"
-        )
-    odd = [(index, reason, False) for index, reason in bad]
+    odd = [(index, reason, "bad") for index, reason in bad]
     encoded = Encoded({}, {}, {}, {}, len(bad), [])
     for column, key in enumerate(keys):
         texts = [row[column] for row in rows]
@@ -105,10 +106,12 @@ def encode_batch(
         encoded.ids[key] = Ids(found.ids.astype(dtype), found.lengths)
         encoded.text_bytes[key] = sum(map(len, texts))
         encoded.empty[key], encoded.nul[key] = len(empty), len(nul)
-        odd += [(indices[index], f"{key!r} is empty or gives no token", False) for index in empty]
-        odd += [(indices[index], f"{key!r} holds NUL characters", True) for index in nul]
+        odd += [(indices[index], f"{key!r} is empty or gives no token", "empty") for index in empty]
+        odd += [(indices[index], f"{key!r} holds NUL characters", "kept") for index in nul]
     odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on where a batch ends
-    encoded.problems = [Problem(batch.place(index), reason, kept) for index, reason, kept in odd]
+    encoded.problems = [
+        Problem(printable(batch.place(index)), printable(why)[:REASON_LENGTH], kind) for index, why, kind in odd
+    ]
     return encoded
 
 
@@ -143,7 +146,7 @@ def preprocess(
     keys: list[str],
     append_eod: bool,
     workers: int,
-    skip_bad_lines: bool = False,
+    max_bad_lines: int = MAX_BAD_LINES,
     overwrite: bool = False,
     backend: str = "auto",
     about_tokenizer: dict[str, Any] | None = None,
@@ -155,6 +158,8 @@ def preprocess(
         tokenizer: as Megatron builds it (`data.tokenizer.build_tokenizer`).
         append_eod: end each document with `tokenizer.eod`.
         workers: threads that encode.
+        max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are left out and listed; one more
+            ends the run.
         backend: one of `encoders.BACKENDS`.
         about_tokenizer: what to write about the tokenizer into the reports.
         sentences: encode each sentence of a document by itself.
@@ -162,7 +167,7 @@ def preprocess(
         Key -> report. The datasets are in place; on any error none of them is, and older ones are untouched. What was
         saved until then stays beside them, and the same call goes on from there.
     Raises:
-        ValueError: a bad record, a dataset that exists, a tokenizer without an end of document, no document at all.
+        ValueError: too many bad records, a dataset that exists, a tokenizer without an end of document, no document.
     """
     from megatron.core.datasets.indexed_dataset import DType
 
@@ -171,6 +176,9 @@ def preprocess(
         raise ValueError("--append-eod: the tokenizer has no end-of-document (eos) token; name one in its config")
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least one thread must encode")
+    if max_bad_lines < 0:
+        raise ValueError(f"--max-bad-lines {max_bad_lines}: 0 stops at the first bad record, N at one more than N")
+    files = _without_own(files, output_prefix)
     check_keys(files, keys)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     # The threads below are the parallelism; the tokenizer's own pool would only compete with them.
@@ -180,7 +188,11 @@ def preprocess(
         encode = sentences.encoder(encode)
 
     base = Report(
-        dtype=dtype.__name__, backend=name, tokenizer=about_tokenizer or {}, inputs=[str(path) for path in files]
+        dtype=dtype.__name__,
+        backend=name,
+        tokenizer=about_tokenizer or {},
+        inputs=[printable(str(path)) for path in files],
+        problems=f"{output_prefix}_{PROBLEMS}",
     )
     job = {"input": describe(files), "json-keys": keys, "eod": eod, "tokenizer": base.tokenizer, "dtype": base.dtype}
     job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
@@ -191,19 +203,37 @@ def preprocess(
         finished = unfinished.state is not None and "finished" in unfinished.state
         prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
         if not finished:
-            _write_all(files, unfinished, base, workers, (keys, encode, dtype, eod, skip_bad_lines))
+            _write_all(files, unfinished, base, workers, max_bad_lines, (keys, encode, dtype, eod))
         reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
         for key, prefix in prefixes.items():
             _move_into_place(unfinished.folder, key, prefix, reports[key])
-        _move_problems(unfinished.folder / PROBLEMS, Path(f"{output_prefix}_problems.jsonl"))
+        _move_problems(unfinished.folder / PROBLEMS, Path(base.problems))
         complete = True
     finally:
         unfinished.close(keep=not complete and unfinished.state is not None)
     return reports
 
 
+def _without_own(files: list[Path], output_prefix: str) -> list[Path]:
+    """What this command itself writes below an input folder, or wrote before it was killed, is no input.
+
+    Raises:
+        ValueError: there is nothing else.
+    """
+    own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|_.*_document\.(bin|idx|json)|_{PROBLEMS})"
+    found = [path for path in files if not re.fullmatch(own, os.path.abspath(path), re.DOTALL)]
+    if not found:
+        raise ValueError(f"--input names nothing but what --output-prefix {output_prefix} wrote")
+    return found
+
+
 def _write_all(
-    files: list[Path], unfinished: Unfinished, base: Report, workers: int, encode_args: tuple[Any, ...]
+    files: list[Path],
+    unfinished: Unfinished,
+    base: Report,
+    workers: int,
+    max_bad_lines: int,
+    encode_args: tuple[Any, ...],
 ) -> None:
     """Append everything from the saved place on, saving now and then and at the end, when all but names is final."""
     keys = encode_args[0]
@@ -217,6 +247,7 @@ def _write_all(
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, initial=done, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
         for batch, encoded in _encode_in_order(files, keys, start, workers, encode_args):
+            _check_bad_lines(encoded, reports[keys[0]].bad_lines, max_bad_lines)
             now = time.monotonic()
             for key, report in reports.items():
                 _append(unfinished, key, encoded, report)
@@ -233,11 +264,34 @@ def _write_all(
             progress.update(batch.done - progress.n)
     for key, report in reports.items():
         if report.documents == 0:
-            raise ValueError(f"--input holds no text under the key {key!r} ({report.bad_lines} bad records)")
+            raise ValueError(_no_documents(key, report, unfinished.files[PROBLEMS]))
         unfinished.files[f"{key}.bin"].flush()
         unfinished.files[f"{key}.lengths"].flush()
         report.files = _finish(unfinished.folder, key, encode_args[2])
+        if not unfinished.files[PROBLEMS].tell():
+            report.problems = ""
     unfinished.save(finished=True, reports={key: asdict(report) for key, report in reports.items()})
+
+
+def _check_bad_lines(encoded: Encoded, before: int, allowed: int) -> None:
+    """Raises ValueError for the first bad record beyond those that are allowed, whatever batch it is in."""
+    bad = [problem for problem in encoded.problems if problem.kind == "bad"]
+    if before + len(bad) > allowed:
+        last = bad[allowed - before]
+        raise ValueError(
+            f"--input {last.place}: {last.reason}. This is bad record {allowed + 1:,}, more than --max-bad-lines "
+            f"{allowed} leaves out: correct the input or the flags, or allow more"
+        )
+
+
+def _no_documents(key: str, report: Report, problems: BinaryIO) -> str:
+    problems.seek(0)
+    first = json.loads(problems.readline() or "null")
+    example = f", the first: {first['place']}: {first['reason']}" if first else ""
+    return (
+        f"--input holds no text under the key {key!r} ({report.bad_lines} bad records, {report.empty_documents} empty"
+        f"{example})"
+    )
 
 
 def _finish(folder: Path, key: str, dtype: type[np.integer]) -> dict[str, dict[str, Any]]:

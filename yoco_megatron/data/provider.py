@@ -10,6 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from yoco_megatron.data.borders import BorderedDataset
 from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
 
 
@@ -41,6 +42,11 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTData
     )
 
 
+def dataset_kind(args: Namespace) -> type[GPTDataset]:
+    """Megatron's dataset, or ours where documents are apart and their borders out of the loss."""
+    return BorderedDataset if args.dataloader_inter_document_masking and args.eod_mask_loss else GPTDataset
+
+
 def _is_built_here(every_stage: bool) -> bool:
     """Only tensor-parallel rank 0 reads, the others get it by broadcast; middle stages need the documents alone."""
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
@@ -51,7 +57,7 @@ def build_datasets(
     args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: list[int]
 ) -> tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]:
     """(train, validation, test); `num_samples` says how many samples each must yield at least."""
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else dataset_kind(args)
     is_built_here = partial(_is_built_here, args.dataloader_inter_document_masking)
     return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args, tokenizer)).build()
 
@@ -82,5 +88,5 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
     with mock.patch.object(training, "get_args", return_value=args):
         sizes = training.get_train_valid_test_num_samples()
     config = dataset_config(args, build_tokenizer(args))
-    datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    datasets = BlendedMegatronDatasetBuilder(dataset_kind(args), sizes, lambda: True, config).build()
     return {name: len(part) for name, part in zip(("train", "valid", "test"), datasets) if part is not None}

@@ -5,6 +5,7 @@
 A text file is one record. JSON lines and text may be packed with gzip, bzip2, xz or zstd, which their first bytes tell.
 """
 
+import codecs
 import glob
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yoco_megatron.data.corpus import parse_line
-from yoco_megatron.data.unpack import DAMAGED, skip, unpacked
+from yoco_megatron.data.unpack import DAMAGED, PACKED_SUFFIXES, skip, unpacked
 
 # A batch ends at either: enough text to be worth a thread's turn, few enough records to keep the memory of ids small.
 BATCH_BYTES = 1 << 20
@@ -21,7 +22,6 @@ BATCH_RECORDS = 1024
 BATCH_ROWS = 128
 
 JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
-PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _utf8(value: Any, place: str) -> bytes:
 def _file_text(path: Path, place: str) -> bytes:
     try:
         with path.open("rb") as raw, unpacked(raw) as stream:
-            return _utf8(stream.read(), place)
+            return _utf8(stream.read(), place).removeprefix(codecs.BOM_UTF8)
     except DAMAGED as error:
         raise ValueError(f"{place}: damaged or ends too early ({error})") from None
 

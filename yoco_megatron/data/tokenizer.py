@@ -7,6 +7,7 @@ the exported checkpoint. Which tokenizer a `--tokenizer-type` means is decided i
 import argparse
 import copy
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = [EOD, PAD]
 # Every byte has a token, so that any text can be encoded.
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+# Of a Hugging Face folder without a tokenizer.json.
+SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str = "text") -> int:
@@ -39,16 +42,13 @@ def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str 
     Raises:
         ValueError: a vocabulary smaller than the bytes, or a line without text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers, trainers
 
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"--vocab-size {vocab_size} is too small; 256 bytes and 2 special tokens need {MIN_VOCAB_SIZE}"
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _of_bytes(None)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
@@ -56,12 +56,49 @@ def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str 
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(corpus, key), trainer)
+    _save(tokenizer, output)
+    return tokenizer.get_vocab_size()
+
+
+def byte_tokenizer(output: Path) -> int:
+    """Save the tokenizer of bytes as the Hugging Face folder `output`: ids 0 to 255 are the bytes of UTF-8 text.
+
+    256 is <|endoftext|> (eos), 257 <|pad|>. Texts have the ids of megatron.core's ByteLevelTokenizer, which no
+    --tokenizer-type builds, and whose end of document and padding are the bytes 0 and 1.
+
+    Returns:
+        The size of the vocabulary.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # The characters that stand for bytes: printable ones for themselves, the others, in order, for those from 256 on.
+    alphabet = sorted(ByteLevel.alphabet())
+    own = [char for char in alphabet if ord(char) < 256]
+    others = iter(char for char in alphabet if ord(char) >= 256)
+    vocabulary = {chr(byte) if chr(byte) in own else next(others): byte for byte in range(256)}
+    tokenizer = _of_bytes(vocabulary)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    _save(tokenizer, output)
+    return tokenizer.get_vocab_size()
+
+
+def _of_bytes(vocabulary: dict[str, int] | None) -> Any:
+    """A byte-level BPE without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE() if vocabulary is None else models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _save(tokenizer: Any, output: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
 
     aside = output.with_name(output.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD, pad_token=PAD).save_pretrained(aside)
     _move_files(aside, output)
-    return tokenizer.get_vocab_size()
 
 
 def _texts(corpus: list[Path], key: str) -> Iterator[str]:
@@ -119,8 +156,30 @@ def build_tokenizer(args: Any) -> Any:
 
 
 def tokenizer_sha256(path: str | None) -> str | None:
-    """SHA-256, in hex, of the tokenizer.json in the folder `path`, or of the file `path`; None if there is neither."""
-    if path is None:
+    """SHA-256, in hex, of what a tokenizer means: the folder of a Hugging Face one, or the one file of another library.
+
+    A tokenizer.json that was saved again, by another version or after a use that truncated, has the same one. None if
+    there is no such file here (a name on the hub).
+    """
+    if path is None or not Path(path).exists():
         return None
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if Path(path).is_file():
+        files = [Path(path)]
+    else:
+        files = [Path(path) / "tokenizer.json"]
+        if not files[0].exists():  # what tokenizers without one are made of
+            files = [file for name in SLOW_FILES if (file := Path(path) / name).exists()]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_meaning(file) if file.name == "tokenizer.json" else file.read_bytes())
+    return digest.hexdigest() if files else None
+
+
+def _meaning(file: Path) -> bytes:
+    """A tokenizer.json in one spelling, without the padding and truncation of its last use."""
+    content = json.loads(file.read_bytes())
+    content |= {"padding": None, "truncation": None}
+    model = content.get("model", {})
+    if "merges" in model:  # of old, "a b"
+        model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return json.dumps(content, sort_keys=True).encode()

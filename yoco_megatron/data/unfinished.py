@@ -9,6 +9,7 @@ state.json is replaced, in one step, only after what it tells of is on the disk;
 written after it and is cut off when the run goes on.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -84,7 +85,9 @@ class Unfinished:
     def close(self, keep: bool) -> None:
         """Unlock, and remove the folder unless the run is to go on from it."""
         for stream in self.files.values():
-            stream.close()
+            # On a full disk the rest of the buffer cannot go out; it is after the saved place, so it is cut off anyway.
+            with contextlib.suppress(OSError):
+                stream.close()
         if not keep:
             shutil.rmtree(self.folder)
         self.lock.close()

@@ -5,11 +5,16 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
+PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# A frame that holds no data, with which pzstd begins.
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 
 def _damaged() -> Iterator[type[Exception]]:
@@ -32,13 +37,15 @@ def unpacked(raw: BinaryIO) -> BinaryIO:
     """`raw`, or what it holds packed; many members or frames one after another are one stream."""
     magic = raw.read(6)
     raw.seek(0)
+    if not magic and Path(raw.name).suffix.lower() in PACKED_SUFFIXES:
+        raise EOFError("it is empty, which no packer makes of anything")
     if magic.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
     if magic.startswith(b"BZh"):
         return io.BufferedReader(bz2.BZ2File(raw), 1 << 20)
     if magic == b"\xfd7zXZ\x00":
         return io.BufferedReader(lzma.LZMAFile(raw), 1 << 20)
-    if magic.startswith(ZSTD_MAGIC):
+    if magic.startswith(ZSTD_MAGIC) or ZSTD_SKIPPABLE.match(magic):
         try:
             import zstandard
         except ImportError:

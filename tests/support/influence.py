@@ -1,0 +1,31 @@
+"""Who sees whom, told by gradients: d(logits at position t) / d(embedding of token j).
+
+A gradient that has no path is exactly zero, in whatever order and precision its zeros are added; one that has a path is
+not, along random directions.
+"""
+
+import torch
+
+from yoco_megatron.model.yoco_model import YOCOModel
+
+
+def influence(inputs: torch.Tensor, outputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """bool [position t, token j]: whether outputs[t] depends on inputs[j]; both [positions, width]."""
+    rows = []
+    for output in outputs:
+        direction = torch.randn(output.shape, generator=generator).to(output)
+        (gradient,) = torch.autograd.grad((output * direction).sum(), inputs, retain_graph=True)
+        assert gradient.isfinite().all()
+        rows.append((gradient != 0).flatten(1).any(1))
+    return torch.stack(rows)
+
+
+def model_influence(
+    model: YOCOModel, ids: torch.Tensor, generator: torch.Generator, document_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of the logits of one sequence, ids [1, tokens], on the embeddings of its tokens."""
+    embedded = []
+    hook = model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
+    logits = model(ids, document_ids=document_ids)
+    hook.remove()
+    return influence(embedded[0], logits[0], generator)
