@@ -250,6 +250,16 @@ def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) 
     assert not (tmp_path / "out_problems.jsonl").exists()
 
 
+def test_a_document_too_long_for_an_index_is_refused(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index counts in 32 bits."""
+    monkeypatch.setattr(module, "MAX_TOKENS", 5)
+    path = write_lines(tmp_path / "f.jsonl", ["a", "123456789"])
+    with pytest.raises(ValueError, match=r"--input .*f\.jsonl: a document of 10 tokens .* counts up to 5"):
+        run([path], tmp_path / "out", tokenizer)
+
+
 def test_a_document_of_50_mb(tokenizer: Any, tmp_path: Path) -> None:
     """Between two short ones; its ids are those of one sentence, as often as it is in there."""
     pytest.importorskip("gigatoken")

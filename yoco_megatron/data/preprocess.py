@@ -35,6 +35,8 @@ PROBLEMS = "problems.jsonl"
 MAX_BAD_LINES = 1000
 # Characters of a reason in the list; a record may name thousands of keys.
 REASON_LENGTH = 300
+# Tokens of a document that an .idx can tell.
+MAX_TOKENS = np.iinfo(np.int32).max
 # Memory of one read when files are hashed.
 BLOCK_BYTES = 1 << 22
 
@@ -90,7 +92,11 @@ class Report:
 
 
 def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], eod: int | None) -> Encoded:
-    """Read and encode one batch; a record that is bad for one key is left out for all."""
+    """Read and encode one batch; a record that is bad for one key is left out for all.
+
+    Raises:
+        ValueError: a document that is longer than an index can tell.
+    """
     rows, indices, bad = batch.texts(keys)
     odd = [(index, reason, "bad") for index, reason in bad]
     encoded = Encoded({}, {}, {}, {}, len(bad), [])
@@ -103,6 +109,11 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
             found = _without(found, empty)
         if eod is not None:
             found = with_ends(found, [], [eod])
+        if (found.lengths > MAX_TOKENS).any():
+            raise ValueError(
+                f"--input {batch.path}: a document of {found.lengths.max():,} tokens at or after {batch.place(0)}; an "
+                f"index counts up to {MAX_TOKENS:,}: cut it"
+            )
         encoded.ids[key] = Ids(found.ids.astype(dtype), found.lengths)
         encoded.text_bytes[key] = sum(map(len, texts))
         encoded.empty[key], encoded.nul[key] = len(empty), len(nul)
