@@ -28,7 +28,7 @@ test-quick: env ## the tests that take seconds
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-gpu: ## GPU tests, with the Python that has torch, Transformer Engine and pytest-xdist (PYTHON=python3 make test-gpu)
-	$(PYTEST) -rs -v -n 8 --dist worksteal tests/gpu
+	$(PYTEST) -rs -v -n 8 --dist loadgroup tests/gpu
 
 lint: env ## ruff: style and format
 	$(VENV)/bin/ruff check .

@@ -8,11 +8,12 @@ import pytest
 import torch
 from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error
 from support.pipeline import pipeline_step
-from support.worlds import run_world
+from support.worlds import Cases
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("context parallel"),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 # Heads of width 64, which every kernel takes. Windows shorter and longer than the chunks of 12 tokens.
@@ -49,61 +50,75 @@ def plain_name(name: str) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def one_gpu():
-    """Float32 on one GPU, computed once for each case."""
-    done: dict = {}
-
-    def step(kind: str, window: int, documents: bool) -> dict:
-        if (kind, window, documents) not in done:
-            model = SIZES | dict(self_decoder=kind, self_decoder_window=window)
-            done[kind, window, documents] = run_world(1, pipeline_step, model, None, False, 2, False, documents)[0]
-        return done[kind, window, documents]
-
-    return step
+DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("kind", "window"), CASES)
-def test_two_gpus_equal_one(kind: str, window: int, path: str, documents: bool, one_gpu) -> None:
-    overrides, loss, grad = PATHS[path]
-    model = SIZES | dict(self_decoder=kind, self_decoder_window=window) | overrides
-    results = run_world(2, pipeline_step, model, None, False, 2, False, documents, cp=2)
-    reference = one_gpu(kind, window, documents)
-    for result in results:
-        result = {plain_name(name): value for name, value in result.items()}
-        assert result.keys() == reference.keys()
-        errors = {name: relative_error(value, reference[name]) for name, value in result.items()}
-        worst = max(errors, key=errors.get)
-        print(f"{kind} {window} {path}: loss {errors['loss']:.1e}, worst gradient {worst} {errors[worst]:.1e}")
-        for name, error in errors.items():
-            assert error < (loss if name == "loss" else grad), f"{name}: relative error {error:.1e}"
+def step(kind: str, window: int, path: str, documents: bool) -> dict:
+    model = SIZES | dict(self_decoder=kind, self_decoder_window=window) | PATHS[path][0]
+    return pipeline_step(model, None, False, 2, False, documents)
 
 
 def long_step(kind: str, documents: bool) -> dict:
     """4096 tokens a sequence: chunks of 1024, larger than any kernel's tile, with a window of 512."""
     from support import models, pipeline
 
+    was = models.SEQ, models.BORDERS
     models.SEQ = pipeline.SEQ = 4096
     models.BORDERS = ([1024, 3072], [1023, 1025, 2500])
-    overrides, _, _ = PATHS["bf16 transformer engine"]
-    return pipeline_step(
-        SIZES | overrides | dict(self_decoder=kind, self_decoder_window=512, num_layers=4),
-        None,
-        False,
-        1,
-        False,
-        documents,
-    )
+    try:
+        model = SIZES | PATHS["bf16 transformer engine"][0]
+        model |= dict(self_decoder=kind, self_decoder_window=512, num_layers=4)
+        return pipeline_step(model, None, False, 1, False, documents)
+    finally:
+        models.SEQ, models.BORDERS = was
+        pipeline.SEQ = models.SEQ
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def any_step(*args) -> dict:
+    return (step if len(args) == 4 else long_step)(*args)
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> Cases:
+    """Float32 with torch, and long sequences as they are."""
+    cases = [(*case, "float32 torch", documents) for case in CASES for documents in (False, True)]
+    cases += [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
+    return Cases(1, any_step, {case: (case, {}) for case in cases})
+
+
+@pytest.fixture(scope="module")
+def two_gpus() -> Cases:
+    cases = [(*case, path, documents) for case in CASES for path in PATHS for documents in (False, True)]
+    cases += [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
+    return Cases(2, any_step, {case: (case, dict(cp=2)) for case in cases})
+
+
+@DOCUMENTS
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("kind", "window"), CASES)
+def test_two_gpus_equal_one(
+    kind: str, window: int, path: str, documents: bool, one_gpu: Cases, two_gpus: Cases
+) -> None:
+    _, loss, grad = PATHS[path]
+    (reference,) = one_gpu[kind, window, "float32 torch", documents]
+    for result in two_gpus[kind, window, path, documents]:
+        assert_close({plain_name(name): value for name, value in result.items()}, reference, loss, grad)
+
+
+@DOCUMENTS
 @pytest.mark.parametrize("kind", SELF_DECODERS)
-def test_long_sequences(kind: str, documents: bool) -> None:
+def test_long_sequences(kind: str, documents: bool, one_gpu: Cases, two_gpus: Cases) -> None:
     """Both in bf16, so that twice its noise is allowed."""
-    reference = run_world(1, long_step, kind, documents)[0]
-    for result in run_world(2, long_step, kind, documents, cp=2):
-        for name, value in result.items():
-            error = relative_error(value, reference[name])
-            assert error < (5e-3 if name == "loss" else 6e-2), f"{name}: relative error {error:.1e}"
+    (reference,) = one_gpu[kind, documents]
+    for result in two_gpus[kind, documents]:
+        assert_close(result, reference, 5e-3, 6e-2)
+
+
+def assert_close(result: dict, reference: dict, loss: float, grad: float) -> None:
+    assert result.keys() == reference.keys()
+    errors = {name: relative_error(value, reference[name]) for name, value in result.items()}
+    of_loss = errors.pop("loss")
+    worst = max(errors, key=errors.get)
+    print(f"loss {of_loss:.1e}, worst gradient {worst} {errors[worst]:.1e}")
+    assert of_loss < loss
+    assert errors[worst] < grad, worst

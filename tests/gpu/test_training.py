@@ -52,6 +52,7 @@ def test_losses_of_the_cpu_path(kind: str, tmp_path: Path) -> None:
         assert abs(a - b) < LOSS_NOISE * a, f"step {step}: {a} on the CPU, {b} on the GPU"
 
 
+@pytest.mark.xdist_group("a whole GPU's memory")
 @pytest.mark.parametrize("model", ["yoco_1.4b", "yoco_1.4b_swa"])
 def test_trains_at_1_4b(model: str) -> None:
     losses = pretrain(

@@ -23,9 +23,15 @@ def influence(inputs: torch.Tensor, outputs: torch.Tensor, generator: torch.Gene
 def model_influence(
     model: YOCOModel, ids: torch.Tensor, generator: torch.Generator, document_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of the logits of one sequence, ids [1, tokens], on the embeddings of its tokens."""
+    """Of the logits of one sequence, ids [1, tokens], on the embeddings of its tokens.
+
+    A forward pass for each position: Transformer Engine frees what it saved, so a second backward is not to be had.
+    """
     embedded = []
     hook = model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-    logits = model(ids, document_ids=document_ids)
+    rows = []
+    for position in range(ids.shape[1]):
+        logits = model(ids, document_ids=document_ids)
+        rows.append(influence(embedded.pop(), logits[0, position : position + 1], generator))
     hook.remove()
-    return influence(embedded[0], logits[0], generator)
+    return torch.cat(rows)

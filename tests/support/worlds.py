@@ -115,6 +115,45 @@ def spawn(
         return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]
 
 
+def _all_cases(function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> dict[Any, Any]:
+    from megatron.core import parallel_state
+
+    results = {}
+    for name, (args, mesh) in cases.items():
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            1, mesh.get("pp", 1), mesh.get("vp"), context_parallel_size=mesh.get("cp", 1)
+        )
+        if runtime.has_transformer_engine():
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reset()
+        try:
+            results[name] = function(*args)
+        except Exception:
+            results[name] = AssertionError(traceback.format_exc())
+    return results
+
+
+class Cases:
+    """Many cases of one function in the same processes, which take half a minute to start on a GPU.
+
+    A case that raises fails alone; one that leaves a rank waiting ends them all.
+    """
+
+    def __init__(self, world_size: int, function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> None:
+        """cases: name -> (arguments, mesh of pp, vp, cp)."""
+        self.results = run_world(world_size, _all_cases, function, cases)
+
+    def __getitem__(self, name: Any) -> list:
+        """What each rank returned. Raises AssertionError with the traceback of the first rank that failed."""
+        found = [results[name] for results in self.results]
+        for result in found:
+            if isinstance(result, AssertionError):
+                raise result
+        return found
+
+
 def _in_groups(function: Callable, store: str, mesh: dict, args: tuple) -> Any:
     with process_groups(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), store, **mesh):
         return function(*args)
