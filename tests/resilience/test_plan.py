@@ -1,5 +1,6 @@
 """submit.py on the login node: mesh, memory, environment, script; without a SLURM."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -34,6 +35,9 @@ def parsed(processes: int, *flags: str):
     return args
 
 
+LOSSES = ([], ["--loss-chunk-size", "16"], ["--loss-chunk-size", "4096"])
+
+
 @pytest.mark.parametrize(
     ("processes", "flags", "bytes_per_parameter"),
     [
@@ -55,6 +59,13 @@ def test_more_activations_with_longer_sequences_fewer_with_recompute():
     assert plan.memory(parsed(1, "--seq-length", "64")).activations == pytest.approx(2 * plain)
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     assert plan.memory(parsed(1, *full)).activations < plain
+
+
+def test_loss_in_chunks_needs_the_logits_of_a_chunk():
+    """Logits and gradient in fp32, 256 words; and the output layer's gradient, 32 wide."""
+    plain, chunked, longer = (plan.memory(parsed(1, *flags)).activations for flags in LOSSES)
+    assert plain - chunked == 2 * 4 * 256 * (32 * 2 - 16) - 4 * 256 * 32
+    assert longer - plain == 4 * 256 * 32, "a chunk is no longer than what there is"
 
 
 def test_environment_by_generation_and_mode():
@@ -102,6 +113,27 @@ def test_mistakes_are_seen_before_queueing(words, nodes, cluster, message):
     done = submit(*words, nodes=nodes, cluster=cluster)
     assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
     assert done.stderr.startswith("submit.py: error:") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [
+        (["--wandb-api-key", "s3cret"], {}),
+        (["--wandb-api-key=s3cret"], {}),
+        (["--data-path", "0.5", "s3://me:s3cret@bucket/data"], {}),
+        (["--sbatch", "export=HF_TOKEN=hf_s3cretabcdef"], {}),
+        ([], {"WANDB_API_KEY": "s3cret"}),
+    ],
+)
+def test_secrets_are_refused_before_they_are_written(words, env, tmp_path):
+    (tmp_path / "site.yaml").write_text(json.dumps({"gpu": "none", "env": env}))
+    done = submit("--no-check", "--cluster", str(tmp_path / "site.yaml"), *words, *FLAGS)
+    assert done.returncode == 2 and "holds a secret" in done.stderr and "s3cret" not in done.stdout + done.stderr
+
+
+def test_hash_in_a_path_is_no_secret():
+    done = submit("--no-check", "--tokenizer-model", f"/models/snapshots/{'0123456789abcdef' * 2}", *FLAGS)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_key_of_a_cluster(tmp_path):

@@ -68,8 +68,20 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     else:
         per_layer = 17 * value * tokens * shape.hidden_size / split
     in_flight = pp if pp > 1 else 1
-    logits = 2 * 4 * tokens * shape.vocab_rows / tp if shape.padded_vocab_size else 0
-    return Memory(int(states), int(per_layer * layers * in_flight + logits))
+    return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
+
+
+def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32, of a chunk at a time if it is chunked.
+
+    Chunks add up the gradient of the output layer in fp32 aside (ops/linear_cross_entropy/torch.py).
+    """
+    if not shape.padded_vocab_size:
+        return 0
+    words, chunk = shape.vocab_rows / args.tensor_model_parallel_size, getattr(args, "loss_chunk_size", 0)
+    if not chunk:
+        return 2 * 4 * tokens * words
+    return 2 * 4 * min(chunk, tokens) * words + 4 * words * shape.hidden_size
 
 
 def environment(gpu: str, args: Namespace, run_folder: str) -> dict[str, str]:
