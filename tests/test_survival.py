@@ -313,6 +313,18 @@ def test_divergence_rolls_back_and_leaves_the_batches_out(tmp_path):
     assert policy.end(run, 0) == policy.Verdict("done", policy.attempts(run)[-1]["reason"])
 
 
+def test_transient_fault_excludes_its_node(undisturbed, tmp_path):
+    """A wrong result, injected by Megatron, that running the step again does not give."""
+    run = tmp_path / "run"
+    flags = [*TINY, *SAVING, "--run-folder", str(run), "--error-injection-rate", "20"]
+    policy.begin(run, 3)
+    code, text = run_script(1, *flags, "--error-injection-type", "transient_error", env={"SLURMD_NODENAME": "n7"})[0]
+    assert code == 17 and "Possible transient error" in text
+    verdict = policy.end(run, code)
+    assert verdict.what == "requeue" and verdict.exclude == ["n7"] and "code 17" in verdict.reason
+    resumed(run, (checkpoints.tracked_iteration(run / "checkpoints") or 0) + 1, undisturbed)
+
+
 @pytest.fixture(scope="module")
 def rolled_back(tmp_path_factory) -> tuple[Log, Log]:
     return _roll_back(tmp_path_factory.mktemp("one") / "run", 1)

@@ -52,7 +52,7 @@ def cluster(tmp_path_factory):
     reason = why_not()
     if reason:
         pytest.skip(f"no SLURM here: {reason}")
-    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=10) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=6) as running:
         yield running
 
 

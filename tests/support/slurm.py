@@ -92,7 +92,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
-KillWait=30
+KillWait=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=600
