@@ -72,6 +72,19 @@ def load_cluster(path: str) -> dict[str, Any]:
     return cluster
 
 
+def seconds_of(limit: str) -> int:
+    """Of a time limit as sbatch takes it. Raises ValueError."""
+    days, _, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(map(str.isdigit, [days or "0", *parts])) or len(parts) > 3:
+        raise ValueError(f"--time {limit}: write minutes, minutes:seconds or [days-]hours:minutes:seconds")
+    numbers = list(map(int, parts))
+    if not days and len(parts) < 3:
+        numbers.insert(0, 0)  # no hours
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str]) -> tuple[str, dict[str, str]]:
     """The plan as text, and the environment that it asks for.
 
@@ -202,6 +215,13 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
+    if (
+        options.save_seconds < 1 or seconds_of(options.time) < options.save_seconds + 60
+    ):  # SLURM is up to a minute early
+        raise ValueError(
+            f"--save-seconds {options.save_seconds} leaves no time to train in --time {options.time}: it must be at "
+            "least 1, and a minute or more below --time"
+        )
     if any("\n" in word for word in train_args):
         raise ValueError("a flag of pretrain_yoco.py holds a line break")
     refuse_secrets([*train_args, *(f"--{item}" for item in options.sbatch)], cluster.get("env") or {})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_dry_run_shows_plan_and_script():
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("9:30", 570), ("4:00:00", 14400), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_time_limits_as_sbatch_reads_them(text, seconds):
+    done = submit("--no-check", *FLAGS, "--time", text, "--save-seconds", str(seconds - 60))
+    assert done.returncode == 0, done.stderr
+    done = submit("--no-check", *FLAGS, "--time", text, "--save-seconds", str(seconds - 59))
+    assert done.returncode == 2 and "leaves no time" in done.stderr
+
+
+def test_folder_with_spaces_and_percent_signs():
+    """What sbatch makes of it, tests/launch shows."""
+    done = submit("--no-check", "--run-folder", "/nowhere/100% mine/it's", *FLAGS)
+    (line,) = [line for line in done.stdout.splitlines() if "--output" in line and line.startswith("#SBATCH")]
+    assert shlex.split(line, comments=False)[1] == "--output=/nowhere/100%% mine/it's/logs/job-%j.log"
+
+
 def test_container_only_when_named():
     assert "CONTAINER_IMAGE=''" in submit("--no-check", *FLAGS).stdout
     assert "CONTAINER_IMAGE=x.sqsh" in submit("--no-check", "--container-image", "x.sqsh", *FLAGS).stdout
@@ -106,6 +125,8 @@ def test_container_only_when_named():
         (TINY, 1, "cpu", "--save-interval is missing"),
         ([*BIG, "--micro-batch-size", "1"], 1, "h100", "weights, gradients and optimizer take"),
         (FLAGS, 0, "cpu", "--nodes 0 must be at least 1"),
+        (["--time", "4h", *FLAGS], 1, "cpu", "--time 4h: write minutes"),
+        (["--time", "5:30", *FLAGS], 1, "cpu", "--save-seconds 300 leaves no time to train in --time 5:30"),
         (FLAGS, 1, "missing", "cannot be read"),
     ],
 )
@@ -142,10 +163,10 @@ def test_unknown_key_of_a_cluster(tmp_path):
     assert done.returncode == 2 and "unknown key gpus" in done.stderr
 
 
-SCRIPTS = ["launch/local.sh", "launch/cpu.sh", "launch/slurm/submit.py", "launch/slurm/status.py"]
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/slurm/train.sbatch"])
+@pytest.mark.parametrize("script", [str(path.relative_to(ROOT)) for path in SCRIPTS if path.is_file()])
 def test_help(script):
     interpreter = [sys.executable] if script.endswith(".py") else ["bash"]
     done = subprocess.run([*interpreter, str(ROOT / script), "--help"], capture_output=True, text=True)
@@ -155,7 +176,10 @@ def test_help(script):
 def test_shellcheck_is_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    scripts = [*map(str, ROOT.glob("launch/*.sh")), str(ROOT / "launch/slurm/train.sbatch")]
+    scripts = [
+        *map(str, [*ROOT.glob("launch/*.sh"), *ROOT.glob("tools/*.sh")]),
+        str(ROOT / "launch/slurm/train.sbatch"),
+    ]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
