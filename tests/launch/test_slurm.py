@@ -167,6 +167,7 @@ def test_cancelled_run_saves_and_stays_away(stage: Stage):
     assert "SIGTERM: asking the run to save and leave" in job.log()
     job.wait(job.ends, "the last word")
     assert job.attempts() == 1 and 5 <= job.ends()[0]["checkpoint"] == job.checkpoint() < STEPS
+    job.wait(lambda: job.status()["state"] == "stopped, not in the queue", "status.py to know")
 
 
 @scenario

@@ -83,6 +83,13 @@ class Job:
         path = self.folder / f"logs/job-{self.id}.log"
         return path.read_text() if path.exists() else ""
 
+    def status(self) -> dict:
+        """What status.py says."""
+        command = [sys.executable, str(ROOT / "launch/slurm/status.py"), str(self.folder), "--json"]
+        done = subprocess.run(command, env=self.cluster.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)[0]
+
     def report(self) -> str:
         logs = sorted(self.folder.glob("logs/**/*.log"))
         return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs)
