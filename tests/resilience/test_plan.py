@@ -36,9 +36,6 @@ def parsed(processes: int, *flags: str):
     return args
 
 
-LOSSES = ([], ["--loss-chunk-size", "16"], ["--loss-chunk-size", "4096"])
-
-
 @pytest.mark.parametrize(
     ("processes", "flags", "bytes_per_parameter"),
     [
@@ -62,11 +59,19 @@ def test_more_activations_with_longer_sequences_fewer_with_recompute():
     assert plan.memory(parsed(1, *full)).activations < plain
 
 
-def test_loss_in_chunks_needs_the_logits_of_a_chunk():
-    """Logits and gradient in fp32, 256 words; and the output layer's gradient, 32 wide."""
-    plain, chunked, longer = (plan.memory(parsed(1, *flags)).activations for flags in LOSSES)
-    assert plain - chunked == 2 * 4 * 256 * (32 * 2 - 16) - 4 * 256 * 32
-    assert longer - plain == 4 * 256 * 32, "a chunk is no longer than what there is"
+@pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [([], 4), (["--bf16"], 2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("fused", "bytes_of_a_gradient"), [(True, 0), (False, 4)], ids=["fused", "not fused"])
+def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, dtype, bytes_of_a_logit):
+    """64 tokens, 256 words; the output layer is 32 wide. A chunk is no longer than what there is."""
+
+    def activations(*flags: str) -> int:
+        args = parsed(1, *dtype, *flags)
+        args.gradient_accumulation_fusion = fused
+        return plan.memory(args).activations
+
+    for chunk, tokens in (("16", 16), ("4096", 64)):
+        saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
+        assert activations() - activations("--loss-chunk-size", chunk) == saved
 
 
 def test_environment_by_generation_and_mode():

@@ -120,6 +120,8 @@ class Loop:
             if machine.state == RerunState.RERUNNING_FROM_CHECKPOINT and dist.get_rank() == 0:
                 rerun = checkpoints.path_of(self.folder / "checkpoints", machine.current_iteration)
                 (rerun / checkpoints.ANSWERED).touch()
+            outcome.record(self.folder, self.leaving)
+            dist.barrier()  # the first to end has the launcher kill the others; all shall have had their word
         return result
 
     def _roll_back(self, step: int) -> None:

@@ -72,16 +72,18 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
 
 
 def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32, of a chunk at a time if it is chunked.
+    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32.
 
-    Chunks add up the gradient of the output layer in fp32 aside (ops/linear_cross_entropy/torch.py).
+    With --loss-chunk-size the logits of a chunk alone, which their gradient replaces, in the dtype of training; and the
+    output layer's gradient in fp32 where it is not added to Megatron's buffer (ops/linear_cross_entropy/torch.py).
     """
     if not shape.padded_vocab_size:
         return 0
-    words, chunk = shape.vocab_rows / args.tensor_model_parallel_size, getattr(args, "loss_chunk_size", 0)
-    if not chunk:
+    words = shape.vocab_rows / args.tensor_model_parallel_size
+    if not args.loss_chunk_size:
         return 2 * 4 * tokens * words
-    return 2 * 4 * min(chunk, tokens) * words + 4 * words * shape.hidden_size
+    logits = (2 if args.bf16 or args.fp16 else 4) * min(args.loss_chunk_size, tokens) * words
+    return logits + (0 if args.gradient_accumulation_fusion else 4 * words * shape.hidden_size)
 
 
 def environment(gpu: str, args: Namespace, run_folder: str) -> dict[str, str]:
