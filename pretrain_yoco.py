@@ -27,7 +27,7 @@ from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import outcome, run_folder
 from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import carry_shared_kv, count_yoco
+from yoco_megatron.training.upstream import carry_shared_kv, count_yoco, skip_batches
 
 
 def datasets_provider(num_samples, vp_stage=None):
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     safety.install()
     count_yoco()
     carry_shared_kv()
+    skip_batches()
     with run_folder_kept(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model),

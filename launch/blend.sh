@@ -4,6 +4,10 @@
 #
 #   launch/blend.sh [FOLDER]        writes everything into FOLDER (default runs/blend)
 set -euo pipefail
+case ${1-} in
+    --help | -h) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -*) echo "blend.sh: error: unknown option $1; see --help" >&2 && exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 run=${1:-runs/blend}
 python=${PYTHON:-.venv/bin/python}
@@ -11,21 +15,21 @@ mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; }
 
 step "1. Two corpora"
-installed=$($python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-$python tools/gather_text.py --python-stdlib --output "$run/stdlib.jsonl"
-$python tools/gather_text.py --input "$installed/transformers" --glob '*.py' --output "$run/packages.jsonl"
+installed=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+"$python" tools/gather_text.py --python-stdlib --output "$run/stdlib.jsonl"
+"$python" tools/gather_text.py --input "$installed/transformers" --glob '*.py' --output "$run/packages.jsonl"
 gzip -kf "$run/packages.jsonl"
 
 step "2. One tokenizer for both"
-$python tools/train_tokenizer.py --input "$run/stdlib.jsonl" --vocab-size 4096 --output "$run/tokenizer"
+"$python" tools/train_tokenizer.py --input "$run/stdlib.jsonl" --vocab-size 4096 --output "$run/tokenizer"
 tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer")
 
 step "3. Token ids; each with its report and checksums"
 for name in stdlib.jsonl packages.jsonl.gz; do
-    $python tools/preprocess_data.py --input "$run/$name" "${tokenizer[@]}" --append-eod --overwrite \
+    "$python" tools/preprocess_data.py --input "$run/$name" "${tokenizer[@]}" --append-eod --overwrite \
         --output-prefix "$run/${name%%.*}"
 done
-$python tools/inspect_dataset.py --data-path "$run/packages_text_document" --verify --samples 1 --sample-tokens 60 \
+"$python" tools/inspect_dataset.py --data-path "$run/packages_text_document" --verify --samples 1 --sample-tokens 60 \
     --histogram "$run/packages_lengths.png"
 
 step "4. The blend, and what the run will read of it"
@@ -39,11 +43,11 @@ dataloader-inter-document-masking: true
 eod-mask-loss: true
 EOF
 flags=(--config configs/model/yoco_tiny.yaml configs/recipe/demo.yaml "$run/blend.yaml" --train-iters 100 "${tokenizer[@]}")
-$python tools/plan_data.py "${flags[@]}" 2>/dev/null
-$python tools/prepare_cache.py "${flags[@]}" 2>/dev/null
+"$python" tools/plan_data.py "${flags[@]}" 2>/dev/null
+"$python" tools/prepare_cache.py "${flags[@]}" 2>/dev/null
 
 step "5. Training on it"
-OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py "${flags[@]}" \
+OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py "${flags[@]}" \
     --save "$run/checkpoints" --load "$run/checkpoints" >"$run/train.log" 2>&1 || { tail -n 40 "$run/train.log" >&2; exit 1; }
 grep -oE "(iteration +[0-9]+/ +[0-9]+|lm loss( value)?: [0-9.E+]+)" "$run/train.log" | paste - - | tail -n 5
 echo "log $run/train.log, lengths $run/packages_lengths.png"

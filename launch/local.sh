@@ -16,6 +16,8 @@ nproc=1
 max_restarts=3
 while [[ $# -gt 0 ]]; do
     case $1 in
+        --nproc | --max-restarts)
+            [[ ${2-} =~ ^[0-9]+$ ]] || { echo "local.sh: error: $1 needs a number" >&2 && exit 2; } ;;&
         --nproc) nproc=$2 && shift 2 ;;
         --max-restarts) max_restarts=$2 && shift 2 ;;
         --help) usage && exit 0 ;;

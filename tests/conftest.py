@@ -1,8 +1,7 @@
 """Every test imports Megatron through the runtime, as users do; GPU tests are skipped, visibly, where there is none."""
 
+import contextlib
 import os
-import subprocess
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +11,7 @@ runtime.prepare()
 
 import pytest
 import torch
+from support.disks import small_disk
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,15 +38,5 @@ def one_process():
 @pytest.fixture
 def disk_of(tmp_path):
     """Make a file system of so many bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    with contextlib.ExitStack() as mounts:
+        yield lambda size: mounts.enter_context(small_disk(tmp_path / "disk", size))

@@ -4,11 +4,15 @@ fed bad batches. The same under SLURM is in tests/launch.
 Equal means equal as printed: an interrupted run computes what the undisturbed one does.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import psutil
 import pytest
 from support import worlds
 from support.cli import TINY, Log, _main, _script, free_port, parse, run_script, train
+from support.disks import make_read_only, own_mount
 
 from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.checkpoint import integrity
@@ -195,14 +200,55 @@ def test_folder_that_cannot_be_written(tmp_path):
     assert code == 2 and "--run-folder" in text and "cannot write there" in text
 
 
+def _read_only_from_step_8(flags: list[str]) -> int:
+    """Train on a file system that turns read-only, as the kernel makes one with errors."""
+    from megatron.training import training
+
+    train_step = training.train_step
+
+    def step(*args, **kwargs):
+        if kwargs["iteration"] + 1 == 8:
+            make_read_only(Path(flags[-1], "checkpoints"))
+        return train_step(*args, **kwargs)
+
+    training.train_step = step
+    return _script(flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save", "--async-strategy", "mcore"]], ids=["sync", "async"])
+def test_read_only_disk_keeps_the_old_checkpoint(flags, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    with own_mount(run / "checkpoints"):
+        policy.begin(run, 3)
+        words = [*TINY, *SAVING, *flags, "--run-folder", str(run)]
+        code, text = run_script(1, *words, entry=_read_only_from_step_8)[0]
+    assert code == 74 and "Read-only file system" in text
+    assert text.count("successfully saved checkpoint") == 1
+    verdict = policy.end(run, code)
+    assert verdict.what == "stop" and "Read-only file system" in verdict.reason
+    assert checkpoints.tracked_iteration(run / "checkpoints") == 5 == integrity.newest_good(run / "checkpoints")
+    resumed(run, 6, undisturbed)
+
+
+def test_read_only_run_folder_is_not_started(tmp_path):
+    run = tmp_path / "run"
+    with own_mount(run):
+        make_read_only(run)
+        code, text = run_script(1, *TINY, *SAVING, "--run-folder", str(run))[0]
+        assert code == 74 and "--run-folder" in text and "cannot write there (Read-only file system)" in text
+        command = [sys.executable, "-m", "yoco_megatron.resilience.policy", "begin", str(run)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Read-only file system" in done.stderr
+
+
 def test_keep_checkpoints(undisturbed, tmp_path):
     run = copy_of(undisturbed, tmp_path, 5)
     resumed(run, 6, undisturbed, "--keep-checkpoints", "2", "--keep-every", "10")
     assert checkpoints.iterations(run / "checkpoints") == [20, 15, 10]
 
 
-def _with_bad_steps(bad: dict[int, float], flags: list[str]) -> None:
-    """Train, with the gradient of some steps multiplied, or made NaN."""
+def _with_bad_steps(bad: dict[int, float], flags: list[str], rank: int) -> None:
+    """Train, with the gradient of some steps multiplied, or made NaN; of all ranks or of one."""
     from megatron.training import training
 
     from yoco_megatron.training import step
@@ -217,21 +263,28 @@ def _with_bad_steps(bad: dict[int, float], flags: list[str]) -> None:
 
     def worse(*args):
         loss, tokens, report = forward(*args)
-        return loss * bad.get(now.get("step"), 1.0), tokens, report
+        here = rank in (-1, int(os.environ["RANK"]))
+        return loss * (bad.get(now.get("step"), 1.0) if here else 1.0), tokens, report
 
     training.train_step = numbered
     step.loss_func = worse
     _main(flags)
 
 
+MESHES = {
+    "TP2": ["--tensor-model-parallel-size", "2"],
+    "PP2": ["--pipeline-model-parallel-size", "2"],
+}
 GUARDED = ["--guard-sigmas", "6", "--guard-window", "8", "--guard-patience", "3"]
 
 
-def guarded(run: Path, bad: dict[int, float], *flags: str, attempt: str = "0") -> Log:
+def guarded(run: Path, bad: dict[int, float], *flags: str, attempt: str = "0", world: int = 1, rank: int = -1) -> Log:
+    """Train with bad steps, on one rank alone if it is named; the last rank's figures, all ranks' text."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "YOCO_ATTEMPT": attempt}
     words = [*TINY, *SAVING, *GUARDED, "--run-folder", str(run), *flags]
-    worlds.spawn(_with_bad_steps, 1, (bad, words), log=str(run.parent / "log"), env=rendezvous)
-    return parse((run.parent / "log.0").read_text())
+    worlds.spawn(_with_bad_steps, world, (bad, words, rank), log=str(run.parent / "log"), env=rendezvous)
+    texts = [(run.parent / f"log.{one}").read_text() for one in range(world)]
+    return dataclasses.replace(parse(texts[-1]), text="".join(texts))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e4], ids=["NaN", "spike"])
@@ -258,6 +311,49 @@ def test_divergence_rolls_back_and_leaves_the_batches_out(tmp_path):
     assert list(again.grad_norms) == list(range(14, STEPS + 1)), "batches 11 to 13 are not used"
     assert "guard: step" not in again.text
     assert policy.end(run, 0) == policy.Verdict("done", policy.attempts(run)[-1]["reason"])
+
+
+def test_transient_fault_excludes_its_node(undisturbed, tmp_path):
+    """A wrong result, injected by Megatron, that running the step again does not give."""
+    run = tmp_path / "run"
+    flags = [*TINY, *SAVING, "--run-folder", str(run), "--error-injection-rate", "20"]
+    policy.begin(run, 3)
+    code, text = run_script(1, *flags, "--error-injection-type", "transient_error", env={"SLURMD_NODENAME": "n7"})[0]
+    assert code == 17 and "Possible transient error" in text
+    verdict = policy.end(run, code)
+    assert verdict.what == "requeue" and verdict.exclude == ["n7"] and "code 17" in verdict.reason
+    resumed(run, (checkpoints.tracked_iteration(run / "checkpoints") or 0) + 1, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory) -> tuple[Log, Log]:
+    return _roll_back(tmp_path_factory.mktemp("one") / "run", 1)
+
+
+def _roll_back(run: Path, world: int, *flags: str) -> tuple[Log, Log]:
+    """A NaN in step 6, on the last rank alone, and a divergence from step 11; then the attempt after it."""
+    policy.begin(run, 3)
+    bad = {6: float("nan")} | dict.fromkeys(range(11, 20), 1e4)
+    first = guarded(run, bad, *flags, world=world, rank=world - 1)
+    assert policy.end(run, 0).what == "requeue"
+    assert checkpoints.tracked_iteration(run / "checkpoints") == 10
+    return first, guarded(run, {}, *flags, world=world, attempt=policy.begin(run, 3)[0].reason)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_guard_acts_as_in_one_process(mesh, rolled_back, tmp_path):
+    """Wherever the bad gradient arises, all ranks skip the same steps and roll back together.
+
+    Replicas that had not would differ in weights and so in the losses after it.
+    """
+    runs = _roll_back(tmp_path / "run", 2, *MESHES[mesh])
+    for ours, reference in zip(runs, rolled_back):
+        said = re.compile(r"guard: (?:step \d+ skipped|.* back to 10.*)")
+        assert said.findall(ours.text) == said.findall(reference.text)
+        assert ours.grad_norms.keys() == reference.grad_norms.keys()
+        assert ours.losses.keys() == reference.losses.keys()
+        for step in ours.losses:
+            assert ours.loss(step) == pytest.approx(reference.loss(step), rel=1e-5), step
 
 
 def _hanging(flags: list[str]) -> None:

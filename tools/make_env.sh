@@ -8,6 +8,7 @@ venv=${1:?usage: tools/make_env.sh FOLDER}
 
 # megatron-core 0.19 needs Python 3.12 or later; constraints.txt is for 3.12.
 is_312() { "$@" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+# shellcheck disable=SC2012  # no odd characters in versions
 pyenv_python() { command -v pyenv >/dev/null && ls -d "$(pyenv root)"/versions/3.12.*/bin/python 2>/dev/null | sort -V | tail -n 1; }
 python=
 for candidate in python3.12 python3 "$(pyenv_python || true)"; do

@@ -20,16 +20,21 @@ from yoco_megatron.resilience import policy
 STALE_S = 600  # a heartbeat this old is worth a word
 
 
+GONE = "not in the queue"
+
+
 def squeue(job: str | None) -> tuple[str | None, str | None]:
-    """(state, time left) of a job, as SLURM says; nothing where it does not know."""
+    """(state, time left) of a job, as SLURM says; `GONE` where it has ended, nothing where there is no SLURM to ask."""
     if not job:
         return None, None
     try:
         done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T|%L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None, None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None, None
     state, _, left = done.stdout.strip().partition("|")
-    return state or None, left or None
+    return state or GONE, left or None
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -44,7 +49,8 @@ def read(run: Path) -> dict[str, Any]:
     if last["event"] == "begin":
         state = "running" if slurm_state in (None, "RUNNING") else slurm_state.lower()
     else:
-        state = {"requeue": "waiting to restart", "done": "done", "stop": "stopped"}[last["verdict"]]
+        waiting = f"stopped, {GONE}" if slurm_state == GONE else "waiting to restart"
+        state = {"requeue": waiting, "done": "done", "stop": "stopped"}[last["verdict"]]
     beat = json.loads((run / "heartbeat.json").read_text()) if (run / "heartbeat.json").exists() else {}
     age = time.time() - beat["time"] if beat else None
     if state == "running" and age is not None and age > STALE_S:

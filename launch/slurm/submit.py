@@ -19,6 +19,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from yoco_megatron.resilience import run_folder
+
 CLUSTER_KEYS = {
     "gpu",
     "gpus-per-node",
@@ -67,6 +70,19 @@ def load_cluster(path: str) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"--cluster {path}: unknown key {sorted(unknown)[0]}; known are {sorted(CLUSTER_KEYS)}")
     return cluster
+
+
+def seconds_of(limit: str) -> int:
+    """Of a time limit as sbatch takes it. Raises ValueError."""
+    days, _, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(map(str.isdigit, [days or "0", *parts])) or len(parts) > 3:
+        raise ValueError(f"--time {limit}: write minutes, minutes:seconds or [days-]hours:minutes:seconds")
+    numbers = list(map(int, parts))
+    if not days and len(parts) < 3:
+        numbers.insert(0, 0)  # no hours
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str]) -> tuple[str, dict[str, str]]:
@@ -128,6 +144,22 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     return "\n".join(lines), plan.environment(cluster.get("gpu", "hopper"), args, options.run_folder)
 
 
+def refuse_secrets(words: list[str], environment: dict[str, Any]) -> None:
+    """Raise ValueError for a secret among flags or settings: script and flags are written into the run folder."""
+    pairs = [(name, str(value)) for name, value in environment.items()]
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, _, word = word.partition("=")
+        pairs.append((name, word))
+    for name, value in pairs:
+        if run_folder.is_secret(name, value):
+            raise ValueError(
+                f"{name} holds a secret, which would be written into the run folder: export it in the shell that "
+                "submits, sbatch passes the environment on"
+            )
+
+
 def render(options: argparse.Namespace, cluster: dict[str, Any], environment: dict[str, str]) -> str:
     """The batch script: header, settings, then launch/slurm/train.sbatch as it is."""
     run, per_node = Path(options.run_folder), cluster.get("gpus-per-node", 8)
@@ -138,7 +170,7 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "ntasks-per-node": per_node if launcher == "srun" else 1,
         "time": options.time,
         "signal": f"B:USR1@{options.save_seconds}",
-        "output": f"{run}/logs/job-%j.log",
+        "output": f"{str(run).replace('%', '%%')}/logs/job-%j.log",
         "open-mode": "append",
         "requeue": True,
     }
@@ -148,7 +180,7 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
     sbatch |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
     sbatch |= {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
     header = [
-        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={value}"
+        f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
         for name, value in sbatch.items()
         if value is not None and value is not False
     ]
@@ -183,8 +215,16 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
+    if (
+        options.save_seconds < 1 or seconds_of(options.time) < options.save_seconds + 60
+    ):  # SLURM is up to a minute early
+        raise ValueError(
+            f"--save-seconds {options.save_seconds} leaves no time to train in --time {options.time}: it must be at "
+            "least 1, and a minute or more below --time"
+        )
     if any("\n" in word for word in train_args):
         raise ValueError("a flag of pretrain_yoco.py holds a line break")
+    refuse_secrets([*train_args, *(f"--{item}" for item in options.sbatch)], cluster.get("env") or {})
     text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args)
     script = render(options, cluster, environment)
     print(text)

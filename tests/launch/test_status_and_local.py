@@ -32,7 +32,7 @@ def cpu(run: Path, *flags: str) -> subprocess.Popen:
 @pytest.mark.slow
 def test_interrupted_then_finished(tmp_path):
     """Ctrl-C saves and stops; the same command goes on, and a third time there is nothing to do."""
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     process = cpu(run, "--train-iters", "200", "--save-interval", "1000")
     end = time.monotonic() + 120
     while not (run / "heartbeat.json").exists():
@@ -66,8 +66,17 @@ def test_status_says_why(tmp_path):
     assert found["state"] == "waiting to restart" and "exit 137" in found["reason"] and found["step"] is None
 
 
-def test_unknown_option():
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch/local.sh"), "run", "--nprocs", "2"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "unknown option --nprocs" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--nprocs", "2"], "unknown option --nprocs"), (["--nproc"], "--nproc needs a number")],
+)
+def test_mistakes(words, message):
+    done = subprocess.run(["bash", str(ROOT / "launch/local.sh"), "run", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "blend.sh"])
+def test_flag_is_no_folder(script, tmp_path):
+    command = ["bash", str(ROOT / "launch" / script), "--halp"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "unknown option --halp" in done.stderr

@@ -1,6 +1,8 @@
 """submit.py on the login node: mesh, memory, environment, script; without a SLURM."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +59,21 @@ def test_more_activations_with_longer_sequences_fewer_with_recompute():
     assert plan.memory(parsed(1, *full)).activations < plain
 
 
+@pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [([], 4), (["--bf16"], 2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("fused", "bytes_of_a_gradient"), [(True, 0), (False, 4)], ids=["fused", "not fused"])
+def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, dtype, bytes_of_a_logit):
+    """64 tokens, 256 words; the output layer is 32 wide. A chunk is no longer than what there is."""
+
+    def activations(*flags: str) -> int:
+        args = parsed(1, *dtype, *flags)
+        args.gradient_accumulation_fusion = fused
+        return plan.memory(args).activations
+
+    for chunk, tokens in (("16", 16), ("4096", 64)):
+        saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
+        assert activations() - activations("--loss-chunk-size", chunk) == saved
+
+
 def test_environment_by_generation_and_mode():
     tp2 = parsed(2, "--tensor-model-parallel-size", "2")
     assert plan.environment("hopper", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -81,6 +98,24 @@ def test_dry_run_shows_plan_and_script():
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("9:30", 570), ("4:00:00", 14400), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_time_limits_as_sbatch_reads_them(text, seconds):
+    done = submit("--no-check", *FLAGS, "--time", text, "--save-seconds", str(seconds - 60))
+    assert done.returncode == 0, done.stderr
+    done = submit("--no-check", *FLAGS, "--time", text, "--save-seconds", str(seconds - 59))
+    assert done.returncode == 2 and "leaves no time" in done.stderr
+
+
+def test_folder_with_spaces_and_percent_signs():
+    """What sbatch makes of it, tests/launch shows."""
+    done = submit("--no-check", "--run-folder", "/nowhere/100% mine/it's", *FLAGS)
+    (line,) = [line for line in done.stdout.splitlines() if "--output" in line and line.startswith("#SBATCH")]
+    assert shlex.split(line, comments=False)[1] == "--output=/nowhere/100%% mine/it's/logs/job-%j.log"
+
+
 def test_container_only_when_named():
     assert "CONTAINER_IMAGE=''" in submit("--no-check", *FLAGS).stdout
     assert "CONTAINER_IMAGE=x.sqsh" in submit("--no-check", "--container-image", "x.sqsh", *FLAGS).stdout
@@ -95,6 +130,8 @@ def test_container_only_when_named():
         (TINY, 1, "cpu", "--save-interval is missing"),
         ([*BIG, "--micro-batch-size", "1"], 1, "h100", "weights, gradients and optimizer take"),
         (FLAGS, 0, "cpu", "--nodes 0 must be at least 1"),
+        (["--time", "4h", *FLAGS], 1, "cpu", "--time 4h: write minutes"),
+        (["--time", "5:30", *FLAGS], 1, "cpu", "--save-seconds 300 leaves no time to train in --time 5:30"),
         (FLAGS, 1, "missing", "cannot be read"),
     ],
 )
@@ -104,16 +141,37 @@ def test_mistakes_are_seen_before_queueing(words, nodes, cluster, message):
     assert done.stderr.startswith("submit.py: error:") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [
+        (["--wandb-api-key", "s3cret"], {}),
+        (["--wandb-api-key=s3cret"], {}),
+        (["--data-path", "0.5", "s3://me:s3cret@bucket/data"], {}),
+        (["--sbatch", "export=HF_TOKEN=hf_s3cretabcdef"], {}),
+        ([], {"WANDB_API_KEY": "s3cret"}),
+    ],
+)
+def test_secrets_are_refused_before_they_are_written(words, env, tmp_path):
+    (tmp_path / "site.yaml").write_text(json.dumps({"gpu": "none", "env": env}))
+    done = submit("--no-check", "--cluster", str(tmp_path / "site.yaml"), *words, *FLAGS)
+    assert done.returncode == 2 and "holds a secret" in done.stderr and "s3cret" not in done.stdout + done.stderr
+
+
+def test_hash_in_a_path_is_no_secret():
+    done = submit("--no-check", "--tokenizer-model", f"/models/snapshots/{'0123456789abcdef' * 2}", *FLAGS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_key_of_a_cluster(tmp_path):
     (tmp_path / "site.yaml").write_text("gpus: 8\n")
     done = submit("--cluster", str(tmp_path / "site.yaml"), *FLAGS)
     assert done.returncode == 2 and "unknown key gpus" in done.stderr
 
 
-SCRIPTS = ["launch/local.sh", "launch/cpu.sh", "launch/slurm/submit.py", "launch/slurm/status.py"]
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/slurm/train.sbatch"])
+@pytest.mark.parametrize("script", [str(path.relative_to(ROOT)) for path in SCRIPTS if path.is_file()])
 def test_help(script):
     interpreter = [sys.executable] if script.endswith(".py") else ["bash"]
     done = subprocess.run([*interpreter, str(ROOT / script), "--help"], capture_output=True, text=True)
@@ -123,7 +181,10 @@ def test_help(script):
 def test_shellcheck_is_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    scripts = [*map(str, ROOT.glob("launch/*.sh")), str(ROOT / "launch/slurm/train.sbatch")]
+    scripts = [
+        *map(str, [*ROOT.glob("launch/*.sh"), *ROOT.glob("tools/*.sh")]),
+        str(ROOT / "launch/slurm/train.sbatch"),
+    ]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -25,8 +25,15 @@ KNOWN = {
     ("core/optimizer/optimizer.py", "ChainedOptimizer.step"): "7a1692f03f53a6f8",
     # safety.save_sharded: the manifest comes after metadata.json, and before "successfully saved"
     ("core/dist_checkpointing/serialization.py", "save"): "40136f3a30285954",
+    # training.upstream.skip_step: what it has to do
+    ("training/training.py", "dummy_train_step"): "4491804a3c585d58",
+    # safety.load_checkpoint: that False has the saved state ignored
+    ("core/rerun_state_machine.py", "RerunStateMachine.validate_state_dict"): "341641d6197fa2ea",
+    # loop._note_exit: in which state it ends with which code
+    ("core/rerun_state_machine.py", "RerunStateMachine.should_checkpoint_and_exit"): "f6e17a309cb26c45",
 }
 REPLACED = {
+    "dummy_train_step": 1,
     "train_step": 1,
     "training_log": 1,
     "checkpoint_and_decide_exit": 1,

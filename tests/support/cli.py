@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,17 @@ def _script(flags: list[str]) -> int:
     return 0
 
 
-def run_script(world_size: int, *flags: str, env: dict[str, str] | None = None) -> list[tuple[int, str]]:
+def run_script(
+    world_size: int,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    entry: Callable[[list[str]], int] = _script,
+) -> list[tuple[int, str]]:
     """(exit code, everything printed) of each of `world_size` processes that run pretrain_yoco.py as a script."""
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         log = os.path.join(folder, "log")
-        codes = spawn(_script, world_size, (list(flags),), log=log, env=rendezvous | (env or {}))
+        codes = spawn(entry, world_size, (list(flags),), log=log, env=rendezvous | (env or {}))
         return [(code, Path(f"{log}.{rank}").read_text()) for rank, code in enumerate(codes)]
 
 

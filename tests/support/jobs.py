@@ -14,30 +14,36 @@ import psutil
 
 from support.cli import TINY
 from support.slurm import Cluster
+from yoco_megatron.resilience import policy
 
 ROOT = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 80
 # Long enough to be disturbed, and every figure of every step in the log.
-FLAGS = [*TINY, "--train-iters", str(STEPS), "--num-workers", "0", "--save-interval", "40", "--log-interval", "1"]
+FLAGS = [*TINY, "--train-iters", str(STEPS), "--num-workers", "0", "--save-interval", "20", "--log-interval", "1"]
+
+
+QUICK = ("--no-check", "--no-preflight")
 
 
 class Job:
     """One run folder, and the job that works on it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *flags: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, *flags: str, nodes: int = 2, minutes: int = 10, options: tuple = QUICK
+    ) -> None:
         self.cluster, self.folder = cluster, folder
-        command = [sys.executable, str(ROOT / "launch/slurm/submit.py"), "--run-folder", str(folder), "--nodes", "2"]
-        command += ["--time", "00:10:00", "--cluster", str(ROOT / "tests/launch/cluster.yaml")]
+        command = [sys.executable, str(ROOT / "launch/slurm/submit.py"), "--run-folder", str(folder)]
+        command += ["--nodes", str(nodes), "--cluster", str(ROOT / "tests/launch/cluster.yaml"), "--time", str(minutes)]
         done = subprocess.run([*command, *options, *FLAGS, *flags], env=cluster.env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         self.pending_since: float | None = None
         self.id = re.search(r"submitted job (\d+)", done.stdout).group(1)
 
     def state(self) -> str:
-        return re.search(r"JobState=(\w+)", self.cluster("scontrol", "show", "job", self.id)).group(1)
+        return self.cluster.queue().get(self.id, ("PENDING", ""))[0]
 
-    def nodes(self) -> str:
-        return re.search(r" NodeList=(\S+)", self.cluster("scontrol", "show", "job", self.id)).group(1)
+    def nodes(self) -> list[str]:
+        return self.cluster.names(self.cluster.queue()[self.id][1])
 
     def hurry(self) -> None:
         """A requeued job waits for its old credential to expire; another second than its own would do."""
@@ -45,7 +51,8 @@ class Job:
             self.pending_since = None
         elif self.pending_since is None:
             self.pending_since = time.monotonic()
-        elif time.monotonic() - self.pending_since > 3:
+        elif time.monotonic() - self.pending_since > 2:
+            self.pending_since = None
             with contextlib.suppress(AssertionError):  # it has just been started
                 self.cluster("scontrol", "update", f"jobid={self.id}", "StartTime=now")
 
@@ -67,25 +74,43 @@ class Job:
 
     def wait(self, condition, what: str) -> None:
         try:
-            Cluster.wait(condition, 300, what)
+            Cluster.wait(condition, 400, what)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.report()}") from None
+
+    def log(self) -> str:
+        """What the batch script said, over all attempts."""
+        path = self.folder / f"logs/job-{self.id}.log"
+        return path.read_text() if path.exists() else ""
+
+    def status(self) -> dict:
+        """What status.py says."""
+        command = [sys.executable, str(ROOT / "launch/slurm/status.py"), str(self.folder), "--json"]
+        done = subprocess.run(command, env=self.cluster.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)[0]
 
     def report(self) -> str:
         logs = sorted(self.folder.glob("logs/**/*.log"))
         return "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs)
 
+    def asked_to_leave(self) -> bool:
+        return "asking the run to save and leave" in self.log()
+
     def heartbeat(self) -> dict:
         path = self.folder / "heartbeat.json"
         return json.loads(path.read_text()) if path.exists() else {"iteration": 0, "attempt": None}
 
+    def begins(self) -> list[dict]:
+        """The begin lines of attempts.jsonl."""
+        return [line for line in policy.attempts(self.folder) if line["event"] == "begin"]
+
     def ends(self) -> list[dict]:
         """The end lines of attempts.jsonl."""
-        lines = map(json.loads, (self.folder / "attempts.jsonl").read_text().splitlines())
-        return [line for line in lines if line["event"] == "end"]
+        return [line for line in policy.attempts(self.folder) if line["event"] == "end"]
 
     def attempts(self) -> int:
-        return (self.folder / "attempts.jsonl").read_text().count('"begin"')
+        return len(self.begins())
 
     def checkpoint(self) -> int:
         return int((self.folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())

@@ -1,6 +1,7 @@
 """A real SLURM on this one machine: munged, slurmctld and a few slurmd on loopback, all state in one folder.
 
-Debian's and Ubuntu's packages allow several slurmd per host. Root is needed, as slurmd needs it.
+Debian's and Ubuntu's packages allow several slurmd per host. Root is needed, as slurmd needs it. Each slurmd has a host
+name of its own, for Megatron tells nodes apart by it.
 """
 
 import contextlib
@@ -9,8 +10,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ["slurm-wlm", "slurmd", "slurmctld", "slurm-client", "munge"]
@@ -41,9 +45,11 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """Nodes n1, n2, ... of four "CPUs" each."""
+    """Nodes n1, n2, ... that no two jobs share; partitions `batch` and, above it, `urgent`."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
+        self._queue: dict[str, tuple[str, str]] = {}
+        self._asked, self._asking = 0.0, threading.Lock()
         self.folder, self.nodes = folder, [f"n{i + 1}" for i in range(nodes)]
         self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         for name in [name for name in self.env if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
@@ -86,7 +92,9 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=120
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=600
 SlurmctldTimeout=30
 SlurmdTimeout=30
@@ -95,10 +103,11 @@ SlurmdParameters=config_overrides
 """.splitlines()
         for name, port in zip(self.nodes, ports):
             lines.append(
-                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Sockets=1 CoresPerSocket=4 "
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 Sockets=1 CoresPerSocket=1 "
                 "ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
             )
-        lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO")
+        lines.append("PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP")
+        lines.append("PartitionName=urgent Nodes=ALL PriorityTier=2 State=UP")
         (f / "slurm.conf").write_text("\n".join(lines) + "\n")
 
     def __enter__(self) -> "Cluster":
@@ -111,8 +120,10 @@ SlurmdParameters=config_overrides
             self._call("slurmctld", "-i")
             for name in self.nodes:
                 (f / "spool" / name).mkdir()
-                self._call("slurmd", "-N", name)
-            self.wait(lambda: self("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(self.nodes), 30)
+                self._call("unshare", "--uts", "sh", "-c", f"hostname {name} && exec slurmd -N {name}")
+            self.wait(
+                lambda: self("sinfo", "-h", "-N", "-p", "batch", "-o", "%t").split() == ["idle"] * len(self.nodes), 30
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -123,14 +134,14 @@ SlurmdParameters=config_overrides
         subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True)
         with contextlib.suppress(AssertionError):
             self.wait(lambda: not self("squeue", "-h"), 20)
-        for pid_file in sorted(self.folder.glob("run/*.pid"), key=lambda path: path.name.startswith("munged")):
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                pid = int(pid_file.read_text())
-                os.kill(pid, signal.SIGTERM)
-                for _ in range(50):
-                    os.kill(pid, 0)
-                    time.sleep(0.1)
-                os.kill(pid, signal.SIGKILL)
+        pid_files = sorted(self.folder.glob("run/*.pid"), key=lambda path: path.name.startswith("munged"))
+        pids = [int(path.read_text()) for path in pid_files]
+        for number in (signal.SIGTERM, signal.SIGKILL):  # munged last
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            with contextlib.suppress(AssertionError):
+                self.wait(lambda: not any(map(psutil.pid_exists, pids)), 5)
 
     def _call(self, *command: str) -> str:
         # Daemons keep the pipes of their parent open: nothing may wait for those to close.
@@ -145,6 +156,19 @@ SlurmdParameters=config_overrides
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
         return done.stdout.strip()
+
+    def names(self, nodes: str) -> list[str]:
+        """n[1-2] -> n1, n2."""
+        return self("scontrol", "show", "hostnames", nodes).split()
+
+    def queue(self) -> dict[str, tuple[str, str]]:
+        """Job -> (state, its nodes); not older than a second, as many threads ask."""
+        with self._asking:
+            if time.monotonic() - self._asked > 1:
+                lines = self("squeue", "-h", "-t", "all", "-o", "%i|%T|%N").splitlines()
+                self._queue = {job: (state, nodes) for job, state, nodes in (line.split("|") for line in lines)}
+                self._asked = time.monotonic()
+            return self._queue
 
     @staticmethod
     def wait(condition, seconds: float, what: str = "") -> None:

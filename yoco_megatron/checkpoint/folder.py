@@ -10,6 +10,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 COMPLETE = "metadata.json"
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 
+ANSWERED = "rerun_answered"  # beside what Megatron saved to run a step again elsewhere: that has been done
+
 
 def path_of(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"

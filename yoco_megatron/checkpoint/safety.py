@@ -4,6 +4,7 @@ megatron/training/checkpointing.py calls dist_checkpointing.save       -> the ma
 megatron/training/training.py calls save_checkpoint, load_checkpoint   -> one save at a time, retention; fall-back
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import async_utils, checkpointing, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -61,7 +63,7 @@ def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: An
 
     def make_room() -> None:
         # Written over a checkpoint that was passed over: it is none until this save has ended.
-        for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST):
+        for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST, checkpoints.ANSWERED):
             (path / marker).unlink(missing_ok=True)
         _check_room(path)
 
@@ -129,8 +131,15 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
     options = get_args()
     source = getattr(options, load_arg)
     iteration = _choose(options, source) if source and options.ckpt_format == "torch_dist" else None
-    with mock.patch.object(options, "verify_integrity", False):  # done, and in parallel
-        result = _load_checkpoint(model, optimizer, scheduler, load_arg, **kwargs)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(options, "verify_integrity", False))  # done, and in parallel
+        if iteration is not None and (checkpoints.path_of(Path(source), iteration) / checkpoints.ANSWERED).exists():
+            # Megatron would run the step again, and end with the same code, in every attempt.
+            patches.enter_context(mock.patch.object(RerunStateMachine, "validate_state_dict", return_value=False))
+        try:
+            result = _load_checkpoint(model, optimizer, scheduler, load_arg, **kwargs)
+        except CheckpointException as error:  # no Exception, so nobody would note it
+            raise RuntimeError(f"checkpoint {source} could not be loaded: {error}") from error
     if iteration is not None:
         for act in after_load:
             act(checkpoints.path_of(Path(source), iteration))

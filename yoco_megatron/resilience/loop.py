@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import yaml
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.training import get_args, get_signal_handler, training
 
 from yoco_megatron import runtime
@@ -117,6 +117,11 @@ class Loop:
             suspect &= code == outcome.RERUN_TO_DISAMBIGUATE or machine.suspicious_node is None
             reason = f"Megatron's rerun state machine ended the run with code {code}"
             self.leaving = Outcome("hardware", code, reason, self.iteration, suspect)
+            if machine.state == RerunState.RERUNNING_FROM_CHECKPOINT and dist.get_rank() == 0:
+                rerun = checkpoints.path_of(self.folder / "checkpoints", machine.current_iteration)
+                (rerun / checkpoints.ANSWERED).touch()
+            outcome.record(self.folder, self.leaving)
+            dist.barrier()  # the first to end has the launcher kill the others; all shall have had their word
         return result
 
     def _roll_back(self, step: int) -> None:

@@ -68,8 +68,22 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     else:
         per_layer = 17 * value * tokens * shape.hidden_size / split
     in_flight = pp if pp > 1 else 1
-    logits = 2 * 4 * tokens * shape.vocab_rows / tp if shape.padded_vocab_size else 0
-    return Memory(int(states), int(per_layer * layers * in_flight + logits))
+    return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
+
+
+def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32.
+
+    With --loss-chunk-size the logits of a chunk alone, which their gradient replaces, in the dtype of training; and the
+    output layer's gradient in fp32 where it is not added to Megatron's buffer (ops/linear_cross_entropy/torch.py).
+    """
+    if not shape.padded_vocab_size:
+        return 0
+    words = shape.vocab_rows / args.tensor_model_parallel_size
+    if not args.loss_chunk_size:
+        return 2 * 4 * tokens * words
+    logits = (2 if args.bf16 or args.fp16 else 4) * min(args.loss_chunk_size, tokens) * words
+    return logits + (0 if args.gradient_accumulation_fusion else 4 * words * shape.hidden_size)
 
 
 def environment(gpu: str, args: Namespace, run_folder: str) -> dict[str, str]:

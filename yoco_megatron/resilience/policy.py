@@ -152,4 +152,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as error:
+        print(f"policy: error: the run folder cannot be used: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -25,8 +25,10 @@ from typing import Any
 from yoco_megatron.config.files import write_atomically
 
 # Names of variables whose values never leave the process. Long random-looking values are hidden whatever their name.
+SECRET_FLAG = re.compile(r"api[-_]key|token$|secret|password", re.IGNORECASE)
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}|[0-9a-fA-F]{32,}")
+CREDENTIAL = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}"
+SECRET_VALUE = re.compile(CREDENTIAL + r"|[0-9a-fA-F]{32,}")
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 # Only variables that can change what a run computes are written at all.
 RECORDED = re.compile(
@@ -85,10 +87,15 @@ def redact_command(argv: list[str]) -> list[str]:
     plain, hide = [], False
     for word in argv:
         flag, equals, _ = word.partition("=")
-        secret = flag.startswith("--") and bool(re.search(r"api-key|token$|secret|password", flag, re.IGNORECASE))
+        secret = flag.startswith("--") and bool(SECRET_FLAG.search(flag))
         plain.append(HIDDEN if hide else f"{flag}={HIDDEN}" if secret and equals else redact(word))
         hide = secret and not equals
     return plain
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a flag or variable surely holds a credential; a hash, which a path may hold, is none."""
+    return bool((value and SECRET_FLAG.search(name)) or re.search(CREDENTIAL, value) or URL_PASSWORD.search(value))
 
 
 def _git(*command: str) -> str:

@@ -2,13 +2,16 @@
 
 It calls `num_floating_point_operations` for its throughput line and for the total that it saves, and
 `report_theoretical_memory` after the first iterations; both know GPT alone. It asks `get_forward_backward_func` for a
-schedule, and has no way to hand that schedule a communicator per call. Ours take their place under the same names.
+schedule, and has no way to hand that schedule a communicator per call. It leaves out --iterations-to-skip with
+`dummy_train_step`, which takes the data for those of pretrain_gpt.py. Ours take their place under the same names.
 """
 
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import unwrap_model
 from megatron.training import training
 
@@ -53,6 +56,22 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
         return result
 
     return run
+
+
+def skip_batches() -> None:
+    """Have --iterations-to-skip leave out what `training.batch` would read."""
+    training.dummy_train_step = skip_step
+
+
+def skip_step(data_iterator: Any) -> None:
+    """Read the micro-batches of one step on the processes that have them. Megatron broadcasts each besides, which fails
+    with tensor parallelism, as our data have no attention mask.
+    """
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+    while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        for iterator in filter(None, iterators):
+            for _ in range(get_num_microbatches()):
+                next(iterator)
 
 
 def count_yoco() -> None:
