@@ -6,19 +6,25 @@
 Per length, with random weights and tokens in bf16: memory in total (one sequence, prefill and decoding), prefill time
 (one sequence), decode throughput at the largest batch that fits, and the paper's throughput, whose time is that of
 prefilling the batch and decoding 1,024 tokens. A prefill longer than --prefill-seconds is stopped and the rest
-extrapolated from its pieces, whose time is linear in their position; where the twin does not fit its memory is
-computed. Both are marked with a star. Rows go to results.jsonl, curves to a picture.
+extrapolated from its pieces, whose time is linear in their position. Where a model does not fit, its memory and prefill
+time are extrapolated from the lengths that do. Both are marked with a star.
+
+Each measurement is a line of --rows as soon as it is made, and what is there is not measured again: an interrupted run
+goes on where it was, and a full file makes the table and the picture anew without a GPU. Ratios go to results.jsonl
+when a length's second model is measured.
 """
 
 import argparse
 import gc
+import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from record import record
 
+from yoco_megatron import runtime
 from yoco_megatron.config.files import load_config_files
 from yoco_megatron.hf import modeling_yoco
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -40,18 +46,27 @@ PAPER = {
 }
 
 
+# What a prediction counts with: about what FlashAttention 2 and large products reach on an H100. An assumption.
+ASSUMED_FLOPS = 3.5e14
+
+
 @dataclass
 class Row:
     """One model at one length."""
 
+    model: str
+    twin: bool
+    length: int
+    device: str
     memory: float = float("nan")
-    """Peak bytes allocated, weights included."""
+    """Peak bytes allocated, weights included; nan if it did not fit."""
     prefill: float = float("nan")
-    """Seconds."""
+    """Seconds; nan if it did not fit."""
     batch: int = 0
     decode: float = 0.0
     """Tokens a second of the whole batch."""
-    notes: set[str] = field(default_factory=set)
+    extrapolated: list[str] = field(default_factory=list)
+    """Which of the figures are, in part or whole."""
 
     @property
     def throughput(self) -> float:
@@ -59,8 +74,8 @@ class Row:
         return self.batch * NEW / (self.batch * self.prefill + self.batch * NEW / self.decode) if self.decode else 0.0
 
 
-def build(name: str, twin: bool, device: torch.device) -> torch.nn.Module:
-    """A model with random weights: a YOCO of configs/model, or a Llama of the same sizes."""
+def sizes_of(name: str) -> tuple[dict, dict]:
+    """(sizes of both models, what a YOCO has besides), of configs/model."""
     flags = load_config_files([str(ROOT / f"configs/model/yoco_{name}.yaml")])
     sizes = dict(
         vocab_size=VOCAB,
@@ -71,6 +86,30 @@ def build(name: str, twin: bool, device: torch.device) -> torch.nn.Module:
         num_key_value_heads=flags.get("num-query-groups", flags["num-attention-heads"]),
         max_position_embeddings=LENGTHS[-1] + NEW,
     )
+    more = {"self_decoder": flags["self-decoder"], "self_decoder_heads": flags["self-decoder-heads"]}
+    more["sliding_window"] = flags.get("self-decoder-window", 1024)
+    return sizes, more
+
+
+def predict(name: str, twin: bool, length: int) -> tuple[float, float]:
+    """(bytes of weights and K,V of one sequence; FLOPs of its prefill), by formula: two a weight and token, and
+    attention's two products over the causal half. Windows, states and activations are left out."""
+    sizes, _ = sizes_of(name)
+    h, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    kv = sizes["num_key_value_heads"] * h // sizes["num_attention_heads"]
+    mlp = 3 * h * sizes["intermediate_size"]
+    if twin:
+        body, running, storing = layers * (2 * h * h + 2 * kv * h + mlp), 1.0, layers
+    else:  # half the layers run in a prefill, with q, k, v, g, o or (windows) less; the others have q, o
+        body = layers // 2 * (5 * h * h + mlp) + (layers - layers // 2) * (2 * h * h + mlp) + 2 * kv * h
+        running, storing = layers // 2 * (5 * h * h + mlp) / body, 1
+    memory = 2 * (body + 2 * VOCAB * h) + 2 * 2 * storing * kv * length
+    return memory, 2 * body * running * length + (2 * layers * h * length**2 if twin else 0)
+
+
+def build(name: str, twin: bool, device: torch.device) -> torch.nn.Module:
+    """A model with random weights: a YOCO of configs/model, or a Llama of the same sizes."""
+    sizes, more = sizes_of(name)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with device:
@@ -79,8 +118,6 @@ def build(name: str, twin: bool, device: torch.device) -> torch.nn.Module:
 
             model = LlamaForCausalLM(LlamaConfig(**sizes))
         else:
-            more = {"self_decoder": flags["self-decoder"], "self_decoder_heads": flags["self-decoder-heads"]}
-            more["sliding_window"] = flags.get("self-decoder-window", 1024)
             model = YocoForCausalLM(YocoConfig(**sizes, **more))
     torch.set_default_dtype(torch.float32)
     return model.eval()
@@ -90,6 +127,8 @@ def fuse(model: torch.nn.Module) -> None:
     """Let torch fuse the elementwise parts of either model: norms, activations, rotations."""
     from transformers.models.llama import modeling_llama
 
+    # Every module shares one code object; past the limit torch would silently stop compiling.
+    torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module).__name__.endswith(("RMSNorm", "MLP")):
             module.compile(dynamic=True)
@@ -154,58 +193,55 @@ def pretend(engine: Engine, batch: int, length: int, device: torch.device) -> No
     engine.cache.position.fill_(length)
 
 
-def measure(model: torch.nn.Module, twin: bool, length: int, options: argparse.Namespace) -> Row:
-    """Everything about one model at one length."""
-    device, row = options.device, Row()
+def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Row:
+    """Everything about one model at one length; what does not fit stays nan."""
+    device = options.device
     cuda = device.type == "cuda"
     weights = sum(p.nbytes for p in model.parameters())
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else options.memory
 
     def engine() -> Engine:
-        return Engine(model, length + NEW + 64, reserve=twin, piece=options.piece)
+        return Engine(model, row.length + NEW + 64, reserve=row.twin, piece=options.piece)
 
-    def clear() -> None:
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    clear()
-    # K and V of one token, all layers that store them.
-    config = model.config
-    layers = config.num_hidden_layers if twin else 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * layers * config.num_key_value_heads * head_dim * 2
-    total = torch.cuda.get_device_properties(device).total_memory if cuda else options.memory
+    clear(cuda)
     try:
         one = engine()
-        row.prefill, extrapolated = prefill(one, length, options.prefill_seconds, device)
-        if extrapolated:
-            row.notes.add("prefill")
+        seconds, extrapolated = prefill(one, row.length, options.prefill_seconds, device)
         decode(one, 1, 8, device)
-        per_sequence = one.cache.nbytes()
-        row.memory = torch.cuda.max_memory_allocated() if cuda else weights + per_sequence
-        del one
     except torch.cuda.OutOfMemoryError:
-        row.memory, per_sequence = weights + per_token * (length + NEW) + options.activations, None
-        row.notes.add("memory")
-    clear()
-    options.activations = max(options.activations, row.memory - weights - per_token * (length + NEW))
-    if per_sequence is None:
         return row
+    row.prefill, row.extrapolated = seconds, ["prefill"] * extrapolated
+    per_sequence = one.cache.nbytes()
+    row.memory = torch.cuda.max_memory_allocated() if cuda else weights + per_sequence
+    del one
+    clear(cuda)
     batch = max(1, min(512, int((0.92 * total - weights - 1.5e9) // per_sequence)))
     while batch:
         try:
             many = engine()
-            pretend(many, batch, length, device)
+            pretend(many, batch, row.length, device)
             row.batch, row.decode = batch, batch / decode(many, batch, options.steps, device)
-            del many
-            break
+            batch = 0
         except torch.cuda.OutOfMemoryError:
-            many = None
             batch = batch * 7 // 8
-        clear()
-    clear()
+        many = None
+        clear(cuda)
     return row
+
+
+def clear(cuda: bool) -> None:
+    """Give back what is no longer referred to."""
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def read(path: Path) -> dict[tuple[str, bool, int], Row]:
+    """Measurements made before, by model, twin and length."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [Row(**json.loads(line)) for line in lines]
+    return {(row.model, row.twin, row.length): row for row in rows}
 
 
 def main() -> None:
@@ -217,94 +253,173 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=32768, help="tokens of a prompt that run at a time")
     parser.add_argument("--no-fuse", action="store_true", help="do not compile the elementwise parts")
     parser.add_argument("--memory", type=float, default=2e9, help="bytes for a CPU run, to try the script")
+    parser.add_argument("--rows", type=Path, default=ROOT / "inference_rows.jsonl", help="measurements, as they come")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/inference.svg")
     options = parser.parse_args()
-    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    rows: dict[bool, dict[int, Row]] = {}
+    cuda = runtime.has_gpu()
+    options.device = torch.device("cuda" if cuda else "cpu")
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    rows = read(options.rows)
+    keys = [(options.model, twin, length) for twin in (False, True) for length in sorted(options.lengths)]
+    missing = [key for key in keys if key not in rows]
+    others = {rows[key].device for key in keys if key in rows} - {device}
+    if missing and others:
+        raise SystemExit(f"--rows {options.rows} was measured on {others.pop()}, this is {device}: name another file")
+    announce(missing, options)
     for twin in (False, True):
+        todo = [key for key in missing if key[1] == twin]
+        if not todo:
+            continue
         model = build(options.model, twin, options.device)
         if not options.no_fuse:
             fuse(model)
-        options.activations = 0.0
-        measure(model, twin, 3 * options.piece, options)  # compiles, chooses kernels
-        rows[twin] = {}
-        for length in options.lengths:
-            row = rows[twin][length] = measure(model, twin, length, options)
-            print(
-                f"{'Transformer' if twin else 'YOCO':<12} {length:>9,} tokens: {row.memory / 1e9:6.2f} GB"
-                f"{'*' * ('memory' in row.notes)}, prefill {row.prefill:8.2f} s{'*' * ('prefill' in row.notes)}, "
-                f"decode {row.decode:9.1f} tokens/s at batch {row.batch}, with prefill {row.throughput:8.2f} tokens/s",
-                flush=True,
-            )
+        # Compiles, chooses kernels: a first piece and one that looks back at it.
+        prefill(
+            Engine(model, 3 * options.piece, reserve=twin, piece=options.piece), 2 * options.piece, 1e9, options.device
+        )
+        for key in todo:
+            row = rows[key] = measure(model, Row(*key, device), options)
+            with options.rows.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+            show(row)
+            if (options.model, not twin, row.length) in rows:
+                compare(rows, row.length, options)
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    table(rows, options, name)
-    plot(rows, options)
+        clear(cuda)
+    ours, theirs = (extrapolate([rows[key] for key in keys if key[1] == twin]) for twin in (False, True))
+    table(ours, theirs)
+    plot({False: ours, True: theirs}, options.plot)
 
 
-def table(rows: dict[bool, dict[int, Row]], options: argparse.Namespace, device: str) -> None:
-    """Ratios beside the paper's, and a row each in results.jsonl."""
-    metrics = {
-        "memory": ("GB", lambda row: row.memory / 1e9, False),
-        "prefill": ("s", lambda row: row.prefill, False),
-        "throughput": ("tokens/s", lambda row: row.throughput, True),
-        "decode": ("tokens/s", lambda row: row.decode, True),
-    }
-    print(f"\n{'length':>9} " + " ".join(f"{metric:>12} {'paper':>6}" for metric in metrics))
-    for length in options.lengths:
-        ours, theirs = rows[False][length], rows[True][length]
-        line = f"{length:>9,}"
-        for metric, (unit, value, higher) in metrics.items():
-            a, b = value(ours), value(theirs)
-            known = a == a and b == b and a > 0 and b > 0
-            ratio = (a / b if higher else b / a) if known else float("nan")
-            star = "*" if metric in theirs.notes | ours.notes else ""
-            paper = (*PAPER.get(length, (None,) * 3), None)[list(metrics).index(metric)]
-            line += f" {ratio:>11.2f}{star or ' '} {paper or '':>6}"
-            record(
-                options.output,
-                benchmark="inference",
-                case=f"{options.model} {length} bf16",
-                metric=metric + (" (extrapolated in part)" if star else ""),
-                unit=unit,
-                value=round(a, 4),
-                peer="Llama of the same sizes, same engine" if known else None,
-                peer_value=round(b, 4) if known else None,
-                device=device,
-                higher_is_better=higher,
+def announce(missing: list[tuple[str, bool, int]], options: argparse.Namespace) -> None:
+    """How long the prefills will take, before they do."""
+    total = 0.0
+    for key in missing:
+        memory, flops = predict(*key)
+        seconds = min(flops / ASSUMED_FLOPS, options.prefill_seconds)
+        total += seconds
+        print(
+            f"to measure: {'Transformer' if key[1] else 'YOCO':<12} {key[2]:>9,} tokens, {memory / 1e9:6.1f} GB and "
+            f"activations, prefill {flops / 1e15:6.2f} PFLOP, about {seconds:.0f} s"
+        )
+    print(
+        f"{len(missing)} measurements, prefills of {total:.0f} s at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s; "
+        "building, compiling, decoding not counted",
+        flush=True,
+    )
+
+
+def show(row: Row) -> None:
+    star = {name: "*" * (name in row.extrapolated) for name in ("memory", "prefill")}
+    print(
+        f"{'Transformer' if row.twin else 'YOCO':<12} {row.length:>9,} tokens: "
+        + (
+            f"{row.memory / 1e9:6.2f} GB{star['memory']}, prefill {row.prefill:8.2f} s{star['prefill']}, decode "
+            f"{row.decode:9.1f} tokens/s at batch {row.batch}, with prefill {row.throughput:8.2f} tokens/s"
+            if row.memory == row.memory
+            else "out of memory"
+        ),
+        flush=True,
+    )
+
+
+def extrapolate(rows: list[Row]) -> list[Row]:
+    """Memory (a + b n) and prefill time (a n + b n^2) of lengths that did not fit, from the two longest that did."""
+    known = [row for row in rows if row.memory == row.memory][-2:]
+    if len(known) < 2:
+        return rows
+    n, m = (row.length for row in known)
+    slope = (known[1].memory - known[0].memory) / (m - n)
+    square = (known[1].prefill / m - known[0].prefill / n) / (m - n)
+
+    def filled(row: Row) -> Row:
+        if row.memory == row.memory:
+            return row
+        memory = known[1].memory + slope * (row.length - m)
+        seconds = row.length * (known[1].prefill / m + square * (row.length - m))
+        return replace(row, memory=memory, prefill=seconds, extrapolated=["memory", "prefill"])
+
+    return [filled(row) for row in rows]
+
+
+METRICS = {
+    "memory": ("GB", lambda row: row.memory / 1e9, False),
+    "prefill": ("s", lambda row: row.prefill, False),
+    "throughput": ("tokens/s", lambda row: row.throughput or float("nan"), True),
+    "decode": ("tokens/s", lambda row: row.decode or float("nan"), True),
+}
+
+
+def starred(metric: str, *rows: Row) -> bool:
+    """Whether a figure of these rows is extrapolated; a throughput holds a prefill."""
+    return any(("prefill" if metric == "throughput" else metric) in row.extrapolated for row in rows)
+
+
+def compare(rows: dict[tuple[str, bool, int], Row], length: int, options: argparse.Namespace) -> None:
+    """A row a metric in results.jsonl, as soon as both models are measured at this length."""
+    known = [rows[key] for key in sorted(rows) if key[0] == options.model]
+    ours, theirs = (
+        next(row for row in extrapolate([row for row in known if row.twin == twin]) if row.length == length)
+        for twin in (False, True)
+    )
+    for metric, (unit, value, higher) in METRICS.items():
+        a, b = value(ours), value(theirs)
+        if a != a:
+            continue
+        record(
+            options.output,
+            benchmark="inference",
+            case=f"{options.model} {length} bf16",
+            metric=metric + (" (extrapolated in part)" if starred(metric, ours, theirs) else ""),
+            unit=unit,
+            value=round(a, 4),
+            peer="Llama of the same sizes, same engine" + ("" if b == b else ": out of memory"),
+            peer_value=round(b, 4) if b == b else None,
+            device=ours.device,
+            higher_is_better=higher,
+        )
+
+
+def table(ours: list[Row], theirs: list[Row]) -> None:
+    """Ratios beside the paper's."""
+    print(f"\n{'length':>9} " + " ".join(f"{metric:>12} {'paper':>6}" for metric in METRICS))
+    for one, other in zip(ours, theirs):
+        line = f"{one.length:>9,}"
+        papers = (*PAPER.get(one.length, (None,) * 3), None)
+        for (metric, (_, value, higher)), paper in zip(METRICS.items(), papers):
+            a, b = value(one), value(other)
+            line += (
+                f" {a / b if higher else b / a:>11.2f}{'*' if starred(metric, one, other) else ' '} {paper or '':>6}"
             )
         print(line)
+    print("*: extrapolated in part; nan: out of memory, at one sequence already")
 
 
-def plot(rows: dict[bool, dict[int, Row]], options: argparse.Namespace) -> None:
-    """The paper's three figures: memory, prefill, throughput by length."""
+def plot(rows: dict[bool, list[Row]], path: Path) -> None:
+    """The paper's three figures: memory, prefill, throughput by length. Hollow points are extrapolated."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    values = {
-        "memory (GB)": lambda row: row.memory / 1e9,
-        "prefill (s)": lambda row: row.prefill,
-        "throughput with prefill (tokens/s)": lambda row: row.throughput or float("nan"),
-    }
-    for axis, (label, value) in zip(axes, values.items()):
+    for axis, metric in zip(axes, METRICS):
+        unit, value, _ = METRICS[metric]
         for twin, of_length in rows.items():
-            lengths = [length / 1024 for length in of_length]
-            name = "Transformer" if twin else "YOCO"
-            axis.plot(lengths, [value(row) for row in of_length.values()], "o-", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="length (K tokens)", title=label)
+            lengths = [row.length / 1024 for row in of_length]
+            (line,) = axis.plot(lengths, list(map(value, of_length)), label="Transformer" if twin else "YOCO")
+            for row, length in zip(of_length, lengths):
+                hollow = "white" if starred(metric, row) else line.get_color()
+                axis.plot(length, value(row), "o", color=line.get_color(), markerfacecolor=hollow)
+        title = "throughput with prefill" if metric == "throughput" else metric
+        axis.set(xscale="log", yscale="log", xlabel="length (K tokens)", title=f"{title} ({unit})")
         axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
         axis.minorticks_off()
         axis.legend()
     figure.tight_layout()
-    figure.savefig(options.plot)
-    print(f"plot: {options.plot}")
+    figure.savefig(path)
+    print(f"plot: {path}")
 
 
 if __name__ == "__main__":
