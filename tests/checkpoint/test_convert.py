@@ -31,6 +31,9 @@ RUNS = {
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
     "TP1, windows, untied, fp32": (1, [*WINDOWS, *UNTIED]),
+    "PP2 of two chunks each, retention, tied": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "CP2, windows, tied": (2, ["--context-parallel-size", "2", *WINDOWS]),
+    "DP2, distributed optimizer, retention, untied": (2, ["--use-distributed-optimizer", *UNTIED]),
 }
 
 
