@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint.test_convert_bad_input import Evil
 from support.cli import train
 from support.worlds import spawn
 from transformers import AutoModelForCausalLM
 
-from yoco_megatron.checkpoint import fields
+from yoco_megatron.checkpoint import fields, names
 from yoco_megatron.checkpoint.architecture import SWITCHES
 from yoco_megatron.checkpoint.convert import convert
-from yoco_megatron.checkpoint.source import SafeTensors, TrainingTensors, checkpoint_folder, open_source
+from yoco_megatron.checkpoint.source import SafeTensors, Source, TrainingTensors, checkpoint_folder, open_source
+from yoco_megatron.checkpoint.target import write_megatron
 from yoco_megatron.config.arguments import parse
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
+from yoco_megatron.hf.configuration_yoco import YocoConfig
 
 ONE_STEP = ["--train-iters", "1", "--lr-warmup-iters", "0", "--bf16"]
 UNTIED = ["--untie-embeddings-and-output-weights"]
@@ -110,8 +114,8 @@ def test_training_goes_on_at_any_mesh(trained, tmp_path):
 def test_exported_folder(trained, tmp_path):
     """What a user loads: the generation config, the model card, the logits of the trained weights."""
     in_fresh_process("megatron", str(trained("TP1, retention, tied")), "hf", str(tmp_path / "hf"))
-    names = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert names == {
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert files == {
         "README.md",
         "config.json",
         "configuration_yoco.py",
@@ -124,6 +128,30 @@ def test_exported_folder(trained, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
+
+
+def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):
+    """Transformer Engine keeps FP8 scales there, as pickles; the weights beside them convert, no pickle is opened."""
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    config = YocoConfig(**shape, num_key_value_heads=2, self_decoder_heads=2, max_position_embeddings=64)
+    weights = {name: torch.randn(shape) * 0.2 for name, shape in names.shapes(config).items()}
+    dtypes = dict.fromkeys(weights, torch.float32)
+    save = dcp.save
+    trap = tmp_path / "trap"
+
+    def with_scales(state, **options):
+        found = [name for name in state if "_extra_state" in name]
+        assert len(found) > 10
+        return save(state | {name: [Evil(trap)] for name in found}, **options)
+
+    monkeypatch.setattr(dcp, "save", with_scales)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_megatron(Source("hf", folder, config, dtypes, weights.__getitem__), folder)
+    assert any(b"mkdir" in file.read_bytes() for file in (folder / "release").iterdir()), "the trap is set"
+    opened = open_source("megatron", str(folder))
+    assert all(torch.equal(opened.load(name), value) for name, value in weights.items())
+    assert not trap.exists()
 
 
 # Fields of the trainer's that do not decide what the weights compute; each needs a reason.

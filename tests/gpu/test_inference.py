@@ -4,9 +4,14 @@ float32 without TF32: 1e-4 relative (the retention kernels split their products,
 some forty roundings of 2^-9 on both sides.
 """
 
+import importlib.util
+
 import pytest
 import torch
 from support.models import SELF_DECODERS, relative_error
+
+pytest.importorskip("transformers")
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -52,3 +57,30 @@ def test_engine_equals_transformers(kind, dtype):
         print(f"{kind} {dtype} pieces of {piece}: {error:.1e}")
         assert error < TOLERANCE[dtype]
         model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_attention_implementations(kind, implementation, padded):
+    """transformers' attentions against its eager one in the same dtype, whole and with an early exit."""
+    flash = implementation == "flash_attention_2"
+    if flash and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    dtype = torch.bfloat16 if flash else torch.float32
+    model = build(kind, dtype)
+    device = next(model.parameters()).device
+    tokens = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, slice(None, 130) if padded == "left" else slice(-130, None)] = 0
+    model.set_attn_implementation("eager")
+    expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation(implementation)
+    for kept in (0, 140):
+        found = model(tokens, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        seen = mask[:, -kept:].bool()
+        error = relative_error(found[seen], expected[:, -kept:][seen])
+        print(f"{kind} {implementation} padded {padded} kept {kept}: {error:.1e}")
+        assert error < TOLERANCE[dtype]
