@@ -118,12 +118,14 @@ def spawn(
 def _all_cases(function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> dict[Any, Any]:
     from megatron.core import parallel_state
 
-    results = {}
+    results, last = {}, None
     for name, (args, mesh) in cases.items():
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            1, mesh.get("pp", 1), mesh.get("vp"), context_parallel_size=mesh.get("cp", 1)
-        )
+        if mesh != last:
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(
+                1, mesh.get("pp", 1), mesh.get("vp"), context_parallel_size=mesh.get("cp", 1)
+            )
+            last = mesh
         if runtime.has_transformer_engine():
             from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

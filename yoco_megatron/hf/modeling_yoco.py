@@ -224,15 +224,17 @@ class YocoGatedRetention(nn.Module):
         log_decay = F.logsigmoid(widen(self.decay_proj(x))).transpose(1, 2) / self.config.decay_temperature
         if mask is not None:  # a padding token writes nothing and lets nothing decay
             log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
-        state = past_key_values.get_recurrent_state(self.layer_idx) if past_key_values is not None else None
-        if state is None:
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer is not None and layer.has_previous_state[0]:
+            state = layer.recurrent_states[0]
+        else:
             state = log_decay.new_zeros(*k.shape[:2], self.head_dim, self.head_dim)
         by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
         o, state = (retention_by_kernel if by_kernel else retention)(q, k, v, log_decay, state)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+        if layer is not None:
+            layer.update_recurrent_state(state)
             # transformers marks a layer as filled with its convolution's state, which retention has none of.
-            past_key_values.layers[self.layer_idx].has_previous_state[0] = True
+            layer.has_previous_state[0] = True
         y = self.head_norm(o).transpose(1, 2).flatten(2)
         return self.o_proj(F.silu(self.g_proj(x)) * y), None
 

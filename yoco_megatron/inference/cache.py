@@ -181,8 +181,18 @@ class RetentionState:
     """The recurrent state of a retention layer, fp32, in one place."""
 
     def __init__(self) -> None:
-        self.state: Tensor | None = None
+        self.recurrent_states: dict[int, Tensor | None] = {0: None}
         self.has_previous_state = {0: False}
+
+    @property
+    def state(self) -> Tensor | None:
+        return self.recurrent_states[0]
+
+    def update_recurrent_state(self, state: Tensor) -> None:
+        if self.state is None:
+            self.recurrent_states[0] = state.clone()
+        elif self.state is not state:  # a kernel may have updated it where it lies
+            self.state.copy_(state)
 
     def tensors(self) -> list[Tensor]:
         return [] if self.state is None else [self.state]
@@ -226,16 +236,6 @@ class BlockCache:
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[KVLayer, KVLayer]:
         return self.layers[layer_idx].update(k, v)
-
-    def get_recurrent_state(self, layer_idx: int) -> Tensor | None:
-        return self.layers[layer_idx].state
-
-    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
-        layer = self.layers[layer_idx]
-        if layer.state is None:
-            layer.state = state.clone()
-        elif layer.state is not state:  # a kernel may have updated it where it lies
-            layer.state.copy_(state)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
