@@ -32,7 +32,7 @@ RECIPES = {
 MODELS = {kind: MODEL | {"self_decoder": kind} for kind in SELF_DECODERS}
 MODELS |= RECIPES | {f"{name}, fp32 transport": RECIPES[name] | dict(fp32_kv_transport=True) for name in RECIPES}
 BF16 = "bf16, the size of FP8's"
-LAYOUTS = {"PP2": "Ettt|tttttL", "PP2 VP2": "Ett|tt|tt|ttL"}
+LAYOUTS = {"PP2": "Ettt|tttttL", "PP2, K,V cross": "Ettttt|tttL", "PP2 VP2": "Ett|tt|tt|ttL"}
 LOSS, GRAD = 1e-3, 2e-2
 
 
