@@ -1,5 +1,6 @@
 """Preprocessing: the datasets hold each line's own ids, in order, and appear whole or not at all."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -248,6 +250,38 @@ def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) 
     path.write_text('{"text": "good"}\n')  # nothing odd any more: the list of the old data goes
     assert run([path], tmp_path / "out", tokenizer, overwrite=True)["text"].problems == ""
     assert not (tmp_path / "out_problems.jsonl").exists()
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "library"])
+def test_a_corpus_with_everything_wrong(tokenizer: Any, tmp_path: Path, backend: str) -> None:
+    """Every record is a document or is listed, in plain and in packed files; one document has 50 MB."""
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    lines = [b'{"text": "good"}', b'{"text": "cut', b'{"text": ""}', b'{"text": "\xff\xfe"}', b'{"title": "no text"}']
+    lines += [b'{"text": "a\\u0000b"}', b"[1, 2]", b'{"text": 7}', b"", b'{"text": "gr\xc3\xb6\xc3\x9fer"}']
+    sentence = " words and größer words\n"
+    small = b"\n".join(lines) + b"\n"
+    contents = {
+        "a.jsonl": small + json.dumps({"text": sentence * 2_100_000}).encode() + b"\n",
+        "b.jsonl.gz": gzip.compress(small),
+        "c.jsonl.zst": zstandard.compress(small),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = [tmp_path / name for name in contents]
+    report = run(files, tmp_path / "out", tokenizer, backend=backend)["text"]
+    assert report.backend == {"library": "tokenizers"}.get(backend, backend)
+    assert (report.documents, report.bad_lines, report.empty_documents, report.documents_with_nul) == (10, 15, 3, 3)
+    listed = [json.loads(line) for line in (tmp_path / "out_problems.jsonl").read_text().splitlines()]
+    places = {"bad": (2, 4, 5, 7, 8), "empty": (3,), "kept": (6,)}
+    for kind, numbers in places.items():
+        found = [entry["place"] for entry in listed if entry["kind"] == kind]
+        assert found == [f"{path}:{number}" for path in files for number in numbers], kind
+    short = ["good", "a\0b", "größer"]
+    found = documents(tmp_path / "out_text_document")
+    once = tokenizer.tokenize(sentence)
+    assert np.array_equal(found.pop(3)[:-1], once * 2_100_000)
+    assert found == [[*tokenizer.tokenize(text), tokenizer.eod] for text in short * 3]
 
 
 def test_a_document_too_long_for_an_index_is_refused(

@@ -43,10 +43,11 @@ QUICK = ["--cpu", "--gpus", "2", "--seconds", "0.05", "--order", "32", "--min-fr
 
 def test_fit_node(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    assert preflight.main([str(tmp_path), *QUICK]) == 0
-    report = json.loads((tmp_path / "preflight/0/n7.json").read_text())
+    run = tmp_path / "a run that does not exist yet"
+    assert preflight.main([str(run), *QUICK]) == 0
+    report = json.loads((run / "preflight/0/n7.json").read_text())
     assert len(report["speeds"]) == 2 and all(speed["tflops"] > 0 for speed in report["speeds"])
-    assert not (tmp_path / "preflight/0/n7.bad").exists()
+    assert not (run / "preflight/0/n7.bad").exists()
 
 
 def test_slow_node(tmp_path, monkeypatch):

@@ -146,6 +146,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--order", type=int, help="of the matrices; default 8192 on a GPU, 512 on a CPU")
     parser.add_argument("--timeout", type=float, default=180, help="seconds for matmul and all-reduce together")
     args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
     node = outcome.host()
     gpus = [] if args.cpu else nvidia_smi()
     faults = ([] if args.cpu else judge_gpus(gpus, args.gpus, args.max_used_mib)) + judge_disk(
