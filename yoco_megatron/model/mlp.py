@@ -33,10 +33,11 @@ class LeanMLP(MLP):
         return super().forward(hidden_states, **kwargs)
 
     def _forward_lean(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        fused = self.config.bias_activation_fusion
         wide, _ = self.linear_fc1(hidden_states)
-        y = bias_swiglu_impl(wide, None) if self.config.bias_activation_fusion else swiglu(wide)
+        y = bias_swiglu_impl(wide, None) if fused else swiglu(wide)
         output, bias = self.linear_fc2(y)
-        remake_in_backward(y, output, partial(_swiglu_into, wide))
+        remake_in_backward(y, output, partial(fused_swiglu_into if fused else swiglu_into, wide))
         return output, bias
 
 
@@ -46,7 +47,10 @@ def swiglu(wide: Tensor) -> Tensor:
     return F.silu(a) * b
 
 
-@jit_fuser
-def _swiglu_into(wide: Tensor, out: Tensor) -> None:
-    a, b = wide.chunk(2, dim=-1)
-    out.copy_(F.silu(a) * b)
+def swiglu_into(wide: Tensor, out: Tensor) -> None:
+    """Write swiglu(wide) into `out`, with the bits of `swiglu`."""
+    out.copy_(swiglu(wide))
+
+
+# One kernel does not round silu(a) to bf16 in between: these are the bits of Megatron's fused SwiGLU, not of `swiglu`.
+fused_swiglu_into = jit_fuser(swiglu_into)
