@@ -117,6 +117,14 @@ def test_another_job_does_not_go_on(folder: Path) -> None:
     assert run(folder, "out", overwrite=True)["text"].files == run(folder, "whole")["text"].files
 
 
+def test_fewer_bad_lines_than_were_left_out(folder: Path) -> None:
+    """Nor is it an error when the next batch holds none."""
+    kill_after(folder, 20)
+    with pytest.raises(ValueError, match=r"--max-bad-lines 0: the unfinished run .*out\.unfinished left out 1 already"):
+        run(folder, "out", max_bad_lines=0)
+    assert run(folder, "out", max_bad_lines=2)["text"].bad_lines == 2
+
+
 def test_two_processes_do_not_write_at_once(folder: Path) -> None:
     first = module.Unfinished(folder / "out.unfinished", ["text.bin"], {})
     with pytest.raises(ValueError, match=r"--output-prefix: another process is writing .*out\.unfinished"):

@@ -253,6 +253,11 @@ def _write_all(
     if unfinished.state:
         start, done = Position(*unfinished.state["position"]), unfinished.state["done"]
         reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
+        if (bad := reports[keys[0]].bad_lines) > max_bad_lines:
+            raise ValueError(
+                f"--max-bad-lines {max_bad_lines}: the unfinished run {unfinished.folder} left out {bad:,} already: "
+                "allow as many, or remove that folder to start anew"
+            )
     earlier = {key: report.seconds for key, report in reports.items()}
     started = saved_at = time.monotonic()
     total = sum(path.stat().st_size for path in files)
