@@ -6,7 +6,7 @@ Transformer Engine against float32 on one GPU, as in test_transformer_engine.py:
 
 import pytest
 import torch
-from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error
+from support.models import BF16, FULL_RECOMPUTE, SELF_DECODERS, TE, WIDE_HEADS, plain_name, relative_error
 from support.pipeline import pipeline_step
 from support.worlds import Cases
 
@@ -16,45 +16,20 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-# Heads of width 64, which every kernel takes. Windows shorter and longer than the chunks of 12 tokens.
-SIZES = dict(hidden_size=256, num_attention_heads=4, num_query_groups=2, self_decoder_heads=4)
+# Windows shorter and longer than the chunks of 12 tokens.
 WINDOWS = {"gated_retention": [7], "sliding_window": [7, 17]}
-BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 PATHS = {
     "float32 torch": ({}, 1e-5, 1e-4),
     "bf16 torch": (BF16, 5e-3, 6e-2),
-    "bf16 transformer engine": (
-        BF16 | dict(transformer_impl="transformer_engine", apply_rope_fusion=True),
-        5e-3,
-        6e-2,
-    ),
-    "bf16 transformer engine, recompute": (
-        BF16 | FULL_RECOMPUTE | dict(transformer_impl="transformer_engine", apply_rope_fusion=True),
-        5e-3,
-        6e-2,
-    ),
-}
-FUSED = {
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
-    "shared_kv.linear_kv.layer_norm_weight": "shared_kv.layernorm.weight",
+    "bf16 transformer engine": (BF16 | TE, 5e-3, 6e-2),
+    "bf16 transformer engine, recompute": (BF16 | TE | FULL_RECOMPUTE, 5e-3, 6e-2),
 }
 CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS[kind]]
-
-
-def plain_name(name: str) -> str:
-    """The name of a norm fused into a linear, in a model whose norms stand apart."""
-    for fused, apart in FUSED.items():
-        name = name.replace(fused, apart)
-    return name
-
-
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 
 
 def step(kind: str, window: int, path: str, documents: bool) -> dict:
-    model = SIZES | dict(self_decoder=kind, self_decoder_window=window) | PATHS[path][0]
+    model = WIDE_HEADS | dict(self_decoder=kind, self_decoder_window=window) | PATHS[path][0]
     return pipeline_step(model, None, False, 2, False, documents)
 
 
@@ -66,7 +41,7 @@ def long_step(kind: str, documents: bool) -> dict:
     models.SEQ = pipeline.SEQ = 4096
     models.BORDERS = ([1024, 3072], [1023, 1025, 2500])
     try:
-        model = SIZES | PATHS["bf16 transformer engine"][0]
+        model = WIDE_HEADS | PATHS["bf16 transformer engine"][0]
         model |= dict(self_decoder=kind, self_decoder_window=512, num_layers=4)
         return pipeline_step(model, None, False, 1, False, documents)
     finally:

@@ -7,50 +7,37 @@ import pytest
 import torch
 from support.influence import model_influence
 from support.models import (
+    BF16,
     FULL_RECOMPUTE,
     SELF_DECODERS,
     SEQ,
+    TE,
     VOCAB,
+    WIDE_HEADS,
     batch,
     build,
     document_batch,
+    plain_name,
     relative_error,
     tiny_config,
     train_step,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_process")]
-SIZES = dict(hidden_size=256, num_attention_heads=4, num_query_groups=2, self_decoder_heads=4)
-BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
-PATHS = {
-    "torch": BF16,
-    "transformer engine": BF16 | dict(transformer_impl="transformer_engine", apply_rope_fusion=True),
-}
+PATHS = {"torch": BF16, "transformer engine": BF16 | TE}
 LOSS, GRAD = 5e-3, 6e-2
 # Of a gradient in bfloat16 whose sums run in another order: a last place (4e-3) in few of its elements.
 GRAD_NOISE = 1e-3
-FUSED = {
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
-    "shared_kv.linear_kv.layer_norm_weight": "shared_kv.layernorm.weight",
-}
-
-
-def plain_names(result: dict) -> dict:
-    """Names as in a model whose norms stand apart."""
-    for fused, apart in FUSED.items():
-        result = {name.replace(fused, apart): value for name, value in result.items()}
-    return result
 
 
 @pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["plain", "recompute full"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_equals_float32_torch(kind: str, path: str, recompute: dict) -> None:
-    model = dict(self_decoder=kind, **SIZES)
+    model = dict(self_decoder=kind, **WIDE_HEADS)
     reference = train_step(model, documents=True)
-    result = plain_names(train_step(model | PATHS[path] | recompute, documents=True))
+    result = train_step(model | PATHS[path] | recompute, documents=True)
+    result = {plain_name(name): value for name, value in result.items()}
     assert relative_error(result["loss"], reference["loss"]) < LOSS
     for name in reference:
         if name.startswith("grad/"):
@@ -66,7 +53,7 @@ def test_another_document_changes_nothing(kind: str, path: str) -> None:
     GRAD_NOISE, because attention kernels add gradients in an order that is not fixed: a repetition would differ too.
     The test below has no tolerance.
     """
-    model = build(tiny_config(self_decoder=kind, **SIZES, **PATHS[path])).bfloat16()
+    model = build(tiny_config(self_decoder=kind, **WIDE_HEADS, **PATHS[path])).bfloat16()
     tokens, labels = batch()
     ids = torch.zeros_like(tokens, dtype=torch.int32)
     ids[:, 19:], ids[:, 37:] = 1, 2
@@ -92,7 +79,7 @@ def test_another_document_changes_nothing(kind: str, path: str) -> None:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_no_gradient_crosses_a_border(kind: str, path: str, generator: torch.Generator) -> None:
     """Exactly zero, whatever the kernels' order: logits of a document, embeddings of another. Unmasked not."""
-    model = build(tiny_config(self_decoder=kind, **SIZES, **PATHS[path])).bfloat16()
+    model = build(tiny_config(self_decoder=kind, **WIDE_HEADS, **PATHS[path])).bfloat16()
     tokens, ids = batch(1)[0], document_batch(1)
     causal = torch.ones(SEQ, SEQ, dtype=torch.bool, device=ids.device).tril()
     within = causal & (ids[0][:, None] == ids[0][None])

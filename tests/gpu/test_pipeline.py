@@ -7,7 +7,7 @@ gradients. With --fp32-kv-transport nothing is rounded and FP8 has bf16's tolera
 
 import pytest
 import torch
-from support.models import SELF_DECODERS, relative_error
+from support.models import BF16, SELF_DECODERS, TE, relative_error
 from support.pipeline import pipeline_step
 from support.worlds import Cases
 
@@ -17,13 +17,7 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-MODEL = dict(
-    transformer_impl="transformer_engine",
-    apply_rope_fusion=True,
-    bf16=True,
-    params_dtype=torch.bfloat16,
-    pipeline_dtype=torch.bfloat16,
-)
+MODEL = TE | BF16
 FP8 = dict(hidden_size=256, ffn_hidden_size=384, num_attention_heads=4, num_query_groups=2, kv_channels=64)
 RECIPES = {
     recipe: MODEL | FP8 | dict(fp8="e4m3" if recipe == "blockwise" else "hybrid", fp8_recipe=recipe)
@@ -31,14 +25,14 @@ RECIPES = {
 }
 MODELS = {kind: MODEL | {"self_decoder": kind} for kind in SELF_DECODERS}
 MODELS |= RECIPES | {f"{name}, fp32 transport": RECIPES[name] | dict(fp32_kv_transport=True) for name in RECIPES}
-BF16 = "bf16, the size of FP8's"
+SAME_IN_BF16 = "bf16, the size of FP8's"
 LAYOUTS = {"PP2": "Ettt|tttttL", "PP2, K,V cross": "Ettttt|tttL", "PP2 VP2": "Ett|tt|tt|ttL"}
 LOSS, GRAD = 1e-3, 2e-2
 
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Cases:
-    models = MODELS | {BF16: MODEL | FP8}
+    models = MODELS | {SAME_IN_BF16: MODEL | FP8}
     return Cases(1, pipeline_step, {name: ((model, None, True), {}) for name, model in models.items()})
 
 
@@ -60,7 +54,7 @@ def test_nccl_pipeline_equals_one_gpu(mesh: str, name: str, one_gpu: Cases, two_
     assert merged.keys() == reference.keys()
     limits = dict.fromkeys(reference, GRAD) | {"loss": LOSS}
     if name in RECIPES:
-        (bf16,) = one_gpu[BF16]
+        (bf16,) = one_gpu[SAME_IN_BF16]
         limits |= {key: max(GRAD, relative_error(reference[key], bf16[key])) for key in limits if key != "loss"}
     errors = {key: relative_error(value, reference[key]) for key, value in merged.items()}
     worst = max(errors, key=lambda key: errors[key] / limits[key])

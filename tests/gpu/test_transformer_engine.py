@@ -5,28 +5,13 @@ a single rounding is 2^-9 = 2e-3; a gradient that passed through four layers has
 """
 
 import pytest
-import torch
-from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error, train_step
+from support.models import BF16, FULL_RECOMPUTE, SELF_DECODERS, TE, plain_name, relative_error, train_step
 
 pytestmark = pytest.mark.gpu
 
-TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
-BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 LOSS_BF16, GRAD_BF16 = 5e-3, 6e-2
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
 ELEMENTWISE = dict(recompute_elementwise=True, bias_activation_fusion=True)
-
-
-def plain_name(name: str) -> str:
-    """The name of a norm fused into a linear, in a model whose norms stand apart."""
-    for fused, apart in (
-        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
-        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        ("self_attention.linear_q.layer_norm_weight", "input_layernorm.weight"),
-        ("shared_kv.linear_kv.layer_norm_weight", "shared_kv.layernorm.weight"),
-    ):
-        name = name.replace(fused, apart)
-    return name
 
 
 @pytest.fixture(autouse=True)

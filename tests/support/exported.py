@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from support.models import plain_name
 from yoco_megatron.checkpoint import fields, names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
@@ -22,23 +23,9 @@ def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
     """A transformers model of the same weights and dtype, in evaluation mode."""
     config = twin_config(model, **more)
     state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    # One process without Transformer Engine has its norms apart from the linear layers that they feed.
-    aside = {
-        "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-        "shared_kv.linear_kv.layer_norm_weight": "shared_kv.layernorm.weight",
-    }
-
-    def found(name: str) -> torch.Tensor:
-        for fused, apart in aside.items():
-            if name.endswith(fused):
-                return state[name.replace(fused, apart)]
-        return state[name]
-
     weights = {}
     for entry in names.megatron(config):
-        weights |= entry.split(found(entry.name))
+        weights |= entry.split(state[plain_name(entry.name)])  # without Transformer Engine
     twin = YocoForCausalLM(config).to(model.config.params_dtype)
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

@@ -19,6 +19,24 @@ from yoco_megatron.model.yoco_model import YOCOModel
 VOCAB, SEQ = 256, 48
 SELF_DECODERS = ("gated_retention", "sliding_window")
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
+# Heads of width 64, which every kernel takes.
+WIDE_HEADS = dict(hidden_size=256, num_attention_heads=4, num_query_groups=2, self_decoder_heads=4)
+# A norm that Transformer Engine fuses into the linear that it feeds, and where it stands apart.
+FUSED_NORMS = {
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
+    "shared_kv.linear_kv.layer_norm_weight": "shared_kv.layernorm.weight",
+}
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter in a model whose norms stand apart."""
+    for fused, apart in FUSED_NORMS.items():
+        name = name.replace(fused, apart)
+    return name
 
 
 def tiny_config(**overrides: Any) -> YOCOConfig:
