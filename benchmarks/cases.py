@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flags", default="", help="more flags for all models")
     parser.add_argument("--yoco-flags", default="", help="more flags for YOCO")
     parser.add_argument("--gpt-flags", default="", help="more flags for GPT")
-    parser.add_argument("--steps", type=int, default=8, help="the median of those after the second counts")
+    parser.add_argument("--steps", type=int, default=8, help="the median of the second half counts")
     parser.add_argument("--timeout", type=int, default=200, help="seconds for one run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
 

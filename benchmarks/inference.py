@@ -58,6 +58,8 @@ class Row:
     twin: bool
     length: int
     device: str
+    settings: str
+    """Flags that decide what is measured."""
     memory: float = float("nan")
     """Peak bytes allocated, weights included; nan if it did not fit."""
     prefill: float = float("nan")
@@ -260,12 +262,17 @@ def main() -> None:
     cuda = runtime.has_gpu()
     options.device = torch.device("cuda" if cuda else "cpu")
     device = torch.cuda.get_device_name() if cuda else "CPU"
+    settings = (
+        f"pieces of {options.piece}, prefills of {options.prefill_seconds:g} s, {options.steps} steps, "
+        f"{'not ' * options.no_fuse}fused"
+    )
     rows = read(options.rows)
     keys = [(options.model, twin, length) for twin in (False, True) for length in sorted(options.lengths)]
     missing = [key for key in keys if key not in rows]
-    others = {rows[key].device for key in keys if key in rows} - {device}
+    here = f"{device}, {settings}"
+    others = {f"{row.device}, {row.settings}" for key in keys if (row := rows.get(key))} - {here}
     if missing and others:
-        raise SystemExit(f"--rows {options.rows} was measured on {others.pop()}, this is {device}: name another file")
+        raise SystemExit(f"--rows {options.rows} was measured with {others.pop()}; this is {here}: name another file")
     announce(missing, options)
     for twin in (False, True):
         todo = [key for key in missing if key[1] == twin]
@@ -279,7 +286,7 @@ def main() -> None:
             Engine(model, 3 * options.piece, reserve=twin, piece=options.piece), 2 * options.piece, 1e9, options.device
         )
         for key in todo:
-            row = rows[key] = measure(model, Row(*key, device), options)
+            row = rows[key] = measure(model, Row(*key, device, settings), options)
             with options.rows.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
             show(row)

@@ -13,17 +13,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cases import PRECISIONS
 from record import record
 from runs import ROOT, Run, train
 
 from yoco_megatron.config.files import load_config_files
-
-PRECISIONS = {
-    "bf16": "",
-    "delayed": "--fp8-format hybrid --fp8-recipe delayed",
-    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
-    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
-}
 
 
 def run(name: str, model: str, gpus: int, mesh: str, options: argparse.Namespace, **settings: str) -> Run:
@@ -85,27 +79,25 @@ def main() -> None:
         print(f"{name:<14} {tokens / one.seconds:>10,.0f} {bubble:>7} {boundaries:>24} {one.losses[-1]:>10.4f}")
     for mesh in ("PP2", "PP2 VP2"):
         ours, peer = runs[f"YOCO {mesh}"], runs[f"GPT {mesh}"]
+        case = f"{options.model} {options.self_decoder} {options.seq_length} {options.precision} {mesh}"
+        common = dict(benchmark="pipeline", case=case, device=device)
         record(
             options.output,
-            benchmark="pipeline",
-            case=f"{options.model} {options.self_decoder} {options.seq_length} {options.precision} {mesh}",
             metric="throughput",
             unit="tokens/s",
             value=round(tokens / ours.seconds),
             peer="Megatron GPT, same mesh",
             peer_value=round(tokens / peer.seconds),
-            device=device,
+            **common,
         )
         record(
             options.output,
-            benchmark="pipeline",
-            case=f"{options.model} {options.self_decoder} {options.seq_length} {options.precision} {mesh}",
             metric="speed-up over one GPU",
             unit="x",
             value=round(runs["YOCO one GPU"].seconds / ours.seconds, 3),
             peer="ideal",
             peer_value=2.0,
-            device=device,
+            **common,
         )
     worst = max(
         abs(a - b) / b

@@ -62,11 +62,15 @@ def test_goes_on_where_it_was_cut_off(run, tmp_path, monkeypatch, capsys):
     assert run() == rows and (tmp_path / "plot.svg").exists()
 
 
-def test_other_device_is_refused(run, tmp_path):
-    row = Row("tiny", False, 256, "NVIDIA H100 80GB HBM3", memory=1.0, prefill=1.0)
+def test_other_device_or_flags_are_refused(run, tmp_path):
+    row = Row("tiny", False, 256, "NVIDIA H100 80GB HBM3", "", memory=1.0, prefill=1.0)
     (tmp_path / "rows.jsonl").write_text(json.dumps(inference.asdict(row)) + "\n")
-    with pytest.raises(SystemExit, match="measured on NVIDIA H100 80GB HBM3, this is CPU"):
+    with pytest.raises(SystemExit, match=r"with NVIDIA H100 80GB HBM3, .*; this is CPU, pieces of 64, .*not fused"):
         run()
+    (tmp_path / "rows.jsonl").unlink()
+    run("--lengths", "256")
+    with pytest.raises(SystemExit, match=r"pieces of 64, .*; this is CPU, pieces of 128,"):
+        run("--piece", "128")
 
 
 def test_prefill_stops_at_its_budget(run):
@@ -91,7 +95,7 @@ def test_out_of_memory_is_a_row(run, monkeypatch, capsys):
 def test_extrapolation_is_exact_for_its_laws_and_marked():
     def row(n: int, fits: bool = True) -> Row:
         of_length = {"memory": 5e9 + 1e5 * n, "prefill": 2e-5 * n + 3e-10 * n * n} if fits else {}
-        return Row("3b", True, n, "H100", **of_length)
+        return Row("3b", True, n, "H100", "", **of_length)
 
     rows = [row(n, fits=n < 2**20) for n in inference.LENGTHS]
     *measured, last = inference.extrapolate(rows)
