@@ -29,7 +29,9 @@ from yoco_megatron.config import arguments
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.model.builder import model_config_from_args
 
-FLAGS = "--mock-data --tokenizer-type NullTokenizer --vocab-size 100350 --micro-batch-size 1 --lr 1e-4"
+# Without Megatron's wrapper there is no buffer for gradients that Transformer Engine could add to.
+FLAGS = "--no-gradient-accumulation-fusion "
+FLAGS += "--mock-data --tokenizer-type NullTokenizer --vocab-size 100350 --micro-batch-size 1 --lr 1e-4"
 
 
 class Kept:

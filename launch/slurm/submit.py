@@ -215,9 +215,8 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
-    if (
-        options.save_seconds < 1 or seconds_of(options.time) < options.save_seconds + 60
-    ):  # SLURM is up to a minute early
+    early = 60  # SLURM's signal may come so many seconds before its time
+    if options.save_seconds < 1 or seconds_of(options.time) < options.save_seconds + early:
         raise ValueError(
             f"--save-seconds {options.save_seconds} leaves no time to train in --time {options.time}: it must be at "
             "least 1, and a minute or more below --time"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers, processors
 
 from yoco_megatron.data import encoders
 from yoco_megatron.data.encoders import HARD_TEXTS, Ids, choose_encoder, compared, join, with_ends
-from yoco_megatron.data.tokenizer import EOD, PAD, build_tokenizer, train_tokenizer
+from yoco_megatron.data.tokenizer import EOD, PAD, build_tokenizer
 
 TEXTS = [*HARD_TEXTS, f"one{EOD}two", f"{PAD}{PAD}", "def f(x):\n\treturn x"]
 
@@ -22,15 +22,6 @@ def built(model: Path | None, kind: str = "HuggingFaceTokenizer", **more: Any) -
     return build_tokenizer(
         TokenizerConfig(tokenizer_type=kind, tokenizer_model=None if model is None else str(model), **more)
     )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    lines = [json.dumps({"text": f"the {n} quick größer foxes = {n * n}, return x_{n % 7}"}) for n in range(400)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    train_tokenizer([folder / "corpus.jsonl"], 400, folder / "bpe")
-    return folder / "bpe"
 
 
 def random_texts(count: int) -> list[str]:
@@ -51,11 +42,11 @@ def encoded(encode: encoders.Encoder, texts: list[str]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "library"])
-def test_ids_are_those_of_single_texts(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_those_of_single_texts(bpe_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "gigatoken":
         pytest.importorskip("gigatoken")
         monkeypatch.setattr(encoders, "compared", lambda fast, exact: fast)  # its ids, and nobody who checks them
-    tokenizer, texts = built(folder), TEXTS + random_texts(300)
+    tokenizer, texts = built(bpe_folder), TEXTS + random_texts(300)
     name, encode = choose_encoder(tokenizer, backend)
     assert name == {"library": "tokenizers"}.get(backend, backend)
     assert encoded(encode, texts) == [tokenizer.tokenize(text) for text in texts]
@@ -64,15 +55,15 @@ def test_ids_are_those_of_single_texts(folder: Path, backend: str, monkeypatch: 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "library"])
-def test_what_a_tokenizer_json_may_carry(folder: Path, tmp_path: Path, plain: bool, backend: str) -> None:
+def test_what_a_tokenizer_json_may_carry(bpe_folder: Path, tmp_path: Path, plain: bool, backend: str) -> None:
     """Beginning of text, truncation, padding; and after a use that set both."""
-    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     stored.post_processor = processors.TemplateProcessing(
         single=f"{PAD} $A {EOD} {EOD}", special_tokens=[(PAD, 1), (EOD, 0)]
     )
     stored.enable_truncation(4)
     stored.enable_padding(length=50)
-    for path in folder.iterdir():
+    for path in bpe_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored.save(str(tmp_path / "tokenizer.json"))
     expected, used = (built(tmp_path, tokenizer_hf_no_include_special_tokens=plain) for _ in range(2))
@@ -82,11 +73,11 @@ def test_what_a_tokenizer_json_may_carry(folder: Path, tmp_path: Path, plain: bo
     assert (ids[0][0] == 1) is not plain
 
 
-def test_auto_takes_the_library_where_gigatoken_differs(folder: Path, tmp_path: Path) -> None:
+def test_auto_takes_the_library_where_gigatoken_differs(bpe_folder: Path, tmp_path: Path) -> None:
     """A normalizer decides ids; whatever gigatoken makes of it, auto gives the tokenizer's own."""
-    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     stored.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    for path in folder.iterdir():
+    for path in bpe_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored.save(str(tmp_path / "tokenizer.json"))
     tokenizer = built(tmp_path)

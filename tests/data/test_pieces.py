@@ -1,6 +1,5 @@
 """A long text in pieces has the ids of the whole text, whatever the tokenizer does; where it is cut, memory is flat."""
 
-import json
 import random
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from yoco_megatron.data import encoders, pieces
 from yoco_megatron.data.encoders import choose_encoder
-from yoco_megatron.data.tokenizer import EOD, PAD, build_tokenizer, train_tokenizer
+from yoco_megatron.data.tokenizer import EOD, PAD, build_tokenizer
 
 LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -32,15 +31,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    lines = [json.dumps({"text": f"the {n} quick größer foxes = {n * n}, return x_{n % 7}"}) for n in range(400)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    train_tokenizer([folder / "corpus.jsonl"], 400, folder / "bpe")
-    return folder / "bpe"
-
-
 def hard_text(generator: random.Random) -> str:
     """Runs, some longer than a piece: words, digits, spaces, marks to be joined, special tokens, any Unicode."""
     every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
@@ -52,10 +42,10 @@ def hard_text(generator: random.Random) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_those_of_the_whole(bpe_folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE", 2000)
     monkeypatch.setattr(pieces, "MARGIN", 300)
-    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     core.post_processor = None
     core.pre_tokenizer, normalizer, cut = KINDS[kind]
     if normalizer is not None:
@@ -69,11 +59,11 @@ def test_ids_are_those_of_the_whole(folder: Path, kind: str, monkeypatch: pytest
             assert (len(parts) > 3) == cut
 
 
-def test_what_is_not_local_is_not_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_local_is_not_cut(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every word of a piece is another one when it is the first: the end that is encoded again shows it."""
     monkeypatch.setattr(pieces, "PIECE", 2000)
     monkeypatch.setattr(pieces, "MARGIN", 300)
-    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     core.post_processor = None
     core.normalizer = normalizers.Prepend("x")
     text = "the quick foxes " * 1000
@@ -82,14 +72,16 @@ def test_what_is_not_local_is_not_cut(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_long_texts_have_their_ends_and_their_place(folder: Path, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_have_their_ends_and_their_place(
+    bpe_folder: Path, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between short ones, through the encoder, with a template that adds tokens and a trim of offsets."""
     for module in (pieces, encoders):
         monkeypatch.setattr(module, "PIECE", 2000)
     monkeypatch.setattr(pieces, "MARGIN", 300)
     monkeypatch.setattr(encoders, "encode_in_pieces", lambda *given: cut.append(1) or pieces.encode_in_pieces(*given))
     cut: list[int] = []
-    flags = {"tokenizer_model": str(folder), "tokenizer_hf_no_include_special_tokens": plain}
+    flags = {"tokenizer_model": str(bpe_folder), "tokenizer_hf_no_include_special_tokens": plain}
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", **flags))
     core = tokenizer._tokenizer.tokenizer.backend_tokenizer
     template = processors.TemplateProcessing(single=f"{PAD} $A {EOD}", special_tokens=[(PAD, 1), (EOD, 0)])
@@ -114,10 +106,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len
 """
 
 
-def test_memory_of_a_document(folder: Path) -> None:
+def test_memory_of_a_document(bpe_folder: Path) -> None:
     """Bytes for each of its bytes: its text, twice, and its ids; encoded at once, 140."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, folder, "8000000"], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", MEMORY, bpe_folder, "8000000"], capture_output=True, text=True, check=True,
         env={"PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
     assert float(done.stdout.split()[-1]) < 30

@@ -98,7 +98,7 @@ class TransformerModelBuilder(GPTModelBuilder):
         if config.loss_chunk_size:
             process = partial(_chunked_gpt_loss, model_config=config, tp_group=pg_collection.tp)
             model.forward = partial(model.forward, output_processor=process)
-        return _initialized(model, self._model_config, pg_collection)
+        return _initialized(model, config, pg_collection)
 
 
 def _chunked_gpt_loss(

@@ -24,7 +24,8 @@ from typing import Any
 
 from yoco_megatron.config.files import write_atomically
 
-# Names of variables whose values never leave the process. Long random-looking values are hidden whatever their name.
+# Flags that take a secret, and names of variables whose values never leave the process. Long random-looking values are
+# hidden whatever their name.
 SECRET_FLAG = re.compile(r"api[-_]key|token$|secret|password", re.IGNORECASE)
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
 CREDENTIAL = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}"
