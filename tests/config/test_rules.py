@@ -83,6 +83,10 @@ MISTAKES = {
     "sequence against tensor parallelism": ({"seq-length": 63}, ["seq-length 63", "sequence-parallel"]),
     "window 0": ({"self-decoder-window": 0}, ["self-decoder-window 0"]),
     "loss chunk": ({"loss-chunk-size": -1}, ["loss-chunk-size -1"]),
+    "loss chunk, half": (
+        {"loss-chunk-size": 32, "fp16-lm-cross-entropy": True, "fp16": True},
+        ["loss-chunk-size", "fp16-lm-cross-entropy"],
+    ),
     "window -1": ({"self-decoder-window": -1}, ["self-decoder-window -1"]),
     "temperature 0": ({"decay-temperature": 0}, ["decay-temperature 0"]),
     "chunk 0": ({"retention-chunk-size": 0}, ["retention-chunk-size"]),

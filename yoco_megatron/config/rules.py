@@ -194,6 +194,10 @@ def check_mesh(args: Namespace) -> None:
 
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
+    require(
+        not (args.loss_chunk_size and args.fp16_lm_cross_entropy),
+        "--fp16-lm-cross-entropy has no effect with --loss-chunk-size, whose losses are fp32: leave one of them away",
+    )
     if args.architecture != "yoco":
         check_loss_chunk(args)
         require(
