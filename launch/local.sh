@@ -43,12 +43,12 @@ while true; do
     # Its own process group, and a request by file: Ctrl-C in the terminal must not reach torchrun, which would kill.
     setsid "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --log-dir "$run/logs" --tee 3 \
         "$here/pretrain_yoco.py" --run-folder "$run" "$@" &
-    wait $!
-    rc=$?
+    # Ctrl-C interrupts a wait, and the run may end while the trap runs; bash remembers how it ended.
     while kill -0 $! 2>/dev/null; do
         wait $!
-        rc=$?
     done
+    wait $!
+    rc=$?
     trap - INT TERM
     {
         read -r verdict

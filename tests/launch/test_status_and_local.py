@@ -52,6 +52,24 @@ def test_interrupted_then_finished(tmp_path):
     assert text == "local.sh: done the run has finished\n"
 
 
+FOLLOW = """
+eval "$(sed -n '/^follow()/,/^}/p' "$0")"
+(while [[ ! -e $MARK ]]; do sleep 0.02; done; exit 7) &
+run=$!
+trap 'touch "$MARK"; while kill -0 $run 2>/dev/null; do sleep 0.02; done' USR1
+(sleep 0.3; kill -USR1 $$) &
+follow $run
+echo $rc
+"""
+
+
+def test_exit_code_of_a_run_that_ends_while_a_trap_runs(tmp_path):
+    env = os.environ | {"MARK": str(tmp_path / "mark")}
+    command = ["bash", "-c", FOLLOW, str(ROOT / "launch/slurm/train.sbatch")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == "7\n", done.stdout + done.stderr
+
+
 def test_status_of_no_run(tmp_path):
     command = [sys.executable, str(ROOT / "launch/slurm/status.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
