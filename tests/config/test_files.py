@@ -1,9 +1,12 @@
 """YAML configs: merged left to right and below the command line, with an error that names what is wrong."""
 
+import errno
+import os
+
 import pytest
 
 from yoco_megatron.config.arguments import build_parser
-from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,15 @@ def test_null_leaves_the_default(parser):
 )
 def test_values_reach_the_parser(key, value, dest, wanted, parser):
     assert getattr(parsed(parser, {key: value}), dest) == wanted
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a.json", "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a.json", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}

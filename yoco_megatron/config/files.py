@@ -7,6 +7,7 @@ are merged first. Instead of a file, `key=value` may be given.
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,17 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        if durable:
-            os.fsync(stream.fileno())
-    return aside.replace(path)
+    try:
+        with aside.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        return aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error says what is wrong
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
