@@ -114,11 +114,13 @@ def test_integers(source):
     refused(source, "not a float type")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("to", ["fla", "hf", "megatron"])
 def test_not_finite(value, to, source):
-    change(source, **{"model.norm.weight": torch.full((32,), value)})
-    refused(source, "model.norm.weight holds 32 values that are NaN or infinite", to=to)
+    weight = torch.ones(32)
+    weight[5] = value
+    change(source, **{"model.norm.weight": weight})
+    refused(source, "model.norm.weight holds 1 values that are NaN or infinite", to=to)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "YOCOForCausalLM"])
