@@ -1,15 +1,18 @@
 """A model goes out to Hugging Face and comes back bit for bit, at any mesh, with its configuration."""
 
+import io
 import json
+import pickle
 import shutil
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint.test_convert_bad_input import Evil
-from support.cli import train
+from support.cli import _main, train
 from support.worlds import spawn
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +155,64 @@ def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):
     opened = open_source("megatron", str(folder))
     assert all(torch.equal(opened.load(name), value) for name, value in weights.items())
     assert not trap.exists()
+
+
+# What the flags of FP8 training leave in resolved_config.yaml; one process on a CPU must not take them over.
+VOCABULARY = 256
+FP8_RUN = """
+transformer-impl: transformer_engine
+fp8-format: hybrid
+fp8-recipe: delayed
+fp8-amax-history-len: 1024
+fp8-amax-compute-algo: max
+fp8-param-gather: true
+first-last-layers-bf16: true
+"""
+
+
+def _main_with(extra_state: object, flags: list[str]) -> None:
+    """A training run whose linear layers keep this extra state; the output layer is none of Transformer Engine's."""
+    from megatron.core.tensor_parallel import layers
+
+    for kind in (layers.ColumnParallelLinear, layers.RowParallelLinear):
+        kind.get_extra_state = lambda self: None if self.output_size == VOCABULARY else extra_state
+    _main(flags)
+
+
+def _scales() -> torch.Tensor:
+    """As transformer_engine/pytorch/module/base.py:get_extra_state of 2.x writes FP8: the bytes of a pickle, here of a
+    recipe whose class nobody can import, and of scales."""
+    scales = {
+        "scale_fwd": torch.rand(3),
+        "amax_history_fwd": torch.rand(1024, 3),
+        "extra_fp8_variables": {"num_gemms": 1},
+    }
+    recipe = b"ctransformer_engine.common.recipe\nDelayedScaling\n)R0"
+    return torch.frombuffer(bytearray(b"\x80\x02" + recipe + pickle.dumps(scales)[2:]), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "extra_state",
+    [
+        pytest.param(_scales(), id="fp8"),
+        pytest.param(io.BytesIO(b"as before 2.0"), id="fp8 of Transformer Engine 1", marks=pytest.mark.slow),
+        pytest.param(torch.empty(0, dtype=torch.uint8), id="bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoint_of_transformer_engine(extra_state, tmp_path):
+    """What its layers save, through Megatron's own saving at TP2: fused norms, an extra state a linear layer."""
+    run = tmp_path / "run"
+    train(2, *TP2, *ONE_STEP, "--save", str(run), "--save-interval", "1", entry=partial(_main_with, extra_state))
+    with (run / "resolved_config.yaml").open("a") as file:
+        file.write(FP8_RUN)
+    saved = TrainingTensors(checkpoint_folder(run, None))
+    kept = saved._load("decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1", None)[0]
+    assert torch.equal(kept, extra_state) if torch.is_tensor(kept) else kept.getvalue() == extra_state.getvalue()
+    in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"))
+    in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
+    before, after = tensors(run), tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert entries(run) == entries(tmp_path / "back")
 
 
 # Fields of the trainer's that do not decide what the weights compute; each needs a reason.
