@@ -157,9 +157,9 @@ def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):
     assert not trap.exists()
 
 
-# What the flags of FP8 training leave in resolved_config.yaml; one process on a CPU must not take them over.
 VOCABULARY = 256
-FP8_RUN = """
+# Flags of a large run in its resolved_config.yaml, which one process on a CPU must not take over.
+LARGE_RUN = """
 transformer-impl: transformer_engine
 fp8-format: hybrid
 fp8-recipe: delayed
@@ -167,6 +167,14 @@ fp8-amax-history-len: 1024
 fp8-amax-compute-algo: max
 fp8-param-gather: true
 first-last-layers-bf16: true
+use-distributed-optimizer: true
+use-precision-aware-optimizer: true
+overlap-grad-reduce: true
+overlap-param-gather: true
+overlap-param-gather-with-optimizer-step: true
+defer-embedding-wgrad-compute: true
+train-data-path: [/gone/text_document]
+valid-data-path: [/gone/text_document]
 """
 
 
@@ -204,7 +212,7 @@ def test_checkpoint_of_transformer_engine(extra_state, tmp_path):
     run = tmp_path / "run"
     train(2, *TP2, *ONE_STEP, "--save", str(run), "--save-interval", "1", entry=partial(_main_with, extra_state))
     with (run / "resolved_config.yaml").open("a") as file:
-        file.write(FP8_RUN)
+        file.write(LARGE_RUN)
     saved = TrainingTensors(checkpoint_folder(run, None))
     kept = saved._load("decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1", None)[0]
     assert torch.equal(kept, extra_state) if torch.is_tensor(kept) else kept.getvalue() == extra_state.getvalue()
