@@ -13,10 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint.test_convert_bad_input import Evil
 from support.cli import _main, train
+from support.models import relative_error
 from support.worlds import spawn
 from transformers import AutoModelForCausalLM
 
-from yoco_megatron.checkpoint import fields, names
+from yoco_megatron.checkpoint import fields, names, verify
 from yoco_megatron.checkpoint.architecture import SWITCHES
 from yoco_megatron.checkpoint.convert import convert
 from yoco_megatron.checkpoint.source import SafeTensors, Source, TrainingTensors, checkpoint_folder, open_source
@@ -131,6 +132,16 @@ def test_exported_folder(trained, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
+
+
+@pytest.mark.parametrize("name", list(RUNS)[:2])
+def test_layer_by_layer_is_whole(name, trained, tmp_path):
+    """How a model too large for memory is compared: the same logits as of the whole one, to some roundings."""
+    in_fresh_process("megatron", str(trained(name)), "hf", str(tmp_path / "hf"))
+    tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+    whole = verify._by_folder("hf", tmp_path / "hf", None, tokens)
+    for kind, folder in (("megatron", trained(name)), ("hf", tmp_path / "hf")):
+        assert relative_error(verify._by_layers(kind, folder, None, tokens), whole) < 2e-6
 
 
 def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):

@@ -142,6 +142,15 @@ def test_no_folder_and_no_config(source, tmp_path):
     refused(source, "no config.json there")
 
 
+def test_part_of_a_split_official_model(source):
+    params = {"dim": 32, "n_layers": 4, "hidden_dim": 48, "n_self_heads": 2, "n_attn_heads": 4, "vocab_size": 64}
+    (source / "params.json").write_text(json.dumps(params))
+    torch.save({"embed_tokens.weight": torch.zeros(32, 32)}, source / "checkpoint.pth")
+    refused(source, "32 of 64 rows of embed_tokens .* split by tensor parallelism", kind="official", to="hf")
+    (source / "checkpoint.pth").rename(source / "checkpoint_last-model_part-0.pt")
+    refused(source, "checkpoint_last-model_part-0.pt is one part", kind="official", to="hf")
+
+
 def test_no_room(source, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
