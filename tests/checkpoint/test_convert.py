@@ -1,19 +1,23 @@
 """A model goes out to Hugging Face and comes back bit for bit, at any mesh, with its configuration."""
 
+import io
 import json
+import pickle
 import shutil
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint.test_convert_bad_input import Evil
-from support.cli import train
+from support.cli import _main, train
+from support.models import relative_error
 from support.worlds import spawn
 from transformers import AutoModelForCausalLM
 
-from yoco_megatron.checkpoint import fields, names
+from yoco_megatron.checkpoint import fields, names, verify
 from yoco_megatron.checkpoint.architecture import SWITCHES
 from yoco_megatron.checkpoint.convert import convert
 from yoco_megatron.checkpoint.source import SafeTensors, Source, TrainingTensors, checkpoint_folder, open_source
@@ -130,6 +134,16 @@ def test_exported_folder(trained, tmp_path):
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)
 
 
+@pytest.mark.parametrize("name", list(RUNS)[:2])
+def test_layer_by_layer_is_whole(name, trained, tmp_path):
+    """How a model too large for memory is compared: the same logits as of the whole one, to some roundings."""
+    in_fresh_process("megatron", str(trained(name)), "hf", str(tmp_path / "hf"))
+    tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+    whole = verify._by_folder("hf", tmp_path / "hf", None, tokens)
+    for kind, folder in (("megatron", trained(name)), ("hf", tmp_path / "hf")):
+        assert relative_error(verify._by_layers(kind, folder, None, tokens), whole) < 2e-6
+
+
 def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):
     """Transformer Engine keeps FP8 scales there, as pickles; the weights beside them convert, no pickle is opened."""
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
@@ -152,6 +166,72 @@ def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):
     opened = open_source("megatron", str(folder))
     assert all(torch.equal(opened.load(name), value) for name, value in weights.items())
     assert not trap.exists()
+
+
+VOCABULARY = 256
+# Flags of a large run in its resolved_config.yaml, which one process on a CPU must not take over.
+LARGE_RUN = """
+transformer-impl: transformer_engine
+fp8-format: hybrid
+fp8-recipe: delayed
+fp8-amax-history-len: 1024
+fp8-amax-compute-algo: max
+fp8-param-gather: true
+first-last-layers-bf16: true
+use-distributed-optimizer: true
+use-precision-aware-optimizer: true
+overlap-grad-reduce: true
+overlap-param-gather: true
+overlap-param-gather-with-optimizer-step: true
+defer-embedding-wgrad-compute: true
+train-data-path: [/gone/text_document]
+valid-data-path: [/gone/text_document]
+"""
+
+
+def _main_with(extra_state: object, flags: list[str]) -> None:
+    """A training run whose linear layers keep this extra state; the output layer is none of Transformer Engine's."""
+    from megatron.core.tensor_parallel import layers
+
+    for kind in (layers.ColumnParallelLinear, layers.RowParallelLinear):
+        kind.get_extra_state = lambda self: None if self.output_size == VOCABULARY else extra_state
+    _main(flags)
+
+
+def _scales() -> torch.Tensor:
+    """As transformer_engine/pytorch/module/base.py:get_extra_state of 2.x writes FP8: the bytes of a pickle, here of a
+    recipe whose class nobody can import, and of scales."""
+    scales = {
+        "scale_fwd": torch.rand(3),
+        "amax_history_fwd": torch.rand(1024, 3),
+        "extra_fp8_variables": {"num_gemms": 1},
+    }
+    recipe = b"ctransformer_engine.common.recipe\nDelayedScaling\n)R0"
+    return torch.frombuffer(bytearray(b"\x80\x02" + recipe + pickle.dumps(scales)[2:]), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "extra_state",
+    [
+        pytest.param(_scales(), id="fp8"),
+        pytest.param(io.BytesIO(b"as before 2.0"), id="fp8 of Transformer Engine 1", marks=pytest.mark.slow),
+        pytest.param(torch.empty(0, dtype=torch.uint8), id="bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoint_of_transformer_engine(extra_state, tmp_path):
+    """What its layers save, through Megatron's own saving at TP2: fused norms, an extra state a linear layer."""
+    run = tmp_path / "run"
+    train(2, *TP2, *ONE_STEP, "--save", str(run), "--save-interval", "1", entry=partial(_main_with, extra_state))
+    with (run / "resolved_config.yaml").open("a") as file:
+        file.write(LARGE_RUN)
+    saved = TrainingTensors(checkpoint_folder(run, None))
+    kept = saved._load("decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1", None)[0]
+    assert torch.equal(kept, extra_state) if torch.is_tensor(kept) else kept.getvalue() == extra_state.getvalue()
+    in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"))
+    in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
+    before, after = tensors(run), tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert entries(run) == entries(tmp_path / "back")
 
 
 # Fields of the trainer's that do not decide what the weights compute; each needs a reason.

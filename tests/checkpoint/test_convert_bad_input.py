@@ -114,11 +114,13 @@ def test_integers(source):
     refused(source, "not a float type")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("to", ["fla", "hf", "megatron"])
 def test_not_finite(value, to, source):
-    change(source, **{"model.norm.weight": torch.full((32,), value)})
-    refused(source, "model.norm.weight holds 32 values that are NaN or infinite", to=to)
+    weight = torch.ones(32)
+    weight[5] = value
+    change(source, **{"model.norm.weight": weight})
+    refused(source, "model.norm.weight holds 1 values that are NaN or infinite", to=to)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "YOCOForCausalLM"])
@@ -138,6 +140,15 @@ def test_no_folder_and_no_config(source, tmp_path):
     refused(source, "is not JSON")
     (source / "config.json").unlink()
     refused(source, "no config.json there")
+
+
+def test_part_of_a_split_official_model(source):
+    params = {"dim": 32, "n_layers": 4, "hidden_dim": 48, "n_self_heads": 2, "n_attn_heads": 4, "vocab_size": 64}
+    (source / "params.json").write_text(json.dumps(params))
+    torch.save({"embed_tokens.weight": torch.zeros(32, 32)}, source / "checkpoint.pth")
+    refused(source, "32 of 64 rows of embed_tokens .* split by tensor parallelism", kind="official", to="hf")
+    (source / "checkpoint.pth").rename(source / "checkpoint_last-model_part-0.pt")
+    refused(source, "checkpoint_last-model_part-0.pt is one part", kind="official", to="hf")
 
 
 def test_no_room(source, monkeypatch):

@@ -60,5 +60,5 @@ def test_peak(to, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     size, peak = map(int, done.stdout.split()[-2:])
     print(f"{to}: model {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB")
-    # A shard, the largest tensor on its way in and out, the finite check's mask; allocators keep some.
+    # A shard, the largest tensor on its way in and out; allocators keep some.
     assert peak < 6 * 32 * 2**20 < size / 2

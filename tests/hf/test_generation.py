@@ -1,13 +1,13 @@
 """Cached generation is uncached generation, token for token; an early exit is the full forward's last positions.
 
-Random models with a large embedding, so that greedy choices are clear of rounding; fp32, tolerance 1e-5 relative:
-sums over other shapes of the same numbers.
+Random models with a large embedding, so that greedy choices are clear of rounding. That also keeps them clear of some
+mistakes, so logits are compared as well; fp32, 1e-5 relative: sums over other shapes of the same numbers.
 """
 
 import pytest
 import torch
 from support.models import SELF_DECODERS, relative_error
-from transformers import DynamicCache
+from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
 
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
@@ -44,6 +44,23 @@ def greedy(model: YocoForCausalLM, tokens: torch.Tensor, **options) -> torch.Ten
     return model.generate(tokens, max_new_tokens=NEW, do_sample=False, **options)
 
 
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+PIECES = {"prefill_chunk_size": 7}
+CACHES = {"dynamic": {}, "static": STATIC, "in pieces": PIECES, "static, in pieces": STATIC | PIECES}
+
+
+def caches(model: YocoForCausalLM) -> list[DynamicCache]:
+    """An empty cache of each kind."""
+    return [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=160)]
+
+
+def assert_same(model: YocoForCausalLM, tokens: torch.Tensor, one: dict, other: dict) -> None:
+    """Generation with the options `one` and with `other`: tokens and the logits that they were chosen by."""
+    found = [greedy(model, tokens, output_logits=True, return_dict_in_generate=True, **each) for each in (one, other)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert relative_error(*(torch.stack(each.logits) for each in found)) < CLOSE
+
+
 def cache_elements(cache: DynamicCache) -> list[int]:
     """Numbers stored per layer."""
     states = [list(getattr(layer, "recurrent_states", {}).values()) for layer in cache.layers]
@@ -57,9 +74,9 @@ def test_steps_equal_one_forward(model):
     tokens = prompts(length=60)
     expected = model(tokens, use_cache=False).logits
     for pieces in ([20] + [1] * 40, [7, 1, 13, 9, 1, 29], [60]):
-        cache = DynamicCache(config=model.config)
-        found = [model(piece, past_key_values=cache).logits for piece in tokens.split(pieces, dim=1)]
-        assert relative_error(torch.cat(found, dim=1), expected) < CLOSE, pieces
+        for cache in caches(model):
+            found = [model(piece, past_key_values=cache).logits for piece in tokens.split(pieces, dim=1)]
+            assert relative_error(torch.cat(found, dim=1), expected) < CLOSE, (pieces, type(cache))
 
 
 @torch.no_grad()
@@ -108,13 +125,39 @@ def test_early_exit(model):
                 expected, seen = full[:, -kept:], mask[:, -kept:].bool()
                 assert exit_early.shape == expected.shape
                 assert relative_error(exit_early[seen], expected[seen]) < CLOSE, (length, pad, kept)
-            if length > 2:
-                cache = DynamicCache(config=model.config)
+            for cache in caches(model) if length > 2 else ():
                 first = length // 2
-                model(tokens[:, :first], attention_mask=mask[:, :first], past_key_values=cache, logits_to_keep=1)
+                early = model(
+                    tokens[:, :first], attention_mask=mask[:, :first], past_key_values=cache, logits_to_keep=1
+                )
+                seen = mask[:, first - 1].bool()
+                assert relative_error(early.logits[seen, 0], full[seen, first - 1]) < CLOSE, (length, pad, type(cache))
                 late = model(tokens[:, first:], attention_mask=mask, past_key_values=cache, logits_to_keep=2).logits
                 seen = mask[:, -late.shape[1] :].bool()
-                assert relative_error(late[seen], full[:, -late.shape[1] :][seen]) < CLOSE, (length, pad)
+                assert relative_error(late[seen], full[:, -late.shape[1] :][seen]) < CLOSE, (length, pad, type(cache))
+
+
+@torch.no_grad()
+def test_early_exit_with_masks_of_others(model):
+    """A mask [b, 1, queries, keys] of the user's, and an attention that wants none."""
+    tokens = prompts()
+    mask = torch.ones(2, 1, PROMPT, PROMPT, dtype=torch.bool).tril()
+    mask[..., 4:, 3] = False
+    full = model(tokens, attention_mask=mask).logits
+    assert relative_error(full, model(tokens).logits) > 0.01
+    assert relative_error(model(tokens, attention_mask=mask, logits_to_keep=3).logits, full[:, -3:]) < CLOSE
+
+    masks = []
+
+    def attention(module, query, key, value, mask, **_):
+        masks.append(mask)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("maskless", attention)
+    model.set_attn_implementation("maskless")
+    for kept in (0, 1, 3):
+        model(tokens, logits_to_keep=kept)
+    assert masks and all(mask is None for mask in masks)
 
 
 @torch.no_grad()
@@ -127,30 +170,55 @@ def test_early_exit_skips_the_cross_decoder(model):
     assert rows[-1] == PROMPT  # arbitrary positions need all of them
 
 
-def test_generation_with_and_without_cache(model):
-    assert torch.equal(greedy(model, prompts()), greedy(model, prompts(), use_cache=False))
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_is_uncached(model, beams, options):
+    assert_same(model, prompts(), {"num_beams": beams, **options}, {"num_beams": beams, "use_cache": False})
 
 
-def test_static_cache_and_prefill_in_pieces(model):
-    expected = greedy(model, prompts())
-    static = greedy(model, prompts(), cache_implementation="static", disable_compile=True)
-    assert torch.equal(static, expected)
-    assert torch.equal(greedy(model, prompts(), prefill_chunk_size=7), expected)
+@pytest.mark.parametrize("pieces", [{}, PIECES], ids=["at once", "in pieces"])
+def test_compiled_is_not_compiled(model, pieces):
+    """generate() compiles steps with a static cache on a GPU, and pieces of the prompt; here it is made to on a CPU."""
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :5] = 0
+    compiled = CompileConfig(fullgraph=True, mode=None, backend="eager")
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiled, "attention_mask": mask}
+    assert_same(model, prompts(), static | pieces, {"attention_mask": mask})
+    torch._dynamo.reset()
 
 
-def test_beam_search(model):
-    with_cache = greedy(model, prompts(), num_beams=3)
-    assert torch.equal(with_cache, greedy(model, prompts(), num_beams=3, use_cache=False))
-
-
-def test_a_padded_row_is_the_row_alone(model):
+@pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
+def test_a_padded_row_is_the_row_alone(model, options):
     """Ragged prompts, padded on the left."""
     rows = [prompts(1, length, seed=length)[0] for length in (3, 17, 37)]
     longest = max(map(len, rows))
     batch = torch.stack([torch.cat((row.new_zeros(longest - len(row)), row)) for row in rows])
-    together = greedy(model, batch, attention_mask=(batch != 0).long())
-    for row, result in zip(rows, together):
-        assert torch.equal(result[longest:], greedy(model, row[None])[0, len(row) :])
+    options = options | {"output_logits": True, "return_dict_in_generate": True}
+    together = greedy(model, batch, attention_mask=(batch != 0).long(), **options)
+    for index, row in enumerate(rows):
+        alone = greedy(model, row[None], **options)
+        assert torch.equal(together.sequences[index, longest:], alone.sequences[0, len(row) :])
+        found, expected = (torch.stack(each.logits) for each in (together, alone))
+        assert relative_error(found[:, index], expected[:, 0]) < CLOSE
+
+
+@torch.no_grad()
+def test_padding_leaves_the_state_alone(model):
+    """Wherever it stands: it writes nothing and lets nothing decay."""
+    if model.config.self_decoder != "gated_retention":
+        return
+    rows, cache = prompts(2, 20), DynamicCache(config=model.config)
+    mask = torch.ones_like(rows)
+    mask[0, :5] = mask[1, 12:] = 0
+    model(rows, attention_mask=mask, past_key_values=cache)
+    for index, real in enumerate((rows[:1, 5:], rows[1:, :12])):
+        alone = DynamicCache(config=model.config)
+        positions = torch.arange(20)[None][mask[index, None] == 1][None]
+        model(real, position_ids=positions, past_key_values=alone)
+        for layer in range(3):
+            states = [each.layers[layer].recurrent_states[0] for each in (cache, alone)]
+            assert relative_error(states[0][index], states[1][0]) < CLOSE
 
 
 def test_what_cannot_be_rolled_back_is_refused(model):

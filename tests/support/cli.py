@@ -73,6 +73,7 @@ def _end() -> None:
 
 
 def _main(flags: list[str]) -> None:
+    """`pretrain_yoco.main` as in an interpreter of its own."""
     import pretrain_yoco
 
     _like_a_fresh_interpreter()
@@ -85,15 +86,17 @@ def _main(flags: list[str]) -> None:
         _end()
 
 
-def train(world_size: int, *flags: str, base: Sequence[str] = TINY) -> Log:
+def train(world_size: int, *flags: str, base: Sequence[str] = TINY, entry: Callable[[list[str]], None] = _main) -> Log:
     """Run `pretrain_yoco.main` with `base` and `flags` (a later flag wins) in `world_size` processes.
+
+    `entry` may prepare each process before it calls `_main`.
 
     Raises:
         AssertionError: with the traceback of a process that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        spawn(_main, world_size, ([*base, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
+        spawn(entry, world_size, ([*base, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
         return parse(Path(folder, f"log.{world_size - 1}").read_text())
 
 

@@ -265,8 +265,17 @@ def _fla(folder: Path, _: int | None) -> Source:
 # -- the authors' layout
 
 
+# microsoft/unilm YOCO/yoco/models/decoder/yoco.py:CrossDecoder views its K,V with all heads on every rank.
+A_PART = (
+    "one part of a model that was split by tensor parallelism. The authors' code cannot run such a model, so that no "
+    "layout of theirs is known: give one checkpoint.pth with whole tensors"
+)
+
+
 def _official(folder: Path, _: int | None) -> Source:
     params, weights = folder / "params.json", folder / "checkpoint.pth"
+    for part in folder.glob("*-model_part-*"):  # fairseq's names
+        raise ValueError(f"--input {part} is {A_PART}")
     for file in (params, weights):
         require(file.exists(), f"--input {folder}: no {file.name} there; the authors' layout has params.json beside it")
     try:
@@ -281,4 +290,9 @@ def _official(folder: Path, _: int | None) -> Source:
         tied = state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
     config = fields.from_official(json.loads(params.read_text()), tied, max_position_embeddings=4096)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    rows = found.get("embed_tokens.weight", ((0,), None))[0][0]
+    split = 0 < rows < config.vocab_size and config.vocab_size % rows == 0
+    require(
+        not split, f"--input {weights}: {rows} of {config.vocab_size} rows of embed_tokens are there; it is {A_PART}"
+    )
     return _renamed("official", folder, config, found, state.__getitem__, names.official)

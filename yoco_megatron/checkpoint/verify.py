@@ -129,8 +129,9 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
         x = module(names.layer_name(config, index), _layer, config, mixer, index)(x, rotary=own, mask=mask)
     k, v = module("model.shared_kv.", YocoSharedKV, config, border)(x, cross)
     for index in range(border, config.num_hidden_layers):
-        layer = module(names.layer_name(config, index), _layer, config, YocoCrossAttention, index)
-        x = layer(x, k, v, rotary=cross, mask=causal[None, None])
+        name, mask = names.layer_name(config, index), causal[None, None]
+        # Without a name of its own: one layer is gone before the next is loaded.
+        x = module(name, _layer, config, YocoCrossAttention, index)(x, k, v, rotary=cross, mask=mask)
     x = module("model.norm.", YocoRMSNorm, config.hidden_size, config.rms_norm_eps)(x)
     head = load("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
     return torch.cat([x @ rows.float().T for rows in head.split(8192)], dim=-1).double()

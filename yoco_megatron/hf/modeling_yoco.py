@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
     create_causal_mask,
+    create_masks_for_generate,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
 )
@@ -369,9 +370,8 @@ class YocoModel(YocoPreTrainedModel):
     def _masks(self, x, attention_mask, past_key_values, position_ids, kept):
         """(mask of the self-decoder, mask of the cross-decoder's last `kept` queries), as the attention wants them."""
         kind = self.config.layer_types[0]
-        if isinstance(attention_mask, dict):  # made by generate() for compiled decoding
-            cross = attention_mask["full_attention"]
-            return attention_mask[kind], cross[:, :, -kept:] if isinstance(cross, Tensor) and cross.ndim == 4 else cross
+        if isinstance(attention_mask, dict):  # of one query, by create_masks_for_generate
+            return attention_mask[kind], attention_mask["full_attention"]
         common = {
             "config": self.config,
             "inputs_embeds": x,
@@ -408,8 +408,9 @@ class YocoModel(YocoPreTrainedModel):
             kv_offset=first_key,
             mask_function=causal_mask_function,
             attention_mask=None if attention_mask is None else attention_mask.to(x.device, torch.bool),
-            # torch's own causal mask is aligned to the first key, so only a single query may do without a mask.
-            allow_is_causal_skip=kept == 1,
+            # torch's own causal mask is aligned to the first key, so only a single query may do without a mask; and
+            # only where every key was written, unlike in a static cache.
+            allow_is_causal_skip=kept == 1 and not getattr(past_key_values, "is_compileable", False),
             dtype=x.dtype,
             config=self.config,
             use_vmap=False,
@@ -432,6 +433,15 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @staticmethod
+    def create_masks_for_generate(**kwargs) -> dict | Tensor | None:
+        """Masks of one step with a static cache, by kind of layer. A longer piece makes its own: it may exit early."""
+        one = kwargs["inputs_embeds"].shape[1] == 1
+        return create_masks_for_generate(**kwargs) if one else kwargs["attention_mask"]
+
+    def _get_static_cache_init_shape(self) -> None:
+        """A static cache takes each layer's shape from what it first holds: the two halves have heads of their own."""
+
     @can_return_tuple
     def forward(
         self,
@@ -446,7 +456,6 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of the last `logits_to_keep` positions (0: all of them; a tensor: those positions)."""
-        early_exit = labels is None and isinstance(logits_to_keep, int)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -454,7 +463,7 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cross_positions=logits_to_keep if early_exit else 0,
+            cross_positions=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
