@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from yoco_megatron import runtime
 from yoco_megatron.checkpoint import names, tokenizer_files
 from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -82,7 +83,7 @@ def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) 
     from yoco_megatron.checkpoint.load import load_model
 
     model, _, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
-    return model(tokens).double()
+    return model(tokens.to(runtime.device())).double().cpu()
 
 
 @torch.no_grad()
