@@ -26,7 +26,11 @@ def status(run: Path) -> dict:
 def cpu(run: Path, *flags: str) -> subprocess.Popen:
     command = ["bash", str(ROOT / "launch/cpu.sh"), str(run), "--nproc", "2", "--", *TINY, "--num-workers", "0", *flags]
     env = os.environ | {"PYTHON": sys.executable}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    # Tests that run in a shell's background inherit an ignored Ctrl-C, which bash could not trap.
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=heeding
+    )
 
 
 @pytest.mark.slow
@@ -35,7 +39,7 @@ def test_interrupted_then_finished(tmp_path):
     run = tmp_path / "a run"
     process = cpu(run, "--train-iters", "200", "--save-interval", "1000")
     end = time.monotonic() + 120
-    while not any((run / "logs").glob("*")):  # torchrun is up: seconds before the first of so many quick steps
+    while not any((run / "logs").glob("*")):  # torchrun is up, the first step seconds away
         assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
