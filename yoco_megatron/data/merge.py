@@ -1,17 +1,14 @@
 """Several indexed datasets of documents, one after another, as one: the bytes of Megatron's IndexedDatasetBuilder."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from yoco_megatron.config.files import write_atomically
 from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
 from yoco_megatron.data.index import sync, write_index
-from yoco_megatron.data.preprocess import BLOCK_BYTES, file_sha256
+from yoco_megatron.data.preprocess import BLOCK_BYTES, describe_files, move_into_place
 
 # Counts of a report that add up.
 SUMS = ("documents", "tokens", "bytes", "bad_lines", "empty_documents", "documents_with_nul")
@@ -58,14 +55,12 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     from megatron.core.datasets.indexed_dataset import DType
 
     dtype = DType.dtype_from_code(codes[prefixes[0]])
-    paths = {suffix: Path(f"{output}.{suffix}") for suffix in ("bin", "idx", "json")}
-    aside = {suffix: Path(f"{path}.tmp") for suffix, path in paths.items()}
-    lengths = Path(f"{output}.lengths.tmp")
+    binary, index, lengths = aside = [Path(f"{output}.{name}.tmp") for name in ("bin", "idx", "lengths")]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
         total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes)
         with (
-            aside["bin"].open("wb") as ids,
+            binary.open("wb") as ids,
             lengths.open("wb") as counts,
             tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
         ):
@@ -77,18 +72,12 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
                 counts.write(memoryview(_lengths(prefix, headers[prefix][1])))
             sync(ids)
             sync(counts)
-        write_index(aside["idx"], np.memmap(lengths, np.int32, "r"), dtype)
+        write_index(index, np.memmap(lengths, np.int32, "r"), dtype)
         report = _merged(prefixes, reports, headers, dtype)
-        report["files"] = {
-            suffix: {"bytes": aside[suffix].stat().st_size, "sha256": file_sha256(aside[suffix])}
-            for suffix in ("bin", "idx")
-        }
-        paths["idx"].unlink(missing_ok=True)  # of an older .bin
-        os.replace(aside["bin"], paths["bin"])
-        write_atomically(paths["json"], json.dumps(report, indent=1) + "\n")
-        os.replace(aside["idx"], paths["idx"])
+        report["files"] = describe_files(binary, index)
+        move_into_place(binary, index, output, report)
     finally:
-        for path in (*aside.values(), lengths):
+        for path in aside:
             path.unlink(missing_ok=True)
     return report
 

@@ -217,7 +217,8 @@ def preprocess(
             _write_all(files, unfinished, base, workers, max_bad_lines, (keys, encode, dtype, eod))
         reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
         for key, prefix in prefixes.items():
-            _move_into_place(unfinished.folder, key, prefix, reports[key])
+            aside = (unfinished.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
+            move_into_place(*aside, prefix, asdict(reports[key]))
         _move_problems(unfinished.folder / PROBLEMS, Path(base.problems))
         complete = True
     finally:
@@ -313,8 +314,7 @@ def _no_documents(key: str, report: Report, problems: BinaryIO) -> str:
 def _finish(folder: Path, key: str, dtype: type[np.integer]) -> dict[str, dict[str, Any]]:
     """Write the .idx; sizes and checksums of it and of the .bin, by suffix."""
     write_index(folder / f"{key}.idx", np.memmap(folder / f"{key}.lengths", np.int32, "r"), dtype)
-    paths = {suffix: folder / f"{key}.{suffix}" for suffix in ("bin", "idx")}
-    return {suffix: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for suffix, path in paths.items()}
+    return describe_files(folder / f"{key}.bin", folder / f"{key}.idx")
 
 
 def _append(unfinished: Unfinished, key: str, encoded: Encoded, report: Report) -> None:
@@ -348,14 +348,20 @@ def _encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _move_into_place(folder: Path, key: str, prefix: str, report: Report) -> None:
+def describe_files(binary: Path, index: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of a .bin and its .idx, by suffix, as reports hold them."""
+    paths = {"bin": binary, "idx": index}
+    return {suffix: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for suffix, path in paths.items()}
+
+
+def move_into_place(binary: Path, index: Path, prefix: str, report: dict[str, Any]) -> None:
     """Put .bin, .json and last .idx in place: an .idx is there only if all that it points to is."""
-    if (folder / f"{key}.bin").exists():
+    if binary.exists():
         Path(f"{prefix}.idx").unlink(missing_ok=True)  # of an older .bin
-    _replace(folder / f"{key}.bin", f"{prefix}.bin")
-    write_atomically(Path(f"{prefix}.json"), json.dumps(asdict(report), indent=1) + "\n")
-    _replace(folder / f"{key}.idx", f"{prefix}.idx")
-    descriptor = os.open(folder.parent, os.O_RDONLY)
+    _replace(binary, f"{prefix}.bin")
+    write_atomically(Path(f"{prefix}.json"), json.dumps(report, indent=1) + "\n")
+    _replace(index, f"{prefix}.idx")
+    descriptor = os.open(Path(prefix).parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the names
     finally:
