@@ -4,6 +4,9 @@ In float32 with torch's layers: 1e-4 of each tensor's norm, for sums in another 
 Transformer Engine against float32 on one GPU, as in test_transformer_engine.py: a few percent of roundings.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import pytest
 import torch
 from support.models import BF16, FULL_RECOMPUTE, SELF_DECODERS, TE, WIDE_HEADS, plain_name, relative_error
@@ -49,23 +52,22 @@ def long_step(kind: str, documents: bool) -> dict:
         pipeline.SEQ = models.SEQ
 
 
-def any_step(*args) -> dict:
-    return (step if len(args) == 4 else long_step)(*args)
+def steps(paths: Iterable[str]) -> dict[tuple, Callable[[], dict]]:
+    """Each test's step, and the long ones, by what the tests call them."""
+    cases = [(*case, path, documents) for case in CASES for path in paths for documents in (False, True)]
+    long_cases = [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
+    return {case: partial(step, *case) for case in cases} | {case: partial(long_step, *case) for case in long_cases}
 
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Cases:
     """Float32 with torch, and long sequences as they are."""
-    cases = [(*case, "float32 torch", documents) for case in CASES for documents in (False, True)]
-    cases += [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
-    return Cases(1, any_step, {case: (case, {}) for case in cases})
+    return Cases(1, {case: (call, {}) for case, call in steps(["float32 torch"]).items()})
 
 
 @pytest.fixture(scope="module")
 def two_gpus() -> Cases:
-    cases = [(*case, path, documents) for case in CASES for path in PATHS for documents in (False, True)]
-    cases += [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
-    return Cases(2, any_step, {case: (case, dict(cp=2)) for case in cases})
+    return Cases(2, {case: (call, dict(cp=2)) for case, call in steps(PATHS).items()})
 
 
 @DOCUMENTS

@@ -5,6 +5,8 @@ rounding moves some 8-bit values by a whole step (2^-3 in E5M2); it must add les
 gradients. With --fp32-kv-transport nothing is rounded and FP8 has bf16's tolerance.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from support.models import BF16, SELF_DECODERS, TE, relative_error
@@ -33,7 +35,7 @@ LOSS, GRAD = 1e-3, 2e-2
 @pytest.fixture(scope="module")
 def one_gpu() -> Cases:
     models = MODELS | {SAME_IN_BF16: MODEL | FP8}
-    return Cases(1, pipeline_step, {name: ((model, None, True), {}) for name, model in models.items()})
+    return Cases(1, {name: (partial(pipeline_step, model, None, True), {}) for name, model in models.items()})
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,9 @@ def two_gpus() -> Cases:
     for mesh, layout in LAYOUTS.items():
         vp = (layout.count("|") + 1) // 2
         for name, model in MODELS.items():
-            cases[mesh, name] = ((model, layout, True), dict(pp=2, vp=vp if vp > 1 else None))
-    return Cases(2, pipeline_step, cases)
+            step = partial(pipeline_step, model, layout, True)
+            cases[mesh, name] = step, dict(pp=2, vp=vp if vp > 1 else None)
+    return Cases(2, cases)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -115,11 +115,11 @@ def spawn(
         return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _all_cases(function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> dict[Any, Any]:
+def _all_cases(cases: dict[Any, tuple[Callable, dict]]) -> dict[Any, Any]:
     from megatron.core import parallel_state
 
     results, last = {}, None
-    for name, (args, mesh) in cases.items():
+    for name, (step, mesh) in cases.items():
         if mesh != last:
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
@@ -131,21 +131,21 @@ def _all_cases(function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> dict
 
             FP8GlobalStateManager.reset()
         try:
-            results[name] = function(*args)
+            results[name] = step()
         except Exception:
             results[name] = AssertionError(traceback.format_exc())
     return results
 
 
 class Cases:
-    """Many cases of one function in the same processes, which take half a minute to start on a GPU.
+    """Many cases in the same processes, which take half a minute to start on a GPU.
 
     A case that raises fails alone; one that leaves a rank waiting ends them all.
     """
 
-    def __init__(self, world_size: int, function: Callable, cases: dict[Any, tuple[tuple, dict]]) -> None:
-        """cases: name -> (arguments, mesh of pp, vp, cp)."""
-        self.results = run_world(world_size, _all_cases, function, cases)
+    def __init__(self, world_size: int, cases: dict[Any, tuple[Callable, dict]]) -> None:
+        """cases: name -> (what each rank calls, mesh of pp, vp, cp)."""
+        self.results = run_world(world_size, _all_cases, cases)
 
     def __getitem__(self, name: Any) -> list:
         """What each rank returned. Raises AssertionError with the traceback of the first rank that failed."""
