@@ -12,16 +12,12 @@ from megatron.training.config import TokenizerConfig
 from yoco_megatron.data.check import check_data_prefixes
 from yoco_megatron.data.preprocess import preprocess
 from yoco_megatron.data.sentences import SentenceSplitter
-from yoco_megatron.data.tokenizer import build_tokenizer, train_tokenizer
+from yoco_megatron.data.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    lines = [json.dumps({"text": f"document {n} and größer words"}) for n in range(200)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    train_tokenizer([folder / "corpus.jsonl"], 300, folder / "bpe")
-    return build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "bpe")))
+def tokenizer(bpe_folder: Path) -> Any:
+    return build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(bpe_folder)))
 
 
 @pytest.fixture
