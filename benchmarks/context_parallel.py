@@ -14,13 +14,11 @@ import argparse
 from pathlib import Path
 
 from record import record
-from runs import MOCK, ROOT, train
+from runs import MOCK, ROOT, device_name, train
 
 from yoco_megatron import runtime
 
 runtime.prepare()
-
-import torch
 
 from yoco_megatron.config import arguments
 from yoco_megatron.config.shape import ModelShape
@@ -137,7 +135,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print the end of a failed run's log")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
-    device = f"2x {torch.cuda.get_device_name()}" if runtime.has_gpu() else "2 CPU processes"
+    device = device_name(2)
     fits = False
     for length in options.lengths:
         fits = compare(length, options, device)

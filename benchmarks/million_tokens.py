@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from record import record
-from runs import ROOT, last_error, torchrun
+from runs import ROOT, device_name, last_error, torchrun
 
 from yoco_megatron import runtime
 
@@ -190,7 +190,7 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    device = f"{options.gpus}x {torch.cuda.get_device_name()}" if runtime.has_gpu() else f"{options.gpus} CPU processes"
+    device = device_name(options.gpus)
     for layers in [options.layers] if options.layers else [8, 6, 4, 2]:
         if result := measure(layers, options):
             report(layers, result, options, device)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cases import PRECISIONS
 from record import record
-from runs import ROOT, Run, train
+from runs import ROOT, Run, device_name, train
 
 from yoco_megatron.config.files import load_config_files
 
@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
-    import torch
-
-    device = f"2x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "2 CPU processes"
+    device = device_name(2)
     yoco = f"yoco_{options.model}" + ("_swa" if options.self_decoder == "swa" else "")
     gpt = f"transformer_{options.model}"
     pp2 = "--pipeline-model-parallel-size 2"

@@ -80,6 +80,14 @@ def train(name: str, flags: str, gpus: int, timeout: int = 300, verbose: bool = 
     return run if isinstance(run, Run) else None
 
 
+def device_name(gpus: int) -> str:
+    """What `gpus` processes run on. By nvidia-smi: a CUDA context here would take memory from every run."""
+    from yoco_megatron.resilience.preflight import nvidia_smi
+
+    found = nvidia_smi()
+    return f"{gpus}x {found[0]['name']}" if found else f"{gpus} CPU processes"
+
+
 def torchrun(
     processes: int, script: Sequence[str], timeout: float, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess | None:

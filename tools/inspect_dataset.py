@@ -36,7 +36,7 @@ def main() -> None:
         nats = unigram_entropy(args.data_path, args.split, args.part)
     except ValueError as error:
         parser.error(str(error))
-    lengths = inspect.document_lengths(args.data_path)
+    lengths = inspect.document_lengths(args.data_path) if args.histogram or not args.json else None
     if args.histogram:
         inspect.save_histogram(lengths, args.histogram, Path(args.data_path).name)
     if args.json:
