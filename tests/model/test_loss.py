@@ -5,7 +5,7 @@ import torch
 from support.cli import train
 from support.models import train_step
 
-from yoco_megatron.model import yoco_model
+from yoco_megatron.model import loss as loss_module
 
 
 @pytest.mark.usefixtures("one_process")
@@ -13,13 +13,13 @@ from yoco_megatron.model import yoco_model
 def test_weight_gradient_straight_into_megatrons_buffer(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with --gradient-accumulation-fusion: the same gradients and weights; tied, the embedding's part included."""
     plain = train_step(dict(loss_chunk_size=17), tied)
-    real, buffers = yoco_model.chunked_loss, []
+    real, buffers = loss_module.chunked_loss, []
 
     def fused(hidden_states, weight, *rest):
         buffers.append(weight.main_grad)
         return real(hidden_states, weight, *rest[:-1], True)
 
-    monkeypatch.setattr(yoco_model, "chunked_loss", fused)
+    monkeypatch.setattr(loss_module, "chunked_loss", fused)
     ours = train_step(dict(loss_chunk_size=17), tied)
     assert len(buffers) == 1
     for name, want in plain.items():
@@ -32,6 +32,18 @@ def test_weight_gradient_straight_into_megatrons_buffer(tied: bool, monkeypatch:
 def test_gpt_trains_alike_with_the_chunked_loss(tying: list[str]) -> None:
     flags = ["--architecture", "transformer", "--exit-interval", "4", "--eval-iters", "0", *tying]
     plain, chunked = train(1, *flags), train(1, *flags, "--loss-chunk-size", "13")
+    assert len(plain.losses) >= 3
+    for step, loss in plain.losses.items():
+        assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["yoco", "transformer"])
+def test_waits_for_the_gathered_weight(architecture: str) -> None:
+    """The output layer's weight has a bucket of its own; nobody else would wait for it."""
+    flags = ["--architecture", architecture, "--exit-interval", "4", "--eval-iters", "0", "--ddp-bucket-size", "1000"]
+    flags += ["--untie-embeddings-and-output-weights", "--use-distributed-optimizer"]
+    flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    plain, chunked = train(2, *flags), train(2, *flags, "--loss-chunk-size", "13")
     assert len(plain.losses) >= 3
     for step, loss in plain.losses.items():
         assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)

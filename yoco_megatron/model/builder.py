@@ -12,13 +12,12 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
-from yoco_megatron.model.loss import chunked_loss
+from yoco_megatron.model.loss import compute_loss_in_chunks
 from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.stages import StagePlan
@@ -95,29 +94,22 @@ class TransformerModelBuilder(GPTModelBuilder):
             for module in model.modules():
                 if hasattr(module, "fuse_wgrad_accumulation"):
                     module.fuse_wgrad_accumulation = True
-        if config.loss_chunk_size:
-            process = partial(_chunked_gpt_loss, model_config=config, tp_group=pg_collection.tp)
-            model.forward = partial(model.forward, output_processor=process)
+        if config.loss_chunk_size and model.post_process:
+            compute_loss_in_chunks(
+                model.output_layer, config.loss_chunk_size, pg_collection.tp, config.fuse_weight_gradients
+            )
+            model.forward = partial(model.forward, output_processor=_chunked_gpt_loss)
         return _initialized(model, config, pg_collection)
 
 
 def _chunked_gpt_loss(
-    *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None,
-    model_config: TransformerModelConfig, tp_group: ProcessGroup, **_: Any,
-) -> Tensor:  # fmt: skip
+    *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None, **_: Any
+) -> Tensor:
     """What GPTModel calls on its last stage instead of its own output layer and loss."""
     if labels is None:
         logits, _ = output_layer(hidden_states, weight=output_weight)
         return logits.transpose(0, 1).contiguous()
-    return chunked_loss(
-        hidden_states,
-        output_layer.weight if output_weight is None else output_weight,
-        labels,
-        model_config.transformer,
-        model_config.loss_chunk_size,
-        tp_group,
-        model_config.fuse_weight_gradients,
-    )
+    return output_layer(hidden_states, weight=output_weight, labels=labels)
 
 
 def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupCollection):

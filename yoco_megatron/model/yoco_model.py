@@ -15,7 +15,7 @@ from torch import Tensor
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
-from yoco_megatron.model.loss import chunked_loss
+from yoco_megatron.model.loss import compute_loss_in_chunks
 from yoco_megatron.model.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.stage import Stage
 from yoco_megatron.model.yoco_block import YOCOBlock
@@ -86,6 +86,8 @@ class YOCOModel(LanguageModule):
                 skip_weight_param_allocation=self.pre_process and share_embeddings_and_output_weights,
                 tp_group=self.tp_group,
             )
+            if size := config.loss_chunk_size:
+                compute_loss_in_chunks(self.output_layer, size, self.tp_group, config.gradient_accumulation_fusion)
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -156,10 +158,7 @@ class YOCOModel(LanguageModule):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         hidden_states = self.final_layernorm(hidden_states)
         if labels is not None and self.config.loss_chunk_size:
-            weight = self.output_layer.weight if weight is None else weight
-            fused = self.config.gradient_accumulation_fusion
-            size = self.config.loss_chunk_size
-            return chunked_loss(hidden_states, weight, labels, self.config, size, self.tp_group, fused)
+            return self.output_layer(hidden_states, weight=weight, labels=labels)
         logits, _ = self.output_layer(hidden_states, weight=weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
