@@ -27,7 +27,14 @@ class Block:
         if name.split(".")[0] in ("yoco_megatron", "megatron"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+class OtherConfig(PreTrainedConfig):
+    model_type = "yoco"
+class OtherModel(PreTrainedModel):
+    config_class = OtherConfig
+# As flash-linear-attention does, which Megatron imports: what is registered comes before the code of a folder.
+AutoConfig.register("yoco", OtherConfig)
+AutoModelForCausalLM.register(OtherConfig, OtherModel)
 options = {"tp_plan": "auto"} if len(sys.argv) > 3 else {}
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **options).eval()
 tokens = torch.load(sys.argv[2] + "/tokens.pt")

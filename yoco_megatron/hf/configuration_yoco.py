@@ -19,7 +19,8 @@ class YocoConfig(PreTrainedConfig):
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
     """
 
-    model_type = "yoco"
+    # Not "yoco": flash-linear-attention registers that, and a registered model comes before the code of a folder.
+    model_type = "yoco_megatron"
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "self_layers.*.mixer.q_proj": "colwise",
