@@ -76,7 +76,8 @@ def in_a_process(kernel: str, width: str, candidate: tuple[int, int, int]) -> st
     """`measure` in a fresh process: its milliseconds, or the last line of its error."""
     command = [sys.executable, __file__, "--measure", kernel, width, *map(str, candidate)]
     run = subprocess.run(command, capture_output=True, text=True)
-    return (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()[-1]
+    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
+    return lines[-1] if lines else f"ended by signal {-run.returncode} without a word"
 
 
 def main() -> None:
@@ -88,6 +89,8 @@ def main() -> None:
         kernel, width, *numbers = options.measure
         print(measure(kernel, width, tuning.Config(*map(int, numbers))))
         return
+    if not torch.cuda.is_available():
+        raise SystemExit("tune_retention.py times kernels: it needs a GPU, and torch finds none")
     cases = [(k, w, c) for k in ("forward", "backward") for w in SHAPES for c in COLUMNS_WARPS_STAGES[w]]
     print("compiling", len(cases), "candidates ...", flush=True)
     with ThreadPoolExecutor(max_workers=4) as pool:  # compiles land in Triton's cache; these times do not count
@@ -104,6 +107,8 @@ def main() -> None:
                 times[candidate] = float(answer)
             except ValueError:
                 continue  # it failed, as printed
+        if not times:
+            raise SystemExit(f"no candidate for {kernel} D={width} works here, see above; the table stays as it is")
         columns, warps, stages = min(times, key=times.get)
         table[kernel][width] = {"columns": columns, "num_warps": warps, "stages": stages}
     if not options.dry_run:

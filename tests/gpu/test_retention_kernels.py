@@ -53,7 +53,7 @@ def worst_head(got, want, head_dim):
 
 def check(B, T, H, K, V, mu, dtype=torch.bfloat16, state=True, documents=None, segments=None):
     q, k, v = fused_views(B, T, H, K, V, dtype)
-    log_decay = log_decay_from_logits(torch.randn(B, T, H, device="cuda") + mu)
+    log_decay = log_decay_from_logits(torch.randn(B, T, H, device="cuda") + torch.tensor(mu, device="cuda"))
     start = torch.randn(B, H, K, V, device="cuda") if state else None
     inputs = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=start)
     cotangents = torch.randn(B, T, H, V, device="cuda").to(dtype), torch.randn(B, H, K, V, device="cuda")
@@ -71,7 +71,7 @@ def check(B, T, H, K, V, mu, dtype=torch.bfloat16, state=True, documents=None, s
     if T == 1:  # two numbers a head, each the difference of two
         limits = limits | {"dlog_decay": 0.2}
     errors = {n: worst_head(got[n], want[n], 1 if n in ("final", "dinitial_state") else 2) for n in got}
-    print(f"{B}x{T} H{H} {K}x{V} mu {mu:+.0f} {str(dtype)[6:]} seg {segments} docs {bool(documents)}: ", end="")
+    print(f"{B}x{T} H{H} {K}x{V} mu {mu} {str(dtype)[6:]} seg {segments} docs {bool(documents)}: ", end="")
     print(" ".join(f"{n} {e:.1e}" for n, e in errors.items()))
     wrong = {n: e for n, e in errors.items() if not e <= limits[n]}
     assert not wrong, wrong
@@ -89,9 +89,24 @@ def test_lengths_and_widths(T, K, V):
     check(2, T, 3, K, V, 2.0)
 
 
-@pytest.mark.parametrize("mu", [0.0, 8.0])
+@pytest.mark.parametrize("mu", [-4.0, 0.0, 4.0, 8.0])
 def test_long_sequence_in_segments(mu):
     check(1, 65536, 2, 128, 128, mu)
+
+
+MIXED = (-4.0, 0.0, 2.0, 8.0)  # mean gate logits of four heads: 2, 9, 39 and all chunks count at a segment's end
+
+
+@pytest.mark.parametrize("documents", [None, (3000, 5450, 9000, 9920, 16000)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_segments_forget_their_beginning(dim, documents):
+    """3 segments of 5,504 tokens; documents begin in the middle of each, and in the last chunk of the first."""
+    check(1, 16384 + 77, 4, dim, dim, MIXED, documents=documents, segments=3)
+
+
+@pytest.mark.parametrize("documents", [None, (1000, 2500)])
+def test_segments_forget_nothing_that_float32_keeps(documents):
+    check(1, 4096, 4, 128, 128, MIXED, torch.float32, documents=documents, segments=3)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 8, 13])

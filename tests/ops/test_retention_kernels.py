@@ -5,6 +5,8 @@ measured 1e-7 to 5e-7.
 bf16, speed and the compiler are the business of tests/gpu/test_retention_kernels.py.
 """
 
+from math import log
+
 import pytest
 import torch
 from support.interpreter import INTERPRETED, run_interpreted
@@ -13,15 +15,16 @@ pytest.importorskip("triton")
 
 
 def test_in_the_interpreter():
-    run_interpreted(__file__, len(CASES) + len(MIXERS) + 5)
+    run_interpreted(__file__, len(CASES) + len(MIXERS) + len(FORGETTING) + 7)
 
 
 if INTERPRETED:
     from ops.test_gated_retention import assert_close, document_ids, make_inputs, run
     from support.retention_mixer import mix
 
-    from yoco_megatron.ops.gated_retention import gated_retention, resolve_backend
+    from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
     from yoco_megatron.ops.gated_retention import step as dispatched_step
+    from yoco_megatron.ops.gated_retention import triton as op
     from yoco_megatron.ops.gated_retention.reference import recurrent
     from yoco_megatron.ops.gated_retention.torch import step as plain_step
     from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
@@ -45,6 +48,8 @@ CASES = {
     "documents and anchors": (dict(T=1100, B=1, H=1, K=16, V=16), 4.0, True, ((500, 12, 1, 587),), None),
 }
 MIXERS = {"plain": {}, "documents": {"documents": True}, "angles of each sample": {"sample_angles": True}}
+# Segments whose beginning no longer counts at their end, (seed, documents of the one row). They are 6, 6 and 4 chunks.
+FORGETTING = [(0, None), (1, None), (2, None), (3, (200, 300, 500)), (4, (383, 1, 616)), (5, (64, 640, 100, 196))]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 
 
@@ -64,6 +69,51 @@ def test_equals_the_recurrence(case):
     if gate_logit < -8:  # exp(-2.5) a token: what is left of the decay's gradient is smaller than its rounding
         got.pop("dlog_decay"), want.pop("dlog_decay")
     assert_close(got, want, TOLERANCE)
+
+
+def uneven_decay(seed, T):
+    """[1, T, 3]: a head that forgets within four chunks, one that remembers all, and one that does either by chunk."""
+    rng = torch.Generator().manual_seed(seed)
+    by_chunk = torch.where(torch.rand(-(-T // 64), generator=rng) < 0.4, -40.0, 12.0).repeat_interleave(64)[:T]
+    logits = torch.stack([torch.full((T,), -1.5), torch.full((T,), 8.0), by_chunk], 1)[None]
+    return log_decay_from_logits(logits + torch.randn(1, T, 3, generator=rng))
+
+
+@interpreted
+@pytest.mark.parametrize(("seed", "documents"), FORGETTING)
+def test_segments_forget_their_beginning(seed, documents):
+    """One chunk too few shows where decay jumps: between slow chunks all of it is left."""
+    inputs = make_inputs(seed, T=1000, B=1, K=16, V=16, dtype=torch.float32)
+    inputs["log_decay"] = uneven_decay(seed, 1000)
+    ids = document_ids(documents) if documents else None
+    got, want = run(kernel, inputs, document_ids=ids, segments=3), run(recurrent, inputs, document_ids=ids)
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_is_forgotten_is_not_read(reverse):
+    """A head loses 13 bits a chunk, so 4 of a segment's chunks are above 2^-40; another head loses nothing.
+
+    NaN shows who reads what: in the first head beyond these four nobody, in the fourth and in the other head all.
+    """
+    T, H, heads = 1100, 2, torch.arange(2)  # three segments of 6 chunks
+    y, z = (torch.randn(1, T, H, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    launch = op.plan(y, z, None, None, 3)
+    sums = op.decay_sums(torch.where(heads == 0, -13 * log(2) / 64, 0.0).expand(1, T, H), None, launch)
+    at = torch.arange(T) % launch.segment
+    distance = at if reverse else launch.segment - 1 - at  # from where the state leaves the segment
+
+    def states(where, filling):
+        poisoned = torch.where(where[:, None, None], torch.tensor(filling), y)
+        return op.entering_states(poisoned, z, sums, None, None, launch, reverse=reverse)[:, 1:]
+
+    forgotten = distance >= 4 * 64
+    clean, poisoned = states(forgotten, 0.0), states(forgotten, float("nan"))
+    assert clean.abs().amax((2, 3)).min() > 0
+    assert torch.equal(poisoned[0], clean[0])
+    assert poisoned[1].isnan().all()
+    assert states(distance // 64 == 3, float("nan")).isnan().all()
 
 
 @interpreted

@@ -20,6 +20,10 @@ Descriptors show a tensor as [B, H, T, D]. Decay sums b are [B * H, TP], ids [B,
 import triton
 import triton.language as tl
 
+# log2 of the decay after which nothing is left of what was written: 2^-40 of a state is 2^-16 of its fp32 rounding. To
+# change the last bit of a state, what was written before must have been 65,536 times what was written since.
+FORGOTTEN = tl.constexpr(-40.0)
+
 
 @triton.jit
 def _segmented_add(a, a_start, b, b_start):
@@ -73,7 +77,8 @@ def _scan(
     rt = tl.arange(0, BT)
     SUMS += i_bh.to(tl.int64) * TP
     IDS += i_b.to(tl.int64) * TP
-    state = (i_bh * NSEG + i_seg).to(tl.int64) * DIN * DOUT
+    # Entering states lie in the order in which the state walks through the segments.
+    state = (i_bh * NSEG + (NSEG - 1 - i_seg if REVERSE else i_seg)).to(tl.int64) * DIN * DOUT
     if HAS_S0:
         S = tl.load(S0 + state + rows[:, None] * s0_row + cols[None, :] * s0_col)
     else:
@@ -194,26 +199,51 @@ def backward(
         )  # fmt: skip
 
 
+@triton.jit
+def _remembered_chunks(
+    SUMS, IDS, begin, chunks, BT: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr
+):
+    """How many chunks of a segment, counted from where the state leaves it, still count there."""
+    n = tl.arange(0, CHUNKS)
+    # What the n-th of them writes goes through those nearer to the exit, the (n - 1)-th and so on. Their decays are
+    # summed without its own: subtracting it from a sum would cancel where decay is fast.
+    nearer = n if REVERSE else chunks - n + 1
+    passed = tl.cumsum(tl.load(SUMS + begin + nearer * BT - 1, mask=(n > 0) & (n < chunks), other=0.0), 0)
+    remembered = (n < chunks) & (passed >= FORGOTTEN)
+    if DOCS:
+        # It writes into the document at its own exit.
+        exits = n * BT if REVERSE else (chunks - n) * BT - 1
+        goes = tl.load(IDS + begin + (0 if REVERSE else chunks * BT - 1))
+        remembered = remembered & (tl.load(IDS + begin + exits, mask=n < chunks, other=0) == goes)
+    return tl.sum(remembered.to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["log2_scale"])
 def segment_states(
-    Y, Z, SUMS, IDS, OUT, T, TP, SEG, NSEG, log2_scale,
+    Y, Z, SUMS, IDS, STATES, KEPT, T, TP, SEG, NSEG, log2_scale,
     H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, DOCS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT[bh, segment] = what one segment alone writes into the state, fp32; for long T or few heads."""
+    """What one segment alone writes into the state, fp32, and the share that it keeps of the state that comes in.
+
+    Segment j in the order of the state's walk (the second grid axis: the first n of the NSEG, at most CHUNKS chunks
+    each) writes STATES[bh, j + 1] of n + 1 and KEPT[bh, j] of n. Only chunks that still count at its end are read.
+    """
     NV: tl.constexpr = DV // BV
     i_k = tl.program_id(0) // NV
     i_v = tl.program_id(0) % NV
-    i_seg = tl.program_id(1)
+    j = tl.program_id(1)
+    n = tl.num_programs(1)
     i_bh = tl.program_id(2)
     i_b = i_bh // H
     rt = tl.arange(0, BT)
     SUMS += i_bh.to(tl.int64) * TP
     IDS += i_b.to(tl.int64) * TP
     S = tl.zeros([BK, BV], tl.float32)
-    begin = i_seg * SEG
+    begin = (NSEG - 1 - j if REVERSE else j) * SEG
     chunks = tl.cdiv(tl.minimum(SEG, T - begin), BT)
-    for i in tl.range(0, chunks, num_stages=STAGES):
+    remembered = _remembered_chunks(SUMS, IDS, begin, chunks, BT, CHUNKS, REVERSE, DOCS)
+    for i in tl.range(chunks - remembered, chunks, num_stages=STAGES):
         t0 = begin + (chunks - 1 - i if REVERSE else i) * BT
         b = tl.load(SUMS + t0 + rt)
         b_last = tl.load(SUMS + t0 + BT - 1)
@@ -232,34 +262,34 @@ def segment_states(
         S = tl.dot(y.T, zs, S * keep, input_precision=PRECISION)
     rows = i_k * BK + tl.arange(0, BK)
     cols = i_v * BV + tl.arange(0, BV)
-    tl.store(OUT + (i_bh * NSEG + i_seg).to(tl.int64) * DK * DV + rows[:, None] * DV + cols[None, :], S)
+    state = (i_bh * (n + 1) + j + 1).to(tl.int64) * DK * DV
+    tl.store(STATES + state + rows[:, None] * DV + cols[None, :], S)
+    if tl.program_id(0) == 0:
+        c = tl.arange(0, CHUNKS)
+        kept = tl.exp2(tl.sum(tl.load(SUMS + begin + (c + 1) * BT - 1, mask=c < chunks, other=0.0), 0))
+        if DOCS:
+            end = begin + chunks * BT
+            comes = tl.load(IDS + (tl.minimum(end, TP - 1) if REVERSE else tl.maximum(begin - 1, 0)))
+            goes = tl.load(IDS + (begin if REVERSE else end - 1))
+            kept = tl.where(comes == goes, kept, 0.0)
+        tl.store(KEPT + i_bh * n + j, kept)
 
 
 @triton.jit
-def chain_segments(
-    LOCAL, START, SUMS, IDS, OUT, T, TP, SEG, NSEG, KV,
-    H: tl.constexpr, BT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_START: tl.constexpr,
-):  # fmt: skip
-    """OUT[bh, i] = the state that enters segment i: an exclusive scan over segments, fp32, BLOCK elements a program."""
+def chain_segments(STATES, KEPT, START, N, KV, BLOCK: tl.constexpr, HAS_START: tl.constexpr):
+    """STATES[bh, j], which holds what segment j - 1 alone writes, becomes the state that enters segment j, 0 <= j <= N.
+
+    A scan over segments in the order of the state's walk, in place, fp32, BLOCK elements of the state a program.
+    """
     bh = tl.program_id(1).to(tl.int64)
-    SUMS += bh * TP
-    IDS += bh // H * TP
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    STATES += bh * (N + 1) * KV + o
     S = tl.load(START + bh * KV + o) if HAS_START else tl.zeros([BLOCK], tl.float32)
-    c = tl.arange(0, CHUNKS)
-    for j in range(NSEG):
-        i = NSEG - 1 - j if REVERSE else j
-        tl.store(OUT + (bh * NSEG + i) * KV + o, S)
-        begin = i * SEG
-        end = tl.minimum(begin + tl.cdiv(tl.minimum(SEG, T - begin), BT) * BT, TP)
-        last = begin + (c + 1) * BT - 1
-        keep = tl.exp2(tl.sum(tl.load(SUMS + last, mask=last < end, other=0.0), 0))
-        if DOCS:
-            comes = tl.load(IDS + (tl.minimum(end, TP - 1) if REVERSE else tl.maximum(begin - 1, 0)))
-            goes = tl.load(IDS + (begin if REVERSE else end - 1))
-            keep = tl.where(comes == goes, keep, 0.0)
-        S = S * keep + tl.load(LOCAL + (bh * NSEG + i) * KV + o)
+    tl.store(STATES, S)
+    for j in range(N):
+        STATES += KV
+        S = S * tl.load(KEPT + bh * N + j) + tl.load(STATES)
+        tl.store(STATES, S)
 
 
 @triton.jit

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from math import log2
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yoco_megatron.ops.gated_retention import kernels
 from yoco_megatron.ops.gated_retention.reference import check_layout
-from yoco_megatron.ops.gated_retention.tuning import CHUNK, MIN_SEGMENT_CHUNKS, config_for, num_segments
+from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, stretch_segments
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
 # a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
@@ -90,10 +89,12 @@ def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None,
         programs = ahead.slices(V), 2 * back.slices(K) + back.slices(V)
         sms = torch.cuda.get_device_properties(q.device).multi_processor_count
         segments = num_segments(B * H, chunks, programs, sms)
-    segments = min(segments or 1, chunks)
-    # Rounding segments up to whole chunks may leave none for the last: count those that hold tokens.
-    filled = triton.cdiv(chunks, triton.cdiv(chunks, segments))
-    return Launch(B, T, H, K, V, scale, filled, q.dtype, document_ids is not None)
+    return Launch(B, T, H, K, V, scale, _filled(segments or 1, chunks), q.dtype, document_ids is not None)
+
+
+def _filled(segments: int, chunks: int) -> int:
+    """Rounding segments up to whole chunks may leave none for the last ones: the number of those that hold tokens."""
+    return triton.cdiv(chunks, triton.cdiv(chunks, segments))
 
 
 def describe(x_BTHD: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -141,17 +142,29 @@ def decay_sums(gate: Tensor, ids: Tensor | None, launch: Launch, tau: float | No
     return out
 
 
-def _segment_states(y: Tensor, z: Tensor, sums: Tensor, ids: Tensor | None, launch: Launch, reverse: bool) -> Tensor:
-    """fp32 [B * H, segments, K, V]: what each segment alone writes into the state."""
+def _chained_states(
+    y: Tensor, z: Tensor, sums: Tensor, ids: Tensor | None, start: Tensor | None, launch: Launch, reverse: bool, n: int
+) -> Tensor:
+    """fp32 [B * H, n + 1, K, V]: `start` (zeros if None), then the state after each of the first n segments.
+
+    Segments count in the order of the state's walk: `reverse`, from the last one to the left.
+    """
     config = config_for("segment", max(launch.K, launch.V), launch.dtype)
     bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
-    local = torch.empty(launch.B * launch.H, launch.segments, launch.K, launch.V, device=y.device, dtype=torch.float32)
-    kernels.segment_states[(launch.K // bk * launch.V // bv, launch.segments, launch.B * launch.H)](
-        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, local,
+    heads, size = launch.B * launch.H, launch.K * launch.V
+    states = torch.empty(heads, n + 1, launch.K, launch.V, device=y.device, dtype=torch.float32)
+    kept = torch.empty(heads, n, device=y.device, dtype=torch.float32)
+    kernels.segment_states[(launch.K // bk * launch.V // bv, n, heads)](
+        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, states, kept,
         launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
-        DK=launch.K, DV=launch.V, BK=bk, BV=bv, REVERSE=reverse, **launch.common, **config.options,
+        DK=launch.K, DV=launch.V, BK=bk, BV=bv, CHUNKS=triton.next_power_of_2(launch.segment // CHUNK),
+        REVERSE=reverse, **launch.common, **config.options,
     )  # fmt: skip
-    return local
+    block = min(1024, size)
+    kernels.chain_segments[(size // block, heads)](
+        states, kept, states if start is None else start, n, size, BLOCK=block, HAS_START=start is not None
+    )
+    return states
 
 
 def entering_states(
@@ -159,20 +172,12 @@ def entering_states(
 ) -> Tensor | None:
     """fp32 [B * H, segments, K, V]: the state that enters each segment, `start` [B, H, K, V] before the first one.
 
-    With one segment this is `start` itself.
+    In the order of the state's walk, see `_chained_states`. What the last segment writes nobody asks for here: the
+    scan that starts from these states knows it at its end. With one segment this is `start` itself.
     """
     if launch.segments == 1:
         return start
-    local = _segment_states(y, z, sums, ids, launch, reverse)
-    out = torch.empty_like(local)
-    block = min(1024, launch.K * launch.V)
-    kernels.chain_segments[(launch.K * launch.V // block, launch.B * launch.H)](
-        local, sums if start is None else start, sums, ids if launch.docs else sums, out,
-        launch.T, launch.padded, launch.segment, launch.segments, launch.K * launch.V,
-        H=launch.H, BT=CHUNK, CHUNKS=triton.next_power_of_2(launch.segment // CHUNK), BLOCK=block, REVERSE=reverse,
-        DOCS=launch.docs, HAS_START=start is not None,
-    )  # fmt: skip
-    return out
+    return _chained_states(y, z, sums, ids, start, launch, reverse, launch.segments - 1)
 
 
 def stretch_state(
@@ -191,39 +196,19 @@ def stretch_state(
     """
     columns = config_for("segment", max(launch.K, launch.V), launch.dtype).columns
     programs = launch.B * launch.H * triton.cdiv(launch.K, columns) * triton.cdiv(launch.V, columns)
-    if segments is None and y.is_cuda:
-        segments = torch.cuda.get_device_properties(y.device).multi_processor_count // programs
     chunks = launch.padded // CHUNK
-    segments = max(1, min(segments or 1, chunks // MIN_SEGMENT_CHUNKS if y.is_cuda else chunks))
-    per_segment = triton.cdiv(chunks, segments)
-    launch = replace(launch, segments=triton.cdiv(chunks, per_segment))
-    local = _segment_states(y, z, sums, ids, launch, reverse)
-    kept = F.pad(_kept_by_chunks(sums), (0, launch.segments * per_segment - chunks))
-    kept = kept.unflatten(1, (launch.segments, -1)).sum(2).exp2()
-    if launch.docs:
-        first = torch.arange(launch.segments, device=y.device) * launch.segment
-        last = (first + launch.segment - 1).clamp(max=launch.padded - 1)
-        comes, goes = ((last + 1).clamp(max=launch.padded - 1), first) if reverse else ((first - 1).clamp(min=0), last)
-        same = (ids[:, comes] == ids[:, goes]).repeat_interleave(launch.H, 0)
-        kept = kept.masked_fill(~same, 0.0)
-    # What segment j wrote goes through all segments after it (reversed: before it).
-    if not reverse:
-        kept = kept.flip(1)
-    left = F.pad(kept[:, :-1], (1, 0), value=1.0).cumprod(1)
-    if not reverse:
-        left = left.flip(1)
-    return torch.einsum("nj,njkv->nkv", left, local).unflatten(0, (launch.B, launch.H))
+    if segments is None and y.is_cuda:
+        sms = torch.cuda.get_device_properties(y.device).multi_processor_count
+        segments = stretch_segments(programs, chunks, sms)
+    launch = replace(launch, segments=_filled(segments or 1, chunks))
+    states = _chained_states(y, z, sums, ids, None, launch, reverse, launch.segments)
+    return states[:, -1].unflatten(0, (launch.B, launch.H))
 
 
 def stretch_kept(sums: Tensor, ids: Tensor | None, launch: Launch) -> Tensor:
     """fp32 [B, H]: the share of a state before the whole that is left after it; 0 if it ends in another document."""
-    kept = _kept_by_chunks(sums).sum(1).exp2().unflatten(0, (launch.B, launch.H))
+    kept = sums[:, CHUNK - 1 :: CHUNK].sum(1).exp2().unflatten(0, (launch.B, launch.H))
     return kept.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0) if launch.docs else kept
-
-
-def _kept_by_chunks(sums: Tensor) -> Tensor:
-    """log2, [B * H, chunks]."""
-    return sums[:, CHUNK - 1 :: CHUNK]
 
 
 def _anchor_states(launch: Launch, device: torch.device) -> Tensor:

@@ -16,6 +16,13 @@ CHUNK = 64
 TABLE = Path(__file__).with_name("tuning.json")
 # Shorter segments cost more in states written and read than they gain.
 MIN_SEGMENT_CHUNKS = 8
+# What `num_segments` supposes of segments' states. Random gate logits of mean 0 leave the last 9 chunks that count at a
+# segment's end, mean 1 leaves 18, from mean 3 on it is all of them.
+REMEMBERED_CHUNKS = 16
+# 64 KB (heads of 128) written, chained (read and written) and read once more; a step moves 48 KB.
+STATE_STEPS = 4
+# The chain goes from segment to segment: a read from L2, 0.3 of the 1.7 us of a step.
+CHAIN_STEPS = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,29 @@ def config_for(kernel: str, width: int, dtype: torch.dtype) -> Config:
 
 @cache
 def num_segments(heads: int, chunks: int, programs: tuple[int, ...], multiprocessors: int) -> int:
-    """Into how many segments to cut a sequence of `chunks`, so that programs fill the GPU.
+    """Into how many segments to cut a sequence of `chunks`, so that programs fill the GPU: the cheapest number.
 
-    `programs` run per head and segment in each launch (forward, backward). One runs on a multiprocessor at a time, so a
-    launch takes as many rounds as programs over multiprocessors, rounded up, of as many steps as a segment has chunks
-    (and about one to begin). Segments cost an extra pass over half of the inputs, about a fifth of the time.
+    `programs` run per head and segment in each launch (forward, backward). The unit is a step: one program, one chunk.
+    One program runs on a multiprocessor at a time, so a launch takes as many rounds as programs over multiprocessors,
+    rounded up, each as long as a segment (and about one step to begin).
+
+    Before each launch with segments comes a pass that computes the states which enter all but the first: one program a
+    head and segment, which reads what still counts at its segment's end (decay decides how much, and the host cannot
+    know it) and writes a state. These are short and uneven, so their rounds are not rounded up. Then comes the chain.
     """
 
     def steps(segments: int) -> float:
-        length = -(-chunks // segments) + 1
-        rounds = sum(-(-heads * n * segments // multiprocessors) for n in programs)
-        return length * rounds * (1.0 if segments == 1 else 1.2)
+        length = -(-chunks // segments)
+        scans = sum(-(-heads * n * segments // multiprocessors) for n in programs) * (length + 1)
+        if segments == 1:
+            return scans
+        rounds = max(1.0, heads * (segments - 1) / multiprocessors)
+        states = rounds * (min(length, REMEMBERED_CHUNKS) + STATE_STEPS) + segments * CHAIN_STEPS
+        return scans + len(programs) * states
 
     return min(range(1, max(1, chunks // MIN_SEGMENT_CHUNKS) + 1), key=steps)
+
+
+def stretch_segments(programs: int, chunks: int, multiprocessors: int) -> int:
+    """The same for a pass over states alone, `programs` a segment: as many segments as run at once."""
+    return max(1, min(multiprocessors // programs, chunks // MIN_SEGMENT_CHUNKS))
