@@ -6,9 +6,12 @@
 Every flag of Megatron's pretrain_gpt.py works; `--help` shows ours in the group YOCO. docs/configuration.md has more.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
+
+gc.disable()  # until all is imported: none of it is garbage
 
 from yoco_megatron import runtime
 
@@ -27,7 +30,11 @@ from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import outcome, run_folder
 from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import carry_shared_kv, count_yoco, skip_batches
+from yoco_megatron.training.upstream import carry_shared_kv, compile_what_is_called, count_yoco, skip_batches
+
+# All that was imported stays to the end. Later collections, and those with which the interpreter ends, leave it out.
+gc.freeze()
+gc.enable()
 
 
 def datasets_provider(num_samples, vp_stage=None):
@@ -62,6 +69,7 @@ def main(argv: list[str]) -> None:
     count_yoco()
     carry_shared_kv()
     skip_batches()
+    compile_what_is_called()
     with run_folder_kept(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model),

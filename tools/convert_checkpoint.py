@@ -13,20 +13,15 @@ import logging
 import os
 import sys
 
+from yoco_megatron.checkpoint.formats import SOURCES, TARGETS
+
 # Both models are compared in fp32, which Transformer Engine would round to TF32; and they need not fit into a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from yoco_megatron import runtime
-
-runtime.prepare()
-
 
 def main() -> None:
-    from yoco_megatron.checkpoint.convert import TARGETS, convert
-    from yoco_megatron.checkpoint.source import FORMATS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="kind", required=True, choices=FORMATS, help="format of the input")
+    parser.add_argument("--from", dest="kind", required=True, choices=SOURCES, help="format of the input")
     parser.add_argument("--input", required=True, help="its folder (a run's --save for megatron)")
     parser.add_argument("--to", required=True, choices=TARGETS, help="format of the output")
     parser.add_argument("--output", required=True, help="new folder")
@@ -34,6 +29,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship, where the input has none")
     parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB a safetensors file, default 2")
     options = parser.parse_args()
+    # Seconds of imports, which --help and a mistyped flag do without.
+    from yoco_megatron import runtime
+
+    runtime.prepare()
+    from yoco_megatron.checkpoint.convert import convert
+
     logging.basicConfig(level=logging.WARNING, format="convert_checkpoint.py: %(message)s")
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -15,10 +15,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from yoco_megatron import runtime
-
-runtime.prepare()
-
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The prompts of --prompt, of --prompt-file (a line each), or the whole of standard input."""
@@ -53,6 +49,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, generate, print."""
+    # Seconds of imports, which --help and a mistyped flag do without.
+    from yoco_megatron import runtime
+
+    runtime.prepare()
     from yoco_megatron.inference.generation import Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
     from yoco_megatron.inference.rerun import Rerun

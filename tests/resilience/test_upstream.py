@@ -27,6 +27,8 @@ KNOWN = {
     ("core/dist_checkpointing/serialization.py", "save"): "40136f3a30285954",
     # training.upstream.skip_step: what it has to do
     ("training/training.py", "dummy_train_step"): "4491804a3c585d58",
+    # training.upstream.compile_nothing: that there is nothing to set since torch 2.2
+    ("training/initialize.py", "set_jit_fusion_options"): "cf75a41b608209ef",
     # safety.load_checkpoint: that False has the saved state ignored
     ("core/rerun_state_machine.py", "RerunStateMachine.validate_state_dict"): "341641d6197fa2ea",
     # loop._note_exit: in which state it ends with which code

@@ -148,6 +148,7 @@ def test_distributed_optimizer():
 REPLACED = {
     "num_floating_point_operations": (training_upstream.num_floating_point_operations, 2),
     "report_theoretical_memory": (training_upstream.report_model, 1),
+    "set_jit_fusion_options": (training_upstream.compile_nothing, 1),
 }
 
 
@@ -172,6 +173,7 @@ def test_replacements_reach_the_training_loop(monkeypatch):
     for name in REPLACED:
         monkeypatch.setattr(training, name, None)  # put back afterwards
     training_upstream.count_yoco()
+    training_upstream.compile_what_is_called()
     for name, (ours, _) in REPLACED.items():
         assert getattr(training, name) is ours
 

@@ -12,7 +12,6 @@ from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.config.files import write_atomically
 from yoco_megatron.config.rules import require
 
-TARGETS = ("megatron", "hf", "fla")
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +25,7 @@ def convert(
     tokenizer: str | None = None,
     shard_bytes: int = 2 * 1024**3,
 ) -> str:
-    """Convert the model in `folder` (one of source.FORMATS) to `output` (one of TARGETS), and prove it.
+    """Convert the model in `folder` (one of formats.SOURCES) to `output` (one of TARGETS), and prove it.
 
     Args:
         tokenizer: folder of a tokenizer to ship, where the source has none.

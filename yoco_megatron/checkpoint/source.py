@@ -22,7 +22,6 @@ from yoco_megatron.config.rules import nearest, require
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 
 Found = dict[str, tuple[names.Shape, torch.dtype]]
-FORMATS = ("megatron", "hf", "fla", "official")
 # What a model card tells of a run.
 TRAINING = ("train-iters", "global-batch-size", "lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "weight-decay")
 
@@ -52,7 +51,7 @@ def open_source(kind: str, folder: str, iteration: int | None = None) -> Source:
     """Open the checkpoint in `folder`.
 
     Args:
-        kind: one of FORMATS.
+        kind: one of formats.SOURCES.
         iteration: which one of a training run's checkpoints; the latest by default.
     Raises:
         ValueError: no such checkpoint there, files missing or cut short, another architecture, wrong shapes.

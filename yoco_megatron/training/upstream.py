@@ -3,7 +3,8 @@
 It calls `num_floating_point_operations` for its throughput line and for the total that it saves, and
 `report_theoretical_memory` after the first iterations; both know GPT alone. It asks `get_forward_backward_func` for a
 schedule, and has no way to hand that schedule a communicator per call. It leaves out --iterations-to-skip with
-`dummy_train_step`, which takes the data for those of pretrain_gpt.py. Ours take their place under the same names.
+`dummy_train_step`, which takes the data for those of pretrain_gpt.py. In `set_jit_fusion_options` it
+compiles what a YOCO does not call. Ours take their place under the same names.
 """
 
 from argparse import Namespace
@@ -72,6 +73,19 @@ def skip_step(data_iterator: Any) -> None:
         for iterator in filter(None, iterators):
             for _ in range(get_num_microbatches()):
                 next(iterator)
+
+
+def compile_what_is_called() -> None:
+    """Leave out Megatron's warm-up of compiled functions, with which each start on a GPU compiles two of them twice.
+
+    They are SwiGLU with a bias, and the residual's addition with a bias and a dropout of 0.1, each for an input with
+    and without gradient. Without biases, by default, others are called; what is called is compiled in the first step.
+    """
+    training.set_jit_fusion_options = compile_nothing
+
+
+def compile_nothing(tp_size: int | None = None) -> None:
+    """Megatron's `set_jit_fusion_options` is this and the warm-up since torch 2.2."""
 
 
 def count_yoco() -> None:
