@@ -9,7 +9,7 @@ vocabulary so that the head does not decide, full recompute, distributed optimiz
 all-gather.
 
 Prints tokens/s/GPU, the efficiency against one GPU with both steps, the gigabytes that a rank receives a step by the
-formulas of docs/context_parallel.md, the peak memory that torch allocated, and the last loss, and records each comparison
+formulas of docs/context_parallel.md, the peak memory that torch allocated, and the last loss; records each comparison
 as soon as both its cases have run. A case that fails, for want of memory or of Transformer Engine, is a line that says
 so. `--longest` doubles the length until ours no longer fits.
 """
@@ -112,16 +112,8 @@ def show(name: str, run: Run, alone: Run | None, length: int, options: argparse.
 def record_efficiency(ours: Run, alone: Run, length: int, options: argparse.Namespace, device: str) -> None:
     """Our step beside the ideal one; their ratio is the efficiency."""
     values = dict(value=round(ours.seconds * 1e3, 1), peer_value=round(alone.seconds * 1e3 / 2, 1))
-    keep(
-        options,
-        device,
-        length,
-        metric="step",
-        unit="ms",
-        peer="half a step on one GPU",
-        higher_is_better=False,
-        **values,
-    )
+    values |= dict(peer="half a step on one GPU", higher_is_better=False)
+    keep(options, device, length, metric="step", unit="ms", **values)
 
 
 def record_against(name: str, peer: Run, ours: Run, length: int, options: argparse.Namespace, device: str) -> None:
