@@ -1,20 +1,25 @@
 """Context parallelism: YOCO over two GPUs against one, and against Megatron's GPT with Transformer Engine's.
 
-    python benchmarks/context_parallel.py --lengths 32768 65536              # two GPUs, about eight minutes
+    python benchmarks/context_parallel.py --lengths 32768 65536              # two GPUs
     python benchmarks/context_parallel.py --lengths 131072 --longest
 
 Every case is one run of pretrain_yoco.py on the same data, batch and flags: 3B shape with fewer layers, a small
-vocabulary so that the head does not decide, full recompute. GPT has Transformer Engine's ring (p2p) and all-gather.
-Prints tokens/s/GPU, the efficiency against one GPU, the gigabytes that a rank receives a step by the formulas of
-docs/context_parallel.md, the peak memory that torch allocated, and the last loss. A case that fails, for want of memory
-or of Transformer Engine, is a line that says so. `--longest` doubles the length until ours no longer fits.
+vocabulary so that the head does not decide, full recompute, distributed optimizer overlapped with the layers
+(configs/recipe/scaling.yaml). The one-GPU case uses one of the two. GPT has Transformer Engine's ring (p2p) and
+all-gather.
+
+Prints tokens/s/GPU, the efficiency against one GPU with both steps, the gigabytes that a rank receives a step by the
+formulas of docs/context_parallel.md, the peak memory that torch allocated, and the last loss; records each comparison
+as soon as both its cases have run. A case that fails, for want of memory or of Transformer Engine, is a line that says
+so. `--longest` doubles the length until ours no longer fits.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from record import record
-from runs import MOCK, ROOT, device_name, train
+from runs import MOCK, ROOT, Run, device_name, train
 
 from yoco_megatron import runtime
 
@@ -24,12 +29,13 @@ from yoco_megatron.config import arguments
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.parallel.traffic import received_bytes
 
+ALONE, OURS = "YOCO, one GPU", "YOCO"
 TE_RING = "GPT, Transformer Engine p2p"
 TE_GATHER = "GPT, Transformer Engine all_gather"
 # name -> (is it ours, GPUs, flags)
 CASES = {
-    "YOCO, one GPU": (True, 1, ""),
-    "YOCO": (True, 2, "--context-parallel-size 2"),
+    ALONE: (True, 1, ""),
+    OURS: (True, 2, "--context-parallel-size 2"),
     TE_RING: (False, 2, "--context-parallel-size 2 --cp-comm-type p2p"),
     TE_GATHER: (False, 2, "--context-parallel-size 2 --cp-comm-type all_gather"),
 }
@@ -42,7 +48,7 @@ def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
     return (
         f"--config {model} configs/recipe/scaling.yaml --num-layers {options.layers} --seq-length {length} "
         f"--max-position-embeddings {length} --rotary-base 1000000 --micro-batch-size 1 "
-        f"--global-batch-size {options.micro_batches} --vocab-size 8000 --exit-interval {options.steps} "
+        f"--global-batch-size {micro_batches(length, options)} --vocab-size 8000 --exit-interval {options.steps} "
         f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {flags}"
     )
 
@@ -53,72 +59,76 @@ def gigabytes(name: str, length: int, options: argparse.Namespace) -> float:
     alone = flags_of(name, length, options).removesuffix(flags)  # nothing is started here
     parsed = arguments.parse([*MOCK.split(), *alone.split()])
     per_micro_batch = sum(received_bytes(ModelShape.from_args(parsed), gpus, recompute=True).values())
-    return per_micro_batch * options.micro_batches / 1e9
+    return per_micro_batch * micro_batches(length, options) / 1e9
+
+
+def micro_batches(length: int, options: argparse.Namespace) -> int:
+    """Sequences a step: enough that the optimizer's part does not decide, few where a sequence takes seconds."""
+    return options.micro_batches or (4 if length <= 65536 else 2)
 
 
 def compare(length: int, options: argparse.Namespace, device: str) -> bool:
-    """All cases at one length; whether ours ran on two GPUs."""
-    runs = {
-        name: train(
-            f"{name}, {length} tokens",
-            flags_of(name, length, options),
-            CASES[name][1],
-            options.timeout,
-            options.verbose,
-        )
-        for name in options.cases
-    }
-    print(f"\n{'run':<36} {'tokens/s/GPU':>12} {'efficiency':>10} {'GB/step':>8} {'peak GiB':>8} {'last loss':>10}")
-    single = runs.get("YOCO, one GPU")
-    for name, run in runs.items():
-        ours, gpus, _ = CASES[name]
-        if run is None:
-            print(f"{name:<36} {'does not run':>12}")
+    """All cases at one length, each printed and recorded as soon as it has run; whether ours ran on two GPUs."""
+    runs: dict[str, Run] = {}
+    for name in CASES:  # ours before its peers
+        if name not in options.cases:
             continue
-        rate = length * options.micro_batches / run.seconds / gpus
-        efficiency = f"{single.seconds / run.seconds / gpus:.1%}" if single and ours and gpus > 1 else ""
-        peak = "" if run.peak_gib is None else f"{run.peak_gib:.1f}"
-        print(
-            f"{name:<36} {rate:>12,.0f} {efficiency:>10} {gigabytes(name, length, options):>8.2f} {peak:>8} "
-            f"{run.losses[-1]:>10.4f}"
-        )
-    mine = runs.get("YOCO")
-    if mine is None:
-        return False
+        flags = flags_of(name, length, options)
+        run = train(f"{name}, {length} tokens", flags, CASES[name][1], options.timeout, options.verbose)
+        if run is None:
+            print(f"{name:<36} does not run", flush=True)
+            if name == OURS:  # nothing is left to compare
+                return False
+            continue
+        runs[name] = run
+        show(name, run, runs.get(ALONE), length, options)
+        if name == OURS and ALONE in runs:
+            record_efficiency(run, runs[ALONE], length, options, device)
+        if name in (TE_RING, TE_GATHER) and OURS in runs:
+            record_against(name, run, runs[OURS], length, options, device)
+    return OURS in runs
+
+
+def rate(run: Run, length: int, options: argparse.Namespace, gpus: int = 2) -> int:
+    """Tokens a second and GPU."""
+    return round(length * micro_batches(length, options) / run.seconds / gpus)
+
+
+def show(name: str, run: Run, alone: Run | None, length: int, options: argparse.Namespace) -> None:
+    """One line: what a run did."""
+    ours, gpus, _ = CASES[name]
+    efficiency = ""
+    if alone and ours and gpus > 1:
+        one, both = alone.seconds * 1e3, run.seconds * 1e3
+        efficiency = f", efficiency {one / both / gpus:.1%} ({one:,.0f} ms a step on one, {both:,.0f} on {gpus})"
+    peak = "" if run.peak_gib is None else f", peak {run.peak_gib:.1f} GiB"
+    print(
+        f"{name:<36} {rate(run, length, options, gpus):,} tokens/s/GPU{efficiency}, "
+        f"{gigabytes(name, length, options):.2f} GB received a step{peak}, last loss {run.losses[-1]:.4f}",
+        flush=True,
+    )
+
+
+def record_efficiency(ours: Run, alone: Run, length: int, options: argparse.Namespace, device: str) -> None:
+    """Our step beside the ideal one; their ratio is the efficiency."""
+    values = dict(value=round(ours.seconds * 1e3, 1), peer_value=round(alone.seconds * 1e3 / 2, 1))
+    values |= dict(peer="half a step on one GPU", higher_is_better=False)
+    keep(options, device, length, metric="step", unit="ms", **values)
+
+
+def record_against(name: str, peer: Run, ours: Run, length: int, options: argparse.Namespace, device: str) -> None:
+    """Throughput and memory beside those of a GPT."""
+    values = dict(value=rate(ours, length, options), peer=name, peer_value=rate(peer, length, options))
+    keep(options, device, length, metric="throughput", unit="tokens/s/GPU", **values)
+    if ours.peak_gib and peer.peak_gib:
+        values = dict(value=round(ours.peak_gib, 2), peer=name, peer_value=round(peer.peak_gib, 2))
+        keep(options, device, length, metric="peak memory", unit="GiB", higher_is_better=False, **values)
+
+
+def keep(options: argparse.Namespace, device: str, length: int, **row: Any) -> None:
+    """One row of this benchmark."""
     case = f"{options.model} {options.layers} layers {options.self_decoder} {length} bf16 CP2"
-    per_gpu = round(length * options.micro_batches / mine.seconds / 2)
-    common = dict(benchmark="context_parallel", case=case, device=device)
-    if single:
-        value = round(single.seconds / mine.seconds / 2, 4)
-        record(
-            options.output, metric="efficiency", unit="", value=value, peer="one GPU, ideal", peer_value=1.0, **common
-        )
-    for name in (TE_RING, TE_GATHER):
-        if run := runs.get(name):
-            value = round(length * options.micro_batches / run.seconds / 2)
-            record(
-                options.output,
-                metric="throughput",
-                unit="tokens/s/GPU",
-                value=per_gpu,
-                peer=name,
-                peer_value=value,
-                **common,
-            )
-            if mine.peak_gib and run.peak_gib:
-                record(
-                    options.output,
-                    metric="peak memory",
-                    unit="GiB",
-                    value=round(mine.peak_gib, 2),
-                    peer=name,
-                    peer_value=round(run.peak_gib, 2),
-                    higher_is_better=False,
-                    **common,
-                )
-    if not any(runs.get(name) for name in (TE_RING, TE_GATHER)):
-        record(options.output, metric="throughput", unit="tokens/s/GPU", value=per_gpu, **common)
-    return True
+    record(options.output, benchmark="context_parallel", case=case, device=device, **row)
 
 
 def main() -> None:
@@ -129,9 +139,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--longest", action="store_true", help="go on with twice the length until ours fails")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--micro-batches", type=int, default=4, help="sequences a step")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--timeout", type=int, default=240, help="seconds for one run")
+    parser.add_argument("--micro-batches", type=int, help="sequences a step; default: 4, above 65536 tokens 2")
+    parser.add_argument("--steps", type=int, default=5, help="the median of the last half counts")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one run")
     parser.add_argument("--verbose", action="store_true", help="print the end of a failed run's log")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()

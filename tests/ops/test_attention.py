@@ -11,7 +11,7 @@ from support.models import relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yoco_megatron.ops.attention import causal_attention, packed_causal_attention
+from yoco_megatron.ops.attention import causal_attention, packed_causal_attention, partial
 from yoco_megatron.ops.attention.reference import causal_attention as reference
 
 TOKENS = 13
@@ -129,3 +129,27 @@ def test_the_comparison_can_fail(generator):
     qkv = inputs(generator, 4, 2, torch.float64)
     direction = torch.ones_like(qkv[0])
     assert relative_error(causal_attention(*qkv, window=5), run(reference, qkv, direction, 6)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 3)])
+def test_parts_of_one_softmax(heads: int, groups: int) -> None:
+    """A causal square and a rectangle before it, joined: output and gradients of causal attention over both."""
+    torch.manual_seed(heads)
+    queries, before, scale = 7, 5, 8**-0.5
+    q = torch.randn(2, heads, queries, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, groups, before + queries, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    wanted = reference(q, k, v)
+    do = torch.randn_like(wanted)
+    dq, dk, dv = torch.autograd.grad(wanted, (q, k, v), do)
+    with torch.no_grad():
+        own, earlier = ([x[:, :, at] for x in (k, v)] for at in (slice(before, None), slice(before)))
+        o, lse, seen = partial.forward(q, *own, True, scale)
+        more, lse_of_more, seen_of_more = partial.forward(q, *earlier, False, scale)
+        partial.join(o, lse, more, lse_of_more)
+        gradients = partial.backward(do, q, *own, o, lse, seen, True, scale)
+        of_earlier = partial.backward(do, q, *earlier, o, lse, seen_of_more, False, scale)
+    torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[0] + of_earlier[0], dq, rtol=1e-12, atol=1e-12)
+    for at, expected in ((1, dk), (2, dv)):
+        found = torch.cat((of_earlier[at], gradients[at]), 2)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

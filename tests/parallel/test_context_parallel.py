@@ -11,6 +11,8 @@ from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
+from yoco_megatron.ops.attention import partial
+
 FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
@@ -93,6 +95,32 @@ def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)
+
+
+def attention_calls() -> list[tuple[int, int, bool]]:
+    """(queries, keys, masked) of each call of the first cross-decoder layer, in chunks of 6 tokens."""
+    calls = []
+    forward = partial.forward
+
+    def counted(q, k, v, causal, scale):
+        calls.append((q.shape[2] // 6, k.shape[2] // 6, causal))
+        return forward(q, k, v, causal, scale)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(partial, "forward", counted)
+        pipeline_step(dict(self_decoder="gated_retention"), None, False, 1)
+    assert calls == calls[: len(calls) // 4] * 4  # layers are alike
+    return calls[: len(calls) // 4]
+
+
+def test_the_cross_decoder_masks_only_squares() -> None:
+    own = (2, 2, True)
+    assert run_world(4, attention_calls, cp=4) == [
+        [own, (1, 6, False)],
+        [own, (2, 1, False), (1, 4, False)],
+        [own, (2, 2, False), (1, 2, False)],
+        [own, (2, 3, False)],
+    ]
 
 
 @pytest.mark.slow

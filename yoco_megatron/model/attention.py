@@ -82,9 +82,13 @@ class ChunkedAttention(MegatronModule):
                 outputs.append(self._attend(queries, key, value, sight))
             return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
+        return self.keep_or_recompute(core, query, *saved)
+
+    def keep_or_recompute(self, core: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """core(*inputs), run again in backward if selective recompute says so."""
         if self.recompute_core and self.training:
-            return tensor_parallel.checkpoint(core, False, query, *saved)
-        return core(query, *saved)
+            return tensor_parallel.checkpoint(core, False, *inputs)
+        return core(*inputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """One chunk: query [s, b, H, D], key and value [s', b, G, D] -> [s, b, H * D]."""

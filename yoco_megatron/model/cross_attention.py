@@ -14,6 +14,7 @@ from yoco_megatron.model.attention import ChunkedAttention
 from yoco_megatron.model.kv_gradient import SharedKVReader
 from yoco_megatron.model.projections import input_projection
 from yoco_megatron.model.rotary import rotate
+from yoco_megatron.model.two_chunk_attention import fits, two_chunk_attention
 from yoco_megatron.parallel.sequence import SequenceShard
 
 
@@ -63,5 +64,10 @@ class SharedKVAttention(ChunkedAttention):
         query, _ = self.linear_q(hidden_states)
         query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
         reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
-        y = self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), packed_seq_params)
+        shard = packed_seq_params
+        if not self.config.deterministic_mode and fits(query, shard):
+            scale = self.config.softmax_scale or self.head_dim**-0.5
+            y = self.keep_or_recompute(lambda query: two_chunk_attention(query, reader, shard, scale), query)
+        else:
+            y = self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), shard)
         return self.linear_proj(y)

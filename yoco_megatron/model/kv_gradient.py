@@ -52,6 +52,10 @@ class SharedKVReader:
         """Keys and values of positions first..stop-1 of the sequence, [stop - first, b, G, D]: views, not copies."""
         return _Read.apply(self.whole, self._of_whole, first, stop)
 
+    def read_own(self) -> tuple[Tensor, Tensor]:
+        """This rank's own keys and values [s, b, G, D] of gathered ones; their gradient goes where the others' goes."""
+        return _ReadOwn.apply(self.kv, self.whole.shape, self._of_whole)
+
     def read_packed(self, dtype: torch.dtype | None = None) -> Tensor:
         """This rank's keys and values [s, b, G, 2, D], in `dtype` if given; so is then their gradient."""
         return _ReadPacked.apply(self.kv, self._gradient, dtype or self.kv.dtype)
@@ -82,6 +86,12 @@ class _Gradient:
             part = buffer.narrow(0, row, rows)
             part[..., 0, :].add_(keys.narrow(0, offset, rows))
             part[..., 1, :].add_(values.narrow(0, offset, rows))
+
+    def add_own(self, kv_shape: torch.Size, keys: Tensor, values: Tensor) -> None:
+        """Add the gradient of the keys and values that this rank holds, which lie together here."""
+        part = self.buffer(kv_shape, keys).narrow(0, self.gathered.rank * len(keys), len(keys))
+        part[..., 0, :].add_(keys)
+        part[..., 1, :].add_(values)
 
     def take(self) -> Tensor | None:
         buffer, self._buffer = self._buffer, None
@@ -121,6 +131,18 @@ class _Read(torch.autograd.Function):
     def backward(ctx, keys, values):
         ctx.gradient.add(ctx.shape, ctx.first, keys, values)
         return None, None, None, None
+
+
+class _ReadOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kv, whole_shape, of_whole):
+        ctx.of_whole, ctx.whole_shape = of_whole, whole_shape
+        return kv[..., 0, :], kv[..., 1, :]
+
+    @staticmethod
+    def backward(ctx, keys, values):
+        ctx.of_whole.add_own(ctx.whole_shape, keys, values)
+        return None, None, None
 
 
 class _ReadPacked(torch.autograd.Function):
