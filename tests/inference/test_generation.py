@@ -1,5 +1,7 @@
 """Our loop generates what transformers' generates, from any cache, batch and piece of the prompt."""
 
+from functools import partial
+
 import pytest
 import torch
 from hf.test_generation import NEW, PROMPT, greedy, model, prompts  # noqa: F401  (model is a fixture)
@@ -30,6 +32,14 @@ def test_ragged_batch(model):  # noqa: F811
     assert isinstance(decoder_for(model, batch, NEW), CachedModel)
     with pytest.raises(ValueError, match="prompts of one length"):
         next(generate(Engine(model, 100, capacity=64), batch, NEW, GREEDY))
+
+
+@pytest.mark.parametrize("decoder", [CachedModel, partial(Engine, max_length=100, capacity=64)], ids=["cached", "engine"])
+def test_one_position_of_a_prompt_enters_the_cross_decoder(model, decoder):  # noqa: F811
+    rows = []
+    model.model.cross_layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    decoder(model, piece=10).prefill(prompts())
+    assert rows == [1] and PROMPT > 10
 
 
 def test_ends_and_limits(model):  # noqa: F811

@@ -338,11 +338,11 @@ class YocoModel(YocoPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cross_positions: int = 0,
+        cross_positions: int | None = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """`cross_positions` n > 0 ends the prefill early: the cross-decoder runs for the last n positions alone, and
-        `last_hidden_state` is [b, n, h]. The cache is complete either way."""
+        `last_hidden_state` is [b, n, h]; None: for no position at all. The cache is complete either way."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -352,7 +352,7 @@ class YocoModel(YocoPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length(shared) if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=x.device) + seen).unsqueeze(0)
-        kept = min(cross_positions, length) or length
+        kept = 0 if cross_positions is None else min(cross_positions, length) or length
         self_mask, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
@@ -362,8 +362,8 @@ class YocoModel(YocoPreTrainedModel):
             x = layer(x, rotary=rotary, mask=self_mask, past_key_values=past_key_values, **kwargs)
         rotary = self.cross_rotary(position_ids)
         k, v = self.shared_kv(x, rotary, past_key_values)
-        x, rotary = x[:, -kept:], tuple(t[:, -kept:] for t in rotary)
-        for layer in self.cross_layers:
+        x, rotary = x[:, length - kept :], tuple(t[:, length - kept :] for t in rotary)
+        for layer in self.cross_layers if kept else ():
             x = layer(x, k, v, rotary=rotary, mask=cross_mask, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
@@ -386,7 +386,7 @@ class YocoModel(YocoPreTrainedModel):
         }[kind](**common)
         if kept == x.shape[1]:
             return own, create_causal_mask(**common)
-        return own, self._mask_of_last(x, attention_mask, past_key_values, kept)
+        return own, self._mask_of_last(x, attention_mask, past_key_values, kept) if kept else None
 
     def _mask_of_last(self, x, attention_mask, past_key_values, kept):
         """The causal mask of the last `kept` of the new queries over all keys."""

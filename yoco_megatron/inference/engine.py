@@ -25,6 +25,18 @@ def has_kernels(config: Any) -> bool:
     return all(width >= 16 and width & (width - 1) == 0 for width in widths)
 
 
+def forward(model: torch.nn.Module, ids: Tensor, last: bool = True, **inputs: Any) -> Tensor | None:
+    """Take tokens [b, s] into the cache; logits [b, vocabulary] after them, if they are the prompt's last.
+
+    Other pieces end before a YOCO's cross-decoder, and before any model's head.
+    """
+    if last:
+        return model(ids, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+    early = {"cross_positions": None} if model.config.model_type == "yoco" else {}
+    model.base_model(ids, use_cache=True, **early, **inputs)
+    return None
+
+
 class Engine:
     """One batch of sequences of equal length.
 
@@ -56,12 +68,20 @@ class Engine:
             raise ValueError("the engine takes prompts of one length: use CachedModel for others")
         if ids.shape[1] == 0:
             raise ValueError("a prompt needs at least one token")
-        for part in ids.split(self.piece, dim=1):
-            start = self.cache.length
-            positions = torch.arange(start, start + part.shape[1], device=ids.device)[None]
-            logits = self._forward(part, positions)
-            self.cache.advance(part.shape[1])
+        *parts, last = ids.split(self.piece, dim=1)
+        for part in parts:
+            self.take(part, last=False)
+        logits = self.take(last)
         self.cache.start_decoding(ids.device)
+        return logits
+
+    @torch.no_grad()
+    def take(self, part: Tensor, last: bool = True) -> Tensor | None:
+        """Take a piece [b, s] of a prompt; logits [b, vocabulary] if it is the last one."""
+        start, end = self.cache.length, self.cache.length + part.shape[1]
+        positions = torch.arange(start, end, device=part.device)[None]
+        logits = forward(self.model, part, last, position_ids=positions, past_key_values=self.cache)
+        self.cache.advance(part.shape[1])
         return logits
 
     @torch.no_grad()
@@ -83,13 +103,9 @@ class Engine:
         """Bytes that the cache holds."""
         return self.cache.nbytes()
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(
-            ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
-
     def _one(self, tokens: Tensor) -> Tensor:
-        logits = self._forward(tokens[:, None], self.cache.position[None])
+        positions = self.cache.position[None]
+        logits = forward(self.model, tokens[:, None], position_ids=positions, past_key_values=self.cache)
         self.cache.position += 1
         return logits
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from yoco_megatron.inference.engine import PIECE, Engine, has_kernels
+from yoco_megatron.inference.engine import PIECE, Engine, forward, has_kernels
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,13 @@ class CachedModel:
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Take prompts [B, T], `piece` tokens at a time; logits [B, vocabulary] after the last one.
 
-        Each piece leaves the model before the cross-decoder, but for its last position. `mask` is 0 on padding.
+        All but the last position leave the model before the cross-decoder. `mask` is 0 on padding.
         """
         self.mask = mask
-        for part in ids.split(self.piece, dim=1):
-            logits = self._forward(part)
-        return logits
+        *parts, last = ids.split(self.piece, dim=1)
+        for part in parts:
+            self._forward(part, last=False)
+        return self._forward(last)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Take one token [B] of every sequence; logits [B, vocabulary] after it."""
@@ -77,16 +78,16 @@ class CachedModel:
         return self._forward(tokens[:, None])
 
     @torch.no_grad()
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, last: bool = True) -> Tensor | None:
         start, self.length = self.length, self.length + ids.shape[1]
-        return self.model(
+        return forward(
+            self.model,
             ids,
+            last,
             attention_mask=None if self.mask is None else self.mask[:, : self.length],
             position_ids=torch.arange(start, self.length, device=ids.device)[None],
             past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        )
 
     def nbytes(self) -> int:
         """Bytes that the cache holds."""
