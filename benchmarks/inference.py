@@ -2,12 +2,17 @@
 
     python benchmarks/inference.py --model 3b                      # one H100 80GB
     python benchmarks/inference.py --model 3b --lengths 32768 65536 --prefill-seconds 30
+    python benchmarks/inference.py --model 3b --dry-run            # what it will take, by formula
 
-Per length, with random weights and tokens in bf16: memory in total (one sequence, prefill and decoding), prefill time
-(one sequence), decode throughput at the largest batch that fits, and the paper's throughput, whose time is that of
-prefilling the batch and decoding 1,024 tokens. A prefill longer than --prefill-seconds is stopped and the rest
-extrapolated from its pieces, whose time is linear in their position. Where a model does not fit, its memory and prefill
-time are extrapolated from the lengths that do. Both are marked with a star.
+Per length, with random weights and tokens in bf16: memory (one sequence, prefill and decoding), prefill time (one
+sequence), decode throughput at the largest batch that fits, and the paper's throughput, whose time is that of
+prefilling the batch and decoding 1,024 tokens. Where all pieces of a prefill would take longer than --prefill-seconds,
+some of them are measured, spread evenly from the first to the last: a piece's time is linear in its position. Where a
+model does not fit, its memory and prefill time are extrapolated from the lengths that do. Both are marked with a star.
+
+Memory is what was allocated at the peak, by the same counter for both; "occupied" is what the device itself says,
+with CUDA's context, libraries and what the allocator keeps. Both models take the prompt in the same pieces; smaller
+ones cost no time worth mentioning and save activations, 61 KB a token of 3B.
 
 Each measurement is a line of --rows as soon as it is made, and what is there is not measured again: an interrupted run
 goes on where it was, and a full file makes the table and the picture anew without a GPU. Ratios go to results.jsonl
@@ -17,9 +22,13 @@ when a length's second model is measured.
 import argparse
 import gc
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+# Blocks of K,V come one by one: without this, the allocator keeps more than was asked for.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from record import record
@@ -46,8 +55,11 @@ PAPER = {
 }
 
 
-# What a prediction counts with: about what FlashAttention 2 and large products reach on an H100. An assumption.
+# What a prediction counts with, all assumptions: about what FlashAttention 2 and large products reach on an H100, and
+# seconds of a model's building and compiling, and of a length besides its prefill.
 ASSUMED_FLOPS = 3.5e14
+BUILDING, DECODING = 40.0, 6.0
+DECODE_SECONDS = 1.0
 
 
 @dataclass
@@ -67,6 +79,10 @@ class Row:
     batch: int = 0
     decode: float = 0.0
     """Tokens a second of the whole batch."""
+    occupied: float = float("nan")
+    """Bytes of the device that were not free then, CUDA's own included; nan on a CPU."""
+    took: float = 0.0
+    """Seconds of measuring it."""
     extrapolated: list[str] = field(default_factory=list)
     """Which of the figures are, in part or whole."""
 
@@ -109,6 +125,27 @@ def predict(name: str, twin: bool, length: int) -> tuple[float, float]:
     return memory, 2 * body * running * length + (2 * layers * h * length**2 if twin else 0)
 
 
+def activations(name: str, piece: int) -> float:
+    """Bytes that a piece of a prompt needs while it passes an MLP, by formula: the residual, its norm, and three
+    tensors as wide as the MLP."""
+    sizes, _ = sizes_of(name)
+    return 2 * (2 * sizes["hidden_size"] + 3 * sizes["intermediate_size"]) * piece
+
+
+def expected_seconds(name: str, twin: bool, length: int, options: argparse.Namespace) -> float:
+    """Of a prefill's measurement, by formula: the whole, or the sample of its pieces."""
+    seconds = predict(name, twin, length)[1] / ASSUMED_FLOPS
+    return seconds * len(sample(length, options.piece, seconds, options.prefill_seconds)) / -(-length // options.piece)
+
+
+def sample(length: int, piece: int, seconds: float, budget: float) -> list[int]:
+    """Numbers of the pieces to measure of a prefill expected to take `seconds`: all within the budget, or some (three
+    at least), from the first to the last."""
+    pieces = -(-length // piece)
+    count = pieces if seconds <= budget else min(pieces, max(3, int(pieces * budget / seconds)))
+    return [round(i * (pieces - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
 def build(name: str, twin: bool, device: torch.device) -> torch.nn.Module:
     """A model with random weights: a YOCO of configs/model, or a Llama of the same sizes."""
     sizes, more = sizes_of(name)
@@ -145,59 +182,74 @@ def sync(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.no_grad()
-def prefill(engine: Engine, length: int, budget: float, device: torch.device) -> tuple[float, bool]:
-    """(seconds for `length` tokens, whether a part of them is extrapolated). Leaves the engine ready to decode."""
-    ids = torch.randint(0, VOCAB, (1, length), device=device)
-    times: list[float] = []
-    pieces = ids.split(engine.piece, dim=1)
-    for part in pieces:
+def prefill(engine: Engine, length: int, numbers: list[int], device: torch.device) -> float:
+    """Seconds for `length` random tokens; from the pieces of these `numbers`, where they are not all (`sample`).
+
+    Leaves the engine ready to decode."""
+    parts = torch.randint(0, VOCAB, (1, length), device=device).split(engine.piece, dim=1)
+    last = len(parts) - 1
+    if len(numbers) == len(parts):
         started = sync(device)
-        positions = torch.arange(engine.cache.length, engine.cache.length + part.shape[1], device=device)[None]
-        engine._forward(part, positions)
-        engine.cache.advance(part.shape[1])
-        times.append(sync(device) - started)
-        if sum(times) > budget and len(times) >= 3:
-            break
-    missing = len(pieces) - len(times)
-    if missing:
-        x = torch.arange(len(times), dtype=torch.float64)
-        y = torch.tensor(times, dtype=torch.float64)
-        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-        rest = torch.arange(len(times), len(pieces), dtype=torch.float64)
-        times += (y.mean() + slope * (rest - x.mean())).tolist()
-    engine.cache.length = length
-    engine.cache.make_room()
+        for number, part in enumerate(parts):
+            engine.take(part, last=number == last)
+        total = sync(device) - started
+    else:
+        engine.take(parts[0], last=False)  # makes the cache
+        fill(engine, length)
+        times = []
+        for number in numbers:
+            engine.cache.length = number * engine.piece
+            started = sync(device)
+            engine.take(parts[number], last=number == last)
+            times.append(sync(device) - started)
+        total = of_line(numbers, times, len(parts))
     engine.cache.start_decoding(device)
-    return sum(times), missing > 0
+    return total
 
 
-def decode(engine: Engine, batch: int, steps: int, device: torch.device) -> float:
-    """Seconds a step."""
-    tokens = torch.zeros(batch, dtype=torch.long, device=device)
-    for _ in range(4):
-        tokens = engine.step(tokens).argmax(-1)
-    started = sync(device)
-    for _ in range(steps):
-        tokens = engine.step(tokens).argmax(-1)
-    return (sync(device) - started) / steps
+def of_line(numbers: list[int], times: list[float], count: int) -> float:
+    """The sum of `count` times that lie on the line through these, by least squares."""
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (numbers, times))
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return float(count * (y.mean() + slope * ((count - 1) / 2 - x.mean())))
 
 
-@torch.no_grad()
-def pretend(engine: Engine, batch: int, length: int, device: torch.device) -> None:
-    """An engine as after a prefill of that length, without its time: the cache holds noise."""
-    engine.prefill(torch.randint(0, VOCAB, (batch, 64), device=device))
+def fill(engine: Engine, length: int) -> None:
+    """Room for one token more than `length`, and noise in the global K,V: the power that a GPU takes, and so its clock,
+    depends on the numbers."""
     engine.cache.length = length
     engine.cache.make_room()
     for layer in engine.cache.layers:
         for tensor in layer.tensors() if isinstance(layer, GlobalKV) else []:
             tensor.normal_()
+
+
+def decode(engine: Engine, batch: int, most: int, device: torch.device) -> float:
+    """Seconds a step: of as many as pass in about a second, at most `most`."""
+    tokens = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def run(steps: int) -> float:
+        nonlocal tokens
+        started = sync(device)
+        for _ in range(steps):
+            tokens = engine.step(tokens).argmax(-1)
+        return (sync(device) - started) / steps
+
+    run(2)  # captures the step
+    return run(max(1, min(most, int(DECODE_SECONDS / run(1)))))
+
+
+@torch.no_grad()
+def pretend(engine: Engine, batch: int, length: int, device: torch.device) -> None:
+    """An engine as after a prefill of that length, without its time: the cache holds noise."""
+    engine.prefill(torch.randint(0, VOCAB, (batch, 1), device=device))
+    fill(engine, length)
     engine.cache.position.fill_(length)
 
 
 def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Row:
     """Everything about one model at one length; what does not fit stays nan."""
-    device = options.device
+    device, begun = options.device, time.perf_counter()
     cuda = device.type == "cuda"
     weights = sum(p.nbytes for p in model.parameters())
     total = torch.cuda.get_device_properties(device).total_memory if cuda else options.memory
@@ -206,18 +258,25 @@ def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Ro
         return Engine(model, row.length + NEW + 64, reserve=row.twin, piece=options.piece)
 
     clear(cuda)
+    expected = predict(row.model, row.twin, row.length)[1] / ASSUMED_FLOPS
+    numbers = sample(row.length, options.piece, expected, options.prefill_seconds)
     try:
         one = engine()
-        seconds, extrapolated = prefill(one, row.length, options.prefill_seconds, device)
+        row.prefill = prefill(one, row.length, numbers, device)
         decode(one, 1, 8, device)
     except torch.cuda.OutOfMemoryError:
+        row.prefill, row.took = float("nan"), time.perf_counter() - begun
         return row
-    row.prefill, row.extrapolated = seconds, ["prefill"] * extrapolated
+    row.extrapolated = ["prefill"] * (len(numbers) < -(-row.length // options.piece))
     per_sequence = one.cache.nbytes()
     row.memory = torch.cuda.max_memory_allocated() if cuda else weights + per_sequence
+    if cuda:
+        free, whole = torch.cuda.mem_get_info()
+        row.occupied = whole - free
     del one
     clear(cuda)
-    batch = max(1, min(512, int((0.92 * total - weights - 1.5e9) // per_sequence)))
+    # A sequence's prefill needs its activations beside the others' caches.
+    batch = max(1, min(512, int((0.96 * total - row.memory) // per_sequence) + 1))
     while batch:
         try:
             many = engine()
@@ -225,9 +284,10 @@ def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Ro
             row.batch, row.decode = batch, batch / decode(many, batch, options.steps, device)
             batch = 0
         except torch.cuda.OutOfMemoryError:
-            batch = batch * 7 // 8
+            batch = batch * 15 // 16
         many = None
         clear(cuda)
+    row.took = time.perf_counter() - begun
     return row
 
 
@@ -250,9 +310,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="3b", help="of configs/model; 3b_swa has windows")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--prefill-seconds", type=float, default=40.0, help="stop a prefill after that, extrapolate")
-    parser.add_argument("--steps", type=int, default=32, help="decoding steps timed")
-    parser.add_argument("--piece", type=int, default=32768, help="tokens of a prompt that run at a time")
+    parser.add_argument("--prefill-seconds", type=float, default=10.0, help="sample the pieces of a longer prefill")
+    parser.add_argument("--steps", type=int, default=32, help="decoding steps timed, at most")
+    parser.add_argument("--piece", type=int, default=4096, help="tokens of a prompt that run at a time")
+    parser.add_argument("--dry-run", action="store_true", help="only say what is to measure")
     parser.add_argument("--no-fuse", action="store_true", help="do not compile the elementwise parts")
     parser.add_argument("--memory", type=float, default=2e9, help="bytes for a CPU run, to try the script")
     parser.add_argument("--rows", type=Path, default=ROOT / "inference_rows.jsonl", help="measurements, as they come")
@@ -263,7 +324,7 @@ def main() -> None:
     options.device = torch.device("cuda" if cuda else "cpu")
     device = torch.cuda.get_device_name() if cuda else "CPU"
     settings = (
-        f"pieces of {options.piece}, prefills of {options.prefill_seconds:g} s, {options.steps} steps, "
+        f"pieces of {options.piece}, prefills sampled above {options.prefill_seconds:g} s, {options.steps} steps, "
         f"{'not ' * options.no_fuse}fused"
     )
     rows = read(options.rows)
@@ -274,6 +335,9 @@ def main() -> None:
     if missing and others:
         raise SystemExit(f"--rows {options.rows} was measured with {others.pop()}; this is {here}: name another file")
     announce(missing, options)
+    if options.dry_run:
+        return
+    begun = time.perf_counter()
     for twin in (False, True):
         todo = [key for key in missing if key[1] == twin]
         if not todo:
@@ -282,13 +346,15 @@ def main() -> None:
         if not options.no_fuse:
             fuse(model)
         # Compiles, chooses kernels: a first piece and one that looks back at it.
-        prefill(
-            Engine(model, 3 * options.piece, reserve=twin, piece=options.piece), 2 * options.piece, 1e9, options.device
-        )
+        rehearsal = Engine(model, 3 * options.piece, reserve=twin, piece=options.piece)
+        prefill(rehearsal, 2 * options.piece, [0, 1], options.device)
+        del rehearsal
+        print(f"{time.perf_counter() - begun:.0f} s: {'Transformer' if twin else 'YOCO'} is ready", flush=True)
         for key in todo:
             row = rows[key] = measure(model, Row(*key, device, settings), options)
             with options.rows.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
+            print(f"{time.perf_counter() - begun:.0f} s:", end=" ")
             show(row)
             if (options.model, not twin, row.length) in rows:
                 compare(rows, row.length, options)
@@ -300,33 +366,34 @@ def main() -> None:
 
 
 def announce(missing: list[tuple[str, bool, int]], options: argparse.Namespace) -> None:
-    """How long the prefills will take, before they do."""
-    total = 0.0
+    """How long it will take, and in how much memory, before it does."""
+    total = BUILDING * len({twin for _, twin, _ in missing})
     for key in missing:
         memory, flops = predict(*key)
-        seconds = min(flops / ASSUMED_FLOPS, options.prefill_seconds)
-        total += seconds
+        seconds = expected_seconds(*key, options)
+        total += seconds + DECODING
         print(
-            f"to measure: {'Transformer' if key[1] else 'YOCO':<12} {key[2]:>9,} tokens, {memory / 1e9:6.1f} GB and "
-            f"activations, prefill {flops / 1e15:6.2f} PFLOP, about {seconds:.0f} s"
+            f"to measure: {'Transformer' if key[1] else 'YOCO':<12} {key[2]:>9,} tokens, "
+            f"{(memory + activations(key[0], options.piece)) / 1e9:6.1f} GB, prefill {flops / 1e15:6.2f} PFLOP, "
+            f"about {seconds:.1f} s" + " of a sample" * (seconds < 0.99 * flops / ASSUMED_FLOPS)
         )
     print(
-        f"{len(missing)} measurements, prefills of {total:.0f} s at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s; "
-        "building, compiling, decoding not counted",
+        f"{len(missing)} measurements, about {total:.0f} s, if {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s are reached, a model "
+        f"is built and compiled in {BUILDING:.0f} s and a length needs {DECODING:.0f} s besides its prefill",
         flush=True,
     )
 
 
 def show(row: Row) -> None:
     star = {name: "*" * (name in row.extrapolated) for name in ("memory", "prefill")}
+    figures = (
+        f"{row.memory / 1e9:.2f} GB{star['memory']} ({row.occupied / 1e9:.2f} occupied), "
+        f"prefill {row.prefill:.2f} s{star['prefill']}, "
+        f"decode {row.decode:.1f} tokens/s at batch {row.batch}, with prefill {row.throughput:.2f} tokens/s"
+    )
     print(
         f"{'Transformer' if row.twin else 'YOCO':<12} {row.length:>9,} tokens: "
-        + (
-            f"{row.memory / 1e9:6.2f} GB{star['memory']}, prefill {row.prefill:8.2f} s{star['prefill']}, decode "
-            f"{row.decode:9.1f} tokens/s at batch {row.batch}, with prefill {row.throughput:8.2f} tokens/s"
-            if row.memory == row.memory
-            else "out of memory"
-        ),
+        f"{figures if row.memory == row.memory else 'out of memory'}; took {row.took:.0f} s",
         flush=True,
     )
 
@@ -404,23 +471,28 @@ def table(ours: list[Row], theirs: list[Row]) -> None:
 
 
 def plot(rows: dict[bool, list[Row]], path: Path) -> None:
-    """The paper's three figures: memory, prefill, throughput by length. Hollow points are extrapolated."""
+    """The paper's three figures: memory, prefill, throughput by length, with ratios. Hollow points are extrapolated."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    lengths = [row.length / 1024 for row in rows[False]]
     for axis, metric in zip(axes, METRICS):
-        unit, value, _ = METRICS[metric]
+        unit, value, higher = METRICS[metric]
         for twin, of_length in rows.items():
-            lengths = [row.length / 1024 for row in of_length]
             (line,) = axis.plot(lengths, list(map(value, of_length)), label="Transformer" if twin else "YOCO")
             for row, length in zip(of_length, lengths):
                 hollow = "white" if starred(metric, row) else line.get_color()
                 axis.plot(length, value(row), "o", color=line.get_color(), markerfacecolor=hollow)
+        for length, one, other in zip(lengths, rows[False], rows[True]):
+            a, b = value(one), value(other)
+            text = f"{a / b if higher else b / a:.2f}x"
+            axis.annotate(text, (length, max(a, b)), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         title = "throughput with prefill" if metric == "throughput" else metric
         axis.set(xscale="log", yscale="log", xlabel="length (K tokens)", title=f"{title} ({unit})")
+        axis.margins(y=0.15)
         axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
         axis.minorticks_off()
         axis.legend()

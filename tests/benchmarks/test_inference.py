@@ -20,7 +20,7 @@ def run(tmp_path, monkeypatch):
         pytest.skip("a run on the CPU")
 
     def call(*flags: str) -> list[dict]:
-        command = ["inference.py", "--model", "tiny", "--piece", "64", "--steps", "1", "--no-fuse", "--memory", "1.6e9"]
+        command = ["inference.py", "--model", "tiny", "--piece", "64", "--steps", "1", "--no-fuse", "--memory", "6e7"]
         command += ["--lengths", *map(str, LENGTHS), "--output", str(tmp_path / "results.jsonl")]
         command += ["--plot", str(tmp_path / "plot.svg"), "--rows", str(tmp_path / "rows.jsonl"), *flags]
         monkeypatch.setattr(sys, "argv", command)
@@ -73,18 +73,45 @@ def test_other_device_or_flags_are_refused(run, tmp_path):
         run("--piece", "128")
 
 
-def test_prefill_stops_at_its_budget(run):
-    assert all(row["extrapolated"] == ["prefill"] for row in run("--prefill-seconds", "0"))
+def test_prefill_of_a_sample(run, monkeypatch):
+    """Above its budget: three pieces, among them the first and the last."""
+    sample, samples = inference.sample, {}
+
+    def spy(length, *rest):
+        samples[length] = sample(length, *rest)
+        return samples[length]
+
+    monkeypatch.setattr(inference, "sample", spy)
+    rows = run("--prefill-seconds", "0")
+    assert all(row["extrapolated"] == ["prefill"] and row["prefill"] > 0 for row in rows)
+    assert samples == {256: [0, 2, 3], 512: [0, 4, 7]}
+
+
+@pytest.mark.parametrize(("length", "count"), [(4096, 1), (4097, 2), (2**17, 32), (2**20, 256)])
+def test_samples_reach_from_end_to_end(length, count):
+    assert inference.sample(length, 4096, 1.0, 1.0) == list(range(count)), "within the budget: all"
+    numbers = inference.sample(length, 4096, 8.0, 1.0)
+    assert numbers == sorted(set(numbers)) and numbers[0] == 0 and numbers[-1] == count - 1
+    assert len(numbers) == min(count, max(3, count // 8))
+    times = [0.3 + 0.01 * i for i in range(count)]
+    if count > 1:
+        assert inference.of_line(numbers, [times[i] for i in numbers], count) == pytest.approx(sum(times))
+
+
+def test_dry_run_measures_nothing(run, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").touch()
+    assert run("--dry-run") == []
+    assert "4 measurements, about" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_a_row(run, monkeypatch, capsys):
     """The twin fits at no length: nothing is invented for it, what was measured stays."""
     prefill = inference.prefill
 
-    def full(engine, length, budget, device):
-        if engine.cache.reserve and budget < 1e9:
+    def full(engine, length, numbers, device):
+        if engine.cache.reserve and length in LENGTHS:
             raise torch.cuda.OutOfMemoryError
-        return prefill(engine, length, budget, device)
+        return prefill(engine, length, numbers, device)
 
     monkeypatch.setattr(inference, "prefill", full)
     rows = run()

@@ -34,7 +34,9 @@ def test_ragged_batch(model):  # noqa: F811
         next(generate(Engine(model, 100, capacity=64), batch, NEW, GREEDY))
 
 
-@pytest.mark.parametrize("decoder", [CachedModel, partial(Engine, max_length=100, capacity=64)], ids=["cached", "engine"])
+@pytest.mark.parametrize(
+    "decoder", [CachedModel, partial(Engine, max_length=100, capacity=64)], ids=["cached", "engine"]
+)
 def test_one_position_of_a_prompt_enters_the_cross_decoder(model, decoder):  # noqa: F811
     rows = []
     model.model.cross_layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
