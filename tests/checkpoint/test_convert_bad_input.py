@@ -142,6 +142,58 @@ def test_no_folder_and_no_config(source, tmp_path):
     refused(source, "no config.json there")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "config.json is no JSON object"),
+        (b"\xff\xfe", "config.json is not JSON"),
+        ({"architectures": None}, "says nothing, only YocoForCausalLM"),
+        ({"hidden_size": "32"}, "config.json describes no YOCO: .*hidden_size.* expected int"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json describes no YOCO: ZeroDivisionError"),
+        ({"self_decoder": "mamba"}, "self_decoder 'mamba' is unknown"),
+    ],
+)
+def test_config_of_nothing(content, said, source):
+    path = source / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content).encode()
+    path.write_bytes(content)
+    refused(source, said)
+
+
+@pytest.mark.parametrize("attention", [None, {}, {"type": "gated_retention"}])
+def test_config_of_no_fla_model(attention, source):
+    path = source / "config.json"
+    halves = {"self_decoder_attn": attention, "cross_decoder_attn": attention}
+    path.write_text(json.dumps(json.loads(path.read_text()) | halves))
+    refused(source, "config.json describes no YOCO: (TypeError|KeyError)", kind="fla", to="hf")
+
+
+@pytest.mark.parametrize(("index", "said"), [("{", "is not JSON"), ("[]", "no JSON object"), ("{}", "no weight_map")])
+def test_broken_index(index, said, source):
+    (source / "model.safetensors.index.json").write_text(index)
+    refused(source, f"model.safetensors.index.json .*{said}")
+
+
+def test_broken_params_and_tracker(source):
+    torch.save({}, source / "checkpoint.pth")
+    for params, said in (("{", "is not JSON"), ("[]", "is no JSON object"), ("{}", "lacks dim, n_layers")):
+        (source / "params.json").write_text(params)
+        refused(source, f"params.json {said}", kind="official", to="hf")
+    (source / "latest_checkpointed_iteration.txt").write_text("abc")
+    (source / "resolved_config.yaml").write_text("num-layers: 4")
+    refused(source, "holds 'abc', no iteration: name one with --iteration", kind="megatron", to="hf")
+
+
+def test_weights_that_are_a_pickle_are_not_opened(source):
+    """A pytorch_model.bin beside a good config: safetensors or nothing."""
+    for file in source.glob("model*"):
+        file.unlink()
+    torch.save({"model.norm.weight": Evil(source / "evil")}, source / "pytorch_model.bin")
+    refused(source, "model.safetensors is missing")
+    assert not (source / "evil").exists()
+
+
 def test_part_of_a_split_official_model(source):
     params = {"dim": 32, "n_layers": 4, "hidden_dim": 48, "n_self_heads": 2, "n_attn_heads": 4, "vocab_size": 64}
     (source / "params.json").write_text(json.dumps(params))

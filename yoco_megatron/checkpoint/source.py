@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from yoco_megatron.checkpoint import fields, names, safe_load
@@ -89,6 +90,10 @@ def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
         f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
     )
     latest = tracker.read_text().strip()
+    require(
+        latest == "release" or latest.isdigit() or iteration is not None,
+        f"--input {folder}: {TRACKER} holds {latest[:20]!r}, no iteration: name one with --iteration",
+    )
     name = "release" if latest == "release" and iteration is None else path_of(folder, int(iteration or latest)).name
     require(
         (folder / name / ".metadata").exists(),
@@ -192,7 +197,9 @@ class SafeTensors:
 
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            of = _json(index, "an exported model").get("weight_map")
+            require(isinstance(of, dict), f"--input {index} has no weight_map: copy the folder again")
+            listed = sorted(set(of.values()))
         else:
             listed = ["model.safetensors"]
         self.files: dict[str, Any] = {}
@@ -216,14 +223,25 @@ class SafeTensors:
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
+def _json(file: Path, what: str) -> dict[str, Any]:
+    """The object in a file that the folder of `what` has. Raises ValueError."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        content = json.loads(file.read_text())
     except OSError:
-        raise ValueError(f"--input {folder}: no config.json there; give the folder of an exported model") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--input {folder}/config.json is not JSON: {error}") from None
-    return config
+        raise ValueError(f"--input {file.parent}: no {file.name} there; give the folder of {what}") from None
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"--input {file} is not JSON: {error}") from None
+    require(isinstance(content, dict), f"--input {file} is no JSON object: is it that of {what}?")
+    return content
+
+
+def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: Any) -> YocoConfig:
+    """The configuration that `read` makes of a file's content. Raises ValueError for fields that describe no model."""
+    try:
+        return read(*args, **more)
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ValueError(f"--input {file} describes no YOCO: {what}") from None
 
 
 def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
@@ -238,27 +256,30 @@ def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Ca
 
 
 def _hf(folder: Path, _: int | None) -> Source:
-    config = _config_json(folder)
-    architecture = config.get("architectures", ["nothing"])[0]
+    file = folder / "config.json"
+    config = _json(file, "an exported model")
+    architecture = (config.get("architectures") or ["nothing"])[0]
     require(
         architecture == "YocoForCausalLM",
         f"--input {folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
         + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
     )
     tensors = SafeTensors(folder)
-    source = _renamed("hf", folder, YocoConfig.from_dict(config), tensors.found(), tensors.load, str)
+    source = _renamed("hf", folder, _described(file, YocoConfig.from_dict, config), tensors.found(), tensors.load, str)
     source.facts = config.get("training_facts") or {}
     return source
 
 
 def _fla(folder: Path, _: int | None) -> Source:
-    config = _config_json(folder)
+    file = folder / "config.json"
+    config = _json(file, "an exported model")
     require(
         "self_decoder_attn" in config and "cross_decoder_attn" in config,
         f"--input {folder}: its config.json is not that of flash-linear-attention's YOCOForCausalLM",
     )
     tensors = SafeTensors(folder)
-    return _renamed("fla", folder, fields.from_fla(config), tensors.found(), tensors.load, names.fla)
+    described = _described(file, fields.from_fla, config)
+    return _renamed("fla", folder, described, tensors.found(), tensors.load, names.fla)
 
 
 # -- the authors' layout
@@ -287,7 +308,8 @@ def _official(folder: Path, _: int | None) -> Source:
     tied = "output_projection.weight" not in state
     if not tied and "embed_tokens.weight" in state:
         tied = state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
-    config = fields.from_official(json.loads(params.read_text()), tied, max_position_embeddings=4096)
+    content = _json(params, "the authors' layout")
+    config = _described(params, fields.from_official, content, tied, max_position_embeddings=4096)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     rows = found.get("embed_tokens.weight", ((0,), None))[0][0]
     split = 0 < rows < config.vocab_size and config.vocab_size % rows == 0
