@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache, RetentionState
 
 PIECE = 32768
@@ -32,7 +33,7 @@ def forward(model: torch.nn.Module, ids: Tensor, last: bool = True, **inputs: An
     """
     if last:
         return model(ids, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
-    early = {"cross_positions": None} if model.config.model_type == "yoco" else {}
+    early = {"cross_positions": None} if model.config.model_type == YocoConfig.model_type else {}
     model.base_model(ids, use_cache=True, **early, **inputs)
     return None
 
