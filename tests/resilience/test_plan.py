@@ -74,6 +74,16 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, 
         assert activations() - activations("--loss-chunk-size", chunk) == saved
 
 
+@pytest.mark.parametrize(("kind", "also"), [("gated_retention", 32), ("sliding_window", 0)])
+def test_what_is_made_again_in_backward_is_not_kept(kind, also):
+    """64 tokens in bf16; two layers of each half, 64 wide in the FFN, retention 32."""
+
+    def activations(*flags: str) -> int:
+        return plan.memory(parsed(1, "--bf16", "--self-decoder", kind, *flags)).activations
+
+    assert activations() - activations("--recompute-elementwise") == 2 * 64 * (4 * 64 + 2 * also)
+
+
 def test_environment_by_generation_and_mode():
     tp2 = parsed(2, "--tensor-model-parallel-size", "2")
     assert plan.environment("hopper", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

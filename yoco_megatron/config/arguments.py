@@ -187,6 +187,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
             "leave the flag away for plain torch, or see tools/doctor.py for how to install it"
         )
+    rules.require(
+        args.cuda_graph_impl == "none" or runtime.has_gpu(),
+        f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: leave it away",
+    )
     if not args.mock_data:
         prefixes = data_prefixes_from_args(args)
         rules.require(

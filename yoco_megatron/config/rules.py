@@ -44,6 +44,15 @@ IGNORED_BY_YOCO = {
     "reset_attention_mask": "--dataloader-inter-document-masking separates documents",
 }
 
+# What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
+NOT_IN_A_CUDA_GRAPH = {
+    "dataloader_inter_document_masking": "the host reads where documents end",
+    "rampup_batch_size": "a graph has one number of micro-batches",
+    "check_for_spiky_loss": "the host reads the loss",
+    "timing_log_level": "Megatron's timers wait for the GPU",
+    "log_straggler": "the detector's timers wait for the GPU",
+}
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known name closest to `word`, or nothing."""
@@ -192,6 +201,28 @@ def check_mesh(args: Namespace) -> None:
         )
 
 
+def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
+    """A YOCO can be captured whole, forward and backward of a step, but not layer by layer."""
+    if args.enable_cuda_graph or args.external_cuda_graph or args.cuda_graph_impl in ("local", "transformer_engine"):
+        raise ValueError(
+            "--cuda-graph-impl local and transformer_engine record layers whose inputs are tensors; those of "
+            "--architecture yoco get the shared K,V as an object that sums their gradients: use full_iteration"
+        )
+    if args.cuda_graph_impl == "none":
+        return
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        flag = "--" + name.replace("_", "-")
+        require(
+            getattr(args, name) == 1, f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: leave one away"
+        )
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
+    for dest, why in NOT_IN_A_CUDA_GRAPH.items():
+        require(
+            getattr(args, dest) == parser.get_default(dest),
+            f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: leave one away",
+        )
+
+
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
     require(
@@ -209,6 +240,7 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
             "--dataloader-inter-document-masking is built for --architecture yoco alone: leave it away",
         )
         return
+    check_cuda_graphs(args, parser)
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, instead in IGNORED_BY_YOCO.items():
         if hasattr(args, dest):
