@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vocab-size", type=int, default=100_350)
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
-    parser.add_argument("--loss-chunk-size", type=int, default=0, help="of YOCO, and of GPT with --chunk-gpt-loss")
+    parser.add_argument("--loss-chunk-size", type=int, default=2048, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
     parser.add_argument("--flags", default="", help="more flags for all models")
@@ -85,7 +85,7 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: st
         f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
         f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
         f"{PRECISIONS[precision]} {MESHES[mesh][1]} {GRAPH if options.cuda_graph else ''} {options.flags} "
-        f"{f'--loss-chunk-size {options.loss_chunk_size}' if chunked else ''} "
+        f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
         f"{options.gpt_flags if model == 'GPT' else options.yoco_flags}"
     )
 

@@ -81,11 +81,13 @@ def test_meshes_keep_the_tokens_of_a_gpu(tmp_path: Path) -> None:
 
 
 def test_only_where_asked_gpt_gets_our_loss(tmp_path: Path) -> None:
-    ask = ["--loss-chunk-size", "2048"]
-    assert "--loss-chunk-size" in cases.flags_of("gated_retention", 4096, "bf16", 1, "1", options_of(tmp_path, *ask))
-    assert "--loss-chunk-size" not in cases.flags_of("GPT", 4096, "bf16", 1, "1", options_of(tmp_path, *ask))
-    both = options_of(tmp_path, *ask, "--chunk-gpt-loss")
-    assert "--loss-chunk-size" in cases.flags_of("GPT", 4096, "bf16", 1, "1", both)
+    def chunk_of(model: str, *argv: str) -> str:
+        words = cases.flags_of(model, 4096, "bf16", 1, "1", options_of(tmp_path, *argv)).split()
+        return words[words.index("--loss-chunk-size") + 1]
+
+    assert (chunk_of("gated_retention"), chunk_of("GPT"), chunk_of("GPT", "--chunk-gpt-loss")) == ("2048", "0", "2048")
+    assert chunk_of("gated_retention", "--loss-chunk-size", "0") == "0"
+    both = options_of(tmp_path, "--chunk-gpt-loss")
     assert "our chunked loss" in cases.title("GPT", 4096, "bf16", "1", both)
 
 

@@ -252,3 +252,16 @@ def test_self_decoder_view():
     assert view.window_size == (6, 0) and config.window_size is None
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 4, 8)
     assert view.params_dtype == config.params_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        ({}, 2048),
+        ({"loss-chunk-size": 0}, 0),
+        ({"architecture": "transformer"}, 0),
+        ({"fp16": True, "fp16-lm-cross-entropy": True}, 0),
+    ],
+)
+def test_the_loss_is_in_chunks_unless_it_is_megatrons(change, size):
+    assert arguments.parse(argv(**GOOD | change)).loss_chunk_size == size

@@ -53,8 +53,9 @@ def test_states(processes, flags, bytes_per_parameter):
 
 
 def test_more_activations_with_longer_sequences_fewer_with_recompute():
-    plain = plan.memory(parsed(1)).activations
-    assert plan.memory(parsed(1, "--seq-length", "64")).activations == pytest.approx(2 * plain)
+    whole_logits = ["--loss-chunk-size", "0"]
+    plain = plan.memory(parsed(1, *whole_logits)).activations
+    assert plan.memory(parsed(1, *whole_logits, "--seq-length", "64")).activations == pytest.approx(2 * plain)
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     assert plan.memory(parsed(1, *full)).activations < plain
 
@@ -71,7 +72,9 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, 
 
     for chunk, tokens in (("16", 16), ("4096", 64)):
         saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
-        assert activations() - activations("--loss-chunk-size", chunk) == saved
+        whole = activations("--loss-chunk-size", "0")
+        assert whole - activations("--loss-chunk-size", chunk) == saved
+    assert activations() == activations("--loss-chunk-size", "2048")
 
 
 @pytest.mark.parametrize(("kind", "also"), [("gated_retention", 32), ("sliding_window", 0)])

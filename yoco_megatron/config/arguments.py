@@ -171,6 +171,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rules.require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
+    rules.fill_in_loss_chunk(args)
     rules.check_mesh(args)
     rules.check_ignored(args, parser)
     rules.require(

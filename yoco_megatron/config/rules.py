@@ -54,6 +54,9 @@ NOT_IN_A_CUDA_GRAPH = {
 }
 
 
+LOSS_CHUNK_SIZE = 2048
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known name closest to `word`, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -90,6 +93,14 @@ def fill_in_defaults(config: Any) -> None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:
         config.self_decoder_query_groups = config.self_decoder_heads
+    fill_in_loss_chunk(config)
+
+
+def fill_in_loss_chunk(config: Any) -> None:
+    """Of YOCOConfig, or of the arguments of any architecture: chunks, unless the loss is to be Megatron's own."""
+    if config.loss_chunk_size is None:
+        megatrons_own = config.architecture != "yoco" or getattr(config, "fp16_lm_cross_entropy", False)
+        config.loss_chunk_size = 0 if megatrons_own else LOSS_CHUNK_SIZE
 
 
 def check_model(config: Any) -> None:
