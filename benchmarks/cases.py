@@ -13,7 +13,11 @@ PRECISIONS = {
     "delayed": "--fp8-format hybrid --fp8-recipe delayed",
     "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
+    "delayed-gather": "--fp8-format hybrid --fp8-recipe delayed --fp8-param-gather",
+    "tensorwise-gather": "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather",
 }
+# Forward and backward of a step as one CUDA graph, recorded in the fourth step; it cannot ask for NaN.
+GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3 --no-check-for-nan-in-loss-and-grad"
 MESHES = {
     "1": (1, ""),
     "DP2": (2, ""),  # the recipe has the distributed optimizer and both overlaps
@@ -56,12 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vocab-size", type=int, default=100_350)
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
-    parser.add_argument("--loss-chunk-size", type=int, default=0, help="of YOCO, and of GPT with --chunk-gpt-loss")
+    parser.add_argument("--loss-chunk-size", type=int, default=2048, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
+    parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
     parser.add_argument("--flags", default="", help="more flags for all models")
     parser.add_argument("--yoco-flags", default="", help="more flags for YOCO")
     parser.add_argument("--gpt-flags", default="", help="more flags for GPT")
-    parser.add_argument("--steps", type=int, default=8, help="the median of the second half counts")
+    parser.add_argument("--steps", type=int, default=12, help="the median of the second half counts")
     parser.add_argument("--timeout", type=int, default=200, help="seconds for one run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
 
@@ -79,8 +84,8 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: st
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
         f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
         f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
-        f"{PRECISIONS[precision]} {MESHES[mesh][1]} {options.flags} "
-        f"{f'--loss-chunk-size {options.loss_chunk_size}' if chunked else ''} "
+        f"{PRECISIONS[precision]} {MESHES[mesh][1]} {GRAPH if options.cuda_graph else ''} {options.flags} "
+        f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
         f"{options.gpt_flags if model == 'GPT' else options.yoco_flags}"
     )
 
@@ -89,7 +94,8 @@ def title(model: str, length: int, precision: str, mesh: str, options: argparse.
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
     chunked = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
-    return f"{options.model}{layers} {model}{chunked} {length} {precision}{'' if mesh == '1' else f' {mesh}'}"
+    more = ("" if mesh == "1" else f" {mesh}") + (" CUDA graph" if options.cuda_graph else "")
+    return f"{options.model}{layers} {model}{chunked} {length} {precision}{more}"
 
 
 def largest_that_fits(

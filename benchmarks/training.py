@@ -3,6 +3,7 @@
     python benchmarks/training.py --lengths 4096 --micro-batches 2                      # one GPU, about three minutes
     python benchmarks/training.py --lengths 4096 --micro-batches 4 GPT=1 --precisions bf16 delayed
     python benchmarks/training.py --lengths 32768 --loss-chunk-size 2048 --chunk-gpt-loss --micro-batches 1
+    python benchmarks/training.py --model 160m --lengths 1024 --batch-tokens 8192 --cuda-graph   # and without it
     python benchmarks/training.py --meshes 1 TP2 DP2 --models gated_retention           # two GPUs
 
 For each length, precision and mesh the models take turns, GPT first, --rounds times; each at its own micro-batches,

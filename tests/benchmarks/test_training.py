@@ -7,7 +7,10 @@ from pathlib import Path
 import cases
 import pytest
 import training
-from runs import Failure, Run, last_error
+from runs import MOCK, Failure, Run, last_error
+
+from yoco_megatron import runtime
+from yoco_megatron.config import arguments
 
 
 def test_micro_batches_of_all_and_of_one() -> None:
@@ -78,9 +81,33 @@ def test_meshes_keep_the_tokens_of_a_gpu(tmp_path: Path) -> None:
 
 
 def test_only_where_asked_gpt_gets_our_loss(tmp_path: Path) -> None:
-    ask = ["--loss-chunk-size", "2048"]
-    assert "--loss-chunk-size" in cases.flags_of("gated_retention", 4096, "bf16", 1, "1", options_of(tmp_path, *ask))
-    assert "--loss-chunk-size" not in cases.flags_of("GPT", 4096, "bf16", 1, "1", options_of(tmp_path, *ask))
-    both = options_of(tmp_path, *ask, "--chunk-gpt-loss")
-    assert "--loss-chunk-size" in cases.flags_of("GPT", 4096, "bf16", 1, "1", both)
+    def chunk_of(model: str, *argv: str) -> str:
+        words = cases.flags_of(model, 4096, "bf16", 1, "1", options_of(tmp_path, *argv)).split()
+        return words[words.index("--loss-chunk-size") + 1]
+
+    assert (chunk_of("gated_retention"), chunk_of("GPT"), chunk_of("GPT", "--chunk-gpt-loss")) == ("2048", "0", "2048")
+    assert chunk_of("gated_retention", "--loss-chunk-size", "0") == "0"
+    both = options_of(tmp_path, "--chunk-gpt-loss")
     assert "our chunked loss" in cases.title("GPT", 4096, "bf16", "1", both)
+
+
+@pytest.mark.parametrize("precision", cases.PRECISIONS)
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_flags_of_every_precision_are_accepted(model: str, precision: str, tmp_path: Path) -> None:
+    flags = cases.flags_of(model, 4096, precision, 1, "1", options_of(tmp_path))
+    args = arguments.parse([*MOCK.split(), *flags.split()])
+    assert args.bf16 and args.use_distributed_optimizer  # gathering FP8 parameters needs it
+    assert (args.fp8_recipe if args.fp8 else "bf16") == precision.removesuffix("-gather")
+    assert args.fp8_param_gather == precision.endswith("-gather")
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_flags_of_cuda_graphs_are_accepted(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(tmp_path, "--cuda-graph", "--model", "160m")
+    flags = [*MOCK.split(), *cases.flags_of(model, 1024, "bf16", 1, "1", options).split()]
+    with pytest.raises(ValueError, match="--cuda-graph-impl full_iteration needs a GPU"):
+        arguments.parse(flags)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
+    args = arguments.parse(flags)
+    assert args.cuda_graph_warmup_steps < options.steps // 2 and not args.check_for_nan_in_loss_and_grad
+    assert "CUDA graph" in cases.title(model, 1024, "bf16", "1", options)

@@ -146,3 +146,8 @@ def test_published_hyperparameters(parser):
 def test_3b_total(parser):
     count = parameter_count(ModelShape.from_args(parse(parser, "model/yoco_3b")))
     assert sum(count.values()) / 1e9 == pytest.approx(3.445, abs=5e-4)
+
+
+def test_fp8_beside_a_recipe(parser):
+    args = parse(parser, "model/yoco_3b", "recipe/3b_1t", "precision/fp8")
+    assert (args.bf16, args.fp8, args.fp8_recipe) == (True, "hybrid", "delayed")

@@ -83,6 +83,24 @@ MISTAKES = {
     "sequence against tensor parallelism": ({"seq-length": 63}, ["seq-length 63", "sequence-parallel"]),
     "window 0": ({"self-decoder-window": 0}, ["self-decoder-window 0"]),
     "loss chunk": ({"loss-chunk-size": -1}, ["loss-chunk-size -1"]),
+    "CUDA graphs of layers": ({"cuda-graph-impl": "local"}, ["cuda-graph-impl", "full_iteration"]),
+    "CUDA graphs of layers, the old flag": ({"external-cuda-graph": True}, ["cuda-graph-impl", "full_iteration"]),
+    "CUDA graphs over stages": (
+        {"cuda-graph-impl": "full_iteration", "pipeline-model-parallel-size": 2},
+        ["cuda-graph-impl", "pipeline-model-parallel-size 2"],
+    ),
+    "CUDA graphs of documents": (
+        {"cuda-graph-impl": "full_iteration", "dataloader-inter-document-masking": True},
+        ["cuda-graph-impl", "dataloader-inter-document-masking"],
+    ),
+    "CUDA graphs and a loss that the host reads": (
+        {"cuda-graph-impl": "full_iteration", "check-for-spiky-loss": True},
+        ["cuda-graph-impl", "check-for-spiky-loss"],
+    ),
+    "CUDA graphs and timers": (
+        {"cuda-graph-impl": "full_iteration", "timing-log-level": 1},
+        ["cuda-graph-impl", "timing-log-level"],
+    ),
     "loss chunk, half": (
         {"loss-chunk-size": 32, "fp16-lm-cross-entropy": True, "fp16": True},
         ["loss-chunk-size", "fp16-lm-cross-entropy"],
@@ -234,3 +252,16 @@ def test_self_decoder_view():
     assert view.window_size == (6, 0) and config.window_size is None
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 4, 8)
     assert view.params_dtype == config.params_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        ({}, 2048),
+        ({"loss-chunk-size": 0}, 0),
+        ({"architecture": "transformer"}, 0),
+        ({"fp16": True, "fp16-lm-cross-entropy": True}, 0),
+    ],
+)
+def test_the_loss_is_in_chunks_unless_it_is_megatrons(change, size):
+    assert arguments.parse(argv(**GOOD | change)).loss_chunk_size == size

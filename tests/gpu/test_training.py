@@ -52,6 +52,22 @@ def test_losses_of_the_cpu_path(kind: str, tmp_path: Path) -> None:
         assert abs(a - b) < LOSS_NOISE * a, f"step {step}: {a} on the CPU, {b} on the GPU"
 
 
+# The graph is recorded in the fourth step, and the steps after it replay it: on other data, with other weights.
+GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3"
+LEAN = "--loss-chunk-size 2048 --recompute-elementwise"
+
+
+@pytest.mark.parametrize("more", ["", LEAN, "--fp8-format hybrid --fp8-recipe delayed"], ids=["plain", "lean", "fp8"])
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_a_step_in_one_cuda_graph_trains_alike(kind: str, more: str) -> None:
+    flags = f"{TINY} --self-decoder {kind} --no-check-for-nan-in-loss-and-grad {more}"
+    plain, graphed = pretrain(flags), pretrain(f"{flags} {GRAPH}")
+    assert len(plain) == len(graphed) == 10
+    assert plain[-1] < plain[0] - 0.1  # a graph that forgot the weights or the data would differ
+    for step, (a, b) in enumerate(zip(plain, graphed), start=1):
+        assert abs(a - b) < 5e-3 * a, f"step {step}: {a} without a graph, {b} with one"
+
+
 @pytest.mark.xdist_group("a whole GPU's memory")
 @pytest.mark.parametrize("model", ["yoco_1.4b", "yoco_1.4b_swa"])
 def test_trains_at_1_4b(model: str) -> None:

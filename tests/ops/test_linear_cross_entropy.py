@@ -58,15 +58,21 @@ def test_narrow_inputs(dtype, tolerance):
         assert (got.double() - want).norm() < tolerance * want.norm()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_into_a_buffer(dtype):
-    """The weight's gradient is added to `main_grad`, unrounded; autograd gets zeros, so nothing counts twice."""
+def test_gradient_into_a_buffer(dtype, shared, monkeypatch):
+    """The weight's gradient is added to `main_grad`, unrounded. Where another's gradient of the same weight is summed
+    with what autograd gets, that is zeros; else no time goes into memory that nobody reads."""
+    zeros = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *args, **more: zeros.append(args) or zeros_like(*args, **more))
     x, weight, labels, dloss = inputs(dtype)
     x, weight = x.requires_grad_(), weight.requires_grad_()
+    weight.zero_out_wgrad = shared
     before = torch.randn(WORDS, HIDDEN, generator=torch.Generator().manual_seed(2))
     buffer = before.clone()
     linear_cross_entropy(x, weight, labels, 16, main_grad=buffer).backward(dloss.float())
-    assert weight.grad.count_nonzero() == 0
+    assert len(zeros) == shared and (not shared or weight.grad.count_nonzero() == 0)
     _, dx, dweight = plain(x.detach(), weight.detach(), labels, dloss)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert ((buffer - before).double() - dweight).norm() < tolerance * dweight.norm()

@@ -53,8 +53,9 @@ def test_states(processes, flags, bytes_per_parameter):
 
 
 def test_more_activations_with_longer_sequences_fewer_with_recompute():
-    plain = plan.memory(parsed(1)).activations
-    assert plan.memory(parsed(1, "--seq-length", "64")).activations == pytest.approx(2 * plain)
+    whole_logits = ["--loss-chunk-size", "0"]
+    plain = plan.memory(parsed(1, *whole_logits)).activations
+    assert plan.memory(parsed(1, *whole_logits, "--seq-length", "64")).activations == pytest.approx(2 * plain)
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     assert plan.memory(parsed(1, *full)).activations < plain
 
@@ -71,7 +72,19 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, 
 
     for chunk, tokens in (("16", 16), ("4096", 64)):
         saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
-        assert activations() - activations("--loss-chunk-size", chunk) == saved
+        whole = activations("--loss-chunk-size", "0")
+        assert whole - activations("--loss-chunk-size", chunk) == saved
+    assert activations() == activations("--loss-chunk-size", "2048")
+
+
+@pytest.mark.parametrize(("kind", "also"), [("gated_retention", 32), ("sliding_window", 0)])
+def test_what_is_made_again_in_backward_is_not_kept(kind, also):
+    """64 tokens in bf16; two layers of each half, 64 wide in the FFN, retention 32."""
+
+    def activations(*flags: str) -> int:
+        return plan.memory(parsed(1, "--bf16", "--self-decoder", kind, *flags)).activations
+
+    assert activations() - activations("--recompute-elementwise") == 2 * 64 * (4 * 64 + 2 * also)
 
 
 def test_environment_by_generation_and_mode():

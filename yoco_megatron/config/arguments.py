@@ -171,6 +171,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rules.require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
+    rules.fill_in_loss_chunk(args)
     rules.check_mesh(args)
     rules.check_ignored(args, parser)
     rules.require(
@@ -187,6 +188,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
             "leave the flag away for plain torch, or see tools/doctor.py for how to install it"
         )
+    rules.require(
+        args.cuda_graph_impl == "none" or runtime.has_gpu(),
+        f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: leave it away",
+    )
     if not args.mock_data:
         prefixes = data_prefixes_from_args(args)
         rules.require(

@@ -44,6 +44,18 @@ IGNORED_BY_YOCO = {
     "reset_attention_mask": "--dataloader-inter-document-masking separates documents",
 }
 
+# What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
+NOT_IN_A_CUDA_GRAPH = {
+    "dataloader_inter_document_masking": "the host reads where documents end",
+    "rampup_batch_size": "a graph has one number of micro-batches",
+    "check_for_spiky_loss": "the host reads the loss",
+    "timing_log_level": "Megatron's timers wait for the GPU",
+    "log_straggler": "the detector's timers wait for the GPU",
+}
+
+
+LOSS_CHUNK_SIZE = 2048
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the known name closest to `word`, or nothing."""
@@ -81,6 +93,14 @@ def fill_in_defaults(config: Any) -> None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:
         config.self_decoder_query_groups = config.self_decoder_heads
+    fill_in_loss_chunk(config)
+
+
+def fill_in_loss_chunk(config: Any) -> None:
+    """Of YOCOConfig, or of the arguments of any architecture: chunks, unless the loss is to be Megatron's own."""
+    if config.loss_chunk_size is None:
+        megatrons_own = config.architecture != "yoco" or getattr(config, "fp16_lm_cross_entropy", False)
+        config.loss_chunk_size = 0 if megatrons_own else LOSS_CHUNK_SIZE
 
 
 def check_model(config: Any) -> None:
@@ -192,6 +212,28 @@ def check_mesh(args: Namespace) -> None:
         )
 
 
+def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
+    """A YOCO can be captured whole, forward and backward of a step, but not layer by layer."""
+    if args.enable_cuda_graph or args.external_cuda_graph or args.cuda_graph_impl in ("local", "transformer_engine"):
+        raise ValueError(
+            "--cuda-graph-impl local and transformer_engine record layers whose inputs are tensors; those of "
+            "--architecture yoco get the shared K,V as an object that sums their gradients: use full_iteration"
+        )
+    if args.cuda_graph_impl == "none":
+        return
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        flag = "--" + name.replace("_", "-")
+        require(
+            getattr(args, name) == 1, f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: leave one away"
+        )
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
+    for dest, why in NOT_IN_A_CUDA_GRAPH.items():
+        require(
+            getattr(args, dest) == parser.get_default(dest),
+            f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: leave one away",
+        )
+
+
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
     require(
@@ -209,6 +251,7 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
             "--dataloader-inter-document-masking is built for --architecture yoco alone: leave it away",
         )
         return
+    check_cuda_graphs(args, parser)
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, instead in IGNORED_BY_YOCO.items():
         if hasattr(args, dest):

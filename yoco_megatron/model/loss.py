@@ -60,7 +60,7 @@ def chunked_loss(
         hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
     main_grad = getattr(weight, "main_grad", None) if fuse_weight_gradient and torch.is_grad_enabled() else None
     if main_grad is not None:
-        weight.grad_added_to_main_grad = True  # Megatron's gradient hook then leaves autograd's zeros alone
+        weight.grad_added_to_main_grad = True  # Megatron's gradient hook then leaves what autograd gets alone
     rows = labels.t()
     x, words = hidden_states.flatten(0, 1), rows.flatten()
     losses = linear_cross_entropy(x, weight, words, chunk_size, tp_group, main_grad)

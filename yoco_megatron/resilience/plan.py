@@ -66,9 +66,18 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     if args.recompute_granularity == "full":
         per_layer = value * tokens * shape.hidden_size / split
     else:
-        per_layer = 17 * value * tokens * shape.hidden_size / split
+        per_layer = 17 * value * tokens * shape.hidden_size / split - _remade(args, shape, tokens) / tp
     in_flight = pp if pp > 1 else 1
     return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
+
+
+def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --recompute-elementwise does not keep: SwiGLU's output, and in retention
+    layers the gated one (model/remade.py)."""
+    if args.architecture != "yoco" or not args.recompute_elementwise:
+        return 0.0
+    share = shape.num_self_decoder_layers / shape.num_layers if shape.self_decoder == "gated_retention" else 0.0
+    return (2 if args.bf16 or args.fp16 else 4) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
 
 
 def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:

@@ -36,7 +36,9 @@ def linear_cross_entropy(
         weight: [V, h]; rank r holds the words r V to (r + 1) V - 1.
         labels: int64 [N], words of the whole vocabulary.
         chunk_size: tokens whose logits exist at a time.
-        main_grad: [V, h] of x's dtype or fp32, to which backward adds the weight's gradient; autograd then gets zeros.
+        main_grad: [V, h] of x's dtype or fp32, to which backward adds the weight's gradient. Autograd then
+            gets, as Megatron has it, memory that nobody reads, or zeros where `weight.zero_out_wgrad` says that another
+            gradient is added to them.
     Raises:
         ValueError: shapes that do not fit, or chunk_size < 1.
     """
@@ -87,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(d_nV, weight, out=dx[part])
             _add_product(total, d_nV.t(), x[part])
             del d_nV  # before the next one is made
-        dweight = total.to(weight.dtype) if ctx.main_grad is None else torch.zeros_like(weight)
+        if ctx.main_grad is None:
+            dweight = total.to(weight.dtype)
+        else:
+            dweight = (torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like)(weight)
         return dx, dweight, None, None, None, None
 
 
