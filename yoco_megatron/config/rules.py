@@ -93,7 +93,6 @@ def fill_in_defaults(config: Any) -> None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:
         config.self_decoder_query_groups = config.self_decoder_heads
-    fill_in_loss_chunk(config)
 
 
 def fill_in_loss_chunk(config: Any) -> None:

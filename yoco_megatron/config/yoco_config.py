@@ -83,6 +83,7 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         from yoco_megatron.config import rules
 
         rules.fill_in_defaults(self)
+        rules.fill_in_loss_chunk(self)
         if self.rope_variant == "yoco":
             self.rotary_interleaved = True
         rules.check_model(self)
