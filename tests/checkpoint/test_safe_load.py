@@ -3,11 +3,17 @@
 import io
 import os
 import pickle
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.safe_globals import safe_load_from_bytes
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from yoco_megatron.checkpoint import safe_load
@@ -67,3 +73,71 @@ def test_lookups_are_a_short_list(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     with pytest.raises(ValueError, match="do not trust"):
         safe_load.MetadataUnpickler(io.BytesIO()).find_class(module, attribute)
+
+
+class Format(Enum):
+    HYBRID = (1, 2)
+
+
+@dataclass
+class DelayedScaling:
+    """Stands for Transformer Engine's, which needs its library to import."""
+
+    fp8_format: Format = Format.HYBRID
+    amax_history_len: int = 1024
+
+
+@pytest.fixture
+def fp8_state(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """As Transformer Engine's `get_extra_state` pickles it."""
+    module = types.ModuleType("transformer_engine.common.recipe")
+    for kind in (Format, DelayedScaling):
+        monkeypatch.setattr(kind, "__module__", module.__name__)
+        monkeypatch.setattr(module, kind.__name__, kind, raising=False)
+    module.mkdir = os.mkdir
+    for name in ("transformer_engine", "transformer_engine.common"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return {
+        "recipe": DelayedScaling(),
+        "scale_fwd": torch.rand(3),
+        "amax_history_fwd": torch.rand(1024, 3),
+        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "name": "a", "pair": (1, [2.0])},
+    }
+
+
+@pytest.mark.parametrize("load_from_bytes", [torch.storage._load_from_bytes, safe_load_from_bytes])
+def test_fp8_state_loads(load_from_bytes: Callable, fp8_state: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron puts a function of its own in the place of torch's, which pickles then name."""
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", load_from_bytes)
+    loaded = safe_load.load_fp8_state(pickle.dumps(fp8_state))
+    assert torch.equal(loaded.pop("amax_history_fwd"), fp8_state.pop("amax_history_fwd"))
+    assert torch.equal(loaded.pop("scale_fwd"), fp8_state.pop("scale_fwd"))
+    assert loaded == fp8_state
+
+
+class Borrowed(Evil):
+    """A function that the recipe's module happens to hold."""
+
+    def __reduce__(self):
+        function = types.FunctionType(os.path.join.__code__, {}, "mkdir")
+        function.__module__, function.__qualname__ = "transformer_engine.common.recipe", "mkdir"
+        sys.modules[function.__module__].mkdir = function
+        return function, (str(self.path),)
+
+
+class Nested(Evil):
+    """A tensor's storage that is a pickle of code."""
+
+    def __reduce__(self):
+        file = io.BytesIO()
+        torch.save(Evil(self.path), file)
+        return torch.storage._load_from_bytes, (file.getvalue(),)
+
+
+@pytest.mark.parametrize("kind", [Evil, Borrowed, Nested])
+def test_code_in_fp8_state_is_refused(kind: type[Evil], fp8_state: dict, tmp_path: Path) -> None:
+    content = pickle.dumps(fp8_state | {"scale_bwd": kind(tmp_path / "evil")})
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=r"mkdir"):
+        safe_load.load_fp8_state(content)
+    assert not (tmp_path / "evil").exists()

@@ -25,7 +25,6 @@ def test_bf16_against_float64(into_buffer: bool):
         loss.backward(dloss.to(loss.dtype))
         results.append((loss.detach(), a.grad, b.grad))
     if into_buffer:
-        assert results[0][2].count_nonzero() == 0
         results[0] = *results[0][:2], main_grad
     for got, want in zip(*results, strict=True):
         assert (got.double() - want).norm() < 1e-2 * want.norm()

@@ -4,6 +4,10 @@ torch.distributed.checkpoint unpickles two things without restraint: the file `.
 (torch/distributed/checkpoint/filesystem.py:read_metadata) and every entry that is no tensor
 (torch/distributed/checkpoint/default_planner.py:load_bytes). Here the first may only name the classes that such a file
 is made of, and the second is loaded with `weights_only=True`, whose list of harmless classes Megatron has extended.
+
+Transformer Engine keeps the scales of FP8's delayed scaling in a pickle of its own, inside of a tensor of bytes, and
+refuses to load it unless an environment variable lets everything in. Here it is loaded, and may only name what such a
+state is made of.
 """
 
 import io
@@ -15,6 +19,8 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem
 from torch.distributed.checkpoint.planner import ReadItem
+
+from yoco_megatron import runtime
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +36,10 @@ ALLOWED: dict[str, set[str] | None] = {
 }
 
 
+# How a pickled tensor names the function that unpickles its content: torch's own, and what Megatron puts in its place.
+LOADS_A_STORAGE = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Unpickles a checkpoint's `.metadata`, and refuses to look up anything else."""
 
@@ -37,12 +47,41 @@ class MetadataUnpickler(pickle.Unpickler):
         """Raises ValueError for a name that no `.metadata` needs."""
         if module in ALLOWED and (ALLOWED[module] is None or name in ALLOWED[module]) and "." not in name:
             return super().find_class(module, name)
-        message = (
-            f"--load: the checkpoint's .metadata names {module}.{name}, which no checkpoint needs and which could run "
-            "code: do not trust this folder"
-        )
-        logger.error(message)  # torch's loader goes on without metadata and then says only that there is none
-        raise ValueError(message)
+        raise _refusal(".metadata", module, name)
+
+
+class FP8StateUnpickler(pickle.Unpickler):
+    """Unpickles what Transformer Engine saves of a module with delayed scaling: a recipe, tensors, plain values."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises ValueError for a name that no such state needs."""
+        if (module, name) in LOADS_A_STORAGE:
+            return _load_storage
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        if module == "transformer_engine.common.recipe" and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise _refusal("FP8 state", module, name)
+
+
+def _refusal(what: str, module: str, name: str) -> ValueError:
+    message = (
+        f"--load: the checkpoint's {what} names {module}.{name}, which no checkpoint needs and which could run code: "
+        "do not trust this folder"
+    )
+    logger.error(message)  # torch's loader goes on without metadata and then says only that there is none
+    return ValueError(message)
+
+
+def _load_storage(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def load_fp8_state(content: bytes) -> Any:
+    """In place of `pickle.loads` in Transformer Engine's modules."""
+    return FP8StateUnpickler(io.BytesIO(content)).load()
 
 
 def _load_metadata(file: IO[bytes]) -> Any:
@@ -59,9 +98,15 @@ def _load_bytes(self: default_planner.DefaultLoadPlanner, read_item: ReadItem, v
 
 
 def install() -> None:
-    """Apply both to torch.distributed.checkpoint, for this process."""
+    """Apply all this to torch.distributed.checkpoint and Transformer Engine, for this process."""
     filesystem.pickle = types.SimpleNamespace(**vars(pickle) | {"load": _load_metadata})
     default_planner.DefaultLoadPlanner.load_bytes = _load_bytes
     from megatron.core.rerun_state_machine import Call, Caller
 
     torch.serialization.add_safe_globals([Call, Caller])  # in a checkpoint that asks to run a step again elsewhere
+    if runtime.has_transformer_engine():
+        from transformer_engine.pytorch import _extra_state
+        from transformer_engine.pytorch.module import base
+
+        _extra_state.unsafe_pickle_extra_state_enabled = lambda: True
+        base.pickle = types.SimpleNamespace(**vars(pickle) | {"loads": load_fp8_state})
