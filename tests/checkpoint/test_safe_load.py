@@ -1,5 +1,6 @@
 """A checkpoint that carries code is refused, and the code does not run; honest ones load (tests/test_resume.py too)."""
 
+import importlib
 import io
 import os
 import pickle
@@ -87,6 +88,13 @@ class DelayedScaling:
     amax_history_len: int = 1024
 
 
+class TEDelayedScaling(DelayedScaling):
+    """Stands for Megatron's, whose constructor wants a configuration."""
+
+    def __init__(self, config: str) -> None:
+        super().__init__()
+
+
 @pytest.fixture
 def fp8_state(monkeypatch: pytest.MonkeyPatch) -> dict:
     """As Transformer Engine's `get_extra_state` pickles it."""
@@ -98,8 +106,11 @@ def fp8_state(monkeypatch: pytest.MonkeyPatch) -> dict:
     for name in ("transformer_engine", "transformer_engine.common"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    monkeypatch.setattr(TEDelayedScaling, "__module__", extension.__name__)
+    monkeypatch.setattr(extension, "TEDelayedScaling", TEDelayedScaling, raising=False)
     return {
-        "recipe": DelayedScaling(),
+        "recipe": [DelayedScaling(), TEDelayedScaling("config")],
         "scale_fwd": torch.rand(3),
         "amax_history_fwd": torch.rand(1024, 3),
         "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "name": "a", "pair": (1, [2.0])},

@@ -38,6 +38,9 @@ ALLOWED: dict[str, set[str] | None] = {
 
 # How a pickled tensor names the function that unpickles its content: torch's own, and what Megatron puts in its place.
 LOADS_A_STORAGE = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+PARTS_OF_A_TENSOR = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
+# A class of Transformer Engine's recipe with another constructor, which unpickling does not call.
+MEGATRONS_RECIPE = ("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -57,7 +60,7 @@ class FP8StateUnpickler(pickle.Unpickler):
         """Raises ValueError for a name that no such state needs."""
         if (module, name) in LOADS_A_STORAGE:
             return _load_storage
-        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
+        if (module, name) in PARTS_OF_A_TENSOR or (module, name) == MEGATRONS_RECIPE:
             return super().find_class(module, name)
         if module == "transformer_engine.common.recipe" and "." not in name:
             found = super().find_class(module, name)
