@@ -123,6 +123,17 @@ def divide(kernels: list[Kernel], step: float) -> dict[str, float]:
     return dict(times)
 
 
+def gaps(kernels: list[Kernel]) -> list[tuple[float, str, str]]:
+    """(microseconds, kernel before, kernel after) of each moment between kernels in which none ran, longest first."""
+    found, covered, before = [], kernels[0][0], ""
+    for start, stop, _, name in kernels:
+        if start > covered:
+            found.append((start - covered, before, name))
+        if stop > covered:
+            covered, before = stop, name
+    return sorted(found, reverse=True)
+
+
 def covered_by(inner: list[Kernel], outer: list[Kernel]) -> float:
     """How long a kernel of each list runs at once."""
     edges = [(moment, which, change) for which, kernels in enumerate((inner, outer)) for start, stop, *_ in kernels
@@ -136,7 +147,7 @@ def covered_by(inner: list[Kernel], outer: list[Kernel]) -> float:
 
 
 def report(case: str, events: list[dict], run: Run, device: str, options: argparse.Namespace) -> None:
-    """Print the table of one case, and its longest kernels; record a row a group."""
+    """Print the table of one case, its longest kernels, and where none ran; record a row a group."""
     kernels, step = read_kernels(events)
     times = divide(kernels, step)
     alongside = sum(k[1] - k[0] for k in kernels if k[2] == "communication") - times.get("communication", 0.0)
@@ -160,6 +171,13 @@ def report(case: str, events: list[dict], run: Run, device: str, options: argpar
     print("\nlongest kernels (ms, count, group, name)")
     for (group, name), durations in sorted(longest.items(), key=lambda item: -sum(item[1]))[: options.kernels]:
         print(f"{sum(durations) / 1e3:>9.2f} {len(durations):>6}  {group:<22} {name[:110]}")
+    waits = gaps(kernels)
+    short = [wait for wait, *_ in waits if wait < 20]
+    print(
+        f"\nidle between kernels: {sum(short) / 1e3:.2f} ms in {len(short)} gaps below 20 us; the longest (ms, between)"
+    )
+    for wait, before, after in waits[: options.gaps]:
+        print(f"{wait / 1e3:>9.2f}  {before[:60]}  and  {after[:60]}")
 
 
 def main() -> None:
@@ -170,6 +188,7 @@ def main() -> None:
     parser.add_argument("--mesh", choices=list(MESHES), default="1")
     parser.add_argument("--micro-batch", type=int, default=1, help="halved where it does not fit")
     parser.add_argument("--kernels", type=int, default=30, help="how many of the longest kernels to list")
+    parser.add_argument("--gaps", type=int, default=15, help="how many of the longest waits between kernels to list")
     parser.add_argument("--keep", type=Path, help="folder for the recorded profiles (Perfetto reads them)")
     options = parser.parse_args()
     options.steps = FIRST_STEP + 1

@@ -78,6 +78,11 @@ def test_every_moment_counts_once() -> None:
     assert times == {"GEMM": 30, "head and loss": 20, "retention": 5, "communication": 15, "idle": 30}
 
 
+def test_gaps_lie_where_no_kernel_runs() -> None:
+    kernels = [(0, 10, "", "a"), (2, 4, "", "b"), (15, 20, "", "c"), (19, 30, "", "d"), (31, 32, "", "e")]
+    assert breakdown.gaps(kernels) == [(5, "a", "c"), (1, "d", "e")]
+
+
 def test_a_profile_without_kernels_is_refused() -> None:
     with pytest.raises(ValueError, match="no step with GPU kernels"):
         breakdown.read_kernels(PROFILE[:3])
