@@ -117,11 +117,20 @@ def fp8_state(monkeypatch: pytest.MonkeyPatch) -> dict:
     }
 
 
-@pytest.mark.parametrize("load_from_bytes", [torch.storage._load_from_bytes, safe_load_from_bytes])
+def named_by_torch(content: bytes) -> None:
+    """Stands for torch's own function, in whose place Megatron puts another."""
+
+
+named_by_torch.__module__, named_by_torch.__qualname__ = "torch.storage", "_load_from_bytes"
+
+
+@pytest.mark.parametrize("load_from_bytes", [named_by_torch, safe_load_from_bytes])
 def test_fp8_state_loads(load_from_bytes: Callable, fp8_state: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron puts a function of its own in the place of torch's, which pickles then name."""
+    """Pickles name torch's function, or the one that Megatron puts in its place."""
     monkeypatch.setattr(torch.storage, "_load_from_bytes", load_from_bytes)
-    loaded = safe_load.load_fp8_state(pickle.dumps(fp8_state))
+    content = pickle.dumps(fp8_state)
+    assert load_from_bytes.__module__.encode() in content
+    loaded = safe_load.load_fp8_state(content)
     assert torch.equal(loaded.pop("amax_history_fwd"), fp8_state.pop("amax_history_fwd"))
     assert torch.equal(loaded.pop("scale_fwd"), fp8_state.pop("scale_fwd"))
     assert loaded == fp8_state
@@ -152,3 +161,27 @@ def test_code_in_fp8_state_is_refused(kind: type[Evil], fp8_state: dict, tmp_pat
     with pytest.raises((ValueError, pickle.UnpicklingError), match=r"mkdir"):
         safe_load.load_fp8_state(content)
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_transformer_engine_unpickles_with_restraint(
+    asks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of its modules that unpickle, whether or not its version asks before it does."""
+    package = "transformer_engine.pytorch"
+    for name in ("", "module", "module.base", "ops", "ops.op", *(["_extra_state"] if asks else [])):
+        parent, _, child = f"{package}.{name}".rstrip(".").rpartition(".")
+        module = types.ModuleType(f"{parent}.{child}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        if name:
+            setattr(sys.modules[parent], child, module)
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setattr(safe_load.runtime, "has_transformer_engine", lambda: True)
+    safe_load.install()
+    for name in ("module.base", "ops.op"):
+        loads = sys.modules[f"{package}.{name}"].pickle.loads
+        assert loads(pickle.dumps({"num_gemms": 1})) == {"num_gemms": 1}
+        with pytest.raises(ValueError, match="do not trust"):
+            loads(pickle.dumps(Evil(tmp_path / "evil")))
+    assert not (tmp_path / "evil").exists()
+    assert not asks or sys.modules[f"{package}._extra_state"].unsafe_pickle_extra_state_enabled()

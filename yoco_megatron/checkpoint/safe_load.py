@@ -13,6 +13,7 @@ state is made of.
 import io
 import logging
 import pickle
+import sys
 import types
 from typing import IO, Any
 
@@ -108,8 +109,10 @@ def install() -> None:
 
     torch.serialization.add_safe_globals([Call, Caller])  # in a checkpoint that asks to run a step again elsewhere
     if runtime.has_transformer_engine():
-        from transformer_engine.pytorch import _extra_state
         from transformer_engine.pytorch.module import base
+        from transformer_engine.pytorch.ops import op
 
-        _extra_state.unsafe_pickle_extra_state_enabled = lambda: True
-        base.pickle = types.SimpleNamespace(**vars(pickle) | {"loads": load_fp8_state})
+        # All that unpickles there. One question answers for both, so both are restrained before it is.
+        base.pickle = op.pickle = types.SimpleNamespace(**vars(pickle) | {"loads": load_fp8_state})
+        if asks := sys.modules.get("transformer_engine.pytorch._extra_state"):  # older versions load without asking
+            asks.unsafe_pickle_extra_state_enabled = lambda: True
