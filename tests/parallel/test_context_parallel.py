@@ -5,12 +5,16 @@ chunk, documents end on, before and after chunks' edges. Tolerances, relative to
 2e-5 in float32, where sums run in another order, as in test_parity.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error
+from megatron.core.transformer.enums import AttnBackend
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error, tiny_config
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
+from yoco_megatron.model.two_chunk_attention import fits
 from yoco_megatron.ops.attention import partial
 
 FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
@@ -121,6 +125,23 @@ def test_the_cross_decoder_masks_only_squares() -> None:
         [own, (2, 2, False), (1, 2, False)],
         [own, (2, 3, False)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("wish", "fitting"),
+    [
+        ({}, True),
+        (dict(attention_backend=AttnBackend.fused), True),
+        (dict(attention_backend=AttnBackend.unfused), False),
+        (dict(attention_dropout=0.1), False),
+        (dict(deterministic_mode=True), False),
+        (dict(fp8_dot_product_attention=True), False),
+    ],
+)
+def test_what_only_transformer_engine_can_do_stays_there(wish: dict, fitting: bool) -> None:
+    """Attention in parts has no dropout, no FP8, no other kernel."""
+    shard = SimpleNamespace(ranks=2, document_ids=None, chunk_length=6)
+    assert fits(tiny_config(**wish), torch.zeros(12, 1, 4, 8), shard) == fitting
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class SharedKVAttention(ChunkedAttention):
         query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
         reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
         shard = packed_seq_params
-        if not self.config.deterministic_mode and fits(query, shard):
+        if fits(self.config, query, shard):
             scale = self.config.softmax_scale or self.head_dim**-0.5
             y = self.keep_or_recompute(lambda query: two_chunk_attention(query, reader, shard, scale), query)
         else:

@@ -13,8 +13,10 @@ In squares of a chunk these are 2, 2 r and N - 2 - 2 r: as much on every rank.
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.kv_gradient import SharedKVReader
 from yoco_megatron.ops.attention import partial
 from yoco_megatron.parallel.sequence import SequenceShard
@@ -28,9 +30,15 @@ class _Part:
     causal: bool
 
 
-def fits(query: Tensor, shard: SequenceShard) -> bool:
-    """Whether `two_chunk_attention` can serve query [s, b, H, D]."""
-    if shard.ranks == 1 or shard.document_ids is not None:
+def fits(config: YOCOConfig, query: Tensor, shard: SequenceShard) -> bool:
+    """Whether `two_chunk_attention` can serve query [s, b, H, D], and is all that the configuration asks for."""
+    asks_for_more = (
+        config.deterministic_mode
+        or config.attention_dropout > 0
+        or config.fp8_dot_product_attention
+        or config.attention_backend not in (AttnBackend.auto, AttnBackend.fused)
+    )
+    if asks_for_more or shard.ranks == 1 or shard.document_ids is not None:
         return False
     return partial.why_not(query.permute(1, 2, 0, 3), shard.chunk_length) is None
 
