@@ -105,6 +105,10 @@ MISTAKES = {
         {"loss-chunk-size": 32, "fp16-lm-cross-entropy": True, "fp16": True},
         ["loss-chunk-size", "fp16-lm-cross-entropy"],
     ),
+    "loss chunk, fused": (
+        {"loss-chunk-size": 32, "cross-entropy-loss-fusion": True},
+        ["loss-chunk-size", "cross-entropy-loss-fusion"],
+    ),
     "window -1": ({"self-decoder-window": -1}, ["self-decoder-window -1"]),
     "temperature 0": ({"decay-temperature": 0}, ["decay-temperature 0"]),
     "chunk 0": ({"retention-chunk-size": 0}, ["retention-chunk-size"]),
@@ -261,6 +265,7 @@ def test_self_decoder_view():
         ({"loss-chunk-size": 0}, 0),
         ({"architecture": "transformer"}, 0),
         ({"fp16": True, "fp16-lm-cross-entropy": True}, 0),
+        ({"cross-entropy-loss-fusion": True}, 0),
     ],
 )
 def test_the_loss_is_in_chunks_unless_it_is_megatrons(change, size):

@@ -43,7 +43,7 @@ def test_waits_for_the_gathered_weight(architecture: str) -> None:
     flags = ["--architecture", architecture, "--exit-interval", "4", "--eval-iters", "0", "--ddp-bucket-size", "1000"]
     flags += ["--untie-embeddings-and-output-weights", "--use-distributed-optimizer"]
     flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    plain, chunked = train(2, *flags), train(2, *flags, "--loss-chunk-size", "13")
+    plain, chunked = (train(2, *flags, "--loss-chunk-size", size) for size in ("0", "13"))
     assert len(plain.losses) >= 3
     for step, loss in plain.losses.items():
         assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)

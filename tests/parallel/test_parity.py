@@ -29,6 +29,7 @@ MESHES = {
     "loss in chunks": (1, 1, False, dict(loss_chunk_size=17)),
     "TP2 loss in chunks": (2, 2, False, dict(loss_chunk_size=17)),
     "TP4 SP loss in chunks": (4, 4, False, dict(loss_chunk_size=17, sequence_parallel=True)),
+    "TP2 SP loss of all tokens at once": (2, 2, False, dict(loss_chunk_size=0, sequence_parallel=True)),
     "TP2 SP recompute selective": (2, 2, False, dict(sequence_parallel=True, **SELECTIVE)),
 }
 

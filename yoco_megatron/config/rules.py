@@ -54,6 +54,8 @@ NOT_IN_A_CUDA_GRAPH = {
 }
 
 
+# Flags of Megatron's own loss.
+OF_MEGATRONS_LOSS = ("fp16_lm_cross_entropy", "cross_entropy_loss_fusion")
 LOSS_CHUNK_SIZE = 2048
 
 
@@ -98,8 +100,8 @@ def fill_in_defaults(config: Any) -> None:
 def fill_in_loss_chunk(config: Any) -> None:
     """Of YOCOConfig, or of the arguments of any architecture: chunks, unless the loss is to be Megatron's own."""
     if config.loss_chunk_size is None:
-        megatrons_own = config.architecture != "yoco" or getattr(config, "fp16_lm_cross_entropy", False)
-        config.loss_chunk_size = 0 if megatrons_own else LOSS_CHUNK_SIZE
+        megatrons_own = any(getattr(config, dest, False) for dest in OF_MEGATRONS_LOSS)
+        config.loss_chunk_size = 0 if megatrons_own or config.architecture != "yoco" else LOSS_CHUNK_SIZE
 
 
 def check_model(config: Any) -> None:
@@ -235,10 +237,11 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
 
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
-    require(
-        not (args.loss_chunk_size and args.fp16_lm_cross_entropy),
-        "--fp16-lm-cross-entropy has no effect with --loss-chunk-size, whose losses are fp32: leave one of them away",
-    )
+    for dest in OF_MEGATRONS_LOSS:
+        require(
+            not (args.loss_chunk_size and getattr(args, dest)),
+            f"--{dest.replace('_', '-')} has no effect with --loss-chunk-size, which is another loss: leave one away",
+        )
     if args.architecture != "yoco":
         check_loss_chunk(args)
         require(
