@@ -63,7 +63,7 @@ def record(
         "versions": versions(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]).replace(f"{HERE.parent}/", ""),
     }
     with output.open("a") as file:
         file.write(json.dumps(row) + "\n")

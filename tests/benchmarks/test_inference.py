@@ -20,8 +20,8 @@ def run(tmp_path, monkeypatch):
         pytest.skip("a run on the CPU")
 
     def call(*flags: str) -> list[dict]:
-        command = ["inference.py", "--model", "tiny", "--piece", "64", "--steps", "1", "--no-fuse", "--memory", "6e7"]
-        command += ["--lengths", *map(str, LENGTHS), "--output", str(tmp_path / "results.jsonl")]
+        command = [inference.__file__, "--model", "tiny", "--piece", "64", "--steps", "1", "--no-fuse"]
+        command += ["--memory", "6e7", "--lengths", *map(str, LENGTHS), "--output", str(tmp_path / "results.jsonl")]
         command += ["--plot", str(tmp_path / "plot.svg"), "--rows", str(tmp_path / "rows.jsonl"), *flags]
         monkeypatch.setattr(sys, "argv", command)
         inference.main()
@@ -53,6 +53,7 @@ def test_goes_on_where_it_was_cut_off(run, tmp_path, monkeypatch, capsys):
     assert all(row["prefill"] > 0 and row["decode"] > 0 and row["memory"] > 0 for row in rows)
     recorded = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(recorded) == 2 * len(inference.METRICS) and all(row["ratio"] > 0 for row in recorded)
+    assert all(row["command"].startswith("python benchmarks/inference.py ") for row in recorded), "no path of a machine"
 
     def no_model(*_):
         raise AssertionError("all is measured: no model is needed")
