@@ -97,6 +97,10 @@ MISTAKES = {
         {"cuda-graph-impl": "full_iteration", "check-for-spiky-loss": True},
         ["cuda-graph-impl", "check-for-spiky-loss"],
     ),
+    "CUDA graphs and batches that grow": (
+        {"cuda-graph-impl": "full_iteration", "step-batch-size-schedule": "0:8"},
+        ["cuda-graph-impl", "step-batch-size-schedule"],
+    ),
     "CUDA graphs and timers": (
         {"cuda-graph-impl": "full_iteration", "timing-log-level": 1},
         ["cuda-graph-impl", "timing-log-level"],

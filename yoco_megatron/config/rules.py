@@ -48,6 +48,7 @@ IGNORED_BY_YOCO = {
 NOT_IN_A_CUDA_GRAPH = {
     "dataloader_inter_document_masking": "the host reads where documents end",
     "rampup_batch_size": "a graph has one number of micro-batches",
+    "step_batch_size_schedule": "a graph has one number of micro-batches",
     "check_for_spiky_loss": "the host reads the loss",
     "timing_log_level": "Megatron's timers wait for the GPU",
     "log_straggler": "the detector's timers wait for the GPU",
