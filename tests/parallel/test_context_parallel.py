@@ -101,6 +101,12 @@ def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)
 
 
+def test_a_call_for_each_chunk(one_process) -> None:
+    """The cross-decoder where attention in parts does not fit."""
+    kernel = dict(attention_backend=AttnBackend.unfused)
+    check("CP2", FLOAT64 | dict(self_decoder="gated_retention") | kernel, False, one_process)
+
+
 def attention_calls() -> list[tuple[int, int, bool]]:
     """(queries, keys, masked) of each call of the first cross-decoder layer, in chunks of 6 tokens."""
     calls = []
