@@ -52,7 +52,9 @@ def make_tiny(folder: Path) -> None:
             "AutoModelForCausalLM": "modeling_yoco.YocoForCausalLM",
         },
     )
-    YocoForCausalLM(config).save_pretrained(folder)
+    model = YocoForCausalLM(config)
+    model.generation_config.suppress_tokens = list(range(320, 512))  # as the converter forbids padded ids
+    model.save_pretrained(folder)
     for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
         shutil.copy(file, folder)
 
@@ -73,7 +75,13 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, model.config.vocab_size, (length,), generator=generator) for length in LENGTHS]
     wanted = [
-        model.generate(prompt[None], max_new_tokens=NEW, do_sample=False, eos_token_id=-1)[0, len(prompt) :].tolist()
+        model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],  # or a pad id among the random ones would be masked
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=-1,
+        )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
     same = True
@@ -87,6 +95,7 @@ def main() -> None:
             max_model_len=512,
             max_num_batched_tokens=128,
             enable_prefix_caching=False,
+            kv_cache_memory_bytes=2**30,  # not 92% of a memory that holds transformers' model too
             kv_sharing_fast_prefill=fast,
         )
         greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)

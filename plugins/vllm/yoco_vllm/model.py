@@ -114,6 +114,9 @@ class YocoForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        # Ids that pad the vocabulary; of a generation config vLLM itself reads the sampling parameters alone.
+        forbidden = vllm_config.model_config.try_get_generation_config().get("suppress_tokens") or []
+        self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
@@ -122,7 +125,8 @@ class YocoForCausalLM(nn.Module):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        return None if logits is None else logits.index_fill_(-1, self.forbidden, -torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the checkpoint's tensors; the names of the parameters that were filled."""
