@@ -18,7 +18,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from cases import MESHES, PRECISIONS, add_arguments, largest_that_fits, measure_device, title
+from cases import PRECISIONS, add_arguments, largest_that_fits, measure_device, title
+from mesh import Mesh
 from record import record
 from runs import Run
 
@@ -185,7 +186,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
-    parser.add_argument("--mesh", choices=list(MESHES), default="1")
+    parser.add_argument("--mesh", type=Mesh.of, default="1")
     parser.add_argument("--micro-batch", type=int, default=1, help="halved where it does not fit")
     parser.add_argument("--kernels", type=int, default=30, help="how many of the longest kernels to list")
     parser.add_argument("--gaps", type=int, default=15, help="how many of the longest waits between kernels to list")

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mesh import Mesh
 from runs import ROOT, Failure, Run, attempt
+
+from yoco_megatron.config.files import load_config_files
 
 MODELS = {"GPT": "transformer_{}", "gated_retention": "yoco_{}", "sliding_window": "yoco_{}_swa"}
 PRECISIONS = {
@@ -18,11 +21,6 @@ PRECISIONS = {
 }
 # Forward and backward of a step as one CUDA graph, recorded in the fourth step; it cannot ask for NaN.
 GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3 --no-check-for-nan-in-loss-and-grad"
-MESHES = {
-    "1": (1, ""),
-    "DP2": (2, ""),  # the recipe has the distributed optimizer and both overlaps
-    "TP2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-}
 # bf16 matrix units without sparsity, by the vendor's data sheet.
 STATED_PEAK = {"H100": 989e12, "H200": 989e12}
 # In a process of its own: a CUDA context would take half a gigabyte from every run.
@@ -63,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss-chunk-size", type=int, default=2048, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
+    parser.add_argument(
+        "--cp-comm-type", choices=["p2p", "all_gather", "a2a"], default="p2p", help="context parallelism of GPT"
+    )
     parser.add_argument("--flags", default="", help="more flags for all models")
     parser.add_argument("--yoco-flags", default="", help="more flags for YOCO")
     parser.add_argument("--gpt-flags", default="", help="more flags for GPT")
@@ -71,41 +72,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
 
 
-def sequences(length: int, mesh: str, options: argparse.Namespace) -> int:
-    """Of a step, on all GPUs."""
-    return max(1, options.batch_tokens // length) * MESHES[mesh][0]
+def sequences(length: int, mesh: Mesh, options: argparse.Namespace) -> int:
+    """Of a step, on all GPUs; at least one for each replica of the model."""
+    return max(1, options.batch_tokens * (mesh.gpus // mesh.dp) // length) * mesh.dp
 
 
-def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: str, options: argparse.Namespace) -> str:
+def config_of(model: str, options: argparse.Namespace) -> str:
+    """The model's file."""
+    return f"configs/model/{MODELS[model].format(options.model)}.yaml"
+
+
+def gpt_flags(mesh: Mesh, options: argparse.Namespace) -> str:
+    """What Megatron's GPT has to be told of a mesh, where a YOCO has its own exchange and its planner."""
+    layers = options.layers or load_config_files([str(ROOT / config_of("GPT", options))])["num-layers"]
+    flags = f"--cp-comm-type {options.cp_comm_type}" if mesh.cp > 1 else ""
+    if layers % (mesh.pp * mesh.vp):  # then embedding and head count as a layer each
+        flags += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+    return flags
+
+
+def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace) -> str:
     """Flags of pretrain_yoco.py for one run."""
     chunked = options.loss_chunk_size and (model != "GPT" or options.chunk_gpt_loss)
     return (
-        f"--config configs/model/{MODELS[model].format(options.model)}.yaml configs/recipe/scaling.yaml "
+        f"--config {config_of(model, options)} configs/recipe/scaling.yaml "
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
         f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
         f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
-        f"{PRECISIONS[precision]} {MESHES[mesh][1]} {GRAPH if options.cuda_graph else ''} {options.flags} "
+        f"{PRECISIONS[precision]} {mesh.flags} {GRAPH if options.cuda_graph else ''} {options.flags} "
         f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
-        f"{options.gpt_flags if model == 'GPT' else options.yoco_flags}"
+        f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model == 'GPT' else options.yoco_flags}"
     )
 
 
-def title(model: str, length: int, precision: str, mesh: str, options: argparse.Namespace) -> str:
+def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> str:
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
     chunked = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
-    more = ("" if mesh == "1" else f" {mesh}") + (" CUDA graph" if options.cuda_graph else "")
+    more = f" {mesh.name}" if mesh.gpus > 1 else ""
+    more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
+    more += " CUDA graph" if options.cuda_graph else ""
     return f"{options.model}{layers} {model}{chunked} {length} {precision}{more}"
 
 
 def largest_that_fits(
-    model: str, length: int, precision: str, micro_batch: int, mesh: str, options: argparse.Namespace, more: str = ""
+    model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace, more: str = ""
 ) -> tuple[int, Run | Failure]:
     """Run with `micro_batch`, halved until it fits the memory: the micro-batch and how its run ended."""
     while True:
         name = f"{title(model, length, precision, mesh, options)}, micro-batch {micro_batch}"
         flags = f"{flags_of(model, length, precision, micro_batch, mesh, options)} {more}"
-        run = attempt(name, flags, MESHES[mesh][0], options.timeout, verbose=True)
+        run = attempt(name, flags, mesh.gpus, options.timeout, verbose=True)
         if isinstance(run, Run) or not run.out_of_memory or micro_batch == 1:
             return micro_batch, run
         micro_batch //= 2

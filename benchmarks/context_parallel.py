@@ -18,16 +18,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from received import received_gigabytes
 from record import record
-from runs import MOCK, ROOT, Run, device_name, train
-
-from yoco_megatron import runtime
-
-runtime.prepare()
-
-from yoco_megatron.config import arguments
-from yoco_megatron.config.shape import ModelShape
-from yoco_megatron.parallel.traffic import received_bytes
+from runs import ROOT, Run, device_name, train
 
 ALONE, OURS = "YOCO, one GPU", "YOCO"
 TE_RING = "GPT, Transformer Engine p2p"
@@ -56,10 +49,8 @@ def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
 def gigabytes(name: str, length: int, options: argparse.Namespace) -> float:
     """That a rank receives in a step, by the formulas."""
     _, gpus, flags = CASES[name]
-    alone = flags_of(name, length, options).removesuffix(flags)  # nothing is started here
-    parsed = arguments.parse([*MOCK.split(), *alone.split()])
-    per_micro_batch = sum(received_bytes(ModelShape.from_args(parsed), gpus, recompute=True).values())
-    return per_micro_batch * micro_batches(length, options) / 1e9
+    alone = flags_of(name, length, options).removesuffix(flags)
+    return received_gigabytes(alone, gpus, micro_batches(length, options))
 
 
 def micro_batches(length: int, options: argparse.Namespace) -> int:

@@ -7,10 +7,13 @@ from pathlib import Path
 import cases
 import pytest
 import training
+from mesh import Mesh
 from runs import MOCK, Failure, Run, last_error
 
 from yoco_megatron import runtime
 from yoco_megatron.config import arguments
+
+ONE = Mesh.of("1")
 
 
 def test_micro_batches_of_all_and_of_one() -> None:
@@ -56,7 +59,7 @@ def test_what_does_not_fit_is_halved_and_the_fastest_counts(tmp_path: Path, monk
 
     monkeypatch.setattr(cases, "attempt", attempt)
     options = options_of(tmp_path)
-    size, run = training.best_run("GPT", 4096, "bf16", "1", options)
+    size, run = training.best_run("GPT", 4096, "bf16", ONE, options)
     assert asked == [8, 4, 2] and size == 4
 
     rate = training.report("3b GPT 4096 bf16", size, run, 32768, ("H100", 989e12, 700e12), {"peer": 1e5}, options)
@@ -69,32 +72,34 @@ def test_what_does_not_fit_is_halved_and_the_fastest_counts(tmp_path: Path, monk
 
 def test_other_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "attempt", lambda *_, **__: Failure("ValueError: wrong"))
-    assert training.best_run("gated_retention", 4096, "bf16", "1", options_of(tmp_path)) is None
+    assert training.best_run("gated_retention", 4096, "bf16", ONE, options_of(tmp_path)) is None
 
 
 def test_meshes_keep_the_tokens_of_a_gpu(tmp_path: Path) -> None:
     options = options_of(tmp_path, "--batch-tokens", "16384")
-    assert [cases.sequences(4096, mesh, options) for mesh in ("1", "DP2", "TP2")] == [4, 8, 8]
-    assert cases.sequences(131072, "1", options) == 1
-    flags = cases.flags_of("sliding_window", 4096, "delayed", 2, "TP2", options)
+    assert [cases.sequences(4096, Mesh.of(name), options) for name in ("1", "DP2", "TP2", "PP2xDP2")] == [4, 8, 8, 16]
+    # A replica has at least one sequence, however many GPUs share it.
+    assert [cases.sequences(131072, Mesh.of(name), options) for name in ("1", "CP8", "DP2xCP4")] == [1, 1, 2]
+    assert cases.sequences(32768, Mesh.of("CP8"), options) == 4
+    flags = cases.flags_of("sliding_window", 4096, "delayed", 2, Mesh.of("TP2"), options)
     assert "yoco_3b_swa.yaml" in flags and "--sequence-parallel" in flags and "--fp8-recipe delayed" in flags
 
 
 def test_only_where_asked_gpt_gets_our_loss(tmp_path: Path) -> None:
     def chunk_of(model: str, *argv: str) -> str:
-        words = cases.flags_of(model, 4096, "bf16", 1, "1", options_of(tmp_path, *argv)).split()
+        words = cases.flags_of(model, 4096, "bf16", 1, ONE, options_of(tmp_path, *argv)).split()
         return words[words.index("--loss-chunk-size") + 1]
 
     assert (chunk_of("gated_retention"), chunk_of("GPT"), chunk_of("GPT", "--chunk-gpt-loss")) == ("2048", "0", "2048")
     assert chunk_of("gated_retention", "--loss-chunk-size", "0") == "0"
     both = options_of(tmp_path, "--chunk-gpt-loss")
-    assert "our chunked loss" in cases.title("GPT", 4096, "bf16", "1", both)
+    assert "our chunked loss" in cases.title("GPT", 4096, "bf16", ONE, both)
 
 
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_flags_of_every_precision_are_accepted(model: str, precision: str, tmp_path: Path) -> None:
-    flags = cases.flags_of(model, 4096, precision, 1, "1", options_of(tmp_path))
+    flags = cases.flags_of(model, 4096, precision, 1, ONE, options_of(tmp_path))
     args = arguments.parse([*MOCK.split(), *flags.split()])
     assert args.bf16 and args.use_distributed_optimizer  # gathering FP8 parameters needs it
     assert (args.fp8_recipe if args.fp8 else "bf16") == precision.removesuffix("-gather")
@@ -104,10 +109,10 @@ def test_flags_of_every_precision_are_accepted(model: str, precision: str, tmp_p
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_flags_of_cuda_graphs_are_accepted(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(tmp_path, "--cuda-graph", "--model", "160m")
-    flags = [*MOCK.split(), *cases.flags_of(model, 1024, "bf16", 1, "1", options).split()]
+    flags = [*MOCK.split(), *cases.flags_of(model, 1024, "bf16", 1, ONE, options).split()]
     with pytest.raises(ValueError, match="--cuda-graph-impl full_iteration needs a GPU"):
         arguments.parse(flags)
     monkeypatch.setattr(runtime, "has_gpu", lambda: True)
     args = arguments.parse(flags)
     assert args.cuda_graph_warmup_steps < options.steps // 2 and not args.check_for_nan_in_loss_and_grad
-    assert "CUDA graph" in cases.title(model, 1024, "bf16", "1", options)
+    assert "CUDA graph" in cases.title(model, 1024, "bf16", ONE, options)
