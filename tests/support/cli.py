@@ -1,5 +1,6 @@
 """`pretrain_yoco.py` as a user starts it, in fresh processes, and its log as data."""
 
+import gc
 import multiprocessing
 import multiprocessing.util
 import os
@@ -9,6 +10,7 @@ import shlex
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from support.worlds import spawn
+from support.worlds import TIMEOUT_S, spawn
 
 TINY = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
@@ -98,6 +100,56 @@ def train(world_size: int, *flags: str, base: Sequence[str] = TINY, entry: Calla
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         spawn(entry, world_size, ([*base, *flags],), log=os.path.join(folder, "log"), env=rendezvous)
         return parse(Path(folder, f"log.{world_size - 1}").read_text())
+
+
+def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dict[Any, str]:
+    """`pretrain_yoco.main` for run after run, each from a clean state, on a port and with a log of its own."""
+    from megatron.training.training import destroy_global_state
+
+    import pretrain_yoco
+
+    _like_a_fresh_interpreter()
+    failures = {}
+    for index, (name, flags) in enumerate(runs.items()):
+        os.environ["MASTER_PORT"] = str(ports[index])
+        out = os.open(f"{log}.{index}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        sys.stdout.flush()
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.close(out)
+        try:
+            pretrain_yoco.main(flags)
+        except Exception:
+            failures[name] = traceback.format_exc()
+        sys.stdout.flush()
+        destroy_global_state()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        gc.collect()
+    _end()
+    return failures
+
+
+class Runs:
+    """Many runs of `pretrain_yoco.main` in the same processes, which take half a minute to start on a GPU.
+
+    A run that raises everywhere fails alone; one that leaves a rank waiting ends them all.
+    """
+
+    def __init__(self, world_size: int, runs: dict[Any, Sequence[str]], timeout: float = TIMEOUT_S) -> None:
+        """runs: name -> flags, in the order in which they run; `timeout` in seconds for all together."""
+        with tempfile.TemporaryDirectory() as folder:
+            log, env = os.path.join(folder, "log"), {"MASTER_ADDR": "127.0.0.1"}
+            args = ({name: list(flags) for name, flags in runs.items()}, [free_port() for _ in runs], log)
+            failures = spawn(_main_of_each, world_size, args, env=env, timeout=timeout)
+            self._failures = {name: text for found in failures for name, text in found.items()}
+            texts = [Path(f"{log}.{index}.{world_size - 1}").read_text() for index in range(len(runs))]
+            self._logs = {name: parse(text) for name, text in zip(runs, texts)}
+
+    def __getitem__(self, name: Any) -> Log:
+        """Raises AssertionError with the traceback of a rank that failed."""
+        assert name not in self._failures, self._failures[name]
+        return self._logs[name]
 
 
 def _script(flags: list[str]) -> int:

@@ -87,7 +87,12 @@ def _child(
 
 
 def spawn(
-    function: Callable, world_size: int, args: tuple = (), log: str | None = None, env: dict | None = None
+    function: Callable,
+    world_size: int,
+    args: tuple = (),
+    log: str | None = None,
+    env: dict | None = None,
+    timeout: float = TIMEOUT_S,
 ) -> list:
     """Run `function(*args)` in `world_size` fresh processes with RANK and WORLD_SIZE set; their results by rank.
 
@@ -103,13 +108,13 @@ def spawn(
         for child in children:
             child.start()
         for child in children:
-            child.join(TIMEOUT_S)
+            child.join(timeout)
         hung = [rank for rank, child in enumerate(children) if child.is_alive()]
         for child in children:
             child.kill()
         errors = [f"{folder}/error.{rank}" for rank in range(world_size) if os.path.exists(f"{folder}/error.{rank}")]
         assert not errors, Path(errors[0]).read_text()
-        assert not hung, f"ranks {hung} still ran after {TIMEOUT_S} s"
+        assert not hung, f"ranks {hung} still ran after {timeout} s"
         codes = [child.exitcode for child in children]
         assert codes == [0] * world_size, f"exit codes {codes}"
         return [torch.load(f"{folder}/result.{rank}", weights_only=False) for rank in range(world_size)]

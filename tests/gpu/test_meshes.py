@@ -1,0 +1,88 @@
+"""Whole runs of pretrain_yoco.py on four or eight GPUs: every mesh trains as one GPU does, and checkpoints change mesh.
+
+bf16 with Transformer Engine, distributed optimizer with both overlaps, sequences long enough for the kernels of context
+parallelism (chunks of 128 tokens). Tolerances, of the loss: the first step is one forward pass with equal weights,
+2e-3; in the steps after it Adam has moved each weight by the sign of gradients that bf16 sums in another order, 2e-2 as
+in test_training.py. The step after a checkpoint has equal weights again. All runs of a world share their processes.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli import Log, Runs
+from support.models import SELF_DECODERS
+
+from benchmarks.mesh import Mesh
+
+GPUS = 8 if torch.cuda.device_count() >= 8 else 4
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("all GPUs"),
+    pytest.mark.timeout(560),
+    pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs, or eight"),
+]
+MESHES = {
+    4: ["TP2xPP2", "TP2xPP2 VP2", "DP4", "TP2xDP2", "CP4", "TP2xCP2", "PP2xCP2"],
+    8: ["TP2xPP2xDP2", "TP2xPP2xDP2 VP2", "DP8", "TP2xDP4", "CP8", "TP2xCP4", "TP2xPP4", "TP4xPP2", "TP2xPP2xCP2"],
+}[GPUS]
+SAVED, LOADED = MESHES[0], {4: ("CP4", "DP4"), 8: ("CP8", "DP8")}[GPUS]
+HALF, WHOLE = 4, 8
+SAME_WEIGHTS, TRAINED = 2e-3, 2e-2
+CONFIG = Path(__file__).resolve().parents[2] / "configs/model/yoco_tiny.yaml"
+# Every size can be divided by four.
+FLAGS = (
+    f"--config {CONFIG} --num-query-groups 4 --self-decoder-heads 4 --self-decoder-window 300 --seq-length 2048 "
+    "--max-position-embeddings 2048 --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 "
+    f"--micro-batch-size 1 --global-batch-size 8 --train-iters {WHOLE} --lr 1e-3 --log-interval 1 --eval-iters 0 "
+    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+)
+
+
+def flags_of(mesh: str, kind: str, more: str = "") -> list[str]:
+    return f"{FLAGS} --self-decoder {kind} {Mesh.of(mesh).flags} {more}".split()
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> Runs:
+    return Runs(1, {kind: flags_of("1", kind) for kind in SELF_DECODERS})
+
+
+@pytest.fixture(scope="module")
+def all_gpus(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """(mesh, self-decoder) -> from the first step on; (mesh, self-decoder, HALF) -> from what SAVED left there."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in SELF_DECODERS}
+    save = {kind: f"--save {folder} --save-interval {HALF}" for kind, folder in folders.items()}
+    load = {kind: f"--load {folder} --ckpt-step {HALF}" for kind, folder in folders.items()}
+    runs = {}
+    for kind in SELF_DECODERS:
+        for mesh in MESHES:
+            runs[mesh, kind] = flags_of(mesh, kind, save[kind] if mesh == SAVED else "")
+        for mesh in LOADED:
+            runs[mesh, kind, HALF] = flags_of(mesh, kind, load[kind])
+    return Runs(GPUS, runs, timeout=480)
+
+
+def assert_close(log: Log, reference: Log, first: int) -> None:
+    """Losses from step `first` on, where the weights were equal."""
+    assert list(log.grad_norms) == list(range(first, WHOLE + 1))
+    errors = {step: abs(log.loss(step) / reference.loss(step) - 1) for step in log.losses if step in reference.losses}
+    print({step: f"{error:.1e}" for step, error in errors.items()})
+    assert len(errors) >= WHOLE - first  # the log leaves out a run's second step
+    assert errors[first] < SAME_WEIGHTS
+    assert max(errors.values()) < TRAINED
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_trains_as_one_gpu_does(mesh: str, kind: str, one_gpu: Runs, all_gpus: Runs) -> None:
+    reference = one_gpu[kind]
+    assert reference.loss(WHOLE) < 0.95 * reference.loss(1), "it learns more than the tolerance"
+    assert_close(all_gpus[mesh, kind], reference, 1)
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+@pytest.mark.parametrize("mesh", LOADED)
+def test_goes_on_from_another_mesh(mesh: str, kind: str, all_gpus: Runs) -> None:
+    """Saved with tensor and pipeline parallelism, continued with neither: the losses of the run that went on."""
+    assert_close(all_gpus[mesh, kind, HALF], all_gpus[SAVED, kind], HALF + 1)
