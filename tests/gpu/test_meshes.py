@@ -2,8 +2,9 @@
 
 bf16 with Transformer Engine, distributed optimizer with both overlaps, sequences long enough for the kernels of context
 parallelism (chunks of 128 tokens). Tolerances, of the loss: the first step is one forward pass with equal weights,
-2e-3; in the steps after it Adam has moved each weight by the sign of gradients that bf16 sums in another order, 2e-2 as
-in test_training.py. The step after a checkpoint has equal weights again. All runs of a world share their processes.
+5e-4; in the steps after it Adam has moved each weight by the sign of gradients that bf16 sums in another order, 2e-3.
+(Four CPU processes in bf16: at most 5e-5; the other self-decoder: 2e-3 and up to 1.7e-2.) The step after a checkpoint
+has equal weights again. All runs of a world share their processes.
 """
 
 from pathlib import Path
@@ -26,14 +27,20 @@ MESHES = {
     4: ["TP2xPP2", "TP2xPP2 VP2", "DP4", "TP2xDP2", "CP4", "TP2xCP2", "PP2xCP2"],
     8: ["TP2xPP2xDP2", "TP2xPP2xDP2 VP2", "DP8", "TP2xDP4", "CP8", "TP2xCP4", "TP2xPP4", "TP4xPP2", "TP2xPP2xCP2"],
 }[GPUS]
-SAVED, LOADED = MESHES[0], {4: ("CP4", "DP4"), 8: ("CP8", "DP8")}[GPUS]
+SAVED, LOADED = MESHES[0], (f"CP{GPUS}", f"DP{GPUS}")
+# Windows where they differ from retention: their halos, and what a stage sends.
+CASES = [(mesh, "gated_retention") for mesh in MESHES] + [
+    (mesh, "sliding_window") for mesh in (SAVED, LOADED[0], MESHES[-1])
+]
+CONTINUED = [(LOADED[0], "gated_retention"), (LOADED[1], "gated_retention"), (LOADED[0], "sliding_window")]
 HALF, WHOLE = 4, 8
-SAME_WEIGHTS, TRAINED = 2e-3, 2e-2
+SAME_WEIGHTS, TRAINED = 5e-4, 2e-3
 CONFIG = Path(__file__).resolve().parents[2] / "configs/model/yoco_tiny.yaml"
-# Every size can be divided by four.
+# Four heads of width 64, so that every size can be divided by four and every kernel takes them.
 FLAGS = (
-    f"--config {CONFIG} --num-query-groups 4 --self-decoder-heads 4 --self-decoder-window 300 --seq-length 2048 "
-    "--max-position-embeddings 2048 --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 "
+    f"--config {CONFIG} --hidden-size 256 --num-query-groups 4 --self-decoder-heads 4 --self-decoder-window 300 "
+    "--seq-length 2048 --max-position-embeddings 2048 "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 "
     f"--micro-batch-size 1 --global-batch-size 8 --train-iters {WHOLE} --lr 1e-3 --log-interval 1 --eval-iters 0 "
     "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 )
@@ -54,13 +61,9 @@ def all_gpus(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in SELF_DECODERS}
     save = {kind: f"--save {folder} --save-interval {HALF}" for kind, folder in folders.items()}
     load = {kind: f"--load {folder} --ckpt-step {HALF}" for kind, folder in folders.items()}
-    runs = {}
-    for kind in SELF_DECODERS:
-        for mesh in MESHES:
-            runs[mesh, kind] = flags_of(mesh, kind, save[kind] if mesh == SAVED else "")
-        for mesh in LOADED:
-            runs[mesh, kind, HALF] = flags_of(mesh, kind, load[kind])
-    return Runs(GPUS, runs, timeout=480)
+    runs = {(mesh, kind): flags_of(mesh, kind, save[kind] if mesh == SAVED else "") for mesh, kind in CASES}
+    runs |= {(mesh, kind, HALF): flags_of(mesh, kind, load[kind]) for mesh, kind in CONTINUED}
+    return Runs(GPUS, runs, timeout=420)
 
 
 def assert_close(log: Log, reference: Log, first: int) -> None:
@@ -73,16 +76,20 @@ def assert_close(log: Log, reference: Log, first: int) -> None:
     assert max(errors.values()) < TRAINED
 
 
-@pytest.mark.parametrize("kind", SELF_DECODERS)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "kind"), CASES)
 def test_trains_as_one_gpu_does(mesh: str, kind: str, one_gpu: Runs, all_gpus: Runs) -> None:
     reference = one_gpu[kind]
     assert reference.loss(WHOLE) < 0.95 * reference.loss(1), "it learns more than the tolerance"
     assert_close(all_gpus[mesh, kind], reference, 1)
 
 
-@pytest.mark.parametrize("kind", SELF_DECODERS)
-@pytest.mark.parametrize("mesh", LOADED)
+@pytest.mark.parametrize(("mesh", "kind"), CONTINUED)
 def test_goes_on_from_another_mesh(mesh: str, kind: str, all_gpus: Runs) -> None:
     """Saved with tensor and pipeline parallelism, continued with neither: the losses of the run that went on."""
     assert_close(all_gpus[mesh, kind, HALF], all_gpus[SAVED, kind], HALF + 1)
+
+
+def test_the_comparison_can_fail(one_gpu: Runs) -> None:
+    """Another self-decoder is another run."""
+    with pytest.raises(AssertionError):
+        assert_close(one_gpu["sliding_window"], one_gpu["gated_retention"], 1)
