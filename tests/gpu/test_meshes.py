@@ -3,8 +3,8 @@
 bf16 with Transformer Engine, distributed optimizer with both overlaps, sequences long enough for the kernels of context
 parallelism (chunks of 128 tokens). Tolerances, of the loss: the first step is one forward pass with equal weights,
 5e-4; in the steps after it Adam has moved each weight by the sign of gradients that bf16 sums in another order, 2e-3.
-(Four CPU processes in bf16: at most 5e-5; the other self-decoder: 2e-3 and up to 1.7e-2.) The step after a checkpoint
-has equal weights again. All runs of a world share their processes.
+(Four CPU processes in bf16: at most 6e-5; the other self-decoder: 2.5e-3, then up to 2.7e-2.) The step after a
+checkpoint has equal weights again. All runs of a world share their processes.
 """
 
 from pathlib import Path
