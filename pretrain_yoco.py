@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake in the command line or in the files it names, before anything is started.
     """
     args = arguments.parse(argv)
+    arguments.check_machine(args)
     if args.run_folder and args.rank == 0:
         run_folder.make(Path(args.run_folder))
     fingerprint.check_tokenizer(args)

@@ -110,9 +110,9 @@ def test_flags_of_every_precision_are_accepted(model: str, precision: str, tmp_p
 def test_flags_of_cuda_graphs_are_accepted(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(tmp_path, "--cuda-graph", "--model", "160m")
     flags = [*MOCK.split(), *cases.flags_of(model, 1024, "bf16", 1, ONE, options).split()]
-    with pytest.raises(ValueError, match="--cuda-graph-impl full_iteration needs a GPU"):
-        arguments.parse(flags)
-    monkeypatch.setattr(runtime, "has_gpu", lambda: True)
     args = arguments.parse(flags)
+    monkeypatch.setattr(runtime, "has_gpu", lambda: False)
+    with pytest.raises(ValueError, match="--cuda-graph-impl full_iteration needs a GPU"):
+        arguments.check_machine(args)
     assert args.cuda_graph_warmup_steps < options.steps // 2 and not args.check_for_nan_in_loss_and_grad
     assert "CUDA graph" in cases.title(model, 1024, "bf16", ONE, options)

@@ -101,8 +101,17 @@ def test_transformer_engine_that_is_not_there():
 
     if runtime.has_transformer_engine():
         pytest.skip("it is there")
+    args = arguments.parse([*MINIMAL, "--transformer-impl", "transformer_engine"])  # as a login node does
     with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine: .*doctor"):
-        arguments.parse([*MINIMAL, "--transformer-impl", "transformer_engine"])
+        arguments.check_machine(args)
+
+
+def test_a_run_with_cuda_graphs_is_read_without_a_gpu(tmp_path):
+    from yoco_megatron.checkpoint.load import parse_run
+
+    flags = ["--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"]
+    arguments.save_resolved_config(arguments.parse([*MINIMAL, *flags]), tmp_path)
+    assert parse_run(tmp_path).cuda_graph_impl == "none"
 
 
 def test_help_has_our_group(capsys):

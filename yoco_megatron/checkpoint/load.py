@@ -51,6 +51,7 @@ ONE_PROCESS = {
     "transformer-impl": None,
     "retention-backend": None,
     "distributed-backend": None,
+    "cuda-graph-impl": None,
     "fp8-format": None,
     "fp8-param-gather": False,
     "fp4-format": None,

@@ -183,15 +183,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
             build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
         choose_layout(args, ModelShape.from_args(args))
-    if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
-        raise ValueError(
-            "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
-            "leave the flag away for plain torch, or see tools/doctor.py for how to install it"
-        )
-    rules.require(
-        args.cuda_graph_impl == "none" or runtime.has_gpu(),
-        f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: leave it away",
-    )
     if not args.mock_data:
         prefixes = data_prefixes_from_args(args)
         rules.require(
@@ -213,6 +204,23 @@ def model_fields(args: argparse.Namespace) -> argparse.Namespace:
         fields.ffn_hidden_size = ModelShape.from_args(args).ffn_hidden_size
     rules.fill_in_defaults(fields)
     return fields
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """What only the machine that trains has to have: a login node that submits the job may lack it.
+
+    Raises:
+        ValueError: Transformer Engine or a GPU is asked for, and missing.
+    """
+    if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
+            "leave the flag away for plain torch, or see tools/doctor.py for how to install it"
+        )
+    rules.require(
+        args.cuda_graph_impl == "none" or runtime.has_gpu(),
+        f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: leave it away",
+    )
 
 
 def finalize(args: argparse.Namespace) -> argparse.Namespace:
