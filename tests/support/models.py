@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import os
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
@@ -74,6 +76,9 @@ def build(
     vp_stage: int | None = None,
 ) -> YOCOModel:
     """The part of the model that this rank holds, initialised, on its device."""
+    # Megatron says with these which attention a model has, and refuses another one in the same process.
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = YOCOModel(
         config,
