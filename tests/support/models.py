@@ -1,8 +1,7 @@
 """Small YOCO models, and one training step of them at any mesh, for comparison with one process."""
 
-from typing import Any
-
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
