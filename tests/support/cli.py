@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from support.worlds import TIMEOUT_S, spawn
+from support.worlds import TIMEOUT_S, print_to, spawn
 
 TINY = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
@@ -112,11 +112,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
     failures = {}
     for index, (name, flags) in enumerate(runs.items()):
         os.environ["MASTER_PORT"] = str(ports[index])
-        out = os.open(f"{log}.{index}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        sys.stdout.flush()
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.close(out)
+        print_to(f"{log}.{index}.{os.environ['RANK']}")
         try:
             pretrain_yoco.main(flags)
         except Exception:

@@ -6,6 +6,7 @@
 import contextlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -62,6 +63,16 @@ def _server() -> Any:
     return context
 
 
+def print_to(path: str) -> None:
+    """All that this process prints from now on, native code's lines too, goes to a new file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(out)
+
+
 def _child(
     function: Callable, rank: int, world_size: int, folder: str, log: str | None, env: dict, args: tuple
 ) -> None:
@@ -72,9 +83,7 @@ def _child(
         "LOCAL_WORLD_SIZE": str(world_size),
     } | env
     if log:
-        out = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        print_to(f"{log}.{rank}")
     try:
         torch.set_num_threads(1)
         torch.save(function(*args), f"{folder}/result.{rank}")
