@@ -6,7 +6,8 @@
 Every case is one run of pretrain_yoco.py on the same data, batch and flags: 3B shape with fewer layers, a small
 vocabulary so that the head does not decide, full recompute, distributed optimizer overlapped with the layers
 (configs/recipe/scaling.yaml). The one-GPU case uses one of the two. GPT has Transformer Engine's ring (p2p) and
-all-gather.
+all-gather; and, for --keep-cross-attention, Megatron's nearest to it: selective recompute of MLP and norms, which keeps
+attention and its inputs.
 
 Prints tokens/s/GPU, the efficiency against one GPU with both steps, the gigabytes that a rank receives a step by the
 formulas of docs/context_parallel.md, the peak memory that torch allocated, and the last loss; records each comparison
@@ -25,12 +26,16 @@ from runs import ROOT, Run, device_name, train
 ALONE, OURS = "YOCO, one GPU", "YOCO"
 TE_RING = "GPT, Transformer Engine p2p"
 TE_GATHER = "GPT, Transformer Engine all_gather"
+TE_SELECTIVE = "GPT, Transformer Engine p2p, selective recompute"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules mlp layernorm"
 # name -> (is it ours, GPUs, flags)
 CASES = {
-    ALONE: (True, 1, ""),
-    OURS: (True, 2, "--context-parallel-size 2"),
-    TE_RING: (False, 2, "--context-parallel-size 2 --cp-comm-type p2p"),
-    TE_GATHER: (False, 2, "--context-parallel-size 2 --cp-comm-type all_gather"),
+    ALONE: (True, 1, FULL),
+    OURS: (True, 2, f"--context-parallel-size 2 {FULL}"),
+    TE_RING: (False, 2, f"--context-parallel-size 2 --cp-comm-type p2p {FULL}"),
+    TE_GATHER: (False, 2, f"--context-parallel-size 2 --cp-comm-type all_gather {FULL}"),
+    TE_SELECTIVE: (False, 2, f"--context-parallel-size 2 --cp-comm-type p2p {SELECTIVE}"),
 }
 
 
@@ -42,14 +47,14 @@ def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
         f"--config {model} configs/recipe/scaling.yaml --num-layers {options.layers} --seq-length {length} "
         f"--max-position-embeddings {length} --rotary-base 1000000 --micro-batch-size 1 "
         f"--global-batch-size {micro_batches(length, options)} --vocab-size 8000 --exit-interval {options.steps} "
-        f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 {flags}"
+        f"{'--keep-cross-attention' if ours and options.keep_cross_attention else ''} {flags}"
     )
 
 
 def gigabytes(name: str, length: int, options: argparse.Namespace) -> float:
     """That a rank receives in a step, by the formulas."""
-    _, gpus, flags = CASES[name]
-    alone = flags_of(name, length, options).removesuffix(flags)
+    _, gpus, _ = CASES[name]
+    alone = flags_of(name, length, options).replace(f"--context-parallel-size {gpus}", "")
     return received_gigabytes(alone, gpus, micro_batches(length, options))
 
 
@@ -67,7 +72,7 @@ def compare(length: int, options: argparse.Namespace, device: str) -> bool:
         flags = flags_of(name, length, options)
         run = train(f"{name}, {length} tokens", flags, CASES[name][1], options.timeout, options.verbose)
         if run is None:
-            print(f"{name:<36} does not run", flush=True)
+            print(f"{name:<48} does not run", flush=True)
             if name == OURS:  # nothing is left to compare
                 return False
             continue
@@ -75,7 +80,7 @@ def compare(length: int, options: argparse.Namespace, device: str) -> bool:
         show(name, run, runs.get(ALONE), length, options)
         if name == OURS and ALONE in runs:
             record_efficiency(run, runs[ALONE], length, options, device)
-        if name in (TE_RING, TE_GATHER) and OURS in runs:
+        if name not in (ALONE, OURS) and OURS in runs:
             record_against(name, run, runs[OURS], length, options, device)
     return OURS in runs
 
@@ -94,7 +99,7 @@ def show(name: str, run: Run, alone: Run | None, length: int, options: argparse.
         efficiency = f", efficiency {one / both / gpus:.1%} ({one:,.0f} ms a step on one, {both:,.0f} on {gpus})"
     peak = "" if run.peak_gib is None else f", peak {run.peak_gib:.1f} GiB"
     print(
-        f"{name:<36} {rate(run, length, options, gpus):,} tokens/s/GPU{efficiency}, "
+        f"{name:<48} {rate(run, length, options, gpus):,} tokens/s/GPU{efficiency}, "
         f"{gigabytes(name, length, options):.2f} GB received a step{peak}, last loss {run.losses[-1]:.4f}",
         flush=True,
     )
@@ -119,6 +124,7 @@ def record_against(name: str, peer: Run, ours: Run, length: int, options: argpar
 def keep(options: argparse.Namespace, device: str, length: int, **row: Any) -> None:
     """One row of this benchmark."""
     case = f"{options.model} {options.layers} layers {options.self_decoder} {length} bf16 CP2"
+    case += " kept attention" if options.keep_cross_attention else ""
     record(options.output, benchmark="context_parallel", case=case, device=device, **row)
 
 
@@ -129,6 +135,7 @@ def main() -> None:
     parser.add_argument("--self-decoder", choices=["gated_retention", "sliding_window"], default="gated_retention")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--longest", action="store_true", help="go on with twice the length until ours fails")
+    parser.add_argument("--keep-cross-attention", action="store_true", help="ours computes cross attention once")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--micro-batches", type=int, help="sequences a step; default: 4, above 65536 tokens 2")
     parser.add_argument("--steps", type=int, default=5, help="the median of the last half counts")

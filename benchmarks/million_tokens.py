@@ -63,6 +63,7 @@ def config_of(options: argparse.Namespace, ranks: int) -> YOCOConfig:
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,
+        keep_cross_attention=options.keep_cross_attention,
         mlp_chunks_for_training=MLP_CHUNKS,
     )
 
@@ -70,10 +71,12 @@ def config_of(options: argparse.Namespace, ranks: int) -> YOCOConfig:
 def estimate(config: YOCOConfig, length: int, ranks: int, parameters: int) -> dict[str, float]:
     """Bytes of the parts of a rank's memory that the design decides (docs/context_parallel.md)."""
     tokens, width = length // ranks, 2 * config.num_query_groups * config.kv_channels
+    kept = config.num_cross_decoder_layers * config.num_attention_heads * (2 * config.kv_channels + 4)
     projected = {"gated_retention": 4, "sliding_window": 3}[config.self_decoder] * config.hidden_size
     return {
         "parameters and gradients, bf16": parameters * 4,
         "inputs of layers, kept": config.num_layers * tokens * config.hidden_size * 2,
+        "outputs of cross attention, kept": kept * tokens if config.keep_cross_attention else 0,
         "shared K,V of the whole sequence": length * width * 2,
         "their gradient, fp32": length * width * 4,
         "a self-decoder layer's projection and its gradient": 2 * projected * tokens * 2,
@@ -146,6 +149,7 @@ def measure(layers: int, options: argparse.Namespace) -> dict | None:
     script = [__file__, "--worker", "--layers", str(layers), "--length", str(options.length)]
     script += ["--self-decoder", options.self_decoder, "--repeats", str(options.repeats)]
     script += ["--tiny"] if options.tiny else []
+    script += ["--keep-cross-attention"] if options.keep_cross_attention else []
     print(f"== {layers} layers, {options.length} tokens on {options.gpus} ranks", flush=True)
     run = torchrun(options.gpus, script, options.timeout, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
     if run is None:
@@ -172,6 +176,7 @@ def report(layers: int, result: dict, options: argparse.Namespace, device: str) 
     for name, value in result["memory"].items():
         print(f"{'measured: ' + name:<60} {value / GIB:>8.2f}")
     case = f"3b {layers} layers {options.self_decoder} {options.length} bf16 CP{options.gpus}, no head"
+    case += ", kept attention" if options.keep_cross_attention else ""
     common = dict(benchmark="context_parallel", case=case, device=device)
     record(options.output, metric="forward and backward", unit="s", value=round(result["seconds"], 2), **common)
     if "peak" in result["memory"]:
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="the last one counts")
     parser.add_argument("--self-decoder", choices=["gated_retention", "sliding_window"], default="gated_retention")
+    parser.add_argument("--keep-cross-attention", action="store_true", help="compute cross attention once")
     parser.add_argument("--timeout", type=int, default=500, help="seconds for one run")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -245,6 +245,7 @@ NOT_THE_FUNCTION = {
     "retention_chunk_size": "rounding and memory",
     "loss_chunk_size": "memory of the loss",
     "recompute_elementwise": "memory of the activations",
+    "keep_cross_attention": "memory of the activations",
 }
 
 

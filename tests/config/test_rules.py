@@ -5,7 +5,7 @@ Each case changes one thing in a command line that is accepted as it stands, so 
 
 import pytest
 import torch
-from support.models import tiny_config
+from support.models import KEPT_ATTENTION, tiny_config
 
 from yoco_megatron.config import arguments, rules
 
@@ -234,6 +234,8 @@ IN_PYTHON = {
     "--self-decoder-window": {"self_decoder_window": 0},
     "--loss-chunk-size": {"loss_chunk_size": -1},
     "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},
+    "--keep-cross-attention": {"keep_cross_attention": True},
+    "--attention-dropout": KEPT_ATTENTION | {"attention_dropout": 0.1},
     "--self-decoder-query-groups": {"self_decoder_query_groups": 2},
     "--ffn-hidden-size": {"ffn_hidden_size": 97, "tensor_model_parallel_size": 2},
     "--decay-temperature": {"decay_temperature": 0.0},

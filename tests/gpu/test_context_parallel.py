@@ -8,11 +8,21 @@ where each GPU may round by scales of its own tensors, against FP8 on one GPU: t
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from megatron.core import parallel_state as mpu
-from support.models import BF16, FULL_RECOMPUTE, SELF_DECODERS, TE, WIDE_HEADS, plain_name, relative_error
+from support.models import (
+    BF16,
+    FULL_RECOMPUTE,
+    KEPT_ATTENTION,
+    SELF_DECODERS,
+    TE,
+    WIDE_HEADS,
+    plain_name,
+    relative_error,
+)
 from support.pipeline import pipeline_step
 from support.worlds import Cases
 
@@ -31,7 +41,9 @@ PATHS = {
     "bf16 torch": (BF16, 5e-3, 6e-2),
     "bf16 transformer engine": (BF16 | TE, 5e-3, 6e-2),
     "bf16 transformer engine, recompute": (BF16 | TE | FULL_RECOMPUTE, 5e-3, 6e-2),
+    "bf16 transformer engine, recompute all but attention": (BF16 | TE | KEPT_ATTENTION, 5e-3, 6e-2),
 }
+LONG = {"plain": {}, "all but attention": KEPT_ATTENTION}
 FP8_RECIPES = ("delayed", "tensorwise")
 CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS[kind]]
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
@@ -49,7 +61,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return calls
 
 
-def long_step(kind: str, documents: bool) -> dict:
+def long_step(kind: str, documents: bool, recompute: str) -> dict:
     """4096 tokens a sequence: chunks of 1024, larger than any kernel's tile, with a window of 512."""
     from support import models, pipeline
 
@@ -58,7 +70,7 @@ def long_step(kind: str, documents: bool) -> dict:
     models.BORDERS = ([1024, 3072], [1023, 1025, 2500])
     try:
         model = WIDE_HEADS | PATHS["bf16 transformer engine"][0]
-        model |= dict(self_decoder=kind, self_decoder_window=512, num_layers=4)
+        model |= dict(self_decoder=kind, self_decoder_window=512, num_layers=4) | LONG[recompute]
         with pytest.MonkeyPatch.context() as monkeypatch:
             calls = count_calls(monkeypatch)
             result = pipeline_step(model, None, False, 1, False, documents)
@@ -80,11 +92,10 @@ def fp8_step(recipe: str | None) -> dict:
 def steps(paths: Iterable[str]) -> dict[tuple, Callable[[], dict]]:
     """Each test's step, and the long ones, by what the tests call them."""
     cases = [(*case, path, documents) for case in CASES for path in paths for documents in (False, True)]
-    long_cases = [(kind, documents) for kind in SELF_DECODERS for documents in (False, True)]
     fp8_cases = [("fp8", recipe) for recipe in (*FP8_RECIPES, None)]
     return (
         {case: partial(step, *case) for case in cases}
-        | {case: partial(long_step, *case) for case in long_cases}
+        | {case: partial(long_step, *case) for case in product(SELF_DECODERS, (False, True), LONG)}
         | {case: partial(fp8_step, case[1]) for case in fp8_cases}
     )
 
@@ -114,10 +125,11 @@ def test_two_gpus_equal_one(
 
 @DOCUMENTS
 @pytest.mark.parametrize("kind", SELF_DECODERS)
-def test_long_sequences(kind: str, documents: bool, one_gpu: Cases, two_gpus: Cases) -> None:
+@pytest.mark.parametrize("recompute", LONG)
+def test_long_sequences(kind: str, documents: bool, recompute: str, one_gpu: Cases, two_gpus: Cases) -> None:
     """Both in bf16, so that twice its noise is allowed."""
-    (reference,) = one_gpu[kind, documents]
-    for result in two_gpus[kind, documents]:
+    (reference,) = one_gpu[kind, documents, "plain"]
+    for result in two_gpus[kind, documents, recompute]:
         assert_close(result, reference, 5e-3, 6e-2)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
-from support.models import FULL_RECOMPUTE, SELF_DECODERS, relative_error, tiny_config
+from support.models import FULL_RECOMPUTE, KEPT_ATTENTION, SELF_DECODERS, relative_error, tiny_config
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
@@ -30,11 +30,13 @@ QUICK = {
     "TP2 CP2 SP": (PP1, 1, 2, 2, SP),
     "PP2 CP2 uneven": ("Ett|ttttttL", 2, 1, 2, {}),
     "CP2 recompute full": (PP1, 1, 1, 2, FULL_RECOMPUTE),
+    "CP2 recompute all but attention": (PP1, 1, 1, 2, KEPT_ATTENTION),
 }
 FULL = {
     "TP2 CP2": (PP1, 1, 2, 2, {}),
     "PP2 CP2 late border": ("Etttttt|ttL", 2, 1, 2, {}),
     "PP2 CP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, 2, FULL_RECOMPUTE),
+    "PP2 CP2 VP2 recompute all but attention": ("Ett|tt|tt|ttL", 2, 1, 2, KEPT_ATTENTION),
     "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
 }
 WINDOWS = {"short": 5, "long": 17, "longest": 100}
@@ -90,7 +92,7 @@ def test_retention(mesh: str, documents: bool, one_process) -> None:
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize(("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest"])])
+@pytest.mark.parametrize(("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest", "short"])])
 def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
     model = FLOAT64 | dict(self_decoder="sliding_window", self_decoder_window=WINDOWS[window])
     check(mesh, model, documents, one_process)

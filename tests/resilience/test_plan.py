@@ -87,6 +87,18 @@ def test_what_is_made_again_in_backward_is_not_kept(kind, also):
     assert activations() - activations("--recompute-elementwise") == 2 * 64 * (4 * 64 + 2 * also)
 
 
+def test_attention_that_is_kept():
+    """64 tokens in bf16, two cross-decoder layers, 32 wide: outputs, and an fp32 number a token and head."""
+
+    def memory(*flags: str) -> plan.Memory:
+        full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+        return plan.memory(parsed(1, "--bf16", *full, *flags))
+
+    args = parsed(1)
+    saved = memory("--keep-cross-attention").activations - memory().activations
+    assert saved == 2 * 64 * (2 * 32 + 4 * args.num_attention_heads)
+
+
 def test_environment_by_generation_and_mode():
     tp2 = parsed(2, "--tensor-model-parallel-size", "2")
     assert plan.environment("hopper", tp2, "/run")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

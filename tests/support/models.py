@@ -20,6 +20,7 @@ from yoco_megatron.model.yoco_model import YOCOModel
 VOCAB, SEQ = 256, 48
 SELF_DECODERS = ("gated_retention", "sliding_window")
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+KEPT_ATTENTION = FULL_RECOMPUTE | dict(keep_cross_attention=True)
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
 # Heads of width 64, which every kernel takes.

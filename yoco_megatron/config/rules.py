@@ -145,6 +145,15 @@ def check_model(config: Any) -> None:
         not (config.recompute_elementwise and config.fp8),
         "--recompute-elementwise is for bf16: with --fp8-format the linear layers keep quantised copies; leave it away",
     )
+    require(
+        not config.keep_cross_attention or config.recompute_granularity == "full",
+        "--keep-cross-attention is an exception from --recompute-granularity full: set both, or leave it away",
+    )
+    require(
+        not config.keep_cross_attention or not config.attention_dropout,
+        f"--keep-cross-attention does not go with --attention-dropout {config.attention_dropout}, whose random numbers "
+        "would be others in the second pass: leave one away",
+    )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
@@ -245,14 +254,11 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
         )
     if args.architecture != "yoco":
         check_loss_chunk(args)
-        require(
-            not args.recompute_elementwise,
-            "--recompute-elementwise is built for --architecture yoco alone: leave it away",
-        )
-        require(
-            not args.dataloader_inter_document_masking,
-            "--dataloader-inter-document-masking is built for --architecture yoco alone: leave it away",
-        )
+        for dest in ("recompute_elementwise", "keep_cross_attention", "dataloader_inter_document_masking"):
+            require(
+                not getattr(args, dest),
+                f"--{dest.replace('_', '-')} is built for --architecture yoco alone: leave it away",
+            )
         return
     check_cuda_graphs(args, parser)
     flags = {action.dest: action.option_strings[0] for action in parser._actions}

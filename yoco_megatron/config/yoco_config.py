@@ -62,6 +62,10 @@ class YOCOFields:
     anyway: the output of SwiGLU, and the retention's normalised and gated output. bf16 only: FP8 keeps quantised
     copies."""
 
+    keep_cross_attention: bool = False
+    """With --recompute-granularity full: keep what each cross-decoder layer's attention gave, as much as the layer's
+    input, instead of computing attention again in backward. For long sequences, where attention is most of the work."""
+
     loss_chunk_size: int | None = None
     """Tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A sequence of 32K with
     100K words needs 13 GB of fp32 logits, a chunk of 2048 tokens 0.4 GB in bf16. Default: 2048 for YOCO; 0, which is

@@ -65,9 +65,12 @@ class SharedKVAttention(ChunkedAttention):
         query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
         reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
         shard = packed_seq_params
-        if fits(self.config, query, shard):
-            scale = self.config.softmax_scale or self.head_dim**-0.5
-            y = self.keep_or_recompute(lambda query: two_chunk_attention(query, reader, shard, scale), query)
-        else:
-            y = self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), shard)
-        return self.linear_proj(y)
+
+        def attention(query: Tensor) -> Tensor:
+            if fits(self.config, query, shard):
+                scale = self.config.softmax_scale or self.head_dim**-0.5
+                return self.keep_or_recompute(lambda query: two_chunk_attention(query, reader, shard, scale), query)
+            return self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), shard)
+
+        kept = attention_bias.kept
+        return self.linear_proj(kept(self.layer_number, attention, query) if kept else attention(query))

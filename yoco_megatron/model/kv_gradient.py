@@ -11,6 +11,7 @@ reduce-scatter gives each rank the gradient of its part. What goes on to the nex
 import torch
 from torch import Tensor
 
+from yoco_megatron.model.kept_attention import KeptAttention
 from yoco_megatron.parallel.context import gather_chunks, reduce_scatter_chunks
 from yoco_megatron.parallel.sequence import SequenceShard
 
@@ -20,10 +21,18 @@ class SharedKVReader:
 
     Use: `hidden, reader = SharedKVReader.enter(hidden, kv, dtype, shard)`, then `reader.read()` in every layer and
     `reader.read_packed()` to send them on. Layers that run inside a checkpoint get `reader.inside_checkpoint()`.
+    `kept` is where they keep their attention's output, if they do.
     """
 
-    def __init__(self, kv: Tensor, whole: Tensor, gradient: "_Gradient", of_whole: "_Gradient") -> None:
-        self.kv, self.whole, self._gradient, self._of_whole = kv, whole, gradient, of_whole
+    def __init__(
+        self,
+        kv: Tensor,
+        whole: Tensor,
+        gradient: "_Gradient",
+        of_whole: "_Gradient",
+        kept: KeptAttention | None = None,
+    ) -> None:
+        self.kv, self.whole, self._gradient, self._of_whole, self.kept = kv, whole, gradient, of_whole, kept
 
     @staticmethod
     def enter(
@@ -43,10 +52,10 @@ class SharedKVReader:
         hidden_states, kv, whole = _Enter.apply(hidden_states, kv, dtype, gradient, of_whole)
         return hidden_states, SharedKVReader(kv, whole, gradient, of_whole)
 
-    def inside_checkpoint(self) -> "SharedKVReader":
+    def inside_checkpoint(self, kept: KeptAttention | None = None) -> "SharedKVReader":
         """For functions that are run again in backward, in a graph of their own, which must not reach beyond them."""
         kv, whole = (t.detach().requires_grad_(t.requires_grad) for t in (self.kv, self.whole))
-        return SharedKVReader(kv, whole, self._gradient, self._of_whole)
+        return SharedKVReader(kv, whole, self._gradient, self._of_whole, kept)
 
     def read(self, first: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of positions first..stop-1 of the sequence, [stop - first, b, G, D]: views, not copies."""

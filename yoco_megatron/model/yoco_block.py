@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
+from yoco_megatron.model.kept_attention import KeptAttention
 from yoco_megatron.model.kv_gradient import SharedKVReader
 from yoco_megatron.model.shared_kv import SharedKV
 from yoco_megatron.model.stage import Stage
@@ -115,7 +116,8 @@ class YOCOBlock(MegatronModule):
             inner_fp8 = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
             half = _Half(layers, self.config, self.pg_collection, len(layers))
             # The checkpoints only read the shared K,V, so no recomputation makes them again.
-            reader = shared_kv and shared_kv.inside_checkpoint()
+            kept = KeptAttention(bool(self.config.fp8)) if self.config.keep_cross_attention else None
+            reader = shared_kv and shared_kv.inside_checkpoint(kept)
             return checkpointed_forward(half, hidden, None, None, None, angles, reader, shard, inner_fp8)
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):

@@ -64,7 +64,7 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     layers = shape.num_layers / pp
     split = tp if args.sequence_parallel or tp == 1 else 1
     if args.recompute_granularity == "full":
-        per_layer = value * tokens * shape.hidden_size / split
+        per_layer = value * tokens * shape.hidden_size / split + _kept(args, shape, tokens) / tp
     else:
         per_layer = 17 * value * tokens * shape.hidden_size / split - _remade(args, shape, tokens) / tp
     in_flight = pp if pp > 1 else 1
@@ -78,6 +78,16 @@ def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
         return 0.0
     share = shape.num_self_decoder_layers / shape.num_layers if shape.self_decoder == "gated_retention" else 0.0
     return (2 if args.bf16 or args.fp16 else 4) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
+
+
+def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --keep-cross-attention keeps: outputs of the cross-decoder layers' attention
+    and, for each query, the fp32 logarithm of its softmax's sum (model/kept_attention.py)."""
+    if args.architecture != "yoco" or not args.keep_cross_attention:
+        return 0.0
+    share = 1 - shape.num_self_decoder_layers / shape.num_layers
+    value = 2 if args.bf16 or args.fp16 else 4
+    return share * tokens * shape.num_attention_heads * (value * shape.kv_channels + 4)
 
 
 def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
