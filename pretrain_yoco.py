@@ -30,7 +30,7 @@ from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import outcome, run_folder
 from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import carry_shared_kv, compile_what_is_called, count_yoco, skip_batches
+from yoco_megatron.training.upstream import compile_what_is_called, count_yoco, schedule_steps, skip_batches
 
 # All that was imported stays to the end. Later collections, and those with which the interpreter ends, leave it out.
 gc.freeze()
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     safe_load.install()
     safety.install()
     count_yoco()
-    carry_shared_kv()
+    schedule_steps()
     skip_batches()
     compile_what_is_called()
     with run_folder_kept(args):

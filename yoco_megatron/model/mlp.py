@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from yoco_megatron.model.remade import remake_in_backward
+from yoco_megatron.ops.swiglu import fused_swiglu
 
 
 class LeanMLP(MLP):
@@ -27,17 +27,19 @@ class LeanMLP(MLP):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] -> ([s, b, h], no bias)."""
         if self.training and self.config.mlp_chunks_for_training > 1:
-            return tensor_parallel.checkpoint(partial(super().forward, **kwargs), False, hidden_states)
-        if self.training and self.config.recompute_elementwise and torch.is_grad_enabled():
-            return self._forward_lean(hidden_states)
-        return super().forward(hidden_states, **kwargs)
+            return tensor_parallel.checkpoint(partial(self._run, lean=False, **kwargs), False, hidden_states)
+        lean = self.training and self.config.recompute_elementwise and torch.is_grad_enabled()
+        return self._run(hidden_states, lean, **kwargs)
 
-    def _forward_lean(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, hidden_states: Tensor, lean: bool, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         fused = self.config.bias_activation_fusion
+        if not lean and (not fused or self.config.activation_func_fp8_input_store or self.config.cpu_offloading):
+            return super().forward(hidden_states, **kwargs)
         wide, _ = self.linear_fc1(hidden_states)
-        y = bias_swiglu_impl(wide, None) if fused else swiglu(wide)
+        y = fused_swiglu(wide) if fused else swiglu(wide)
         output, bias = self.linear_fc2(y)
-        remake_in_backward(y, output, partial(fused_swiglu_into if fused else swiglu_into, wide))
+        if lean:
+            remake_in_backward(y, output, partial(fused_swiglu_into if fused else swiglu_into, wide))
         return output, bias
 
 

@@ -21,12 +21,13 @@ from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.communicator import SharedKVCommunicator
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.flops import forward_flops_per_token, train_flops
+from yoco_megatron.training.validation import validation_at_the_end
 
 _get_forward_backward_func = training.get_forward_backward_func
 
 
-def carry_shared_kv() -> None:
-    """Give every call of a pipeline schedule a communicator that knows the shape at each boundary.
+def schedule_steps() -> None:
+    """Validate results at the end of each schedule's call, and give it a communicator that knows each boundary's shape.
 
     The loop asks `get_forward_backward_func` for its schedule, in training and in evaluation; only there, call by call,
     are the number of micro-batches (it changes in a batch-size ramp-up) and the direction known.
@@ -38,6 +39,7 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
     """Megatron's schedule; for a YOCO over several pipeline stages, with `SharedKVCommunicator`."""
     schedule = _get_forward_backward_func(*args, **kwargs)
 
+    @validation_at_the_end()
     def run(**call: Any) -> Any:
         chunks = call["model"] if isinstance(call["model"], list) else [call["model"]]
         model = unwrap_model(chunks[0])
