@@ -51,6 +51,11 @@ class YOCORotaryEmbedding(RotaryEmbedding):
 
 def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
     """Rotate x [s, b, heads, head_dim] by angles [s, 1 or b, 1, head_dim]; fp32 arithmetic, x's dtype back."""
+    power_of_two = x_SBHD.shape[-1].bit_count() == 1
+    if config.apply_rope_fusion and config.rotary_interleaved and power_of_two and x_SBHD.is_cuda:
+        from yoco_megatron.ops.rotary.triton import rotate as fused
+
+        return fused(x_SBHD, angles)
     if angles.shape[1] > 1:  # the kernel takes one angle per row: make samples rows
         rows = rotate(x_SBHD.flatten(0, 1).unsqueeze(1), angles.flatten(0, 1).unsqueeze(1), config)
         return rows.view(x_SBHD.shape)

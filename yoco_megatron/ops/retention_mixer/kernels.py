@@ -1,33 +1,11 @@
-"""Triton kernels around the retention: rotation of q and k, and the headwise norm times the gate.
+"""Triton kernels of the headwise norm times the gate.
 
-One program works on all heads of one token, so angles are read once and heads are neighbours in memory. All
-arithmetic is fp32; every tensor is read and written once. Legend: N tokens (S * B), H heads, HP heads rounded up to a
-power of two, D head width.
+One program works on all heads of one token, which are neighbours in memory. All arithmetic is fp32; every tensor is
+read and written once. Legend: N tokens (S * B), H heads, HP heads rounded up to a power of two, D head width.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def rotate_pairs(
-    X, OUT, COS, SIN, B, angle_s, angle_b, x_token, x_head, x_part, out_token, out_head, out_part, sign,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Rotate the pairs (2j, 2j+1) of q and k by sign * angle. X [N, H, parts, D], parts 0 and 1 being q and k."""
-    token = tl.program_id(0).to(tl.int64)
-    angle = (token // B) * angle_s + (token % B) * angle_b + tl.arange(0, D // 2)[None, :]
-    cos = tl.load(COS + angle)
-    sin = tl.load(SIN + angle) * sign
-    row = tl.arange(0, 2 * HP)[:, None]
-    head = row // 2
-    part = row % 2
-    d = tl.arange(0, D)[None, :]
-    inside = head < H
-    x = tl.load(X + token * x_token + head * x_head + part * x_part + d, mask=inside, other=0.0).to(tl.float32)
-    even, odd = tl.split(x.reshape(2 * HP, D // 2, 2))
-    x = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(2 * HP, D)
-    tl.store(OUT + token * out_token + head * out_head + part * out_part + d, x.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit

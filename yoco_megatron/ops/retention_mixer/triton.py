@@ -16,17 +16,7 @@ from torch import Tensor
 
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.retention_mixer import kernels
-
-
-def _rotate(x: Tensor, out: Tensor, angles: Tensor, sign: float) -> None:
-    """Rotate parts 0 and 1 of x [S, B, H, parts, D] into those of `out`, which may be x."""
-    S, B, H, _, D = x.shape
-    pairs = angles[:, :, 0, ::2].contiguous()
-    cos, sin = pairs.cos(), pairs.sin()
-    kernels.rotate_pairs[(S * B,)](
-        x, out, cos, sin, B, cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
-        *x.stride()[1:4], *out.stride()[1:4], sign, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
-    )  # fmt: skip
+from yoco_megatron.ops.rotary.triton import rotate_into
 
 
 def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
@@ -50,7 +40,7 @@ class _Mix(torch.autograd.Function):
         x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
         H = x.shape[2]
         rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
-        _rotate(x, rotated, angles, 1.0)
+        rotate_into(x, rotated, angles, 2)
         q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
         ids_of = [None] * count if document_ids is None else document_ids.chunk(count)
         o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
@@ -107,7 +97,7 @@ class _Mix(torch.autograd.Function):
                 q_c, k_c, v_c, do_c, sums, ids, entering, anchors, final, dfinal, g_c, ctx.launch,
                 dq=dq, dk=dk, dv=dv, dgate=dg, need_dstart=False, tau=ctx.tau,
             )  # fmt: skip
-        _rotate(dx, dx, angles, -1.0)
+        rotate_into(dx, dx, angles, 2, backwards=True)
         return dx.flatten(2), dlogits, *[None] * 8
 
 

@@ -1,0 +1,1 @@
+"""Rotation of interleaved pairs on a GPU: see triton.py."""
