@@ -28,6 +28,8 @@ done
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$here/.venv/bin/python}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck source=launch/lib/follow.sh
+source "$here/launch/lib/follow.sh"
 policy() { "$python" -m yoco_megatron.resilience.policy "$@"; }
 
 while true; do
@@ -43,12 +45,7 @@ while true; do
     # Its own process group, and a request by file: Ctrl-C in the terminal must not reach torchrun, which would kill.
     setsid "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --log-dir "$run/logs" --tee 3 \
         "$here/pretrain_yoco.py" --run-folder "$run" "$@" &
-    # Ctrl-C interrupts a wait, and the run may end while the trap runs; bash remembers how it ended.
-    while kill -0 $! 2>/dev/null; do
-        wait $!
-    done
-    wait $!
-    rc=$?
+    follow $!
     trap - INT TERM
     {
         read -r verdict

@@ -6,13 +6,6 @@ import logging
 import sys
 from dataclasses import asdict
 
-from yoco_megatron import runtime
-
-runtime.prepare()  # before anything imports megatron
-
-from yoco_megatron.config import arguments
-from yoco_megatron.data.plan import plan, table, train_samples
-
 SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -32,6 +25,13 @@ def main() -> None:
     parser.add_argument("--token-budget", type=token_count, help="tokens to train on; by default what the flags say")
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()
+    # Seconds of imports, which --help does without.
+    from yoco_megatron import runtime
+
+    runtime.prepare()  # before anything imports megatron
+    from yoco_megatron.config import arguments
+    from yoco_megatron.data.plan import plan, table, train_samples
+
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         args = arguments.parse_anywhere(argv)

@@ -4,22 +4,24 @@ Training finds them in --data-cache-path, which both must name. Their names are 
 of the tokenizer (its path as it is written) and of --seq-length: other flags build others.
 """
 
+import argparse
 import logging
 import sys
 import time
 from pathlib import Path
 
-from yoco_megatron import runtime
-
-runtime.prepare()  # before anything imports megatron
-
-from yoco_megatron.config import arguments
-from yoco_megatron.data.provider import prepare_cache
-
 
 def main() -> None:
-    if "--help" in sys.argv:
-        sys.exit(__doc__.strip())
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--help", action="help", help="all other flags are those of pretrain_yoco.py")
+    parser.parse_known_args()
+    # Seconds of imports, which --help does without.
+    from yoco_megatron import runtime
+
+    runtime.prepare()  # before anything imports megatron
+    from yoco_megatron.config import arguments
+    from yoco_megatron.data.provider import prepare_cache
+
     logging.getLogger("megatron").setLevel(logging.WARNING)
     started = time.monotonic()
     try:

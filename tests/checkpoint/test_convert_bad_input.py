@@ -169,7 +169,17 @@ def test_config_of_no_fla_model(attention, source):
     refused(source, "config.json describes no YOCO: (TypeError|KeyError)", kind="fla", to="hf")
 
 
-@pytest.mark.parametrize(("index", "said"), [("{", "is not JSON"), ("[]", "no JSON object"), ("{}", "no weight_map")])
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {"a": 1, "b": "model.safetensors"}}', "gives 'a' the file 1, no name"),
+        ('{"weight_map": {"a": ["model.safetensors"]}}', r"gives 'a' the file \['model.safetensors'\], no name"),
+        ('{"weight_map": {"a": ""}}', "gives 'a' the file '', no name"),
+    ],
+)
 def test_broken_index(index, said, source):
     (source / "model.safetensors.index.json").write_text(index)
     refused(source, f"model.safetensors.index.json .*{said}")

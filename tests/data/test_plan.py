@@ -105,6 +105,15 @@ def run(tool: str, *flags: object) -> str:
     return done.stdout if done.returncode == 0 else f"{done.returncode} {done.stderr}"
 
 
+@pytest.mark.parametrize("tool", ["plan_data", "prepare_cache"])
+def test_help_comes_without_the_seconds_of_imports(tool: str) -> None:
+    command = [sys.executable, "-X", "importtime", ROOT / "tools" / f"{tool}.py", "--help"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "all other flags are those of pretrain_yoco.py" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert imported & {"argparse", "torch", "megatron"} == {"argparse"}
+
+
 def test_dry_run_of_a_large_mesh(sources: list[str]) -> None:
     """On one machine, with the flags of many; a budget instead of the run's length."""
     mesh = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 4, "--data-path", *sources[:2]]

@@ -141,6 +141,11 @@ def test_outputs_in_the_input_folder_are_no_input(tokenizer: Any, tmp_path: Path
         run([tmp_path / "f_text_document.bin"], tmp_path / "f", tokenizer)
 
 
+def test_an_input_named_like_an_output_of_another_key_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"out_{key}_document.json", TEXTS[:3]) for key in ("text", "x")]
+    assert run(files, tmp_path / "out", tokenizer)["text"].inputs == [str(files[1])]
+
+
 def test_existing_data_are_replaced_only_on_demand(tokenizer: Any, tmp_path: Path) -> None:
     path, out = write_lines(tmp_path / "f.jsonl", TEXTS), tmp_path / "out"
     run([path], out, tokenizer)

@@ -159,3 +159,11 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["y.md", "x.txt", "a.jsonl"]
     with pytest.raises(ValueError, match=r"--input .*\.gz matches no file"):
         expand_inputs([str(tmp_path / "*.gz")])
+
+
+def test_what_the_system_refuses_is_the_inputs_fault(tmp_path: Path) -> None:
+    long = str(tmp_path / ("x" * 300))
+    with pytest.raises(ValueError, match=r"--input .*xxx cannot be read: .*File name too long"):
+        expand_inputs([long])
+    with pytest.raises(ValueError, match=r"--input .*gone\.jsonl cannot be read: .*No such file"):
+        readers.describe([tmp_path / "gone.jsonl"])

@@ -20,8 +20,8 @@ TINY = (
 LOSS_NOISE = 2e-2
 
 
-def pretrain(flags: str, **env: str) -> list[float]:
-    """Losses by iteration of `torchrun --nproc-per-node 1 pretrain_yoco.py flags`."""
+def log_of(flags: str, **env: str) -> str:
+    """What `torchrun --nproc-per-node 1 pretrain_yoco.py flags` prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     run = subprocess.run(
         [*command, "pretrain_yoco.py", *flags.split()],
@@ -35,7 +35,17 @@ def pretrain(flags: str, **env: str) -> list[float]:
     print(
         "\n".join(line for line in run.stdout.splitlines() if "elapsed time per iteration" in line or "memory" in line)
     )
-    return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
+    return run.stdout
+
+
+def losses_in(log: str) -> list[float]:
+    """The losses by iteration that a log tells."""
+    return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", log)]
+
+
+def pretrain(flags: str, **env: str) -> list[float]:
+    """Losses by iteration of a run."""
+    return losses_in(log_of(flags, **env))
 
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)
@@ -54,6 +64,8 @@ def test_losses_of_the_cpu_path(kind: str, tmp_path: Path) -> None:
 
 # The graph is recorded in the fourth step, and the steps after it replay it: on other data, with other weights.
 GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3"
+# megatron/core/full_cuda_graph.py:FullCudaGraphWrapper logs it once the graph is there, and from then on only replays.
+RECORDED = "CUDA graph capture done for training"
 LEAN = "--loss-chunk-size 2048 --recompute-elementwise"
 
 
@@ -61,7 +73,10 @@ LEAN = "--loss-chunk-size 2048 --recompute-elementwise"
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_a_step_in_one_cuda_graph_trains_alike(kind: str, more: str) -> None:
     flags = f"{TINY} --self-decoder {kind} --no-check-for-nan-in-loss-and-grad {more}"
-    plain, graphed = pretrain(flags), pretrain(f"{flags} {GRAPH}")
+    log = log_of(f"{flags} {GRAPH}")
+    before, recorded, _ = log.partition(RECORDED)
+    assert recorded and len(losses_in(before)) == 3
+    plain, graphed = pretrain(flags), losses_in(log)
     assert len(plain) == len(graphed) == 10
     assert plain[-1] < plain[0] - 0.1  # a graph that forgot the weights or the data would differ
     for step, (a, b) in enumerate(zip(plain, graphed), start=1):

@@ -57,7 +57,7 @@ def test_interrupted_then_finished(tmp_path):
 
 
 FOLLOW = """
-eval "$(sed -n '/^follow()/,/^}/p' "$0")"
+source "$0"
 (while [[ ! -e $MARK ]]; do sleep 0.02; done; exit 7) &
 run=$!
 trap 'touch "$MARK"; while kill -0 $run 2>/dev/null; do sleep 0.02; done' USR1
@@ -69,7 +69,7 @@ echo $rc
 
 def test_exit_code_of_a_run_that_ends_while_a_trap_runs(tmp_path):
     env = os.environ | {"MARK": str(tmp_path / "mark")}
-    command = ["bash", "-c", FOLLOW, str(ROOT / "launch/slurm/train.sbatch")]
+    command = ["bash", "-c", FOLLOW, str(ROOT / "launch/lib/follow.sh")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout == "7\n", done.stdout + done.stderr
 

@@ -359,6 +359,15 @@ def test_chunk_size_must_be_positive():
 def test_segments_fill_the_gpu(heads, chunks):
     """Enough heads need no segments; few heads get as many as pay, never shorter than the minimum."""
     tuning = pytest.importorskip("yoco_megatron.ops.gated_retention.tuning")
-    segments = tuning.num_segments(heads, chunks, (2, 6), 132)
+    segments = tuning.num_segments(heads, chunks, (2, 6), 1, 132)
     assert (segments == 1) == (heads >= 192 or chunks < 16)
     assert segments == 1 or chunks // segments >= tuning.MIN_SEGMENT_CHUNKS
+
+
+def test_wide_heads_count_every_tile_of_their_states():
+    """A state of 256 x 256 is four programs' work, so segments that would pay for one program may not pay for four."""
+    tuning = pytest.importorskip("yoco_megatron.ops.gated_retention.tuning")
+    wide, usual = (tuning.config_for("segment", width, torch.bfloat16).tiles(width, width) for width in (256, 128))
+    assert (wide, usual) == (4, 1)
+    of = {tiles: tuning.num_segments(6, 128, (4, 12), tiles, 132) for tiles in (wide, usual)}
+    assert 1 < of[wide] < of[usual]

@@ -3,6 +3,7 @@ errors that name the flag."""
 
 import itertools
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_table_adds_up(tied: bool) -> None:
     assert sum(planner.stage_parameters(s, 4, model) for s in stages) == sum(parameter_count(model).values()) + copy
     flops = 3 * sum(forward_flops_per_token(model).values()) / 1e9
     assert sum(planner.stage_gflop(s, 4, model) for s in stages) == pytest.approx(flops)
-    text = planner.table(cuts, model, 3, 8, 2, 2)
+    text = planner.table(cuts, model, planner.Costs.of(model), 3, 8, 2, 2)
     # Into the last stage go hidden states and K,V: 2 x 512 tokens x (256 + 2 x 2 x 64) values x 2 bytes.
     assert f"{2 * 512 * (256 + 256) * 2 / 1e6:.2f}" in text.splitlines()[-1]
     assert "K,V" in text.splitlines()[3]
@@ -112,6 +113,9 @@ def flags(**changes) -> Namespace:
         num_virtual_stages_per_pipeline_rank=None,
         decoder_first_pipeline_num_layers=None,
         decoder_last_pipeline_num_layers=None,
+        recompute_granularity=None,
+        recompute_method=None,
+        loss_chunk_size=0,
     )
     return Namespace(**fields | changes)
 
@@ -131,6 +135,27 @@ def test_flags_become_a_layout(changes: dict, layout: str) -> None:
     counts = [last - first for first, last in itertools.pairwise(cuts.cuts)]
     assert args.pipeline_model_parallel_layout == layout == layout_string(counts)
     assert args.num_layers_per_virtual_pipeline_stage is None
+
+
+def test_what_is_computed_again_costs_a_fourth_product() -> None:
+    """Three products, forward and two gradients, become four: of the head with the loss in chunks, of layers with full
+    recompute. Of the rest nothing changes."""
+    full = dict(recompute_granularity="full", recompute_method="uniform")
+    once, chunked, remade, both = (
+        planner.Costs.of_run(shape(), flags(**changes))
+        for changes in ({}, dict(loss_chunk_size=2048), full, dict(loss_chunk_size=2048, **full))
+    )
+    assert chunked == replace(once, head=pytest.approx(once.head * 4 / 3))
+    layers = {name: pytest.approx(getattr(once, name) * 4 / 3) for name in ("self_layer", "cross_layer")}
+    assert remade == replace(once, **layers)
+    assert both == replace(once, head=chunked.head, **layers)
+
+
+def test_a_loss_in_chunks_moves_layers_away_from_the_head() -> None:
+    """A vocabulary so large that the head costs as much as some layers."""
+    model = shape(num_layers=24, num_self_decoder_layers=12, padded_vocab_size=131072)
+    plain, chunked = (choose_layout(flags(loss_chunk_size=size), model).cuts[1] for size in (0, 2048))
+    assert chunked > plain
 
 
 def test_planner_is_the_default() -> None:

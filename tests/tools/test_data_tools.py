@@ -131,6 +131,15 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on(made: tuple[Path, dict[str
     assert "8,000 documents" in run("preprocess_data", *arguments)
 
 
+def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(
+    made: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, _ = made
+    arguments = ["--input", tmp_path / ("x" * 300), *TOKENIZER, folder / "bpe", "--output-prefix", tmp_path / "out"]
+    error = run("preprocess_data", *arguments, fails=True).split("error: ")[-1]
+    assert error.startswith("--input ") and "File name too long" in error and "--output-prefix" not in error
+
+
 def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder, _ = made
     prefix = folder / "out" / "code_text_document"

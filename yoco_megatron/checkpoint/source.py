@@ -199,6 +199,11 @@ class SafeTensors:
         if index.exists():
             of = _json(index, "an exported model").get("weight_map")
             require(isinstance(of, dict), f"--input {index} has no weight_map: copy the folder again")
+            for tensor, file in of.items():
+                require(
+                    isinstance(file, str) and file != "",
+                    f"--input {index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
+                )
             listed = sorted(set(of.values()))
         else:
             listed = ["model.safetensors"]

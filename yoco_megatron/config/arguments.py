@@ -248,9 +248,11 @@ def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
     data_parallel = args.world_size // (
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     )
+    shape = ModelShape.from_args(args)
     return planner.table(
         plan,
-        ModelShape.from_args(args),
+        shape,
+        planner.Costs.of_run(shape, args),
         args.pipeline_model_parallel_size,
         args.global_batch_size // (args.micro_batch_size * data_parallel),
         args.micro_batch_size,

@@ -189,7 +189,7 @@ def preprocess(
         raise ValueError(f"--workers {workers}: at least one thread must encode")
     if max_bad_lines < 0:
         raise ValueError(f"--max-bad-lines {max_bad_lines}: 0 stops at the first bad record, N at one more than N")
-    files = _without_own(files, output_prefix)
+    files = _without_own(files, output_prefix, keys)
     check_keys(files, keys)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     # The threads below are the parallelism; the tokenizer's own pool would only compete with them.
@@ -226,13 +226,14 @@ def preprocess(
     return reports
 
 
-def _without_own(files: list[Path], output_prefix: str) -> list[Path]:
+def _without_own(files: list[Path], output_prefix: str, keys: list[str]) -> list[Path]:
     """What this command itself writes below an input folder, or wrote before it was killed, is no input.
 
     Raises:
         ValueError: there is nothing else.
     """
-    own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|_.*_document\.(bin|idx|json)|_{PROBLEMS})"
+    datasets = rf"_({'|'.join(map(re.escape, keys))})_document\.(bin|idx|json)"
+    own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|{datasets}|_{PROBLEMS})"
     found = [path for path in files if not re.fullmatch(own, os.path.abspath(path), re.DOTALL)]
     if not found:
         raise ValueError(f"--input names nothing but what --output-prefix {output_prefix} wrote")

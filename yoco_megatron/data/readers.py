@@ -6,6 +6,7 @@ A text file is one record. JSON lines and text may be packed with gzip, bzip2, x
 """
 
 import codecs
+import contextlib
 import glob
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -118,18 +119,28 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
     """The files that `--input` names, in the order given, each once; globs and folders (at any depth) sorted.
 
     Raises:
-        ValueError: a name or pattern that matches no file.
+        ValueError: a name or pattern that matches no file, or one that the system refuses to look at.
     """
     files: list[Path] = []
     for pattern in patterns:
         given = Path(pattern)
-        found = [given] if given.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        below = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in found]
-        found = [path for paths in below for path in paths if path.is_file()]
+        with _blamed(pattern):
+            found = [given] if given.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+            below = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in found]
+            found = [path for paths in below for path in paths if path.is_file()]
         if not found:
             raise ValueError(f"--input {pattern} matches no file; check the path (a glob must be quoted)")
         files += found
     return list(dict.fromkeys(files))
+
+
+@contextlib.contextmanager
+def _blamed(name: str | Path) -> Iterator[None]:
+    """What the system refuses inside is a ValueError about this input."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--input {name} cannot be read: {error}") from error
 
 
 def check_keys(files: list[Path], keys: list[str]) -> None:
@@ -230,8 +241,16 @@ def _parquet(path: Path) -> Any:
 
 
 def describe(files: list[Path]) -> list[dict[str, Any]]:
-    """What tells whether these are the files that were read before: path, bytes, time of change."""
-    return [{"path": str(path), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns} for path in files]
+    """What tells whether these are the files that were read before: path, bytes, time of change.
+
+    Raises:
+        ValueError: a file that is gone.
+    """
+    found = []
+    for path in files:
+        with _blamed(path):
+            found.append({"path": str(path), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns})
+    return found
 
 
 def as_list(position: Position) -> list[int]:

@@ -40,7 +40,7 @@ def fits(config: YOCOConfig, query: Tensor, shard: SequenceShard) -> bool:
     )
     if asks_for_more or shard.ranks == 1 or shard.document_ids is not None:
         return False
-    return partial.why_not(query.permute(1, 2, 0, 3), shard.chunk_length) is None
+    return partial.serves(query.permute(1, 2, 0, 3), shard.chunk_length)
 
 
 def two_chunk_attention(query: Tensor, reader: SharedKVReader, shard: SequenceShard, scale: float) -> Tensor:

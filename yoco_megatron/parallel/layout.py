@@ -44,7 +44,7 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
         counts = _uneven_ends(args, shape.num_layers, ranks)
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
-        counts = planner.plan_cuts(shape.num_layers, border, ranks, chunks, planner.Costs.of(shape))
+        counts = planner.plan_cuts(shape.num_layers, border, ranks, chunks, planner.Costs.of_run(shape, args))
     if args.pipeline_model_parallel_layout is None:
         args.pipeline_model_parallel_layout = layout_string(counts)
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None

@@ -5,6 +5,7 @@ grows with the sequence, the projection to the shared K,V and the head belong to
 into time with the rates below and finds contiguous cuts.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,11 +21,13 @@ from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_pe
 # what the torch implementation reaches (memory-bound); a kernel raises it.
 RATES = {"linear": 700e12, "cross_attention": 600e12, "window": 400e12, "retention": 12e12}
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: memory-bound, next to nothing
+AGAIN = 4 / 3  # what is computed once more in backward: four products where three would do
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Forward seconds per token of each part of a model (a backward costs twice as much)."""
+    """Seconds per token of each part of a model: a third of forward and backward together, which is the forward pass
+    where nothing is computed again."""
 
     embedding: float
     self_layer: float
@@ -33,26 +36,38 @@ class Costs:
     head: float
 
     @staticmethod
-    def of(shape: ModelShape) -> "Costs":
-        """Estimate from the FLOPs of a YOCO."""
+    def of(shape: ModelShape, layers_again: bool = False, logits_again: bool = False) -> "Costs":
+        """Estimate from the FLOPs of a YOCO.
+
+        Args:
+            layers_again: backward computes every layer once more (full recompute).
+            logits_again: and the logits (the loss in chunks, ops/linear_cross_entropy).
+        """
         layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
         mixer = "retention" if shape.self_decoder == "gated_retention" else "window"
 
         def seconds(kind: str, mixing: str) -> float:
             if kind not in layers:
                 return 0.0
-            return layers[kind]["linear"] / RATES["linear"] + layers[kind]["mixing"] / RATES[mixing]
+            once = layers[kind]["linear"] / RATES["linear"] + layers[kind]["mixing"] / RATES[mixing]
+            return once * AGAIN if layers_again else once
 
         return Costs(
             embedding=shape.hidden_size * EMBEDDING_SECONDS,
             self_layer=seconds("self_decoder", mixer),
             shared_kv=whole["shared_kv"] / RATES["linear"],
             cross_layer=seconds("cross_decoder", "cross_attention"),
-            head=whole["output_layer"] / RATES["linear"],
+            head=whole["output_layer"] / RATES["linear"] * (AGAIN if logits_again else 1),
         )
 
+    @staticmethod
+    def of_run(shape: ModelShape, args: Namespace) -> "Costs":
+        """The same, with what parsed arguments say to compute again."""
+        every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
+        return Costs.of(shape, every_layer, bool(args.loss_chunk_size))
+
     def stage(self, stage: Stage, border: int) -> float:
-        """Forward seconds per token of one stage."""
+        """Seconds per token of one stage, as above."""
         n_self, n_cross = stage.split(border)
         return (
             n_self * self.self_layer
@@ -146,10 +161,15 @@ def bubbles(per_stage: list[float], ranks: int, num_microbatches: int) -> list[f
 
 
 def table(
-    plan: StagePlan, shape: ModelShape, ranks: int, num_microbatches: int, micro_batch_size: int, bytes_per_value: int
+    plan: StagePlan,
+    shape: ModelShape,
+    costs: Costs,
+    ranks: int,
+    num_microbatches: int,
+    micro_batch_size: int,
+    bytes_per_value: int,
 ) -> str:
     """What the planner prints: a line a stage, as text."""
-    costs = Costs.of(shape)
     seconds = [costs.stage(plan.stage(g), plan.border) for g in range(plan.count)]
     idle = bubbles(seconds, ranks, num_microbatches)
     kv_width = 2 * shape.num_query_groups * shape.kv_channels
@@ -193,7 +213,7 @@ def stage_parameters(stage: Stage, border: int, shape: ModelShape) -> int:
 
 
 def stage_gflop(stage: Stage, border: int, shape: ModelShape) -> float:
-    """Training GFLOP per token of a stage (three times the forward pass)."""
+    """Training GFLOP per token of a stage: three times the forward pass, whatever is computed again."""
     layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
     n_self, n_cross = stage.split(border)
     flops = n_self * sum(layers["self_decoder"].values()) if n_self else 0.0

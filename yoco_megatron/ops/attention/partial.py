@@ -15,19 +15,18 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def why_not(q_BHTD: Tensor, multiple: int) -> str | None:
-    """None if such queries can be served, else the reason in words; all lengths are multiples of `multiple`."""
+def serves(q_BHTD: Tensor, multiple: int) -> bool:
+    """Whether these functions take such queries, all lengths being multiples of `multiple`: any on a CPU; cuDNN takes
+    16-bit numbers, heads of at most 128 in steps of 8, and lengths in its tiles of 128, from Hopper (9.0) on."""
     if not q_BHTD.is_cuda:
-        return None
-    if q_BHTD.dtype not in (torch.bfloat16, torch.float16):
-        return f"cuDNN's attention takes 16-bit numbers, not {q_BHTD.dtype}"
-    if torch.cuda.get_device_capability(q_BHTD.device) < (9, 0):
-        return "needs a GPU of compute capability 9.0 (Hopper) or later"
-    if q_BHTD.shape[-1] > 128 or q_BHTD.shape[-1] % 8:
-        return f"cuDNN's attention takes heads of at most 128, multiples of 8, not {q_BHTD.shape[-1]}"
-    if multiple % 128:
-        return f"lengths must be multiples of the kernel's tiles of 128, not of {multiple}"
-    return None
+        return True
+    return (
+        q_BHTD.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q_BHTD.device) >= (9, 0)
+        and q_BHTD.shape[-1] <= 128
+        and q_BHTD.shape[-1] % 8 == 0
+        and multiple % 128 == 0
+    )
 
 
 def forward(

@@ -85,10 +85,10 @@ def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None,
         raise ValueError(f"the retention kernel needs scale > 0, got {scale}: it works with its logarithm")
     chunks = triton.cdiv(T, CHUNK)
     if segments is None and q.is_cuda:
-        ahead, back = (config_for(kernel, max(K, V), q.dtype) for kernel in ("forward", "backward"))
+        ahead, back, states = (config_for(kernel, max(K, V), q.dtype) for kernel in ("forward", "backward", "segment"))
         programs = ahead.slices(V), 2 * back.slices(K) + back.slices(V)
         sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-        segments = num_segments(B * H, chunks, programs, sms)
+        segments = num_segments(B * H, chunks, programs, states.tiles(K, V), sms)
     return Launch(B, T, H, K, V, scale, _filled(segments or 1, chunks), q.dtype, document_ids is not None)
 
 
@@ -154,7 +154,7 @@ def _chained_states(
     heads, size = launch.B * launch.H, launch.K * launch.V
     states = torch.empty(heads, n + 1, launch.K, launch.V, device=y.device, dtype=torch.float32)
     kept = torch.empty(heads, n, device=y.device, dtype=torch.float32)
-    kernels.segment_states[(launch.K // bk * launch.V // bv, n, heads)](
+    kernels.segment_states[(config.tiles(launch.K, launch.V), n, heads)](
         describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, states, kept,
         launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
         DK=launch.K, DV=launch.V, BK=bk, BV=bv, CHUNKS=triton.next_power_of_2(launch.segment // CHUNK),
@@ -194,8 +194,8 @@ def stretch_state(
 
     Without outputs, for context parallelism (chunk_state.py says what these are). y, z are k, v; reversed q, do.
     """
-    columns = config_for("segment", max(launch.K, launch.V), launch.dtype).columns
-    programs = launch.B * launch.H * triton.cdiv(launch.K, columns) * triton.cdiv(launch.V, columns)
+    config = config_for("segment", max(launch.K, launch.V), launch.dtype)
+    programs = launch.B * launch.H * config.tiles(launch.K, launch.V)
     chunks = launch.padded // CHUNK
     if segments is None and y.is_cuda:
         sms = torch.cuda.get_device_properties(y.device).multi_processor_count

@@ -40,6 +40,10 @@ class Config:
     def slices(self, width: int) -> int:
         return width // min(width, self.columns)
 
+    def tiles(self, key_dim: int, value_dim: int) -> int:
+        """Of a state, one a program of the pass over segments."""
+        return self.slices(key_dim) * self.slices(value_dim)
+
 
 @cache
 def _table() -> dict[str, dict[str, Config]]:
@@ -56,16 +60,17 @@ def config_for(kernel: str, width: int, dtype: torch.dtype) -> Config:
 
 
 @cache
-def num_segments(heads: int, chunks: int, programs: tuple[int, ...], multiprocessors: int) -> int:
+def num_segments(heads: int, chunks: int, programs: tuple[int, ...], tiles: int, multiprocessors: int) -> int:
     """Into how many segments to cut a sequence of `chunks`, so that programs fill the GPU: the cheapest number.
 
     `programs` run per head and segment in each launch (forward, backward). The unit is a step: one program, one chunk.
     One program runs on a multiprocessor at a time, so a launch takes as many rounds as programs over multiprocessors,
     rounded up, each as long as a segment (and about one step to begin).
 
-    Before each launch with segments comes a pass that computes the states which enter all but the first: one program a
-    head and segment, which reads what still counts at its segment's end (decay decides how much, and the host cannot
-    know it) and writes a state. These are short and uneven, so their rounds are not rounded up. Then comes the chain.
+    Before each launch with segments comes a pass that computes the states which enter all but the first: `tiles`
+    programs a head and segment, each of which reads what still counts at its segment's end (decay decides how much, and
+    the host cannot know it) and writes a tile of the state (the constants are those of heads of 128, which are one
+    tile). These are short and uneven, so their rounds are not rounded up. Then comes the chain.
     """
 
     def steps(segments: int) -> float:
@@ -73,7 +78,7 @@ def num_segments(heads: int, chunks: int, programs: tuple[int, ...], multiproces
         scans = sum(-(-heads * n * segments // multiprocessors) for n in programs) * (length + 1)
         if segments == 1:
             return scans
-        rounds = max(1.0, heads * (segments - 1) / multiprocessors)
+        rounds = max(1.0, heads * tiles * (segments - 1) / multiprocessors)
         states = rounds * (min(length, REMEMBERED_CHUNKS) + STATE_STEPS) + segments * CHAIN_STEPS
         return scans + len(programs) * states
 
