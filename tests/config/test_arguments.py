@@ -96,6 +96,25 @@ def test_an_assertion_of_megatron_is_quoted():
         arguments.finalize(args)
 
 
+@pytest.mark.parametrize(
+    ("processes", "mesh", "overlaps"),
+    [
+        (1, [], False),
+        (2, [], True),
+        (2, ["--context-parallel-size", "2"], True),
+        (2, ["--tensor-model-parallel-size", "2"], False),
+    ],
+)
+def test_overlap_needs_another_rank(processes, mesh, overlaps, monkeypatch):
+    """Context-parallel ranks share the optimizer, too."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(arguments, "validate_args", lambda args: None)
+    monkeypatch.setattr(arguments, "set_global_variables", lambda args: None)
+    flags = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    args = arguments.finalize(arguments.parse([*MINIMAL, *mesh, *flags]))
+    assert args.overlap_grad_reduce == args.overlap_param_gather == overlaps
+
+
 def test_transformer_engine_that_is_not_there():
     from yoco_megatron import runtime
 
