@@ -30,7 +30,13 @@ from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import outcome, run_folder
 from yoco_megatron.resilience.loop import run_folder_kept
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import compile_what_is_called, count_yoco, schedule_steps, skip_batches
+from yoco_megatron.training.upstream import (
+    compile_what_is_called,
+    count_yoco,
+    schedule_steps,
+    skip_batches,
+    take_norms_of_cudnn,
+)
 
 # All that was imported stays to the end. Later collections, and those with which the interpreter ends, leave it out.
 gc.freeze()
@@ -71,6 +77,7 @@ def main(argv: list[str]) -> None:
     schedule_steps()
     skip_batches()
     compile_what_is_called()
+    take_norms_of_cudnn()
     with run_folder_kept(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model),
