@@ -20,11 +20,11 @@ def check_rotation(
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    """Output and gradient, relative to their norms, of every other head of a tensor, by random angles."""
+    """Output and gradient, relative to their norms, of half of a projection's columns, by random angles."""
     S, B, H, D = shape
     device = runtime.device()
-    whole = torch.randn(S, B, 2 * H, D, device=device, dtype=dtype)
-    x = whole[:, :, ::2].requires_grad_()
+    whole = torch.randn(S, B, 2 * H * D, device=device, dtype=dtype)
+    x = whole[..., : H * D].unflatten(-1, (H, D)).requires_grad_()
     exact = x.detach().double().requires_grad_()
     angles = torch.randn(S, B if of_samples else 1, 1, D // 2, device=device).mul_(30).repeat_interleave(2, -1)
     want = rotate_pairs(exact, angles.double().cos(), angles.double().sin())

@@ -42,9 +42,16 @@ def rotate_into(x: Tensor, out: Tensor, angles: Tensor, parts: int, backwards: b
     cos, sin = pairs.cos(), pairs.sin()
     rotate_pairs[(S * B,)](
         x, out, cos, sin, B, cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
-        *x.stride()[1:4], *out.stride()[1:4], -1.0 if backwards else 1.0,
+        _token_stride(x), *x.stride()[2:4], _token_stride(out), *out.stride()[2:4], -1.0 if backwards else 1.0,
         H=H, HP=triton.next_power_of_2(H), PARTS=parts, D=D, num_warps=8 if parts > 1 else 4,
     )  # fmt: skip
+
+
+def _token_stride(x: Tensor) -> int:
+    """From one of the S * B tokens to the next. A dimension of one, such as a single sample's, has any stride."""
+    S, B = x.shape[:2]
+    assert S == 1 or B == 1 or x.stride(0) == B * x.stride(1), "samples of a position lie apart"
+    return x.stride(1) if B > 1 else x.stride(0)
 
 
 class _Rotate(torch.autograd.Function):
