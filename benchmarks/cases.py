@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vocab-size", type=int, default=100_350)
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
-    parser.add_argument("--loss-chunk-size", type=int, default=2048, help="of YOCO, and of GPT with --chunk-gpt-loss")
+    parser.add_argument("--loss-chunk-size", type=int, default=8192, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
     parser.add_argument(

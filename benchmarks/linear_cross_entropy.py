@@ -1,7 +1,7 @@
 """The output layer and the loss, forward and backward: in chunks beside Megatron's whole logits, time and peak memory.
 
     python benchmarks/linear_cross_entropy.py                               # one GPU, under a minute
-    python benchmarks/linear_cross_entropy.py --tokens 32768 --chunks 1024 2048
+    python benchmarks/linear_cross_entropy.py --tokens 32768 --chunks 4096 8192
 
 Both add the weight's gradient to an fp32 buffer, as in training. Megatron's loss runs as it is by default and with
 --cross-entropy-loss-fusion; the faster is the peer. Peak memory is beyond input, weight, buffer and the input's
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 32768])
     parser.add_argument("--hidden-size", type=int, default=3072)
     parser.add_argument("--vocab-size", type=int, default=100_352)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
     if not runtime.has_gpu():

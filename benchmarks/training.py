@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --lengths 4096 --micro-batches 2                      # one GPU, about three minutes
     python benchmarks/training.py --lengths 4096 --micro-batches 4 GPT=1 --precisions bf16 delayed
-    python benchmarks/training.py --lengths 32768 --loss-chunk-size 2048 --chunk-gpt-loss --micro-batches 1
+    python benchmarks/training.py --lengths 32768 --chunk-gpt-loss --micro-batches 1
     python benchmarks/training.py --model 160m --lengths 1024 --batch-tokens 8192 --cuda-graph   # and without it
     python benchmarks/training.py --meshes 1 DP8 TP2xDP4 PP2xTP2xDP2 "PP2xTP2xDP2 VP2" --models GPT gated_retention
     python benchmarks/training.py --meshes CP8 --lengths 131072 --micro-batches 1

@@ -90,7 +90,7 @@ def test_only_where_asked_gpt_gets_our_loss(tmp_path: Path) -> None:
         words = cases.flags_of(model, 4096, "bf16", 1, ONE, options_of(tmp_path, *argv)).split()
         return words[words.index("--loss-chunk-size") + 1]
 
-    assert (chunk_of("gated_retention"), chunk_of("GPT"), chunk_of("GPT", "--chunk-gpt-loss")) == ("2048", "0", "2048")
+    assert (chunk_of("gated_retention"), chunk_of("GPT"), chunk_of("GPT", "--chunk-gpt-loss")) == ("8192", "0", "8192")
     assert chunk_of("gated_retention", "--loss-chunk-size", "0") == "0"
     both = options_of(tmp_path, "--chunk-gpt-loss")
     assert "our chunked loss" in cases.title("GPT", 4096, "bf16", ONE, both)

@@ -267,7 +267,7 @@ def test_self_decoder_view():
 @pytest.mark.parametrize(
     ("change", "size"),
     [
-        ({}, 2048),
+        ({}, 8192),
         ({"loss-chunk-size": 0}, 0),
         ({"architecture": "transformer"}, 0),
         ({"fp16": True, "fp16-lm-cross-entropy": True}, 0),

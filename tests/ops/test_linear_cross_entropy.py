@@ -79,6 +79,34 @@ def test_gradient_into_a_buffer(dtype, shared, monkeypatch):
     assert (x.grad.double() - dx).norm() < tolerance * dx.norm()
 
 
+def products_of_logits(monkeypatch) -> list[int]:
+    """Gets the tokens of each product with the transposed weight."""
+    made = []
+    matmul = torch.Tensor.__matmul__
+
+    def counting(a, b):
+        if b.shape == (HIDDEN, WORDS):
+            made.append(len(a))
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counting)
+    return made
+
+
+@pytest.mark.parametrize(("chunk_size", "products"), [(64, [50]), (30, [25, 25, 25]), (20, [17, 17, 16, 17, 17])])
+def test_the_last_chunks_logits_are_made_once(chunk_size, products, monkeypatch):
+    """Chunks are alike, so that the last one is no crumb. A second backward makes its logits again."""
+    x, weight, labels, dloss = inputs()
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    made = products_of_logits(monkeypatch)
+    loss = linear_cross_entropy(x, weight, labels, chunk_size)
+    loss.backward(dloss, retain_graph=True)
+    assert made == products
+    first, x.grad, weight.grad = (x.grad, weight.grad), None, None
+    loss.backward(dloss)
+    assert all(map(torch.equal, first, (x.grad, weight.grad)))
+
+
 COMPILE = """
 import torch
 from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
@@ -90,22 +118,22 @@ def run():
     loss.sum().backward()
     return loss, x.grad, w.grad
 
-x0, w0 = torch.randn(75, 64).bfloat16(), torch.randn(300, 64).bfloat16()  # the last chunk is shorter
-labels = torch.randint(0, 300, (75,))
+x0, w0 = torch.randn(76, 64).bfloat16(), torch.randn(300, 64).bfloat16()  # the last chunk is shorter
+labels = torch.randint(0, 300, (76,))
 plain = run()
 op._fused = lambda function, on_gpu: op._compiled(function)
 for got, want in zip(run(), plain):
     torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-3)
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-assert graphs == 4, graphs
+assert graphs == 5, graphs
 """
 
 
 @pytest.mark.slow
 def test_compiled_as_on_a_gpu():
     """What lies between the products goes through torch.compile on a GPU; here inductor makes it for the CPU, in a
-    process where the CPU stand-in has not switched compilation off. Two graphs each: one for the first length, and one
-    for any other."""
+    process where the CPU stand-in has not switched compilation off. Two graphs of forward's function, for the first
+    length and for any other; of backward's, which takes the last chunk first, one more for a chunk at offset zero."""
     env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -116,6 +116,9 @@ def flags(**changes) -> Namespace:
         recompute_granularity=None,
         recompute_method=None,
         loss_chunk_size=0,
+        micro_batch_size=2,
+        seq_length=4096,
+        context_parallel_size=1,
     )
     return Namespace(**fields | changes)
 
@@ -141,11 +144,18 @@ def test_what_is_computed_again_costs_a_fourth_product() -> None:
     """Three products, forward and two gradients, become four: of the head with the loss in chunks, of layers with full
     recompute. Of the rest nothing changes."""
     full = dict(recompute_granularity="full", recompute_method="uniform")
-    once, chunked, remade, both = (
+    once, whole, chunked, remade, both = (
         planner.Costs.of_run(shape(), flags(**changes))
-        for changes in ({}, dict(loss_chunk_size=2048), full, dict(loss_chunk_size=2048, **full))
+        for changes in (
+            {},
+            dict(loss_chunk_size=8192),
+            dict(loss_chunk_size=2048),
+            full,
+            dict(loss_chunk_size=2048) | full,
+        )
     )
-    assert chunked == replace(once, head=pytest.approx(once.head * 4 / 3))
+    assert whole == once  # the last chunk's logits are kept, here all
+    assert chunked == replace(once, head=pytest.approx(once.head * (1 + 3 / 4 / 3)))
     layers = {name: pytest.approx(getattr(once, name) * 4 / 3) for name in ("self_layer", "cross_layer")}
     assert remade == replace(once, **layers)
     assert both == replace(once, head=chunked.head, **layers)

@@ -74,7 +74,7 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, 
         saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
         whole = activations("--loss-chunk-size", "0")
         assert whole - activations("--loss-chunk-size", chunk) == saved
-    assert activations() == activations("--loss-chunk-size", "2048")
+    assert activations() == activations("--loss-chunk-size", "8192")
 
 
 @pytest.mark.parametrize(("kind", "also"), [("gated_retention", 32), ("sliding_window", 0)])

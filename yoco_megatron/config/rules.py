@@ -57,7 +57,7 @@ NOT_IN_A_CUDA_GRAPH = {
 
 # Flags of Megatron's own loss.
 OF_MEGATRONS_LOSS = ("fp16_lm_cross_entropy", "cross_entropy_loss_fusion")
-LOSS_CHUNK_SIZE = 2048
+LOSS_CHUNK_SIZE = 8192
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

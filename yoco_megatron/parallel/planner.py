@@ -5,6 +5,7 @@ grows with the sequence, the projection to the shared K,V and the head belong to
 into time with the rates below and finds contiguous cuts.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,12 +37,12 @@ class Costs:
     head: float
 
     @staticmethod
-    def of(shape: ModelShape, layers_again: bool = False, logits_again: bool = False) -> "Costs":
+    def of(shape: ModelShape, layers_again: bool = False, logits_again: float = 0.0) -> "Costs":
         """Estimate from the FLOPs of a YOCO.
 
         Args:
             layers_again: backward computes every layer once more (full recompute).
-            logits_again: and the logits (the loss in chunks, ops/linear_cross_entropy).
+            logits_again: and this share of the logits (the loss in chunks, ops/linear_cross_entropy).
         """
         layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
         mixer = "retention" if shape.self_decoder == "gated_retention" else "window"
@@ -57,14 +58,16 @@ class Costs:
             self_layer=seconds("self_decoder", mixer),
             shared_kv=whole["shared_kv"] / RATES["linear"],
             cross_layer=seconds("cross_decoder", "cross_attention"),
-            head=whole["output_layer"] / RATES["linear"] * (AGAIN if logits_again else 1),
+            head=whole["output_layer"] / RATES["linear"] * (1 + (AGAIN - 1) * logits_again),
         )
 
     @staticmethod
     def of_run(shape: ModelShape, args: Namespace) -> "Costs":
         """The same, with what parsed arguments say to compute again."""
         every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
-        return Costs.of(shape, every_layer, bool(args.loss_chunk_size))
+        tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
+        chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
+        return Costs.of(shape, every_layer, 1 - 1 / chunks)
 
     def stage(self, stage: Stage, border: int) -> float:
         """Seconds per token of one stage, as above."""
