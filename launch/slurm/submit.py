@@ -103,7 +103,8 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     processes = options.nodes * per_node
     with plan.world_of(processes):
         args = arguments.parse(train_args)
-        if args.padded_vocab_size is None and args.tokenizer_type:
+        arguments.check_run(args)
+        if args.padded_vocab_size is None:
             arguments.build_tokenizer(args)
     shape = arguments.ModelShape.from_args(args)
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size

@@ -23,6 +23,7 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = [EOD, PAD]
 # Every byte has a token, so that any text can be encoded.
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+OF_A_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
 # Of a Hugging Face folder without a tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -129,6 +130,23 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
 
 
+def check_flags(args: Any) -> None:
+    """Raises ValueError for tokenizer flags that name none."""
+    if args.tokenizer_type is None:
+        raise ValueError(
+            "--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer, for mock data "
+            "NullTokenizer"
+        )
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("--vocab-size is missing: --tokenizer-type NullTokenizer knows no words")
+    model = args.tokenizer_model
+    if model is None and args.tokenizer_type in OF_A_MODEL:
+        raise ValueError(f"--tokenizer-model is missing: the file or folder of --tokenizer-type {args.tokenizer_type}")
+    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
+    if model and not Path(model).exists() and (model.startswith((".", "/")) or model.count("/") > 1):
+        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
+
+
 def build_tokenizer(args: Any) -> Any:
     """Megatron's tokenizer for the flags `args` (a parsed namespace or a megatron.training TokenizerConfig).
 
@@ -137,13 +155,9 @@ def build_tokenizer(args: Any) -> Any:
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
 
-    if args.tokenizer_type is None:
-        raise ValueError("--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer")
+    check_flags(args)
     model = args.tokenizer_model
     missing = model is not None and not Path(model).exists()
-    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
-    if missing and (model.startswith((".", "/")) or model.count("/") > 1):
-        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
     args = copy.copy(args)
     args.pad_vocab_size = False  # the padded size belongs to a model and its parallelism; data have neither
     try:
