@@ -56,8 +56,6 @@ def main(argv: list[str]) -> None:
     arguments.check_run(args)
     if args.run_folder and args.rank == 0:
         run_folder.make(Path(args.run_folder))
-    fingerprint.check_tokenizer(args)
-    fingerprint.check_resumable(args)
     if args.rank == 0:
         arguments.check_writable(args)
     arguments.finalize(args)

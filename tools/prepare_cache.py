@@ -18,8 +18,9 @@ from yoco_megatron.data.provider import prepare_cache
 
 
 def main() -> None:
-    if "--help" in sys.argv:
-        sys.exit(__doc__.strip())
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__.strip())
+        return
     logging.getLogger("megatron").setLevel(logging.WARNING)
     started = time.monotonic()
     try:

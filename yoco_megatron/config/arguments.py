@@ -28,6 +28,7 @@ from yoco_megatron.config import rules, schedule
 from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
+from yoco_megatron.data import fingerprint
 from yoco_megatron.data.check import check_data_prefixes, check_split, check_validation, data_prefixes_from_args
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
@@ -222,14 +223,16 @@ def check_run(args: argparse.Namespace) -> None:
     """What only training has to have: tools that read the flags of a run do without.
 
     Raises:
-        ValueError: no tokenizer, a length or warm-up that Megatron would stumble over, nothing to evaluate on, no
-            checkpoint where one must be, or one that was trained on another schedule.
+        ValueError: no tokenizer, or not that of the data; a length or warm-up that Megatron would stumble over; nothing
+            to evaluate on; no checkpoint where one must be, or one that was trained on other data or another schedule.
     """
     check_tokenizer_flags(args)
     schedule.check(args)
     if args.data_path is not None and not args.skip_train and (args.eval_iters > 0 or args.full_validation):
         check_validation(args.split or DEFAULT_SPLIT)
+    fingerprint.check_tokenizer(args)
     check_there(args)
+    fingerprint.check_resumable(args)
     schedule.check_resumable(args, build_parser())
 
 

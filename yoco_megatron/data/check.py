@@ -53,10 +53,10 @@ def read_report(prefix: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def check_data_prefixes(prefixes: list[str]) -> None:
+def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:
     """Check that each dataset is there and whole. Reads 46 bytes of an .idx and the sizes of the files.
 
-    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers.
+    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers. `flag` named them.
 
     Raises:
         ValueError: all the datasets that are missing or damaged, with the fix of each.
@@ -64,7 +64,7 @@ def check_data_prefixes(prefixes: list[str]) -> None:
     found = [_problem(prefix) for prefix in prefixes if "://" not in prefix]
     problems = [problem for problem in found if problem is not None]
     if problems:
-        raise ValueError("--data-path: " + "\n  ".join(problems))
+        raise ValueError(f"{flag}: " + "\n  ".join(problems))
 
 
 def check_split(prefixes: list[str], split: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from yoco_megatron.data.corpus import parse_line
+from yoco_megatron.data.readers import check_keys, read_batches
 
 EOD = "<|endoftext|>"
 # Its own id: GPTDataset takes labels equal to the pad id out of the loss, and cannot pad at all without one.
@@ -29,19 +29,19 @@ SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str = "text") -> int:
-    """Train a byte-level BPE on JSON lines files and save it as the Hugging Face folder `output`.
+    """Train a byte-level BPE on a corpus and save it as the Hugging Face folder `output`.
 
     Ids 0 and 1 are <|endoftext|> (eos) and <|pad|>. The same text gives the same tokenizer.json, byte for byte.
 
     Args:
-        corpus: JSON lines files.
+        corpus: files, as preprocessing reads them.
         vocab_size: of the whole vocabulary, special tokens included.
         output: folder; files of an earlier tokenizer in it are replaced.
-        key: where a line holds its text.
+        key: where a record holds its text.
     Returns:
         The size of the vocabulary: `vocab_size`, or less if the corpus is too small for so many merges.
     Raises:
-        ValueError: a vocabulary smaller than the bytes, or a line without text.
+        ValueError: a vocabulary smaller than the bytes, or a record without text.
     """
     from tokenizers import pre_tokenizers, trainers
 
@@ -103,14 +103,17 @@ def _save(tokenizer: Any, output: Path) -> None:
 
 
 def _texts(corpus: list[Path], key: str) -> Iterator[str]:
+    check_keys(corpus, [key])
     total = sum(path.stat().st_size for path in corpus)
     with tqdm(total=total, desc="train tokenizer", unit="B", unit_scale=True, disable=None) as progress:
-        for path in corpus:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield parse_line(line, [key], f"--input {path}:{number}")[0].decode()
-                    progress.update(len(line))
+        for batch in read_batches(corpus, [key]):
+            good, _, bad = batch.texts([key])
+            if bad:
+                index, reason = bad[0]
+                raise ValueError(f"--input {batch.place(index)}: {reason}")
+            for (text,) in good:
+                yield text.decode()
+            progress.update(batch.done - progress.n)
         progress.set_postfix_str("merging")
 
 
