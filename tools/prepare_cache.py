@@ -28,6 +28,8 @@ def main() -> None:
         built = prepare_cache(args)
     except ValueError as error:
         sys.exit(f"prepare_cache.py: error: {error}")
+    except OSError as error:
+        sys.exit(f"prepare_cache.py: error: --data-cache-path: {error}")
     files = [path for path in Path(args.data_cache_path).rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"{args.data_cache_path}: {len(files)} files, {size:,} bytes, {time.monotonic() - started:.1f} s")

@@ -227,3 +227,12 @@ def test_a_tokenizer_of_a_packed_corpus_is_that_of_the_corpus(
     packed.write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
     run("train_tokenizer", "--input", packed, "--vocab-size", 320, "--output", tmp_path / "bpe")
     assert (tmp_path / "bpe/tokenizer.json").read_bytes() == (folder / "bpe/tokenizer.json").read_bytes()
+
+
+def test_mistakes_of_a_cache(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    configs = ["--config", ROOT / "configs/model/yoco_tiny.yaml", ROOT / "configs/recipe/demo.yaml"]
+    data = ["--data-path", made[0] / "out" / "code_text_document", "--split", "8,1,1"]
+    done = start("prepare_cache", *configs, *data, "--data-cache-path", tmp_path)
+    assert done.returncode == 1 and "error: --tokenizer-type is missing" in done.stderr.splitlines()[-1]
+    done = start("prepare_cache", *configs, *data, *TOKENIZER, made[0] / "bpe", "--data-cache-path", "/proc/x")
+    assert done.returncode == 1 and "error: --data-cache-path: " in done.stderr.splitlines()[-1]
