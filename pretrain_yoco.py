@@ -59,12 +59,14 @@ def main(argv: list[str]) -> None:
     """
     args = arguments.parse(argv)
     arguments.check_machine(args)
+    arguments.check_run(args)
     if args.run_folder and args.rank == 0:
         run_folder.make(Path(args.run_folder))
-    fingerprint.check_tokenizer(args)
-    fingerprint.check_resumable(args)
+    if args.rank == 0:
+        arguments.check_writable(args)
     arguments.finalize(args)
-    model = model_config_from_args(args)
+    with arguments.refusals():
+        model = model_config_from_args(args)
     if args.rank == 0 and args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
         print(arguments.pipeline_table(args, StagePlan.from_config(model.transformer)))
     if args.save and args.rank == 0:

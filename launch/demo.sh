@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About four minutes.
 #
-#   launch/demo.sh [FOLDER]        writes everything into FOLDER (default runs/demo), which must not exist
+#   launch/demo.sh [FOLDER]        writes everything into FOLDER (default runs/demo), which must hold no run
 set -euo pipefail
 case ${1-} in
     --help | -h) sed -n '2,4s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -25,7 +25,8 @@ step "2. Tokenizer: byte-level BPE, 4096 tokens"
 
 step "3. Data: Megatron's .bin/.idx"
 tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokenizer")
-"$python" tools/preprocess_data.py --input "$run/corpus.jsonl" "${tokenizer[@]}" --append-eod --output-prefix "$run/data"
+"$python" tools/preprocess_data.py --input "$run/corpus.jsonl" "${tokenizer[@]}" --append-eod --overwrite \
+    --output-prefix "$run/data"
 
 # Two processes, data-parallel, as one would start eight GPUs.
 pretrain() {

@@ -27,6 +27,7 @@ while [[ $# -gt 0 ]]; do
 done
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$here/.venv/bin/python}
+command -v "$python" >/dev/null || { echo "local.sh: error: no Python at $python: make env, or set PYTHON" >&2 && exit 2; }
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # shellcheck source=launch/lib/follow.sh
 source "$here/launch/lib/follow.sh"

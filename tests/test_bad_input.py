@@ -4,6 +4,7 @@ Every bad call is a good call with one thing wrong, and the good ones are run to
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,33 @@ MISTAKES = {
     "missing config": (1, ["--config", "nowhere.yaml"], ["--config nowhere.yaml", "give the path"]),
     "a check of Megatron's": (1, ["--min-lr", "1"], ["args.min_lr <= args.lr"]),
     "backend": (1, ["--retention-backend", "abacus"], ["--retention-backend abacus", "choose one of auto"]),
-    "no tokenizer": (1, ["--tokenizer-type", "HuggingFaceTokenizer"], ["okenizer"]),
+    "no tokenizer model": (1, ["--tokenizer-type", "HuggingFaceTokenizer"], ["--tokenizer-model is missing"]),
+    "no such tokenizer": (
+        1,
+        ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/no/such/folder"],
+        ["--tokenizer-model /no/such/folder does not exist"],
+    ),
+    "warm-up": (1, ["--lr-warmup-iters", "20"], ["--lr-warmup-iters 20 must be below --lr-decay-iters 20"]),
+    "two lengths": (1, ["--train-samples", "9"], ["--train-iters and --train-samples", "keep one"]),
+    "interval": (1, ["--log-interval", "0"], ["--log-interval 0 must be at least 1"]),
+    "evaluation interval": (1, ["--eval-interval", "0"], ["--eval-interval 0 must be at least 1"]),
+    "recompute": (1, ["--recompute-granularity", "selective", "--recompute-modules", "ffn"], ["recompute_modules"]),
+    "two sources of data": (1, ["--data-path", "corpus"], ["--data-path and --mock-data", "keep one"]),
+    "no checkpoint": (1, ["--load", "/no/such/folder"], ["--load /no/such/folder holds no checkpoint"]),
+    "no old stage": (1, ["--pretrained-checkpoint", "/no/such"], ["--pretrained-checkpoint /no/such holds no"]),
+    "no place": (1, ["--save", "/proc/run"], ["--save /proc/run: cannot write there"]),
+    "no place for curves": (1, ["--tensorboard-dir", "/proc/run"], ["--tensorboard-dir /proc/run: cannot write"]),
+    "no value": (1, ["--config"], ["--config", "expected at least one argument"]),
+    "ends of a pipeline": (
+        1,
+        ["--decoder-first-pipeline-num-layers", "1"],
+        ["--decoder-first-pipeline-num-layers needs --pipeline-model-parallel-size above 1"],
+    ),
+    "virtual stages": (
+        2,
+        shlex.split("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 6"),
+        ["--global-batch-size 6 gives a pipeline 3 micro-batches", "a multiple of", "= 4"],
+    ),
 }
 
 
@@ -98,6 +125,22 @@ def test_missing_data(data):
     assert f"{data}.bin.idx is missing; give the prefix without .bin" in message
     message = error_of(without(TINY, "--mock-data"))
     assert "--data-path is missing" in message and "--mock-data" in message
+
+
+def test_no_data_to_evaluate_on(data):
+    flags = [*without(TINY, "--mock-data"), "--data-path", data, "--split", "1,0,0"]
+    assert "--split 1,0,0 leaves nothing to evaluate on" in error_of(flags)
+
+
+def test_fp8_without_its_layers():
+    """Plain torch would train in bf16 without a word."""
+    message = error_of([*TINY, "--bf16", "--fp8-format", "hybrid", "--transformer-impl", "local"])
+    assert "--fp8-format needs the layers of Transformer Engine" in message
+
+
+def test_a_tokenizer_without_words():
+    place = TINY.index("--vocab-size")
+    assert "--vocab-size is missing" in error_of([*TINY[:place], *TINY[place + 2 :]])
 
 
 def test_truncated_data(data, tmp_path):
@@ -132,6 +175,30 @@ def test_checkpoint_of_the_same_model_is_taken(saved):
     flags = [*TINY, "--load", saved, "--train-iters", "1", "--lr-warmup-iters", "0"]
     ((code, printed),) = run_script(1, *flags)
     assert code == 0 and "successfully loaded checkpoint" in printed
+
+
+OTHER_SCHEDULES = {
+    "longer": ["--train-iters", "2"],
+    "batch": ["--global-batch-size", "16"],
+    "rate": ["--lr", "2e-2"],
+    "rate, overridden": ["--min-lr", "2e-4", "--override-opt_param-scheduler"],
+    "decay": ["--weight-decay", "0.2"],
+}
+SAME_RUN = ["--train-iters", "1", "--lr-warmup-iters", "0"]
+
+
+@pytest.mark.parametrize("other", OTHER_SCHEDULES)
+def test_checkpoint_of_another_schedule(other, saved):
+    message = error_of([*TINY, *SAME_RUN, "--load", saved, *OTHER_SCHEDULES[other]])
+    assert message.startswith(f"--load {saved} was trained on another schedule: ")
+    assert f"--pretrained-checkpoint {saved}" in message
+    assert ("--override-opt_param-scheduler" in message) == (not other.startswith("rate"))
+
+
+def test_checkpoint_of_another_schedule_is_taken_when_told(saved):
+    flags = [*TINY, *SAME_RUN, "--load", saved, "--train-iters", "2", "--use-checkpoint-opt_param-scheduler"]
+    ((code, printed),) = run_script(1, *flags)
+    assert code == 0 and "iteration        2/       2" in printed
 
 
 def test_the_way_a_user_starts_it(tmp_path):

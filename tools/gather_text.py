@@ -15,11 +15,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="corpus to write, such as corpus.jsonl")
     parser.add_argument("--seed", type=int, default=1234, help="of the order of the documents")
     args = parser.parse_args()
+    if args.python_stdlib and args.glob != parser.get_default("glob"):
+        parser.error("--glob goes with --input: the standard library's sources are *.py")
     try:
         root, paths = python_stdlib() if args.python_stdlib else (args.input, find_files(args.input, args.glob))
         report = gather(root, paths, args.output, args.seed)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error}")
     print(f"{args.output}: {report.documents:,} documents, {report.bytes:,} bytes of text")
     print(f"left out: {report.not_utf8} files that are not UTF-8, {report.empty} empty files")
 

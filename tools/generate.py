@@ -41,10 +41,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt that run at a time")
     options = parser.parse_args()
+    if options.prompt and options.prompt_file:
+        parser.error("--prompt and --prompt-file contradict each other: keep one of them")
+    for name in ("max_new_tokens", "prefill_piece"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     try:
         run(options)
     except ValueError as error:
-        sys.exit(f"generate.py: error: {error}")
+        # The readers of checkpoints are those of tools/convert_checkpoint.py, and name its flag.
+        sys.exit(f"generate.py: error: {str(error).replace('--input ', '--load ', 1)}")
 
 
 def run(options: argparse.Namespace) -> None:

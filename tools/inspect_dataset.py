@@ -15,7 +15,9 @@ from yoco_megatron.data.tokenizer import add_tokenizer_arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    # The tokenizer's flags are many: an error would come after a screen of usage.
+    usage = "%(prog)s --data-path PREFIX ..."
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("--data-path", required=True, help="prefix of the .bin and .idx files")
     parser.add_argument("--split", help="as in pretraining, such as 95,4,1: count the entropy of one --part of it")
     parser.add_argument("--part", choices=["train", "valid", "test"], help="part of --split")
@@ -38,7 +40,10 @@ def main() -> None:
         parser.error(str(error))
     lengths = inspect.document_lengths(args.data_path) if args.histogram or not args.json else None
     if args.histogram:
-        inspect.save_histogram(lengths, args.histogram, Path(args.data_path).name)
+        try:
+            inspect.save_histogram(lengths, args.histogram, Path(args.data_path).name)
+        except (OSError, ValueError) as error:  # no such folder, or a kind of picture that matplotlib does not know
+            parser.error(f"--histogram {args.histogram}: {error}")
     if args.json:
         part = {"split": args.split, "part": args.part}
         content = {"documents": documents, "tokens": tokens, **part, "unigram_entropy_nats": nats, "sha256": checksums}

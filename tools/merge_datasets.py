@@ -19,6 +19,8 @@ def main() -> None:
         report = merge(prefixes, args.output_prefix, args.overwrite)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output-prefix {args.output_prefix}: {error}")
     print(f"{args.output_prefix}: {report['documents']:,} documents, {report['tokens']:,} tokens of {len(prefixes)}")
 
 

@@ -21,7 +21,7 @@ def token_count(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
-    parser.add_argument("--help", action="help", help="all other flags are those of pretrain_yoco.py")
+    parser.add_argument("-h", "--help", action="help", help="all other flags are those of pretrain_yoco.py")
     parser.add_argument("--token-budget", type=token_count, help="tokens to train on; by default what the flags say")
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()

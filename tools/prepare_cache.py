@@ -4,7 +4,6 @@ Training finds them in --data-cache-path, which both must name. Their names are 
 of the tokenizer (its path as it is written) and of --seq-length: other flags build others.
 """
 
-import argparse
 import logging
 import sys
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
-    parser.add_argument("--help", action="help", help="all other flags are those of pretrain_yoco.py")
-    parser.parse_known_args()
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__.strip())
+        return
     # Seconds of imports, which --help does without.
     from yoco_megatron import runtime
 
@@ -29,6 +28,8 @@ def main() -> None:
         built = prepare_cache(args)
     except ValueError as error:
         sys.exit(f"prepare_cache.py: error: {error}")
+    except OSError as error:
+        sys.exit(f"prepare_cache.py: error: --data-cache-path: {error}")
     files = [path for path in Path(args.data_cache_path).rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print(f"{args.data_cache_path}: {len(files)} files, {size:,} bytes, {time.monotonic() - started:.1f} s")

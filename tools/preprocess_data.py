@@ -23,7 +23,9 @@ SHOWN = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    # The tokenizer's flags are many: an error would come after a screen of usage.
+    usage = "%(prog)s --input FILE [FILE ...] --tokenizer-type TYPE --tokenizer-model MODEL --output-prefix PREFIX ..."
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of a line's texts; one dataset each")
     parser.add_argument("--output-prefix", required=True, help="path and beginning of the name of the outputs")
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, start anew")
     add_tokenizer_arguments(parser)
     args = parser.parse_args()
+    if not args.split_sentences and (args.keep_newlines or args.lang != parser.get_default("lang")):
+        parser.error("--keep-newlines and --lang have no effect without --split-sentences")
     try:
         tokenizer = build_tokenizer(args)
         about = {

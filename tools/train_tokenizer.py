@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a corpus (JSON lines), or make one of bytes alone, as a Hugging Face folder.
+"""Train a byte-level BPE tokenizer on a corpus, or make one of bytes alone, as a Hugging Face folder.
 
 tools/train_tokenizer.py --input corpus.jsonl --vocab-size 32000 --output TOKENIZER
 tools/train_tokenizer.py --bytes --output TOKENIZER                    # a byte is a token; nothing to train
@@ -15,13 +15,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--bytes", action="store_true", help="a byte is a token, without --input and --vocab-size")
-    kind.add_argument("--input", nargs="+", help="JSON lines files or globs")
+    kind.add_argument(
+        "--input", nargs="+", help="files, folders or quoted globs, as tools/preprocess_data.py takes them"
+    )
     parser.add_argument("--json-key", default="text", help="key of a line's text")
     parser.add_argument("--vocab-size", type=int, help="size of the vocabulary, special tokens included")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    if args.bytes != (args.vocab_size is None):
+    if args.bytes and args.vocab_size is not None:
         parser.error("--vocab-size goes with --input: a tokenizer of --bytes has the size that it has")
+    if not args.bytes and args.vocab_size is None:
+        parser.error("--vocab-size is missing: how many tokens, special ones included?")
     try:
         if args.bytes:
             size = byte_tokenizer(args.output)
@@ -29,6 +33,8 @@ def main() -> None:
             size = train_tokenizer(expand_inputs(args.input), args.vocab_size, args.output, args.json_key)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error}")
     print(f"{args.output}: {size:,} tokens, sha256 {tokenizer_sha256(str(args.output))}")
     if args.vocab_size is not None and size < args.vocab_size:
         print(f"the corpus is too small for --vocab-size {args.vocab_size}: give it more text, or ask for {size}")

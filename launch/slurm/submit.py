@@ -33,6 +33,10 @@ CLUSTER_KEYS = {
     "preflight",
     "env",
 }
+CLUSTER_TYPES = {"gpus-per-node": int, "gpu-memory-gib": int | float} | dict.fromkeys(
+    ("sbatch", "container", "preflight", "env"), dict
+)
+LAUNCHERS = ("srun", "torchrun")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other option of sbatch")
     p.add_argument("--container-image", help="pyxis; the cluster config can name one, too")
     p.add_argument("--container-mounts", help="default: this checkout and the run folder")
-    p.add_argument("--launcher", choices=["srun", "torchrun"], help="a task per process, or torchrun on each node")
+    p.add_argument("--launcher", choices=LAUNCHERS, help="a task per process, or torchrun on each node")
     p.add_argument("--save-seconds", type=int, default=300, help="ask to save so long before the time limit")
     p.add_argument("--max-restarts", type=int, default=3, help="attempts without a new checkpoint before giving up")
     p.add_argument("--no-preflight", action="store_true", help="do not test the nodes before training")
@@ -66,6 +70,13 @@ def load_cluster(path: str) -> dict[str, Any]:
         cluster = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--cluster {path}: cannot be read: {error}") from None
+    if isinstance(cluster, dict):
+        for key, kind in CLUSTER_TYPES.items():
+            if cluster.get(key) is not None and not isinstance(cluster[key], kind):
+                kinds = {dict: "a mapping", int: "a whole number"}.get(kind, "a number")
+                raise ValueError(f"--cluster {path}: {key} must be {kinds}, not {cluster[key]!r}")
+        if cluster.get("launcher", "srun") not in LAUNCHERS:
+            raise ValueError(f"--cluster {path}: launcher {cluster['launcher']} must be one of {', '.join(LAUNCHERS)}")
     unknown = cluster.keys() - CLUSTER_KEYS if isinstance(cluster, dict) else {"not a mapping"}
     if unknown:
         raise ValueError(f"--cluster {path}: unknown key {sorted(unknown)[0]}; known are {sorted(CLUSTER_KEYS)}")
@@ -103,7 +114,8 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     processes = options.nodes * per_node
     with plan.world_of(processes):
         args = arguments.parse(train_args)
-        if args.padded_vocab_size is None and args.tokenizer_type:
+        arguments.check_run(args)
+        if args.padded_vocab_size is None:
             arguments.build_tokenizer(args)
     shape = arguments.ModelShape.from_args(args)
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size

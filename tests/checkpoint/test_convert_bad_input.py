@@ -83,6 +83,15 @@ def test_good_one_is_taken(source):
         convert("hf", str(source), "fla", str(source.parent / "output"))
 
 
+def test_nothing_to_convert(source):
+    refused(source, "--from megatron --to megatron: nothing to convert", "megatron", "megatron")
+
+
+def test_files_of_no_size(source):
+    with pytest.raises(ValueError, match="--max-shard-size 0 must be positive"):
+        convert("hf", str(source), "fla", str(source.parent / "output"), shard_bytes=0)
+
+
 def test_missing_shard(source):
     (source / "model-00002-of-00002.safetensors").unlink()
     refused(source, "model-00002-of-00002.safetensors is missing")

@@ -95,6 +95,18 @@ def test_another_tokenizer_than_the_datas_is_refused(tmp_path: Path) -> None:
         fingerprint.check_tokenizer(args)
 
 
+def test_words_that_a_model_would_not_have(tmp_path: Path) -> None:
+    """NullTokenizer has no content to compare, but a size; a device would fail on the first larger id."""
+    path = dataset(tmp_path / "a", [3])
+    Path(f"{path}.json").write_text(json.dumps({"tokenizer": {"vocab_size": 300}}))
+    mesh = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
+    args = arguments(tokenizer_type="NullTokenizer", vocab_size=299, data_path=[path], **mesh)
+    fingerprint.check_tokenizer(args)  # 384 rows
+    args.vocab_size = 256
+    with pytest.raises(ValueError, match=r"--vocab-size 256 is too small for .*a, whose tokenizer has 300 "):
+        fingerprint.check_tokenizer(args)
+
+
 def test_before_the_first_checkpoint_data_may_change(run: Namespace) -> None:
     (Path(run.load) / "latest_checkpointed_iteration.txt").unlink()
     run.seed = 1

@@ -56,6 +56,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=error):
             merge([one, dataset(tmp_path / name, 2, **more)], str(tmp_path / "out"))
+    report = json.loads(Path(f"{one}.json").read_text())
+    for name, end in (("ended", 0), ("endless", None)):
+        dataset(tmp_path / name, 2, sha="aaa")
+        report["tokenizer"]["eod"] = end
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"ended has end of document 0, .*endless has None; preprocess all with"):
+        merge([str(tmp_path / "ended"), str(tmp_path / "endless")], str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"is one of the inputs"):
         merge([one], one, overwrite=True)
     with pytest.raises(ValueError, match=r"none\.idx is missing"):

@@ -53,7 +53,7 @@ def test_interrupted_then_finished(tmp_path):
     assert finished["step"] == finished["of"] == 200 and finished["restarts"] == 1
     assert finished["tokens"] == 200 * 8 * 32 and finished["tokens_per_second"] > 0
     text, _ = cpu(run).communicate(timeout=60)
-    assert text == "local.sh: done the run has finished\n"
+    assert text.startswith("local.sh: done the run has finished; to train longer, remove ")
 
 
 FOLLOW = """
@@ -95,6 +95,14 @@ def test_status_says_why(tmp_path):
 def test_mistakes(words, message):
     done = subprocess.run(["bash", str(ROOT / "launch/local.sh"), "run", *words], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_no_python(tmp_path):
+    env = os.environ | {"PYTHON": str(tmp_path / "python")}
+    command = ["bash", str(ROOT / "launch/local.sh"), str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("make env, or set PYTHON\n")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "blend.sh"])

@@ -158,6 +158,14 @@ def test_container_only_when_named():
         (["--time", "4h", *FLAGS], 1, "cpu", "--time 4h: write minutes"),
         (["--time", "5:30", *FLAGS], 1, "cpu", "--save-seconds 300 leaves no time to train in --time 5:30"),
         (FLAGS, 1, "missing", "cannot be read"),
+        ([*FLAGS, "--lr-warmup-iters", "20"], 1, "cpu", "--lr-warmup-iters 20 must be below"),
+        ([*FLAGS, "--load", "/no/such/folder"], 1, "cpu", "--load /no/such/folder holds no checkpoint"),
+        (
+            [*FLAGS, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/no/such/folder"],
+            1,
+            "cpu",
+            "--tokenizer-model /no/such/folder does not exist",
+        ),
     ],
 )
 def test_mistakes_are_seen_before_queueing(words, nodes, cluster, message):
@@ -191,6 +199,22 @@ def test_unknown_key_of_a_cluster(tmp_path):
     (tmp_path / "site.yaml").write_text("gpus: 8\n")
     done = submit("--cluster", str(tmp_path / "site.yaml"), *FLAGS)
     assert done.returncode == 2 and "unknown key gpus" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("gpus-per-node: eight", "gpus-per-node must be a whole number, not 'eight'"),
+        ("gpu-memory-gib: 80GB", "gpu-memory-gib must be a number, not '80GB'"),
+        ("env: NCCL_DEBUG=INFO", "env must be a mapping, not 'NCCL_DEBUG=INFO'"),
+        ("sbatch: [exclusive]", "sbatch must be a mapping"),
+        ("launcher: mpirun", "launcher mpirun must be one of srun, torchrun"),
+    ],
+)
+def test_wrong_value_of_a_cluster(line, said, tmp_path):
+    (tmp_path / "site.yaml").write_text(f"{line}\n")
+    done = submit("--cluster", str(tmp_path / "site.yaml"), *FLAGS)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")]

@@ -135,3 +135,16 @@ def test_outcomes_hold_no_more_than_json(tmp_path, monkeypatch):
     said(tmp_path, 0, monkeypatch, CRASH)
     found = json.loads((tmp_path / "outcomes/0/0.json").read_text())
     assert found["host"] == "node0" and found["rank"] == 0 and found["reason"] == "RuntimeError: boom"
+
+
+def test_last_words_from_before_a_new_beginning_do_not_count(tmp_path, monkeypatch):
+    """Attempts are counted from 0 again when attempts.jsonl was removed, as the policy itself advises."""
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 0, monkeypatch, FINISHED, Outcome("user_error", 2, "--lr is missing"))
+    assert policy.end(tmp_path, 1).what == "stop"
+    (tmp_path / "attempts.jsonl").unlink()
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 0, monkeypatch, FINISHED)  # on fewer processes
+    assert policy.end(tmp_path, 0).what == "done"
+    verdict, _ = policy.begin(tmp_path, 3)
+    assert verdict.what == "done" and str(tmp_path / "attempts.jsonl") in verdict.reason

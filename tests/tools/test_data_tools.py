@@ -1,5 +1,6 @@
 """The data command lines end to end, as a user runs them: text -> corpus -> tokenizer -> indexed dataset -> report."""
 
+import gzip
 import json
 import os
 import re
@@ -176,3 +177,71 @@ def test_merge_and_its_errors(made: tuple[Path, dict[str, str]], tmp_path: Path)
     assert (tmp_path / "two.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes() * 2
     assert "80 documents" in run("inspect_dataset", "--data-path", tmp_path / "two", "--verify")
     assert "--overwrite" in run("merge_datasets", *arguments, fails=True)
+
+
+@pytest.mark.parametrize("tool", ["prepare_cache", "plan_data", "preprocess_data", "inspect_dataset"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_no_error(tool: str, flag: str) -> None:
+    assert len(run(tool, flag)) > 200
+
+
+MISTAKES = {
+    "glob": ("gather_text", "--python-stdlib --glob *.md --output {0}/x.jsonl", "--glob goes with --input"),
+    "corpus": ("gather_text", "--input {0}/source --output /proc/x/corpus.jsonl", "--output /proc/x/corpus.jsonl: "),
+    "size": ("train_tokenizer", "--input {0}/corpus.jsonl --output {0}/x", "--vocab-size is missing"),
+    "place": ("train_tokenizer", "--bytes --output /proc/x/y", "--output /proc/x/y: "),
+    "lang": (
+        "preprocess_data",
+        "--input {0}/corpus.jsonl --tokenizer-type HuggingFaceTokenizer --tokenizer-model {0}/bpe --keep-newlines "
+        "--output-prefix {0}/x",
+        "--keep-newlines and --lang have no effect without --split-sentences",
+    ),
+    "model": (
+        "preprocess_data",
+        "--input {0}/corpus.jsonl --tokenizer-type HuggingFaceTokenizer --output-prefix {0}/x",
+        "--tokenizer-model is missing",
+    ),
+    "split": (
+        "inspect_dataset",
+        "--data-path {0}/out/code_text_document --split most --part train",
+        "--split most: give the shares",
+    ),
+    "picture": (
+        "inspect_dataset",
+        "--data-path {0}/out/code_text_document --histogram {0}/lengths.xyz",
+        "--histogram {0}/lengths.xyz: ",
+    ),
+    "merged": ("merge_datasets", "--input {0}/nothing --output-prefix {0}/x", "--input: {0}/nothing.idx is missing"),
+    "output": (
+        "merge_datasets",
+        "--input {0}/out/code_text_document --output-prefix /proc/x/y",
+        "--output-prefix /proc/x/y: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_error(mistake: str, made: tuple[Path, dict[str, str]]) -> None:
+    tool, words, said = MISTAKES[mistake]
+    error = run(tool, *words.format(made[0]).split(), fails=True)
+    assert f"{tool}.py: error: {said.format(made[0])}" in error.splitlines()[-1]
+    assert "Traceback" not in error and len(error.splitlines()) < 9
+
+
+def test_a_tokenizer_of_a_packed_corpus_is_that_of_the_corpus(
+    made: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, _ = made
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
+    run("train_tokenizer", "--input", packed, "--vocab-size", 320, "--output", tmp_path / "bpe")
+    assert (tmp_path / "bpe/tokenizer.json").read_bytes() == (folder / "bpe/tokenizer.json").read_bytes()
+
+
+def test_mistakes_of_a_cache(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    configs = ["--config", ROOT / "configs/model/yoco_tiny.yaml", ROOT / "configs/recipe/demo.yaml"]
+    data = ["--data-path", made[0] / "out" / "code_text_document", "--split", "8,1,1"]
+    done = start("prepare_cache", *configs, *data, "--data-cache-path", tmp_path)
+    assert done.returncode == 1 and "error: --tokenizer-type is missing" in done.stderr.splitlines()[-1]
+    done = start("prepare_cache", *configs, *data, *TOKENIZER, made[0] / "bpe", "--data-cache-path", "/proc/x")
+    assert done.returncode == 1 and "error: --data-cache-path: " in done.stderr.splitlines()[-1]

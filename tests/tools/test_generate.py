@@ -85,7 +85,7 @@ def test_exported_folder_knows_its_tokenizer(folders):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--load", "nowhere", "--prompt", "a"], "no such folder"),
+        (["--load", "nowhere", "--prompt", "a"], "--load nowhere: no such folder"),
         (["--prompt", ""], "no token"),
         (["--prompt", "a", "--top-p", "2"], "--top-p 2.0"),
         (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt"),
@@ -95,6 +95,19 @@ def test_bad_input(flags, said, folders):
     done = run("generate.py", "--load", str(folders["model"]), *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("generate.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file contradict each other"),
+        (["--prompt", "a", "--prefill-piece", "0"], "--prefill-piece 0 must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "-3"], "--max-new-tokens -3 must be at least 1"),
+    ],
+)
+def test_bad_flags(flags, said):
+    done = run("generate.py", "--load", "nowhere", *flags)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
 def test_bytes_are_tokens_all_the_way(tmp_path):

@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from yoco_megatron.checkpoint.folder import TRACKER
 from yoco_megatron.config.files import write_atomically
 from yoco_megatron.config.shape import ModelShape
 
@@ -54,3 +55,22 @@ def check_loadable(args: Namespace) -> None:
             f"--load {args.load} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
         )
+
+
+def check_there(args: Namespace) -> None:
+    """Megatron trains from the start where --load is empty: right for the folder of --save, else a wrong path.
+
+    Raises:
+        ValueError: --load, another folder than --save, or --pretrained-checkpoint that holds no checkpoint.
+    """
+
+    def empty(folder: str) -> bool:
+        return "://" not in folder and not (Path(folder) / TRACKER).exists()
+
+    if args.load is not None and not empty(args.load):
+        return
+    for flag, folder in (("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)):
+        if folder is None or (flag == "--load" and (folder == args.save or args.pretrained_checkpoint)):
+            continue
+        if empty(folder):
+            raise ValueError(f"{flag} {folder} holds no checkpoint ({TRACKER} is missing): give the --save of that run")

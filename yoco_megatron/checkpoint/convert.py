@@ -35,6 +35,11 @@ def convert(
     Raises:
         ValueError: bad input, no room, or a result that differs; `output` does not exist then, the source is untouched.
     """
+    require(
+        (kind, to) != ("megatron", "megatron"),
+        f"--from megatron --to megatron: nothing to convert, any mesh loads --input {folder} as it is",
+    )
+    require(shard_bytes > 0, f"--max-shard-size {shard_bytes / 1024**3:g} must be positive")
     final = Path(output)
     require(
         not final.exists() or (final.is_dir() and not any(final.iterdir())),

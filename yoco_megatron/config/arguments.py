@@ -5,30 +5,35 @@ here as ValueError, before anything is started.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import yaml
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as megatrons_tokenizer
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
 from yoco_megatron import runtime
-from yoco_megatron.checkpoint.architecture import check_loadable
-from yoco_megatron.config import rules
+from yoco_megatron.checkpoint.architecture import check_loadable, check_there
+from yoco_megatron.config import rules, schedule
 from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 from yoco_megatron.config.shape import ModelShape
 from yoco_megatron.config.yoco_config import YOCOFields
-from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
+from yoco_megatron.data import fingerprint
+from yoco_megatron.data.check import check_data_prefixes, check_split, check_validation, data_prefixes_from_args
 from yoco_megatron.data.plan import DEFAULT_SPLIT
+from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.parallel import planner
-from yoco_megatron.parallel.layout import choose_layout
+from yoco_megatron.parallel.layout import check_micro_batches, choose_layout
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
 
@@ -47,6 +52,8 @@ YOCO_DEFAULTS: dict[str, Any] = {
     # A checkpoint must load at any mesh, optimizer included.
     "dist_ckpt_optim_fully_reshardable": True,
 }
+
+DATA_FLAGS = ("--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path")
 
 
 def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -117,6 +124,7 @@ def _with_configs(argv: list[str], parser: argparse.ArgumentParser) -> list[str]
     """The command line with the flags of its configs before its own."""
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config", action="append", nargs="+", default=[])
+    config_only.error = parser.error  # type: ignore[method-assign]
     given, rest = config_only.parse_known_args(argv)
     return [*to_argv(load_config_files([source for group in given.config for source in group]), parser), *rest]
 
@@ -182,8 +190,13 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rules.check_model(model_fields(args))
         if args.pipeline_model_parallel_size > 1 and args.padded_vocab_size is None:
             build_tokenizer(args)  # the head's cost decides where the planner cuts; sets args.padded_vocab_size
-        choose_layout(args, ModelShape.from_args(args))
-    if not args.mock_data:
+        stages = choose_layout(args, ModelShape.from_args(args))
+        if stages is not None:
+            check_micro_batches(args, stages.count)
+    if args.mock_data:
+        named = [name for name in DATA_FLAGS if getattr(args, name[2:].replace("-", "_"))]
+        rules.require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
+    else:
         prefixes = data_prefixes_from_args(args)
         rules.require(
             bool(prefixes) or args.skip_train,
@@ -206,12 +219,37 @@ def model_fields(args: argparse.Namespace) -> argparse.Namespace:
     return fields
 
 
+def check_run(args: argparse.Namespace) -> None:
+    """What only training has to have: tools that read the flags of a run do without.
+
+    Raises:
+        ValueError: no tokenizer, or not that of the data; a length or warm-up that Megatron would stumble over; nothing
+            to evaluate on; no checkpoint where one must be, or one that was trained on other data or another schedule.
+    """
+    check_tokenizer_flags(args)
+    schedule.check(args)
+    if args.data_path is not None and not args.skip_train and (args.eval_iters > 0 or args.full_validation):
+        check_validation(args.split or DEFAULT_SPLIT)
+    fingerprint.check_tokenizer(args)
+    check_there(args)
+    fingerprint.check_resumable(args)
+    schedule.check_resumable(args, build_parser())
+
+
 def check_machine(args: argparse.Namespace) -> None:
     """What only the machine that trains has to have: a login node that submits the job may lack it.
 
     Raises:
-        ValueError: Transformer Engine or a GPU is asked for, and missing.
+        ValueError: Transformer Engine, a GPU or wandb is asked for, and missing.
     """
+    rules.require(
+        not args.wandb_project or importlib.util.find_spec("wandb") is not None,
+        f"--wandb-project {args.wandb_project} needs wandb, which is missing: pip install wandb",
+    )
+    rules.require(
+        not (args.fp8 and args.transformer_impl == "local"),
+        "--fp8-format needs the layers of Transformer Engine, and plain torch is used here: see tools/doctor.py",
+    )
     if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
         raise ValueError(
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
@@ -230,12 +268,44 @@ def finalize(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: what Megatron asserts, as its message.
     """
     _overlap_with_others_only(args)
-    try:
+    with refusals():
         validate_args(args)
         set_global_variables(args)
+    return args
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, what Megatron asserts about the arguments is a ValueError."""
+    try:
+        yield
     except AssertionError as error:
         raise ValueError(str(error) or _failed_assertion(error)) from error
-    return args
+
+
+def build_tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's tokenizer; sets `args.padded_vocab_size`.
+
+    Raises:
+        ValueError: flags that name none, or one that cannot be loaded.
+    """
+    check_tokenizer_flags(args)
+    return megatrons_tokenizer(args)
+
+
+def check_writable(args: argparse.Namespace) -> None:
+    """Make the folders that the run writes into.
+
+    Raises:
+        ValueError: one that cannot be made or written.
+    """
+    for flag, folder in (("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)):
+        if folder is None or "://" in folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
 
 
 def _overlap_with_others_only(args: argparse.Namespace) -> None:
@@ -272,4 +342,4 @@ def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
 
 def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:
     """Write the merged flags beside the checkpoints; `--config` reads the file back."""
-    return write_atomically(Path(folder) / "resolved_config.yaml", yaml.safe_dump(args.resolved_config, sort_keys=True))
+    return write_atomically(Path(folder) / schedule.RESOLVED, yaml.safe_dump(args.resolved_config, sort_keys=True))

@@ -53,10 +53,10 @@ def read_report(prefix: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def check_data_prefixes(prefixes: list[str]) -> None:
+def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:
     """Check that each dataset is there and whole. Reads 46 bytes of an .idx and the sizes of the files.
 
-    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers.
+    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers. `flag` named them.
 
     Raises:
         ValueError: all the datasets that are missing or damaged, with the fix of each.
@@ -64,7 +64,7 @@ def check_data_prefixes(prefixes: list[str]) -> None:
     found = [_problem(prefix) for prefix in prefixes if "://" not in prefix]
     problems = [problem for problem in found if problem is not None]
     if problems:
-        raise ValueError("--data-path: " + "\n  ".join(problems))
+        raise ValueError(f"{flag}: " + "\n  ".join(problems))
 
 
 def check_split(prefixes: list[str], split: str) -> None:
@@ -73,15 +73,9 @@ def check_split(prefixes: list[str], split: str) -> None:
     Raises:
         ValueError: the first empty part, or shares that are no shares.
     """
-    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
     from megatron.core.datasets.utils import Split
 
-    try:
-        shares = parse_and_normalize_split(split)
-    except (AssertionError, ValueError):
-        shares = [np.nan]
-    if not np.isfinite(shares).all():
-        raise ValueError(f"--split {split}: give the shares of train, valid and test, such as 98,1,1")
+    shares = _shares(split)
     for prefix in prefixes:
         if "://" in prefix:
             continue
@@ -94,6 +88,27 @@ def check_split(prefixes: list[str], split: str) -> None:
                     f"--split {split}: none of the {sequences:,} documents of {prefix} is in the part {part.name}; "
                     "give it a larger share, or 0"
                 )
+
+
+def check_validation(split: str) -> None:
+    """Raises ValueError where --split keeps nothing for validation, which Megatron would miss at the run's end."""
+    if _shares(split)[1] == 0:
+        raise ValueError(
+            f"--split {split} leaves nothing to evaluate on: give its second part, valid, a share, or --eval-iters 0"
+        )
+
+
+def _shares(split: str) -> list[float]:
+    """Of train, valid and test, which sum to 1. Raises ValueError."""
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+
+    try:
+        shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = [np.nan]
+    if not np.isfinite(shares).all():
+        raise ValueError(f"--split {split}: give the shares of train, valid and test, such as 98,1,1")
+    return shares
 
 
 def _problem(prefix: str) -> str | None:
@@ -207,10 +222,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
 
 def sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[int, int]:
     """First and end of the sequences in a part, cut as core/datasets/blended_megatron_dataset_builder.py does."""
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
+    from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
     from megatron.core.datasets.utils import Split
 
     if (split is None) != (part is None):
@@ -219,7 +231,7 @@ def sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[i
         return 0, sequences
     if part not in Split.__members__:
         raise ValueError(f"--part {part}: choose one of {', '.join(Split.__members__)}")
-    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[Split[part].value]
+    bounds = convert_split_vector_to_split_matrix(_shares(split))[Split[part].value]
     if bounds is None:
         return 0, 0
     return round(bounds[0] * sequences), round(bounds[1] * sequences)

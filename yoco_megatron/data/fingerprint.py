@@ -5,6 +5,7 @@ other data, another order or another tokenizer it would go on without a word, el
 """
 
 import json
+import math
 from argparse import Namespace
 from hashlib import sha256
 from pathlib import Path
@@ -82,8 +83,8 @@ def check_tokenizer(args: Namespace) -> None:
     """Compare the flags with what the reports of the data say about their tokenizer and ends of documents.
 
     Raises:
-        ValueError: data of another tokenizer, or without ends of documents though --eod-mask-loss looks for them, as it
-            does unless documents are apart.
+        ValueError: data of another tokenizer, or of more words than NullTokenizer has, or without ends of documents
+            though --eod-mask-loss looks for them, as it does unless documents are apart.
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
@@ -94,6 +95,14 @@ def check_tokenizer(args: Namespace) -> None:
                 f"--tokenizer-model {args.tokenizer_model} (sha256 {ours[:12]}) did not make {prefix} "
                 f"(sha256 {theirs[:12]}, see {prefix}.json); give that one, or preprocess the data with this one"
             )
+        if args.tokenizer_type == "NullTokenizer":
+            pad = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+            words = about.get("vocab_size", 0)
+            if math.ceil(args.vocab_size / pad) * pad < words:
+                raise ValueError(
+                    f"--vocab-size {args.vocab_size} is too small for {prefix}, whose tokenizer has {words} (see "
+                    f"{prefix}.json): give that, or that tokenizer"
+                )
         by_token = args.eod_mask_loss and not args.dataloader_inter_document_masking
         if by_token and "eod" in about and about["eod"] is None:
             raise ValueError(

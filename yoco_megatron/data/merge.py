@@ -38,9 +38,10 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     Returns:
         the report that is written beside the dataset, as tools/preprocess_data.py writes it.
     Raises:
-        ValueError: one that is missing, damaged, of another dtype or another tokenizer, or an output that exists.
+        ValueError: one that is missing, damaged, of another dtype, tokenizer or end of documents; or an output that
+            exists.
     """
-    check_data_prefixes(prefixes)
+    check_data_prefixes(prefixes, "--input")
     if Path(f"{output}.idx").exists() and not overwrite:
         raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
     if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
@@ -51,6 +52,10 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     _require_one(codes, "dtype code", "datasets of one tokenizer have one")
     hashes = {prefix: report.get("tokenizer", {}).get("sha256") for prefix, report in zip(prefixes, reports)}
     _require_one({prefix: sha for prefix, sha in hashes.items() if sha}, "tokenizer", "its SHA-256 is in the .json")
+    ends = {
+        prefix: report["tokenizer"].get("eod") for prefix, report in zip(prefixes, reports) if report.get("tokenizer")
+    }
+    _require_one(ends, "end of document", "preprocess all with --append-eod, or none")
 
     from megatron.core.datasets.indexed_dataset import DType
 

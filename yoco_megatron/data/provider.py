@@ -12,6 +12,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from yoco_megatron.data.borders import BorderedDataset
 from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
+from yoco_megatron.data.tokenizer import check_flags
 
 
 def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
@@ -68,7 +69,7 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
     Returns:
         samples of train, valid and test, of those that there are.
     Raises:
-        ValueError: no --data-cache-path, or no data to index.
+        ValueError: no --data-cache-path, no tokenizer, or no data to index.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import training
@@ -77,6 +78,7 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
         raise ValueError("--data-cache-path is missing: name the folder, the same as in training")
     if args.mock_data:
         raise ValueError("--mock-data needs no cache")
+    check_flags(args)
     if args.rampup_batch_size is not None and args.train_iters is None:
         raise ValueError(
             "--rampup-batch-size with --train-samples: the number of evaluations is known in training only"

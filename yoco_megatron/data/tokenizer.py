@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from yoco_megatron.data.corpus import parse_line
+from yoco_megatron.data.readers import check_keys, read_batches
 
 EOD = "<|endoftext|>"
 # Its own id: GPTDataset takes labels equal to the pad id out of the loss, and cannot pad at all without one.
@@ -23,24 +23,25 @@ PAD = "<|pad|>"
 SPECIAL_TOKENS = [EOD, PAD]
 # Every byte has a token, so that any text can be encoded.
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+OF_A_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
 # Of a Hugging Face folder without a tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
 def train_tokenizer(corpus: list[Path], vocab_size: int, output: Path, key: str = "text") -> int:
-    """Train a byte-level BPE on JSON lines files and save it as the Hugging Face folder `output`.
+    """Train a byte-level BPE on a corpus and save it as the Hugging Face folder `output`.
 
     Ids 0 and 1 are <|endoftext|> (eos) and <|pad|>. The same text gives the same tokenizer.json, byte for byte.
 
     Args:
-        corpus: JSON lines files.
+        corpus: files, as preprocessing reads them.
         vocab_size: of the whole vocabulary, special tokens included.
         output: folder; files of an earlier tokenizer in it are replaced.
-        key: where a line holds its text.
+        key: where a record holds its text.
     Returns:
         The size of the vocabulary: `vocab_size`, or less if the corpus is too small for so many merges.
     Raises:
-        ValueError: a vocabulary smaller than the bytes, or a line without text.
+        ValueError: a vocabulary smaller than the bytes, or a record without text.
     """
     from tokenizers import pre_tokenizers, trainers
 
@@ -102,14 +103,17 @@ def _save(tokenizer: Any, output: Path) -> None:
 
 
 def _texts(corpus: list[Path], key: str) -> Iterator[str]:
+    check_keys(corpus, [key])
     total = sum(path.stat().st_size for path in corpus)
     with tqdm(total=total, desc="train tokenizer", unit="B", unit_scale=True, disable=None) as progress:
-        for path in corpus:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield parse_line(line, [key], f"--input {path}:{number}")[0].decode()
-                    progress.update(len(line))
+        for batch in read_batches(corpus, [key]):
+            good, _, bad = batch.texts([key])
+            if bad:
+                index, reason = bad[0]
+                raise ValueError(f"--input {batch.place(index)}: {reason}")
+            for (text,) in good:
+                yield text.decode()
+            progress.update(batch.done - progress.n)
         progress.set_postfix_str("merging")
 
 
@@ -129,6 +133,23 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
 
 
+def check_flags(args: Any) -> None:
+    """Raises ValueError for tokenizer flags that name none."""
+    if args.tokenizer_type is None:
+        raise ValueError(
+            "--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer, for mock data "
+            "NullTokenizer"
+        )
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("--vocab-size is missing: --tokenizer-type NullTokenizer knows no words")
+    model = args.tokenizer_model
+    if model is None and args.tokenizer_type in OF_A_MODEL:
+        raise ValueError(f"--tokenizer-model is missing: the file or folder of --tokenizer-type {args.tokenizer_type}")
+    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
+    if model and not Path(model).exists() and (model.startswith((".", "/")) or model.count("/") > 1):
+        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
+
+
 def build_tokenizer(args: Any) -> Any:
     """Megatron's tokenizer for the flags `args` (a parsed namespace or a megatron.training TokenizerConfig).
 
@@ -137,13 +158,9 @@ def build_tokenizer(args: Any) -> Any:
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
 
-    if args.tokenizer_type is None:
-        raise ValueError("--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer")
+    check_flags(args)
     model = args.tokenizer_model
     missing = model is not None and not Path(model).exists()
-    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
-    if missing and (model.startswith((".", "/")) or model.count("/") > 1):
-        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
     args = copy.copy(args)
     args.pad_vocab_size = False  # the padded size belongs to a model and its parallelism; data have neither
     try:

@@ -32,6 +32,8 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
     }
     given = [flag for flag, value in by_hand.items() if value is not None]
     if ranks == 1:
+        ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        given += [f"--{dest.replace('_', '-')}" for dest in ends if getattr(args, dest) is not None]
         require(not given, f"{' and '.join(given)} needs --pipeline-model-parallel-size above 1")
         return None
     require(len(given) <= 1, f"{' and '.join(given)} contradict each other: keep one of them")
@@ -50,6 +52,27 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     return StagePlan((0, *accumulate(counts)), border)
+
+
+def check_micro_batches(args: Namespace, stages: int) -> None:
+    """Interleaved schedules take micro-batches in groups (megatron/core/pipeline_parallel/schedules.py).
+
+    Raises:
+        ValueError: a batch that does not make whole groups.
+    """
+    ranks = args.pipeline_model_parallel_size
+    if args.global_batch_size is None or stages == ranks:
+        return
+    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.context_parallel_size * ranks)
+    micro_batches = args.global_batch_size // (args.micro_batch_size * data_parallel)
+    group = args.microbatch_group_size_per_vp_stage or ranks
+    rest = micro_batches % group
+    require(
+        micro_batches >= group and (rest == 0 or rest >= ranks),
+        f"--global-batch-size {args.global_batch_size} gives a pipeline {micro_batches} micro-batches, which virtual "
+        f"stages take {group} at a time: make it a multiple of --micro-batch-size {args.micro_batch_size} x "
+        f"{data_parallel} data-parallel ranks x {group} = {args.micro_batch_size * data_parallel * group}",
+    )
 
 
 def _parse(layout: str, num_layers: int, ranks: int) -> list[int]:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     checkpoint = tracked_iteration(folder / "checkpoints")
     # Rolling back is progress although the newest checkpoint gets older; it has its own limit.
     if ends and ends[-1]["verdict"] == "done" and ends[-1].get("kind") == "finished":
-        return Verdict("done", "the run has finished"), number
+        return Verdict("done", f"the run has finished; to train longer, remove {folder / 'attempts.jsonl'}"), number
     tries = fruitless(lines, checkpoint)
     if tries > max_restarts:
         reasons = [line["reason"] for line in ends[-tries:]] or ["the nodes were lost"]
@@ -84,6 +85,9 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
             ),
             number,
         )
+    # Of an attempt with this number, from before attempts.jsonl was removed: not this one's last words.
+    for old in ("outcomes", "stacks", "preflight"):
+        shutil.rmtree(folder / old / str(number), ignore_errors=True)
     line = {"event": "begin", "attempt": number, "checkpoint": checkpoint, "time": time.time()}
     _append(folder, line | {"job": os.environ.get("SLURM_JOB_ID"), "nodes": os.environ.get("SLURM_JOB_NODELIST")})
     return Verdict("go", str(number)), number
