@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     schedule_steps()
     skip_batches()
     compile_what_is_called()
-    take_norms_of_cudnn()
+    take_norms_of_cudnn(args)
     with run_folder_kept(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model),

@@ -112,6 +112,8 @@ def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
     more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
     more += " CUDA graph" if options.cuda_graph else ""
+    own = options.gpt_flags if model == "GPT" else options.yoco_flags
+    more += f" {own}" if own else ""
     return f"{options.model}{layers} {model}{chunked} {length} {precision}{more}"
 
 

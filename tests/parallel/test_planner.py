@@ -12,7 +12,7 @@ from yoco_megatron.config.shape import ModelShape, parameter_count
 from yoco_megatron.parallel import planner
 from yoco_megatron.parallel.layout import choose_layout
 from yoco_megatron.parallel.stages import StagePlan, layout_string
-from yoco_megatron.training.flops import forward_flops_per_token
+from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_per_token
 
 
 def shape(**changes) -> ModelShape:
@@ -119,6 +119,8 @@ def flags(**changes) -> Namespace:
         micro_batch_size=2,
         seq_length=4096,
         context_parallel_size=1,
+        retention_backend="auto",
+        keep_cross_attention=False,
     )
     return Namespace(**fields | changes)
 
@@ -159,6 +161,15 @@ def test_what_is_computed_again_costs_a_fourth_product() -> None:
     layers = {name: pytest.approx(getattr(once, name) * 4 / 3) for name in ("self_layer", "cross_layer")}
     assert remade == replace(once, **layers)
     assert both == replace(once, head=chunked.head, **layers)
+    kept = planner.Costs.of_run(shape(), flags(keep_cross_attention=True, **full))
+    attention = layer_flops_per_token(shape())["cross_decoder"]["mixing"] / planner.RATES["cross_attention"]
+    assert kept == replace(remade, cross_layer=pytest.approx(remade.cross_layer - attention / 3))
+
+
+def test_retention_in_torch_is_slower() -> None:
+    """So that a stage has fewer of its layers."""
+    kernel, torch = (planner.Costs.of_run(shape(), flags(retention_backend=name)) for name in ("auto", "torch"))
+    assert torch == replace(kernel, self_layer=torch.self_layer) and torch.self_layer > kernel.self_layer
 
 
 def test_a_loss_in_chunks_moves_layers_away_from_the_head() -> None:

@@ -69,8 +69,9 @@ def check_there(args: Namespace) -> None:
 
     if args.load is not None and not empty(args.load):
         return
+    fresh = args.load is not None and args.save is not None and Path(args.load) == Path(args.save)
     for flag, folder in (("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)):
-        if folder is None or (flag == "--load" and (folder == args.save or args.pretrained_checkpoint)):
+        if folder is None or (flag == "--load" and (fresh or args.pretrained_checkpoint)):
             continue
         if empty(folder):
             raise ValueError(f"{flag} {folder} holds no checkpoint ({TRACKER} is missing): give the --save of that run")

@@ -310,10 +310,10 @@ def check_writable(args: argparse.Namespace) -> None:
 
 def _overlap_with_others_only(args: argparse.Namespace) -> None:
     """Without another rank of data parallelism there is nothing to overlap, but the hooks for it still cost the
-    processor half a millisecond for every bucket, in which the GPU waits.
+    processor half a millisecond for every bucket, in which the GPU waits. What Megatron would refuse is left to it.
     """
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if args.world_size == model and not args.use_megatron_fsdp:
+    if args.world_size == model and args.use_distributed_optimizer and not args.use_megatron_fsdp:
         args.overlap_grad_reduce = args.overlap_param_gather = args.overlap_param_gather_with_optimizer_step = False
 
 

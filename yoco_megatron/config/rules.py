@@ -22,6 +22,8 @@ IGNORED_BY_YOCO = {
     "attention_output_gate": "gated retention has its own gate",
     "softmax_type": "the cross-decoder uses the plain softmax",
     "add_qkv_bias": "YOCO has no biases",
+    "activation_func_clamp_value": "YOCO's SwiGLU is not clamped",
+    "glu_linear_offset": "YOCO's SwiGLU has no offset",
     "num_experts": "mixture of experts is not built for YOCO",
     "multi_latent_attention": "YOCO shares one K,V instead",
     "mtp_num_layers": "multi-token prediction is not built for YOCO",
@@ -149,11 +151,12 @@ def check_model(config: Any) -> None:
         not config.keep_cross_attention or config.recompute_granularity == "full",
         "--keep-cross-attention is an exception from --recompute-granularity full: set both, or leave it away",
     )
-    require(
-        not config.keep_cross_attention or not config.attention_dropout,
-        f"--keep-cross-attention does not go with --attention-dropout {config.attention_dropout}, whose random numbers "
-        "would be others in the second pass: leave one away",
-    )
+    for dest in ("attention_dropout", "hidden_dropout"):
+        require(
+            not (config.keep_cross_attention and getattr(config, dest)),
+            f"--keep-cross-attention does not go with --{dest.replace('_', '-')} {getattr(config, dest)}, whose random "
+            "numbers would be others in the second pass: leave one away",
+        )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")

@@ -52,7 +52,8 @@ def check_resumable(args: Namespace, parser: ArgumentParser) -> None:
     if tracked_iteration(Path(args.load)) is None or not path.exists():
         return
     was, now = _schedule(_read(path, parser)), _schedule(args)
-    different = [name for name in now if now[name] != was[name]]
+    # Lengths in samples are not known of a run that did not say its batch.
+    different = [name for name in now if name in was and now[name] != was[name]]
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         different = [name for name in different if name in OF_THE_OPTIMIZER]
     if not different:

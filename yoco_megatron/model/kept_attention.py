@@ -1,9 +1,10 @@
 """Attention that full recompute does not compute again: its output is kept, and all around it is made again.
 
 Over a long sequence attention is most of a layer's work, and its output, with a sum for each query, is as small as the
-layer's input, which full recompute keeps anyway. Megatron's checkpoint knows whole layers only. So the first pass,
-which autograd does not follow, records a graph of the attention alone, and gives back the memory of its queries; the
-second pass, in backward, fills them again and hands the graph on.
+layer's input, which full recompute keeps anyway. (Packed documents of several samples are laid end to end for the
+kernel: then its queries, keys and values are copies, and kept, too.) Megatron's checkpoint knows whole layers only. So
+the first pass, which autograd does not follow, records a graph of the attention alone, and gives back the memory of its
+queries; the second pass, in backward, fills them again and hands the graph on.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,8 @@ class KeptAttention:
 
         Args:
             layer: its number.
-            attention: must not draw random numbers. What else it reads must take its gradient by itself.
+            attention: what else it reads must take its gradient by itself. It may move the random generator, as fused
+                attention does even without dropout, so nothing after it may draw from that in the second pass.
             query: its own whole storage, which nothing else reads in the first pass.
         """
         if not torch.is_grad_enabled():
@@ -77,5 +79,6 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        torch.autograd.backward(ctx.kept.output, gradient)
-        return ctx.kept.query.grad, None
+        kept, ctx.kept = ctx.kept, None  # freed before the layers below it run backward
+        torch.autograd.backward(kept.output, gradient)
+        return kept.query.grad, None

@@ -52,7 +52,8 @@ class YOCORotaryEmbedding(RotaryEmbedding):
 def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
     """Rotate x [s, b, heads, head_dim] by angles [s, 1 or b, 1, head_dim]; fp32 arithmetic, x's dtype back."""
     power_of_two = x_SBHD.shape[-1].bit_count() == 1
-    if config.apply_rope_fusion and config.rotary_interleaved and power_of_two and x_SBHD.is_cuda:
+    pairs_on_gpu = config.rotary_interleaved and x_SBHD.is_cuda and x_SBHD.dtype != torch.float64
+    if config.apply_rope_fusion and pairs_on_gpu and power_of_two:
         from yoco_megatron.ops.rotary.triton import rotate as fused
 
         return fused(x_SBHD, angles)

@@ -18,10 +18,17 @@ from yoco_megatron.model.stage import Stage
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_per_token
 
-# Achieved FLOP/s in training on one Hopper GPU, bf16, of the parts of a layer. Only their ratios matter. Retention is
-# what the torch implementation reaches (memory-bound); a kernel raises it.
-RATES = {"linear": 700e12, "cross_attention": 600e12, "window": 400e12, "retention": 12e12}
-EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: memory-bound, next to nothing
+# Achieved FLOP/s of the parts of a layer, 3B in training on one H200, bf16 (docs/performance.md); only their ratios
+# matter. Cross attention: 340e12 at 4096 tokens, 490e12 at 131,072. Windows: not measured alone.
+RATES = {
+    "linear": 700e12,
+    "cross_attention": 400e12,
+    "window": 400e12,
+    "retention": 100e12,
+    "retention in torch": 12e12,
+}
+ELEMENTWISE_SECONDS = 5e-12  # a layer's norms, SwiGLU and residuals, per token and unit of hidden and FFN width
+EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
 AGAIN = 4 / 3  # what is computed once more in backward: four products where three would do
 
 
@@ -37,21 +44,33 @@ class Costs:
     head: float
 
     @staticmethod
-    def of(shape: ModelShape, layers_again: bool = False, logits_again: float = 0.0) -> "Costs":
+    def of(
+        shape: ModelShape,
+        layers_again: bool = False,
+        logits_again: float = 0.0,
+        attention_kept: bool = False,
+        retention: str = "retention",
+    ) -> "Costs":
         """Estimate from the FLOPs of a YOCO.
 
         Args:
             layers_again: backward computes every layer once more (full recompute).
             logits_again: and this share of the logits (the loss in chunks, ops/linear_cross_entropy).
+            attention_kept: but not cross attention (--keep-cross-attention).
+            retention: which rate retention has.
         """
         layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
-        mixer = "retention" if shape.self_decoder == "gated_retention" else "window"
+        mixer = retention if shape.self_decoder == "gated_retention" else "window"
 
         def seconds(kind: str, mixing: str) -> float:
             if kind not in layers:
                 return 0.0
-            once = layers[kind]["linear"] / RATES["linear"] + layers[kind]["mixing"] / RATES[mixing]
-            return once * AGAIN if layers_again else once
+            mixed = layers[kind]["mixing"] / RATES[mixing]
+            rest = layers[kind]["linear"] / RATES["linear"]
+            rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size)
+            if not layers_again:
+                return rest + mixed
+            return rest * AGAIN + mixed * (1 if attention_kept and kind == "cross_decoder" else AGAIN)
 
         return Costs(
             embedding=shape.hidden_size * EMBEDDING_SECONDS,
@@ -67,7 +86,8 @@ class Costs:
         every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
         tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
         chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
-        return Costs.of(shape, every_layer, 1 - 1 / chunks)
+        retention = "retention in torch" if args.retention_backend == "torch" else "retention"
+        return Costs.of(shape, every_layer, 1 - 1 / chunks, args.keep_cross_attention, retention)
 
     def stage(self, stage: Stage, border: int) -> float:
         """Seconds per token of one stage, as above."""

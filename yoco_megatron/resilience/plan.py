@@ -82,12 +82,15 @@ def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
 
 def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
     """Bytes a layer, the mean of all, that --keep-cross-attention keeps: outputs of the cross-decoder layers' attention
-    and, for each query, the fp32 logarithm of its softmax's sum (model/kept_attention.py)."""
+    and, for each query, the fp32 logarithm of its softmax's sum; for documents of several samples what the kernel
+    reads, too (model/kept_attention.py)."""
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
     share = 1 - shape.num_self_decoder_layers / shape.num_layers
     value = 2 if args.bf16 or args.fp16 else 4
-    return share * tokens * shape.num_attention_heads * (value * shape.kv_channels + 4)
+    copies = args.dataloader_inter_document_masking and args.micro_batch_size > 1
+    heads = shape.num_attention_heads + copies * (shape.num_attention_heads + 2 * shape.num_query_groups)
+    return share * tokens * (heads * value * shape.kv_channels + 4 * shape.num_attention_heads)
 
 
 def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:

@@ -91,12 +91,16 @@ def compile_nothing(tp_size: int | None = None) -> None:
     """Megatron's `set_jit_fusion_options` is this and the warm-up since torch 2.2."""
 
 
-def take_norms_of_cudnn() -> None:
+def take_norms_of_cudnn(args: Namespace) -> None:
     """Have Transformer Engine compute its norms with cuDNN, unless the environment says otherwise.
 
     Its own kernels are tuned for some widths only; at others, 3072 among them, cuDNN's take half the time. Only for
-    training, where all inputs have one shape: cuDNN prepares itself anew for each.
+    training, where all inputs have one shape: cuDNN prepares itself anew for each. And not for so many values that 32
+    bits do not count them, which has not been tried.
     """
+    values = args.seq_length * args.micro_batch_size // args.context_parallel_size * args.hidden_size
+    if values >= 2**31:
+        return
     for direction in ("FWD", "BWD"):
         os.environ.setdefault(f"NVTE_NORM_{direction}_USE_CUDNN", "1")
 

@@ -1,9 +1,9 @@
 """Megatron's checks for NaN and Inf, asked of the GPU once a step.
 
-Megatron asks twice for every bucket of gradients, in backward, and twice for every micro-batch's loss. Each time the
-processor waits for the GPU, which then waits for new work: 5% of a step of the 3B on one GPU, whose gradients have 54
-buckets. Here the results are kept where they are, and all are checked together when the step's backward has ended,
-before the optimizer, by the same rules, in the same order, with the same messages.
+Megatron asks twice for every bucket of gradients, where these are reduced while backward runs, and twice for every
+micro-batch's loss. Each time the processor waits for the GPU, which then waits for new work. Here the results are kept
+where they are, and all are checked together when the step's backward has ended, before the optimizer, by the same
+rules, in the same order, with the same messages.
 """
 
 from collections.abc import Iterator
