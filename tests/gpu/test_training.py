@@ -83,6 +83,17 @@ def test_a_step_in_one_cuda_graph_trains_alike(kind: str, more: str) -> None:
         assert abs(a - b) < 5e-3 * a, f"step {step}: {a} without a graph, {b} with one"
 
 
+def test_gradients_straight_into_the_buffer_train_alike() -> None:
+    """Weights' gradients from Transformer Engine's layers, the loss and the embedding, against autograd's.
+
+    Losses part by bf16's roundings of gradients, which the buffer does not have."""
+    flags = f"{TINY} --untie-embeddings-and-output-weights"
+    fused, plain = pretrain(flags), pretrain(f"{flags} --no-gradient-accumulation-fusion")
+    assert len(fused) == len(plain) == 10 and fused[-1] < fused[0] - 0.1
+    for step, (a, b) in enumerate(zip(fused, plain), start=1):
+        assert abs(a - b) < LOSS_NOISE * b, f"step {step}: {a} fused, {b} not"
+
+
 @pytest.mark.xdist_group("a whole GPU's memory")
 @pytest.mark.parametrize("model", ["yoco_1.4b", "yoco_1.4b_swa"])
 def test_trains_at_1_4b(model: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yoco_megatron import runtime
 from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model import specs
+from yoco_megatron.model import embedding, specs
 from yoco_megatron.model.loss import compute_loss_in_chunks
 from yoco_megatron.model.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.stage import Stage
@@ -60,6 +60,8 @@ class YOCOModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=self.tp_group
             )
+            if embedding.fits(config, share_embeddings_and_output_weights):
+                embedding.add_rows_to_buffer(self.embedding.word_embeddings)
         self_head_dim = config.hidden_size // config.self_decoder_heads
         self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base)
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
