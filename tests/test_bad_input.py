@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from support.cli import TINY, free_port, run_script, train
+from support.cli import TINY, run_script, train
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 from support import worlds
-from support.cli import TINY, Log, _main, _script, free_port, parse, run_script, train
+from support.cli import TINY, Log, _main, _script, parse, run_script, train
 from support.disks import make_read_only, own_mount
+from support.ports import free_port
 
 from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.checkpoint import integrity

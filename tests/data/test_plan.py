@@ -109,9 +109,9 @@ def run(tool: str, *flags: object) -> str:
 def test_help_comes_without_the_seconds_of_imports(tool: str) -> None:
     command = [sys.executable, "-X", "importtime", ROOT / "tools" / f"{tool}.py", "--help"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0 and "all other flags are those of pretrain_yoco.py" in done.stdout
+    assert done.returncode == 0 and "pretrain_yoco.py" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert imported & {"argparse", "torch", "megatron"} == {"argparse"}
+    assert "encodings" in imported and not imported & {"torch", "megatron"}
 
 
 def test_dry_run_of_a_large_mesh(sources: list[str]) -> None:

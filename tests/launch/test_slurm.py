@@ -218,10 +218,11 @@ def test_user_error_is_not_requeued(stage: Stage):
 @scenario
 def test_unfit_node_is_left_out(stage: Stage):
     """Preflight finds a node unfit, here by a file in its name's place; the job goes on without it."""
-    run = stage.folder / "run"
-    (run / "preflight/0").mkdir(parents=True)
-    (run / "preflight/0/n1.bad").write_text("n1\n")
     job = stage.job("--exit-interval", "5", nodes=1, options=("--no-check",))
+    job.wait((stage.folder / "run/attempts.jsonl").exists, "the first attempt")  # preflight comes after it
+    found = stage.folder / "run/preflight/0"
+    found.mkdir(parents=True, exist_ok=True)
+    (found / "n1.bad").write_text("n1\n")
     assert job.wait_for_end() == "COMPLETED", job.report()
     assert "ExcNodeList=n1 " in stage.cluster("scontrol", "show", "job", "-o", job.id)
     assert job.nodes() != ["n1"] and job.ends()[-1]["kind"] == "stopped"

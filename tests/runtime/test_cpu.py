@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import cli
+from support import cli, ports
 
 from yoco_megatron import runtime
 from yoco_megatron.runtime import cpu
@@ -216,7 +216,7 @@ def guarded_run(*flags: str) -> tuple[subprocess.CompletedProcess, list]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(cli.free_port()),
+        "MASTER_PORT": str(ports.free_port()),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "tests" / "support" / "guarded_run.py"), *flags]

@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import sys
 import tempfile
 import traceback
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from support.ports import free_port, free_ports
 from support.worlds import TIMEOUT_S, print_to, spawn
 
 TINY = shlex.split("""
@@ -54,12 +54,6 @@ def parse(text: str) -> Log:
         validation={(int(step), part): loss for step, part, loss in evaluations},
         text=text,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _like_a_fresh_interpreter() -> None:
@@ -136,7 +130,7 @@ class Runs:
         """runs: name -> flags, in the order in which they run; `timeout` in seconds for all together."""
         with tempfile.TemporaryDirectory() as folder:
             log, env = os.path.join(folder, "log"), {"MASTER_ADDR": "127.0.0.1"}
-            args = ({name: list(flags) for name, flags in runs.items()}, [free_port() for _ in runs], log)
+            args = ({name: list(flags) for name, flags in runs.items()}, free_ports(len(runs)), log)
             failures = spawn(_main_of_each, world_size, args, env=env, timeout=timeout)
             self._failures = {name: text for found in failures for name, text in found.items()}
             texts = [Path(f"{log}.{index}.{world_size - 1}").read_text() for index in range(len(runs))]

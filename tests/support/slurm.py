@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from support.ports import free_ports
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ["slurm-wlm", "slurmd", "slurmctld", "slurm-client", "munge"]
 os.environ["PATH"] += os.pathsep + "/usr/sbin"
@@ -34,14 +36,6 @@ def why_not() -> str | None:
             if done.returncode:
                 return f"apt-get {command[0]} failed: {done.stderr.strip().splitlines()[-1:]}"
     return None
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
 
 
 class Cluster:
