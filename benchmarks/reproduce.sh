@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The tables of docs/performance.md and docs/context_parallel.md, part by part; rows go to benchmarks/results.jsonl.
+#
+#   benchmarks/reproduce.sh bf16 fp8 long            # on one GPU, about a minute and a half each
+#   CUDA_VISIBLE_DEVICES=1 benchmarks/reproduce.sh small &    # parts for one GPU run beside each other on several
+#   benchmarks/reproduce.sh mesh2 context million    # on two GPUs
+#   benchmarks/reproduce.sh mesh4 context4           # on four
+#
+# OUTPUT: another file for the rows. MICRO, MICRO_FP8: micro-batches, by default those of an 80 GB card; 8 and 4 on 141 GB.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+full="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --rotary-base 1000000"
+keep=--yoco-flags=--keep-cross-attention
+lean=--yoco-flags=--recompute-elementwise
+exact=--flags=--use-precision-aware-optimizer
+mb=${MICRO:-2}
+
+run() { # script flags...: a run that fails, for want of memory perhaps, does not end the rest
+    python3 benchmarks/preloaded.py "benchmarks/$1.py" "${@:2}" --output "${OUTPUT:-benchmarks/results.jsonl}" ||
+        echo "reproduce.sh: $* ended with $?" >&2
+}
+train() { run training --steps 10 "$@"; }
+
+for part in "$@"; do
+    echo "=== $part"
+    case $part in
+    bf16) train --micro-batches "$mb" "$exact" ;;
+    lean) train --micro-batches "$mb" GPT=1 "$lean" ;;
+    graph) train --micro-batches "$mb" "$exact" --cuda-graph ;;
+    fp8) train --micro-batches "${MICRO_FP8:-2}" --precisions delayed "$exact" ;;
+    fp8graph) train --micro-batches "${MICRO_FP8:-2}" --precisions delayed "$exact" --cuda-graph ;;
+    recipes) train --micro-batches "${MICRO_FP8:-2}" --precisions tensorwise blockwise delayed-gather "$exact" --models gated_retention ;;
+    long) train --steps 8 --lengths 32768 --chunk-gpt-loss "--flags=$full --use-precision-aware-optimizer" $keep ;;
+    longfp8) train --steps 8 --lengths 32768 --precisions delayed "--flags=$full --use-precision-aware-optimizer" $keep ;;
+    longer) train --steps 5 --layers 8 --lengths 131072 --chunk-gpt-loss "--flags=$full" $keep ;;
+    1.4b) train --model 1.4b --micro-batches 8 GPT=4 "$lean" ;;
+    1.4bgraph) train --model 1.4b --micro-batches 8 GPT=4 "$lean" --cuda-graph ;;
+    small) for more in "" --cuda-graph; do train --model 160m --lengths 1024 --batch-tokens 8192 --micro-batches 8 $more; done ;;
+    loss) python3 benchmarks/linear_cross_entropy.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
+    where) run breakdown --models gated_retention GPT --micro-batch "$mb" "$exact" ;;
+    kept) python3 benchmarks/activations.py --config configs/model/yoco_3b.yaml configs/recipe/scaling.yaml ;;
+    mesh2) train --micro-batches 4 --meshes 1 TP2 DP2 --models gated_retention ;;
+    context) run context_parallel --lengths 32768 65536 131072 --keep-cross-attention ;;
+    contextwindow) run context_parallel --lengths 65536 --keep-cross-attention --self-decoder sliding_window ;;
+    longest) run context_parallel --lengths 262144 --longest --keep-cross-attention --micro-batches 1 --steps 3 --cases YOCO "GPT, Transformer Engine p2p" ;;
+    million) run million_tokens --keep-cross-attention ;;
+    mesh4) train --micro-batches 4 --meshes 1 DP4 TP2xDP2 PP2xTP2 "PP2xTP2 VP2" --models GPT gated_retention ;;
+    context4) train --steps 4 --lengths 131072 --meshes CP4 --models GPT gated_retention "--flags=$full" $keep ;;
+    *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
+    esac
+done
