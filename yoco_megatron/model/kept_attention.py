@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yoco_megatron.model.remade import fill_again, give_back
+
 
 @dataclass
 class _Kept:
@@ -53,11 +55,9 @@ class KeptAttention:
 
     def _record(self, attention: Callable[[Tensor], Tensor], query: Tensor) -> _Kept:
         query = query.detach().requires_grad_()
-        storage = query.untyped_storage()
-        assert storage.nbytes() == query.nbytes, "a view cannot be freed"
         with torch.enable_grad(), _without_fp8() if self._fp8 else nullcontext():
             output = attention(query)
-        storage.resize_(0)
+        give_back(query)
         return _Kept(query, output)
 
 
@@ -72,8 +72,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, kept: _Kept) -> Tensor:
-        kept.query.untyped_storage().resize_(query.nbytes)
-        kept.query.data.copy_(query)  # .data: autograd must not take it for a change of a saved tensor
+        fill_again(kept.query, lambda memory: memory.copy_(query))
         ctx.kept = kept
         return kept.output.detach()
 

@@ -11,6 +11,24 @@ import torch
 from torch import Tensor
 
 
+def check_whole(value: Tensor) -> None:
+    """AssertionError for a part of a storage."""
+    assert value.untyped_storage().nbytes() == value.nbytes, "a view cannot be freed"
+
+
+def give_back(value: Tensor) -> None:
+    """Free the memory of `value`, a whole storage of its own, until `fill_again`."""
+    check_whole(value)
+    value.untyped_storage().resize_(0)
+
+
+def fill_again(value: Tensor, write: Callable[[Tensor], None]) -> None:
+    """Give `value` its memory again, and let `write` put the values there."""
+    value.untyped_storage().resize_(value.nbytes)
+    with torch.no_grad():
+        write(value.data)  # .data: autograd must not take it for a change of a saved tensor
+
+
 def remake_in_backward(value: Tensor, reader_output: Tensor, remake: Callable[[Tensor], None]) -> None:
     """Free the memory of `value` until backward needs it.
 
@@ -19,20 +37,15 @@ def remake_in_backward(value: Tensor, reader_output: Tensor, remake: Callable[[T
         reader_output: the reader's output. Its gradient comes right before the reader's backward.
         remake: writes the values into a tensor like `value`, by the same operations, so that they are the same bits.
     """
-    storage = value.untyped_storage()
-    size = storage.nbytes()
-    assert size == value.nbytes, "a view cannot be freed"
+    check_whole(value)
     if not reader_output.requires_grad:
         return
-    storage.resize_(0)
+    give_back(value)
     held = [(value, remake)]
 
     def restore(_: Tensor) -> None:
         if not held:  # a second backward of a kept graph
             return
-        value, remake = held.pop()
-        value.untyped_storage().resize_(size)
-        with torch.no_grad():
-            remake(value.data)  # .data: autograd must not take it for a change of a saved tensor
+        fill_again(*held.pop())
 
     reader_output.register_hook(restore)
