@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor
 
 from yoco_megatron.config.yoco_config import YOCOConfig
+from yoco_megatron.model.main_grad import buffer_of
 
 
 def fits(config: YOCOConfig, tied: bool) -> bool:
@@ -29,11 +30,9 @@ def add_rows_to_buffer(embedding: VocabParallelEmbedding) -> None:
     lookup, weight = embedding.forward, embedding.weight
 
     def forward(words: Tensor) -> Tensor:
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None or buffer.dtype != torch.float32 or not torch.is_grad_enabled():
-            return lookup(words)
-        weight.grad_added_to_main_grad = True  # Megatron's gradient hook then leaves what autograd gets alone
-        return _Lookup.apply(weight, words, buffer)
+        wide = getattr(weight, "main_grad", weight).dtype == torch.float32  # 16 bits would lose rows in the sum
+        buffer = buffer_of(weight) if wide else None
+        return lookup(words) if buffer is None else _Lookup.apply(weight, words, buffer)
 
     embedding.forward = forward
 

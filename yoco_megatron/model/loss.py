@@ -1,10 +1,10 @@
 """Output layer and loss in one, for a model that never holds the logits of a whole micro-batch."""
 
-import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from yoco_megatron.model.main_grad import buffer_of
 from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -58,9 +58,7 @@ def chunked_loss(
         hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=tp_group)
     else:
         hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
-    main_grad = getattr(weight, "main_grad", None) if fuse_weight_gradient and torch.is_grad_enabled() else None
-    if main_grad is not None:
-        weight.grad_added_to_main_grad = True  # Megatron's gradient hook then leaves what autograd gets alone
+    main_grad = buffer_of(weight) if fuse_weight_gradient else None
     rows = labels.t()
     x, words = hidden_states.flatten(0, 1), rows.flatten()
     losses = linear_cross_entropy(x, weight, words, chunk_size, tp_group, main_grad)

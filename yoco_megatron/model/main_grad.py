@@ -1,0 +1,16 @@
+"""The buffer in which Megatron sums a weight's gradients, for layers that add to it themselves."""
+
+import torch
+from torch import Tensor
+
+
+def buffer_of(weight: Tensor) -> Tensor | None:
+    """`weight.main_grad`, claimed: Megatron's gradient hook then leaves alone what autograd gets for the weight.
+
+    None where Megatron has made none, or no gradient will come.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or not torch.is_grad_enabled():
+        return None
+    weight.grad_added_to_main_grad = True
+    return buffer
