@@ -21,7 +21,7 @@ def start(folder: Path, *flags: str):
 
 
 def resume(folder: Path, *flags: str) -> None:
-    schedule.check_resumable(arguments.parse([*RUN, "--load", str(folder), *flags]), arguments.build_parser())
+    schedule.check_resumable(arguments.parse([*RUN, "--load", str(folder), *flags]), arguments.build_parser)
 
 
 def test_a_batch_that_was_not_said(tmp_path: Path) -> None:

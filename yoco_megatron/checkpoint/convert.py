@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from yoco_megatron.checkpoint import target, tokenizer_files, verify
+from yoco_megatron.checkpoint.folder import RESOLVED
 from yoco_megatron.checkpoint.source import Source, open_source
 from yoco_megatron.config.files import write_atomically
 from yoco_megatron.config.rules import require
@@ -90,7 +91,7 @@ def _check_tokenizer(source: Source) -> None:
 
 def _final_tokenizer_path(aside: Path, final: Path) -> None:
     """The config named the tokenizer where it lay while the folder was being made."""
-    path = aside / "resolved_config.yaml"
+    path = aside / RESOLVED
     flags = yaml.safe_load(path.read_text())
     if "tokenizer-model" in flags:
         flags["tokenizer-model"] = str(final / "tokenizer")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RESOLVED = "resolved_config.yaml"  # the run's flags
 COMPLETE = "metadata.json"
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 

@@ -14,6 +14,7 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from yoco_megatron.checkpoint import safe_load
+from yoco_megatron.checkpoint.folder import RESOLVED
 from yoco_megatron.config import arguments
 from yoco_megatron.model.builder import model_config_from_args
 
@@ -70,7 +71,7 @@ def parse_run(folder: str, iteration: int | None = None, **more: object) -> Name
     Raises:
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
-    config = Path(folder) / "resolved_config.yaml"
+    config = Path(folder) / RESOLVED
     if not config.exists():
         raise ValueError(f"--load {folder}: no resolved_config.yaml there; give the folder that training had as --save")
     items = ONE_PROCESS | {"load": folder, "ckpt-step": iteration} | more

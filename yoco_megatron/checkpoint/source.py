@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from yoco_megatron.checkpoint import fields, names, safe_load
-from yoco_megatron.checkpoint.folder import TRACKER, path_of
+from yoco_megatron.checkpoint.folder import RESOLVED, TRACKER, path_of
 from yoco_megatron.config.files import load_config_files
 from yoco_megatron.config.rules import nearest, require
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -86,7 +86,7 @@ def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
     """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
     tracker = folder / TRACKER
     require(
-        tracker.exists() and (folder / "resolved_config.yaml").exists(),
+        tracker.exists() and (folder / RESOLVED).exists(),
         f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
     )
     latest = tracker.read_text().strip()
@@ -168,7 +168,7 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
 
     tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
     trained = common.get("args")
-    flags = load_config_files([str(folder / "resolved_config.yaml")])
+    flags = load_config_files([str(folder / RESOLVED)])
     facts = {
         "iteration": common.get("iteration"),
         "samples": getattr(trained, "consumed_train_samples", None),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import yoco_megatron.hf
 from yoco_megatron.checkpoint import architecture, fields, names, tokenizer_files
-from yoco_megatron.checkpoint.folder import COMPLETE, TRACKER
+from yoco_megatron.checkpoint.folder import COMPLETE, RESOLVED, TRACKER
 from yoco_megatron.checkpoint.model_card import model_card
 from yoco_megatron.checkpoint.source import Source
 
@@ -137,7 +137,7 @@ def write_megatron(source: Source, folder: Path) -> None:
         "micro-batch-size": 1,
         **_tokenizer_flags(source, folder),
     }
-    resolved = folder / "resolved_config.yaml"
+    resolved = folder / RESOLVED
     resolved.write_text(yaml.safe_dump(flags, sort_keys=True))
     args = parse_run(str(folder))  # whatever is wrong with these flags shows here
     architecture.save(args, str(folder))

@@ -24,6 +24,7 @@ from megatron.training.global_vars import set_global_variables
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_loadable, check_there
+from yoco_megatron.checkpoint.folder import RESOLVED
 from yoco_megatron.config import rules, schedule
 from yoco_megatron.config.files import load_config_files, to_argv, write_atomically
 from yoco_megatron.config.shape import ModelShape
@@ -33,7 +34,7 @@ from yoco_megatron.data.check import check_data_prefixes, check_split, check_val
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.parallel import planner
-from yoco_megatron.parallel.layout import check_micro_batches, choose_layout
+from yoco_megatron.parallel.layout import check_micro_batches, choose_layout, sequences_at_a_time
 from yoco_megatron.parallel.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
 
@@ -233,7 +234,7 @@ def check_run(args: argparse.Namespace) -> None:
     fingerprint.check_tokenizer(args)
     check_there(args)
     fingerprint.check_resumable(args)
-    schedule.check_resumable(args, build_parser())
+    schedule.check_resumable(args, build_parser)
 
 
 def check_machine(args: argparse.Namespace) -> None:
@@ -287,7 +288,7 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     """Megatron's tokenizer; sets `args.padded_vocab_size`.
 
     Raises:
-        ValueError: flags that name none, or one that cannot be loaded.
+        ValueError: flags that name none.
     """
     check_tokenizer_flags(args)
     return megatrons_tokenizer(args)
@@ -325,16 +326,13 @@ def _failed_assertion(error: AssertionError) -> str:
 
 def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
     """The stages of a pipelined YOCO, a line each: layers, parameters, FLOPs, bytes, expected bubble."""
-    data_parallel = args.world_size // (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
     shape = ModelShape.from_args(args)
     return planner.table(
         plan,
         shape,
         planner.Costs.of_run(shape, args),
         args.pipeline_model_parallel_size,
-        args.global_batch_size // (args.micro_batch_size * data_parallel),
+        args.global_batch_size // sequences_at_a_time(args),
         args.micro_batch_size,
         args.params_dtype.itemsize,
     )
@@ -342,4 +340,4 @@ def pipeline_table(args: argparse.Namespace, plan: StagePlan) -> str:
 
 def save_resolved_config(args: argparse.Namespace, folder: str) -> Path:
     """Write the merged flags beside the checkpoints; `--config` reads the file back."""
-    return write_atomically(Path(folder) / schedule.RESOLVED, yaml.safe_dump(args.resolved_config, sort_keys=True))
+    return write_atomically(Path(folder) / RESOLVED, yaml.safe_dump(args.resolved_config, sort_keys=True))

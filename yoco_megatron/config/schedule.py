@@ -5,14 +5,14 @@ A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py), an
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-from yoco_megatron.checkpoint.folder import tracked_iteration
+from yoco_megatron.checkpoint.folder import RESOLVED, tracked_iteration
 from yoco_megatron.config.rules import require
 
-RESOLVED = "resolved_config.yaml"
 # What makes the schedule, by argparse destination.
 LENGTHS = ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "global_batch_size")
 SAMPLES = ("train_samples", "lr_decay_samples", "lr_warmup_samples")
@@ -39,7 +39,7 @@ def check(args: Namespace) -> None:
             )
 
 
-def check_resumable(args: Namespace, parser: ArgumentParser) -> None:
+def check_resumable(args: Namespace, build_parser: Callable[[], ArgumentParser]) -> None:
     """Compare the schedule of the flags with that of the checkpoint in --load, told by the config beside it.
 
     Raises:
@@ -51,7 +51,7 @@ def check_resumable(args: Namespace, parser: ArgumentParser) -> None:
     # Released weights have no schedule.
     if tracked_iteration(Path(args.load)) is None or not path.exists():
         return
-    was, now = _schedule(_read(path, parser)), _schedule(args)
+    was, now = _schedule(_read(path, build_parser())), _schedule(args)
     # Lengths in samples are not known of a run that did not say its batch.
     different = [name for name in now if name in was and now[name] != was[name]]
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:

@@ -54,6 +54,12 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
     return StagePlan((0, *accumulate(counts)), border)
 
 
+def sequences_at_a_time(args: Namespace) -> int:
+    """One micro-batch on each data-parallel rank."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return args.micro_batch_size * (args.world_size // model)
+
+
 def check_micro_batches(args: Namespace, stages: int) -> None:
     """Interleaved schedules take micro-batches in groups (megatron/core/pipeline_parallel/schedules.py).
 
@@ -63,15 +69,15 @@ def check_micro_batches(args: Namespace, stages: int) -> None:
     ranks = args.pipeline_model_parallel_size
     if args.global_batch_size is None or stages == ranks:
         return
-    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.context_parallel_size * ranks)
-    micro_batches = args.global_batch_size // (args.micro_batch_size * data_parallel)
+    each = sequences_at_a_time(args)
+    micro_batches = args.global_batch_size // each
     group = args.microbatch_group_size_per_vp_stage or ranks
     rest = micro_batches % group
     require(
         micro_batches >= group and (rest == 0 or rest >= ranks),
         f"--global-batch-size {args.global_batch_size} gives a pipeline {micro_batches} micro-batches, which virtual "
         f"stages take {group} at a time: make it a multiple of --micro-batch-size {args.micro_batch_size} x "
-        f"{data_parallel} data-parallel ranks x {group} = {args.micro_batch_size * data_parallel * group}",
+        f"{each // args.micro_batch_size} data-parallel ranks x {group} = {each * group}",
     )
 
 

@@ -54,13 +54,12 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
         held = max(sum(of_stage[rank::pp][:chunks]) for rank in range(pp))
     else:
         held = sum(parameter_count(shape).values()) / pp
-    half = args.bf16 or args.fp16
+    value = _bytes_of_a_value(args)
     # bf16: weight 2, gradient 4, and fp32 weight 4, two moments 8 in the optimizer; fp32 needs no second weight.
-    weights, optimizer = (2 + 4, 12) if half else (4 + 4, 8)
+    weights, optimizer = (2 + 4, 12) if value == 2 else (4 + 4, 8)
     sharded = data_parallel if args.use_distributed_optimizer else 1
     states = held / tp * (weights + optimizer / sharded)
     tokens = args.seq_length * args.micro_batch_size / args.context_parallel_size
-    value = 2 if half else 4
     layers = shape.num_layers / pp
     split = tp if args.sequence_parallel or tp == 1 else 1
     if args.recompute_granularity == "full":
@@ -71,13 +70,18 @@ def memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
 
 
+def _bytes_of_a_value(args: Namespace) -> int:
+    """In the dtype of training."""
+    return 2 if args.bf16 or args.fp16 else 4
+
+
 def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
     """Bytes a layer, the mean of all, that --recompute-elementwise does not keep: SwiGLU's output, and in retention
     layers the gated one (model/remade.py)."""
     if args.architecture != "yoco" or not args.recompute_elementwise:
         return 0.0
     share = shape.num_self_decoder_layers / shape.num_layers if shape.self_decoder == "gated_retention" else 0.0
-    return (2 if args.bf16 or args.fp16 else 4) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
+    return _bytes_of_a_value(args) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
 
 
 def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
@@ -87,7 +91,7 @@ def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
     share = 1 - shape.num_self_decoder_layers / shape.num_layers
-    value = 2 if args.bf16 or args.fp16 else 4
+    value = _bytes_of_a_value(args)
     copies = args.dataloader_inter_document_masking and args.micro_batch_size > 1
     heads = shape.num_attention_heads + copies * (shape.num_attention_heads + 2 * shape.num_query_groups)
     return share * tokens * (heads * value * shape.kv_channels + 4 * shape.num_attention_heads)
@@ -104,7 +108,7 @@ def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
     words = shape.vocab_rows / args.tensor_model_parallel_size
     if not args.loss_chunk_size:
         return 2 * 4 * tokens * words
-    logits = (2 if args.bf16 or args.fp16 else 4) * min(args.loss_chunk_size, tokens) * words
+    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, tokens) * words
     return logits + (0 if args.gradient_accumulation_fusion else 4 * words * shape.hidden_size)
 
 

@@ -35,7 +35,8 @@ def validation_at_the_end() -> Iterator[None]:
         yield
     finally:
         del machine.validate_result  # the class's own again
-    for result, rules in zip(_on_the_processor([result for result, _ in waiting]), [rules for _, rules in waiting]):
+    results = _on_the_processor([result for result, _ in waiting])
+    for result, (_, rules) in zip(results, waiting):
         validate(result=result, **rules)
 
 
