@@ -6,8 +6,7 @@
 Every case is one run of pretrain_yoco.py on the same data, batch and flags: 3B shape with fewer layers, a small
 vocabulary so that the head does not decide, full recompute, distributed optimizer overlapped with the layers
 (configs/recipe/scaling.yaml). The one-GPU case uses one of the two. GPT has Transformer Engine's ring (p2p) and
-all-gather; and, for --keep-cross-attention, Megatron's nearest to it: selective recompute of MLP and norms, which keeps
-attention and its inputs.
+all-gather. Two cases recompute less than everything, where memory is left: MLP and norms, not attention.
 
 Prints tokens/s/GPU, the efficiency against one GPU with both steps, the gigabytes that a rank receives a step by the
 formulas of docs/context_parallel.md, the peak memory that torch allocated, and the last loss; records each comparison
@@ -26,13 +25,14 @@ from runs import ROOT, Run, device_name, train
 ALONE, OURS = "YOCO, one GPU", "YOCO"
 TE_RING = "GPT, Transformer Engine p2p"
 TE_GATHER = "GPT, Transformer Engine all_gather"
-TE_SELECTIVE = "GPT, Transformer Engine p2p, selective recompute"
+OURS_SELECTIVE, TE_SELECTIVE = "YOCO, selective recompute", "GPT, Transformer Engine p2p, selective recompute"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules mlp layernorm"
 # name -> (is it ours, GPUs, flags)
 CASES = {
     ALONE: (True, 1, FULL),
     OURS: (True, 2, f"--context-parallel-size 2 {FULL}"),
+    OURS_SELECTIVE: (True, 2, f"--context-parallel-size 2 {SELECTIVE}"),
     TE_RING: (False, 2, f"--context-parallel-size 2 --cp-comm-type p2p {FULL}"),
     TE_GATHER: (False, 2, f"--context-parallel-size 2 --cp-comm-type all_gather {FULL}"),
     TE_SELECTIVE: (False, 2, f"--context-parallel-size 2 --cp-comm-type p2p {SELECTIVE}"),
@@ -41,13 +41,14 @@ CASES = {
 
 def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
     ours, _, flags = CASES[name]
+    if ours and options.keep_cross_attention and name != OURS_SELECTIVE:
+        flags += " --keep-cross-attention"
     suffix = "_swa" if ours and options.self_decoder == "sliding_window" else ""
     model = f"configs/model/{'yoco' if ours else 'transformer'}_{options.model}{suffix}.yaml"
     return (
         f"--config {model} configs/recipe/scaling.yaml --num-layers {options.layers} --seq-length {length} "
-        f"--max-position-embeddings {length} --rotary-base 1000000 --micro-batch-size 1 "
-        f"--global-batch-size {micro_batches(length, options)} --vocab-size 8000 --exit-interval {options.steps} "
-        f"{'--keep-cross-attention' if ours and options.keep_cross_attention else ''} {flags}"
+        f"--max-position-embeddings {length} --rotary-base 1000000 --vocab-size 8000 --micro-batch-size 1 "
+        f"--global-batch-size {micro_batches(length, options)} --exit-interval {options.steps} {flags}"
     )
 
 
@@ -80,8 +81,9 @@ def compare(length: int, options: argparse.Namespace, device: str) -> bool:
         show(name, run, runs.get(ALONE), length, options)
         if name == OURS and ALONE in runs:
             record_efficiency(run, runs[ALONE], length, options, device)
-        if name not in (ALONE, OURS) and OURS in runs:
-            record_against(name, run, runs[OURS], length, options, device)
+        for ours in (OURS, OURS_SELECTIVE):
+            if ours in runs and not CASES[name][0]:
+                record_against(name, run, ours, runs[ours], length, options, device)
     return OURS in runs
 
 
@@ -109,23 +111,28 @@ def record_efficiency(ours: Run, alone: Run, length: int, options: argparse.Name
     """Our step beside the ideal one; their ratio is the efficiency."""
     values = dict(value=round(ours.seconds * 1e3, 1), peer_value=round(alone.seconds * 1e3 / 2, 1))
     values |= dict(peer="half a step on one GPU", higher_is_better=False)
-    keep(options, device, length, metric="step", unit="ms", **values)
+    keep(OURS, options, device, length, metric="step", unit="ms", **values)
 
 
-def record_against(name: str, peer: Run, ours: Run, length: int, options: argparse.Namespace, device: str) -> None:
-    """Throughput and memory beside those of a GPT."""
+def record_against(
+    name: str, peer: Run, case: str, ours: Run, length: int, options: argparse.Namespace, device: str
+) -> None:
+    """Throughput and memory of one of our cases beside those of a GPT."""
     values = dict(value=rate(ours, length, options), peer=name, peer_value=rate(peer, length, options))
-    keep(options, device, length, metric="throughput", unit="tokens/s/GPU", **values)
+    keep(case, options, device, length, metric="throughput", unit="tokens/s/GPU", **values)
     if ours.peak_gib and peer.peak_gib:
         values = dict(value=round(ours.peak_gib, 2), peer=name, peer_value=round(peer.peak_gib, 2))
-        keep(options, device, length, metric="peak memory", unit="GiB", higher_is_better=False, **values)
+        keep(case, options, device, length, metric="peak memory", unit="GiB", higher_is_better=False, **values)
 
 
-def keep(options: argparse.Namespace, device: str, length: int, **row: Any) -> None:
+def keep(case: str, options: argparse.Namespace, device: str, length: int, **row: Any) -> None:
     """One row of this benchmark."""
-    case = f"{options.model} {options.layers} layers {options.self_decoder} {length} bf16 CP2"
-    case += " kept attention" if options.keep_cross_attention else ""
-    record(options.output, benchmark="context_parallel", case=case, device=device, **row)
+    title = f"{options.model} {options.layers} layers {options.self_decoder} {length} bf16 CP2"
+    if case == OURS_SELECTIVE:
+        title += " selective recompute"
+    elif options.keep_cross_attention:
+        title += " kept attention"
+    record(options.output, benchmark="context_parallel", case=title, device=device, **row)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ for part in "$@"; do
     1.4bgraph) train --model 1.4b --micro-batches 8 GPT=4 "$lean" --cuda-graph ;;
     small) for more in "" --cuda-graph; do train --model 160m --lengths 1024 --batch-tokens 8192 --micro-batches 8 $more; done ;;
     loss) python3 benchmarks/linear_cross_entropy.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
+    elementwise) python3 benchmarks/elementwise.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
     where) run breakdown --models gated_retention GPT --micro-batch "$mb" "$exact" ;;
     kept) python3 benchmarks/activations.py --config configs/model/yoco_3b.yaml configs/recipe/scaling.yaml ;;
     mesh2) train --micro-batches 4 --meshes 1 TP2 DP2 --models gated_retention ;;

@@ -21,7 +21,7 @@ from support.models import (
 pytestmark = pytest.mark.gpu
 
 LOSS_BF16, GRAD_BF16 = 5e-3, 6e-2
-SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
 ELEMENTWISE = dict(recompute_elementwise=True, bias_activation_fusion=True)
 
 

@@ -11,7 +11,7 @@ from support.models import FULL_RECOMPUTE, KEPT_ATTENTION, SELF_DECODERS, relati
 from support.worlds import run_world
 
 LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
-SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
