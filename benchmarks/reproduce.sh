@@ -6,7 +6,8 @@
 #   benchmarks/reproduce.sh mesh2 context million    # on two GPUs
 #   benchmarks/reproduce.sh mesh4 context4           # on four
 #
-# OUTPUT: another file for the rows. MICRO, MICRO_FP8: micro-batches, by default those of an 80 GB card; 8 and 4 on 141 GB.
+# OUTPUT: another file for the rows. MICRO, MICRO_FP8, CHUNK_FP8: micro-batches, and tokens in a chunk of the loss with
+# FP8; by default those of an 80 GB card, 2, 2 and 2048; on 141 GB 8, 4 and 8192.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
@@ -21,6 +22,7 @@ run() { # script flags...: a run that fails, for want of memory perhaps, does no
         echo "reproduce.sh: $* ended with $?" >&2
 }
 train() { run training --steps 10 "$@"; }
+fp8() { train --micro-batches "${MICRO_FP8:-2}" --loss-chunk-size "${CHUNK_FP8:-2048}" "$@"; }
 
 for part in "$@"; do
     echo "=== $part"
@@ -28,9 +30,10 @@ for part in "$@"; do
     bf16) train --micro-batches "$mb" "$exact" ;;
     lean) train --micro-batches "$mb" GPT=1 "$lean" ;;
     graph) train --micro-batches "$mb" "$exact" --cuda-graph ;;
-    fp8) train --micro-batches "${MICRO_FP8:-2}" --precisions delayed "$exact" ;;
-    fp8graph) train --micro-batches "${MICRO_FP8:-2}" --precisions delayed "$exact" --cuda-graph ;;
-    recipes) train --micro-batches "${MICRO_FP8:-2}" --precisions tensorwise blockwise delayed-gather "$exact" --models gated_retention ;;
+    fp8) fp8 --precisions delayed "$exact" ;;
+    fp8graph) fp8 --precisions delayed "$exact" --cuda-graph ;;
+    recipes) fp8 --precisions tensorwise blockwise "$exact" --models gated_retention ;;
+    gather) fp8 --precisions delayed-gather --models gated_retention ;;
     long) train --steps 8 --lengths 32768 --chunk-gpt-loss "--flags=$full --use-precision-aware-optimizer" $keep ;;
     longfp8) train --steps 8 --lengths 32768 --precisions delayed "--flags=$full --use-precision-aware-optimizer" $keep ;;
     longer) train --steps 5 --layers 8 --lengths 131072 --chunk-gpt-loss "--flags=$full" $keep ;;

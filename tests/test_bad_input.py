@@ -86,6 +86,11 @@ MISTAKES = {
     "interval": (1, ["--log-interval", "0"], ["--log-interval 0 must be at least 1"]),
     "evaluation interval": (1, ["--eval-interval", "0"], ["--eval-interval 0 must be at least 1"]),
     "recompute": (1, ["--recompute-granularity", "selective", "--recompute-modules", "ffn"], ["recompute_modules"]),
+    "bits that FP8 lacks": (
+        1,
+        ["--use-precision-aware-optimizer", "--fp8-format", "hybrid", "--fp8-param-gather"],
+        ["--use-precision-aware-optimizer does not go with --fp8-param-gather", "leave one away"],
+    ),
     "two sources of data": (1, ["--data-path", "corpus"], ["--data-path and --mock-data", "keep one"]),
     "no checkpoint": (1, ["--load", "/no/such/folder"], ["--load /no/such/folder holds no checkpoint"]),
     "no old stage": (1, ["--pretrained-checkpoint", "/no/such"], ["--pretrained-checkpoint /no/such holds no"]),

@@ -182,6 +182,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         args.max_position_embeddings = args.seq_length
     rules.fill_in_loss_chunk(args)
     rules.check_mesh(args)
+    rules.check_optimizer(args)
     rules.check_ignored(args, parser)
     rules.require(
         args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),

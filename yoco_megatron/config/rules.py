@@ -226,6 +226,15 @@ def check_mesh(args: Namespace) -> None:
         )
 
 
+def check_optimizer(args: Namespace) -> None:
+    """Of every architecture."""
+    require(
+        not (args.use_precision_aware_optimizer and args.fp8_param_gather),
+        "--use-precision-aware-optimizer does not go with --fp8-param-gather: it keeps the bits that bf16 weights "
+        "lack, and these are in FP8; leave one away",
+    )
+
+
 def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
     """A YOCO can be captured whole, forward and backward of a step, but not layer by layer."""
     if args.enable_cuda_graph or args.external_cuda_graph or args.cuda_graph_impl in ("local", "transformer_engine"):
