@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
     parser.add_argument("--loss-chunk-size", type=int, default=8192, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
+    parser.add_argument(
+        "--stock-gpt", action="store_true", help="run GPT with Megatron's trainer as it is (benchmarks/stock_gpt.py)"
+    )
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
     parser.add_argument(
         "--cp-comm-type", choices=["p2p", "all_gather", "a2a"], default="p2p", help="context parallelism of GPT"
@@ -109,6 +112,7 @@ def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
     chunked = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
+    chunked += " with Megatron's trainer" if model == "GPT" and options.stock_gpt else ""
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
     more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
     more += " CUDA graph" if options.cuda_graph else ""
@@ -121,10 +125,11 @@ def largest_that_fits(
     model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace, more: str = ""
 ) -> tuple[int, Run | Failure]:
     """Run with `micro_batch`, halved until it fits the memory: the micro-batch and how its run ended."""
+    script = "benchmarks/stock_gpt.py" if model == "GPT" and options.stock_gpt else "pretrain_yoco.py"
     while True:
         name = f"{title(model, length, precision, mesh, options)}, micro-batch {micro_batch}"
         flags = f"{flags_of(model, length, precision, micro_batch, mesh, options)} {more}"
-        run = attempt(name, flags, mesh.gpus, options.timeout, verbose=True)
+        run = attempt(name, flags, mesh.gpus, options.timeout, verbose=True, script=script)
         if isinstance(run, Run) or not run.out_of_memory or micro_batch == 1:
             return micro_batch, run
         micro_batch //= 2

@@ -48,10 +48,11 @@ def attempt(
     verbose: bool = False,
     data: str = MOCK,
     env: Mapping[str, str] | None = None,
+    script: str = "pretrain_yoco.py",
 ) -> Run | Failure:
-    """Run `pretrain_yoco.py data flags` on `gpus` processes; `verbose` shows the log where it fails."""
+    """Run `script data flags` on `gpus` processes; `verbose` shows the log where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, ["pretrain_yoco.py", *data.split(), *flags.split()], timeout, env)
+    run = torchrun(gpus, [script, *data.split(), *flags.split()], timeout, env)
     if run is None:
         failure = Failure(f"did not end within {timeout} s")
         print(f"   {name} {failure.reason}", flush=True)

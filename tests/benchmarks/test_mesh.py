@@ -73,7 +73,7 @@ def test_rows_of_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     seconds = {"GPT": 2.0, "GPT CP4 a2a": 4.0, "gated_retention": 1.0, "gated_retention CP4": 1.6}
     asked = []
 
-    def attempt(name: str, flags: str, gpus: int, timeout: int, verbose: bool) -> Run:
+    def attempt(name: str, flags: str, gpus: int, timeout: int, verbose: bool, script: str) -> Run:
         case = name.replace("3b ", "").replace(" 32768 bf16", "").split(",")[0]
         asked.append((case, gpus, "--cp-comm-type a2a" in flags))
         return Run(seconds[case], 60.0, [1.0], "19.000 GFLOP a token to train, causal")

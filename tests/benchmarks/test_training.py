@@ -48,7 +48,7 @@ def options_of(tmp_path: Path, *argv: str) -> argparse.Namespace:
 def test_what_does_not_fit_is_halved_and_the_fastest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def attempt(name: str, flags: str, gpus: int, timeout: int, verbose: bool) -> Run | Failure:
+    def attempt(name: str, flags: str, gpus: int, timeout: int, verbose: bool, script: str) -> Run | Failure:
         words = flags.split()
         size = int(words[words.index("--micro-batch-size") + 1])
         asked.append(size)
