@@ -29,7 +29,7 @@ for part in "$@"; do
     case $part in
     bf16) train --micro-batches "$mb" "$exact" ;;
     lean) train --micro-batches "$mb" GPT=1 "$lean" ;;
-    stock) train --micro-batches "$mb" "$exact" --stock-gpt && train --micro-batches 1 --models GPT --stock-gpt ;;
+    stock) train --micro-batches "$mb" "$exact" --stock-gpt; train --micro-batches 1 --models GPT --stock-gpt ;;
     graph) train --micro-batches "$mb" "$exact" --cuda-graph ;;
     fp8) fp8 --precisions delayed "$exact" ;;
     fp8graph) fp8 --precisions delayed "$exact" --cuda-graph ;;
