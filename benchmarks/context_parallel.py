@@ -84,6 +84,10 @@ def compare(length: int, options: argparse.Namespace, device: str) -> bool:
         for ours in (OURS, OURS_SELECTIVE):
             if ours in runs and not CASES[name][0]:
                 record_against(name, run, ours, runs[ours], length, options, device)
+    for ours in (OURS, OURS_SELECTIVE):
+        if ours in runs and all(CASES[name][0] for name in runs):  # no GPT to compare with
+            value = rate(runs[ours], length, options)
+            keep(ours, options, device, length, metric="throughput", unit="tokens/s/GPU", value=value)
     return OURS in runs
 
 
