@@ -1,20 +1,28 @@
 """Attention of one context-parallel rank, kernel by kernel: how fast is a mask in the corner of a rectangle?
 
     python benchmarks/chunk_attention.py --tokens 65536          # one GPU, half a minute
+    python benchmarks/chunk_attention.py --tokens 65536 --window 1024
 
 Of a sequence over two ranks, rank by rank: Transformer Engine's attention, one call for each chunk with a bottom-right
-causal mask, beside one causal square and an unmasked rectangle, joined (model/two_chunk_attention.py). Also the whole
-sequence on one GPU by either library. TFLOP/s count what the masks let through, forward twice and backward 2.5 times,
-as under full recompute; bf16, heads of the 3B model.
+causal mask, beside one causal square and an unmasked rectangle, joined (model/two_chunk_attention.py). With a window,
+of a rank's two chunks and the keys before them: such calls, beside squares, for which queries of nobody stand before
+the chunk's own; also with one key of nobody, which makes them multiples of 128. Both beside the whole sequence on one
+GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5 times, as under
+full recompute; bf16, heads of the 3B model, which has no groups in its windows.
 """
 
 import argparse
+from pathlib import Path
+
+from record import record
+from runs import ROOT
 
 from yoco_megatron import runtime
 
 runtime.prepare()
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -24,11 +32,31 @@ HEADS, GROUPS, WIDTH = 24, 8, 128
 SCALE = WIDTH**-0.5
 
 
-def tensors(queries: int, keys: int) -> list[Tensor]:
+def tensors(queries: int, keys: int, groups: int = GROUPS) -> list[Tensor]:
     """q, k, v as the cross-decoder has them: [s, 1, heads, D], keys and values interleaved."""
     q = torch.randn(queries, 1, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
-    kv = torch.randn(keys, 1, GROUPS, 2, WIDTH, device="cuda", dtype=torch.bfloat16)
+    kv = torch.randn(keys, 1, groups, 2, WIDTH, device="cuda", dtype=torch.bfloat16)
     return [q, kv[..., 0, :], kv[..., 1, :]]
+
+
+def windowed(queries: int, keys: int, window: int, square: int = 0) -> tuple[float, float]:
+    """Milliseconds of forward, of backward; queries and keys are filled up to `square` in front, where it is given."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    attention = DotProductAttention(
+        HEADS, WIDTH, attention_dropout=0.0, qkv_format="sbhd", window_size=(window - 1, 0), attn_mask_type="causal"
+    )
+    q, k, v = (x.contiguous().requires_grad_() for x in tensors(queries, keys, HEADS))
+    mask = "causal" if square or queries == keys else "causal_bottom_right"
+    do = torch.randn(queries, 1, HEADS * WIDTH, device="cuda", dtype=torch.bfloat16)
+
+    def attend() -> Tensor:
+        inputs = [F.pad(x, (0, 0, 0, 0, 0, 0, square - len(x), 0)) if square > len(x) else x for x in (q, k, v)]
+        return attention(*inputs, attn_mask_type=mask)[-queries:]
+
+    forward = do_bench(attend)
+    both = do_bench(lambda: torch.autograd.grad(attend(), (q, k, v), do))
+    return forward, both - forward
 
 
 def transformer_engine(queries: int, keys: int) -> tuple[float, float]:
@@ -55,30 +83,67 @@ def torch_part(queries: int, keys: int, causal: bool) -> tuple[float, float]:
     return forward, do_bench(lambda: partial.backward(o, q, k, v, o, lse, seen, causal, SCALE))
 
 
-def report(name: str, pairs: int, times: list[tuple[float, float]]) -> None:
-    forward, backward = (sum(column) for column in zip(*times))
-    flops = 4 * pairs * HEADS * WIDTH * (2 + 2.5)
-    total = 2 * forward + backward
-    print(f"{name:<52} {forward:8.2f} {backward:8.2f} {total:8.2f} {flops / total / 1e9:8.0f}", flush=True)
+class Table:
+    """A line for each way to compute, the first being the whole sequence on one GPU; rows for results.jsonl."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.tokens, self.window, self.output = options.tokens, options.window, options.output
+        self.device, self.alone = torch.cuda.get_device_name(), 0.0
+        print(f"{self.device}, {self.tokens} tokens{f', window {self.window}' if self.window else ''}")
+        print(f"{'':<52} {'fwd ms':>8} {'bwd ms':>8} {'layer':>8} TFLOP/s")
+
+    def add(self, name: str, times: list[tuple[float, float]]) -> None:
+        """`times`: (forward, backward) of each call that a rank needs."""
+        pairs = self.tokens * (self.window or self.tokens / 2) / (2 if self.alone else 1)
+        forward, backward = (sum(column) for column in zip(*times))
+        total, flops = 2 * forward + backward, 4 * pairs * HEADS * WIDTH * (2 + 2.5)
+        print(f"{name:<52} {forward:8.2f} {backward:8.2f} {total:8.2f} {flops / total / 1e9:8.0f}", flush=True)
+        case = f"{self.tokens} tokens{f', window {self.window}' if self.window else ''}, {name}"
+        values = dict(metric="attention of a layer", unit="ms", value=round(total, 2), higher_is_better=False)
+        if self.alone:
+            values |= dict(peer="half of one GPU's", peer_value=round(self.alone / 2, 2))
+        else:
+            self.alone = total
+        record(self.output, benchmark="chunk_attention", case=case, device=self.device, **values)
+
+
+def windows(tokens: int, window: int, table: Table) -> None:
+    """A rank's two chunks inside the sequence, each with the keys before it that its window reaches."""
+    chunk, keys = tokens // 4, tokens // 4 + window - 1
+    table.add("one GPU", [windowed(tokens, tokens, window)])
+    table.add("a call for each chunk", 2 * [windowed(chunk, keys, window)])
+    table.add(f"squares of {keys}", 2 * [windowed(chunk, keys, window, keys)])
+    table.add(f"squares of {keys + 1}", 2 * [windowed(chunk, keys, window, keys + 1)])
+
+
+def cross(tokens: int, table: Table) -> None:
+    """Attention over the shared keys and values."""
+    chunk = tokens // 4
+    table.add("one GPU, Transformer Engine", [transformer_engine(tokens, tokens)])
+    for rank in (0, 1):
+        ends = [(index + 1) * chunk for index in (rank, 3 - rank)]
+        table.add(f"rank {rank}, a call for each chunk", [transformer_engine(chunk, end) for end in ends])
+        other = (chunk, 2 * chunk) if rank == 0 else (2 * chunk, chunk)
+        parts = [torch_part(2 * chunk, 2 * chunk, True), torch_part(*other, False)]
+        table.add(f"rank {rank}, square and rectangle, not yet joined", parts)
+    q = tensors(2 * chunk, 1)[0].permute(1, 2, 0, 3)
+    lse = torch.randn(q.shape[:3], device="cuda")
+    print(f"{'to join all rows of a rank':<52} {do_bench(lambda: partial.join(q, lse, q, lse)):8.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
-    tokens = parser.parse_args().tokens
-    chunk = tokens // 4
-    print(f"{torch.cuda.get_device_name()}, {tokens} tokens\n{'':<52} {'fwd ms':>8} {'bwd ms':>8} {'layer':>8} TFLOP/s")
-    report("one GPU, Transformer Engine", tokens**2 // 2, [transformer_engine(tokens, tokens)])
-    report("one GPU, torch's cuDNN", tokens**2 // 2, [torch_part(tokens, tokens, True)])
-    for rank in (0, 1):
-        ends = [(index + 1) * chunk for index in (rank, 3 - rank)]
-        report(f"rank {rank}, a call for each chunk", tokens**2 // 4, [transformer_engine(chunk, end) for end in ends])
-        other = (chunk, 2 * chunk) if rank == 0 else (2 * chunk, chunk)
-        parts = [torch_part(2 * chunk, 2 * chunk, True), torch_part(*other, False)]
-        report(f"rank {rank}, square and rectangle, not yet joined", tokens**2 // 4, parts)
-    q = tensors(2 * chunk, 1)[0].permute(1, 2, 0, 3)
-    lse = torch.randn(q.shape[:3], device="cuda")
-    print(f"{'to join all rows of a rank':<52} {do_bench(lambda: partial.join(q, lse, q, lse)):8.2f}")
+    parser.add_argument("--window", type=int, help="of a self-decoder layer, instead of the shared keys and values")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
+    options = parser.parse_args()
+    if not runtime.has_gpu():
+        parser.error("this benchmark needs a GPU")
+    table = Table(options)
+    if options.window:
+        windows(options.tokens, options.window, table)
+    else:
+        cross(options.tokens, table)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ for part in "$@"; do
     small) for more in "" --cuda-graph; do train --model 160m --lengths 1024 --batch-tokens 8192 --micro-batches 8 $more; done ;;
     loss) python3 benchmarks/linear_cross_entropy.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
     elementwise) python3 benchmarks/elementwise.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
+    chunks) for more in "" "--window 1024"; do
+        python3 benchmarks/chunk_attention.py $more --output "${OUTPUT:-benchmarks/results.jsonl}"; done ;;
     where) run breakdown --models gated_retention GPT --micro-batch "$mb" "$exact" ;;
     kept) python3 benchmarks/activations.py --config configs/model/yoco_3b.yaml configs/recipe/scaling.yaml ;;
     overlap) train --micro-batches 4 --meshes TP2 --models GPT gated_retention --yoco-flags=--tp-comm-overlap --gpt-flags=--tp-comm-overlap ;;
