@@ -138,10 +138,11 @@ def test_no_data_to_evaluate_on(data):
     assert "--split 1,0,0 leaves nothing to evaluate on" in error_of(flags)
 
 
-def test_fp8_without_its_layers():
-    """Plain torch would train in bf16 without a word."""
-    message = error_of([*TINY, "--bf16", "--fp8-format", "hybrid", "--transformer-impl", "local"])
-    assert "--fp8-format needs the layers of Transformer Engine" in message
+@pytest.mark.parametrize("flags", [["--fp8-format", "hybrid"], ["--tp-comm-overlap"]])
+def test_without_the_layers_of_transformer_engine(flags):
+    """Plain torch would train in bf16, or without overlap, and not say a word."""
+    message = error_of([*TINY, "--bf16", *flags, "--transformer-impl", "local"])
+    assert f"{flags[0]} needs the layers of Transformer Engine" in message
 
 
 def test_a_tokenizer_without_words():

@@ -248,10 +248,11 @@ def check_machine(args: argparse.Namespace) -> None:
         not args.wandb_project or importlib.util.find_spec("wandb") is not None,
         f"--wandb-project {args.wandb_project} needs wandb, which is missing: pip install wandb",
     )
-    rules.require(
-        not (args.fp8 and args.transformer_impl == "local"),
-        "--fp8-format needs the layers of Transformer Engine, and plain torch is used here: see tools/doctor.py",
-    )
+    for flag, wanted in (("--fp8-format", args.fp8), ("--tp-comm-overlap", args.tp_comm_overlap)):
+        rules.require(
+            not (wanted and args.transformer_impl == "local"),
+            f"{flag} needs the layers of Transformer Engine, and plain torch is used here: see tools/doctor.py",
+        )
     if args.transformer_impl == "transformer_engine" and not runtime.has_transformer_engine():
         raise ValueError(
             "--transformer-impl transformer_engine: Transformer Engine is not usable here; "
