@@ -6,8 +6,8 @@
 Of a sequence over two ranks, rank by rank: Transformer Engine's attention, one call for each chunk with a bottom-right
 causal mask, beside one causal square and an unmasked rectangle, joined (model/two_chunk_attention.py). With a window,
 of a rank's two chunks and the keys before them: such calls, beside squares, for which queries of nobody stand before
-the chunk's own; also with one key of nobody, which makes them multiples of 128. Both beside the whole sequence on one
-GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5 times, as under
+the chunk's own; each also with one key of nobody, which makes their number a multiple of 128. Both beside the whole
+sequence on one GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5 times, as under
 full recompute; bf16, heads of the 3B model, which has no groups in its windows.
 """
 
@@ -39,24 +39,30 @@ def tensors(queries: int, keys: int, groups: int = GROUPS) -> list[Tensor]:
     return [q, kv[..., 0, :], kv[..., 1, :]]
 
 
-def windowed(queries: int, keys: int, window: int, square: int = 0) -> tuple[float, float]:
-    """Milliseconds of forward, of backward; queries and keys are filled up to `square` in front, where it is given."""
+def windowed(queries: int, keys: int, window: int, surplus: int = 0, square: bool = False) -> tuple[float, float]:
+    """Milliseconds of forward, of backward; `surplus` keys of nobody in front, and a square by queries of nobody."""
     from transformer_engine.pytorch import DotProductAttention
 
     attention = DotProductAttention(
         HEADS, WIDTH, attention_dropout=0.0, qkv_format="sbhd", window_size=(window - 1, 0), attn_mask_type="causal"
     )
     q, k, v = (x.contiguous().requires_grad_() for x in tensors(queries, keys, HEADS))
+    missing = keys + surplus - queries if square else 0
     mask = "causal" if square or queries == keys else "causal_bottom_right"
     do = torch.randn(queries, 1, HEADS * WIDTH, device="cuda", dtype=torch.bfloat16)
 
     def attend() -> Tensor:
-        inputs = [F.pad(x, (0, 0, 0, 0, 0, 0, square - len(x), 0)) if square > len(x) else x for x in (q, k, v)]
-        return attention(*inputs, attn_mask_type=mask)[-queries:]
+        filled = [_fill(x, rows) for x, rows in ((q, missing), (k, surplus), (v, surplus))]
+        return attention(*filled, attn_mask_type=mask)[-queries:]
 
     forward = do_bench(attend)
     both = do_bench(lambda: torch.autograd.grad(attend(), (q, k, v), do))
     return forward, both - forward
+
+
+def _fill(x: Tensor, rows: int) -> Tensor:
+    """`rows` rows of zeros, then x [s, b, heads, D]."""
+    return F.pad(x, (0, 0, 0, 0, 0, 0, rows, 0)) if rows else x
 
 
 def transformer_engine(queries: int, keys: int) -> tuple[float, float]:
@@ -111,9 +117,9 @@ def windows(tokens: int, window: int, table: Table) -> None:
     """A rank's two chunks inside the sequence, each with the keys before it that its window reaches."""
     chunk, keys = tokens // 4, tokens // 4 + window - 1
     table.add("one GPU", [windowed(tokens, tokens, window)])
-    table.add("a call for each chunk", 2 * [windowed(chunk, keys, window)])
-    table.add(f"squares of {keys}", 2 * [windowed(chunk, keys, window, keys)])
-    table.add(f"squares of {keys + 1}", 2 * [windowed(chunk, keys, window, keys + 1)])
+    for surplus, square in ((0, False), (1, False), (0, True), (1, True)):
+        name = f"{'a square' if square else 'a call'} for each chunk, {keys + surplus} keys"
+        table.add(name, 2 * [windowed(chunk, keys, window, surplus, square)])
 
 
 def cross(tokens: int, table: Table) -> None:
