@@ -7,8 +7,8 @@ Of a sequence over two ranks, rank by rank: Transformer Engine's attention, one 
 causal mask, beside one causal square and an unmasked rectangle, joined (model/two_chunk_attention.py). With a window,
 of a rank's two chunks and the keys before them: such calls, beside squares, for which queries of nobody stand before
 the chunk's own; each also with one key of nobody, which makes their number a multiple of 128. Both beside the whole
-sequence on one GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5 times, as under
-full recompute; bf16, heads of the 3B model, which has no groups in its windows.
+sequence on one GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5
+times, as under full recompute; bf16, heads of the 3B model, which has no groups in its windows.
 """
 
 import argparse
