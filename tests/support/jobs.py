@@ -74,7 +74,7 @@ class Job:
 
     def wait(self, condition, what: str) -> None:
         try:
-            Cluster.wait(condition, 400, what)
+            Cluster.wait(condition, 600, what)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.report()}") from None
 
