@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stock-gpt", action="store_true", help="run GPT with Megatron's trainer as it is (benchmarks/stock_gpt.py)"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
+    parser.add_argument("--tp-comm-overlap", action="store_true", help="on meshes with TP, in all models")
     parser.add_argument(
         "--cp-comm-type", choices=["p2p", "all_gather", "a2a"], default="p2p", help="context parallelism of GPT"
     )
@@ -94,6 +95,11 @@ def gpt_flags(mesh: Mesh, options: argparse.Namespace) -> str:
     return flags
 
 
+def overlap_of(mesh: Mesh, options: argparse.Namespace) -> str:
+    """The flag that overlaps tensor parallelism's communication with products, where there is any."""
+    return "--tp-comm-overlap" if options.tp_comm_overlap and mesh.tp > 1 else ""
+
+
 def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace) -> str:
     """Flags of pretrain_yoco.py for one run."""
     chunked = options.loss_chunk_size and (model != "GPT" or options.chunk_gpt_loss)
@@ -102,7 +108,8 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
         f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
         f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
-        f"{PRECISIONS[precision]} {mesh.flags} {GRAPH if options.cuda_graph else ''} {options.flags} "
+        f"{PRECISIONS[precision]} {mesh.flags} {overlap_of(mesh, options)} "
+        f"{GRAPH if options.cuda_graph else ''} {options.flags} "
         f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
         f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model == 'GPT' else options.yoco_flags}"
     )
@@ -115,6 +122,7 @@ def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse
     chunked += " with Megatron's trainer" if model == "GPT" and options.stock_gpt else ""
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
     more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
+    more += f" {overlap}" if (overlap := overlap_of(mesh, options)) else ""
     more += " CUDA graph" if options.cuda_graph else ""
     own = options.gpt_flags if model == "GPT" else options.yoco_flags
     more += f" {own}" if own else ""

@@ -11,6 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export UB_SKIPMC=${UB_SKIPMC:-1} # --tp-comm-overlap by CUDA IPC, which hosts without NVLink multicast have, too
 full="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --rotary-base 1000000"
 keep=--yoco-flags=--keep-cross-attention
 lean=--yoco-flags=--recompute-elementwise
@@ -47,13 +48,13 @@ for part in "$@"; do
         python3 benchmarks/chunk_attention.py $more --output "${OUTPUT:-benchmarks/results.jsonl}"; done ;;
     where) run breakdown --models gated_retention GPT --micro-batch "$mb" "$exact" ;;
     kept) python3 benchmarks/activations.py --config configs/model/yoco_3b.yaml configs/recipe/scaling.yaml ;;
-    overlap) train --micro-batches 4 --meshes TP2 --models GPT gated_retention --yoco-flags=--tp-comm-overlap --gpt-flags=--tp-comm-overlap ;;
+    overlap) train --micro-batches 4 --meshes TP2 --models GPT gated_retention --tp-comm-overlap ;;
     mesh2) train --micro-batches 4 --meshes 1 TP2 DP2 --models gated_retention ;;
     context) run context_parallel --lengths 32768 65536 131072 --keep-cross-attention ;;
     contextwindow) run context_parallel --lengths 65536 --keep-cross-attention --self-decoder sliding_window ;;
     longest) run context_parallel --lengths 524288 --keep-cross-attention --micro-batches 1 --steps 3 --cases YOCO "GPT, Transformer Engine p2p" ;;
     million) run million_tokens --keep-cross-attention ;;
-    mesh4) train --micro-batches 4 --meshes 1 DP4 TP2xDP2 PP2xTP2 "PP2xTP2 VP2" --models GPT gated_retention ;;
+    mesh4) train --steps 8 --batch-tokens 131072 --micro-batches 4 --meshes 1 DP4 TP2xDP2 PP2xTP2 "PP2xTP2 VP2" --models GPT gated_retention --tp-comm-overlap "$exact" ;;
     context4) train --steps 4 --lengths 131072 --meshes CP4 --models GPT gated_retention "--flags=$full" $keep ;;
     *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
     esac

@@ -33,6 +33,14 @@ def test_names() -> None:
     assert Mesh.of("PP2xTP2xDP2 VP2").gpus == 8
 
 
+def test_overlap_where_there_is_tensor_parallelism() -> None:
+    options = options_of("--tp-comm-overlap")
+    for name, overlaps in (("1", False), ("DP2", False), ("TP2xDP2", True)):
+        flags = cases.flags_of("GPT", 4096, "bf16", 1, Mesh.of(name), options).split()
+        assert ("--tp-comm-overlap" in flags) == overlaps
+    assert cases.title("GPT", 4096, "bf16", Mesh.of("TP2"), options).endswith("TP2 --tp-comm-overlap")
+
+
 @pytest.mark.parametrize("name", ["", "8", "DP1", "DP", "XP2", "TP2xTP2", "TP2 PP2", "TP2x", "VP2", "TP2 VP2", "tp2"])
 def test_what_is_no_mesh_is_refused(name: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no mesh"):
