@@ -1,7 +1,8 @@
 """SwiGLU, y = silu(a) b of [..., a and b side by side], with a backward that reads and writes every value once.
 
 Megatron's fused backward joins both halves of the gradient with `cat`. The compiler makes of that one kernel over the
-joined tensor, which loads a, b and dy for each half, and reaches half of the memory's speed (docs/performance.md).
+joined tensor, which loads a, b and dy for each half. An H100's memory keeps up with no more (docs/performance.md); the
+faster one of an H200 does.
 """
 
 import torch
