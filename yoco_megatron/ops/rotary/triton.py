@@ -1,6 +1,7 @@
 """Rotary position embedding of interleaved pairs (2j, 2j+1), which reads and writes every value once.
 
-Transformer Engine's kernel takes half as long again for a cross-decoder layer's queries (docs/performance.md). fp32 arithmetic. Tensor legend: S sequence, B batch, H heads, D head width.
+Transformer Engine's kernel takes half as long again for a cross-decoder layer's queries (docs/performance.md). fp32
+arithmetic. Tensor legend: S sequence, B batch, H heads, D head width.
 """
 
 import torch
