@@ -118,15 +118,15 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
 def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> str:
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
-    chunked = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
-    chunked += " with Megatron's trainer" if model == "GPT" and options.stock_gpt else ""
+    how = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
+    how += " with Megatron's trainer" if model == "GPT" and options.stock_gpt else ""
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
     more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
     more += f" {overlap}" if (overlap := overlap_of(mesh, options)) else ""
     more += " CUDA graph" if options.cuda_graph else ""
     own = options.gpt_flags if model == "GPT" else options.yoco_flags
     more += f" {own}" if own else ""
-    return f"{options.model}{layers} {model}{chunked} {length} {precision}{more}"
+    return f"{options.model}{layers} {model}{how} {length} {precision}{more}"
 
 
 def largest_that_fits(

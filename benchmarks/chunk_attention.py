@@ -33,20 +33,33 @@ SCALE = WIDTH**-0.5
 
 
 def tensors(queries: int, keys: int, groups: int = GROUPS) -> list[Tensor]:
-    """q, k, v as the cross-decoder has them: [s, 1, heads, D], keys and values interleaved."""
+    """q, k, v [s, 1, heads, D], keys and values interleaved, as the cross-decoder has them; in groups of one, apart."""
     q = torch.randn(queries, 1, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
     kv = torch.randn(keys, 1, groups, 2, WIDTH, device="cuda", dtype=torch.bfloat16)
-    return [q, kv[..., 0, :], kv[..., 1, :]]
+    k, v = kv.unbind(3)
+    return [q, k, v] if groups < HEADS else [q, k.contiguous(), v.contiguous()]
 
 
-def windowed(queries: int, keys: int, window: int, surplus: int = 0, square: bool = False) -> tuple[float, float]:
-    """Milliseconds of forward, of backward; `surplus` keys of nobody in front, and a square by queries of nobody."""
+def transformer_engine(
+    queries: int, keys: int, window: int | None = None, surplus: int = 0, square: bool = False
+) -> tuple[float, float]:
+    """Milliseconds of forward, of backward; the queries stand at the end of the keys.
+
+    With `surplus` keys of nobody in front, and as a `square` with queries of nobody.
+    """
     from transformer_engine.pytorch import DotProductAttention
 
+    groups, reach = (HEADS, (window - 1, 0)) if window else (GROUPS, None)
     attention = DotProductAttention(
-        HEADS, WIDTH, attention_dropout=0.0, qkv_format="sbhd", window_size=(window - 1, 0), attn_mask_type="causal"
+        HEADS,
+        WIDTH,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="sbhd",
+        attention_type="self" if window else "cross",
+        window_size=reach,
     )
-    q, k, v = (x.contiguous().requires_grad_() for x in tensors(queries, keys, HEADS))
+    q, k, v = (x.requires_grad_() for x in tensors(queries, keys, groups))
     missing = keys + surplus - queries if square else 0
     mask = "causal" if square or queries == keys else "causal_bottom_right"
     do = torch.randn(queries, 1, HEADS * WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -56,6 +69,7 @@ def windowed(queries: int, keys: int, window: int, surplus: int = 0, square: boo
         return attention(*filled, attn_mask_type=mask)[-queries:]
 
     forward = do_bench(attend)
+    # Its graph does not survive a backward: each time a fresh one.
     both = do_bench(lambda: torch.autograd.grad(attend(), (q, k, v), do))
     return forward, both - forward
 
@@ -63,22 +77,6 @@ def windowed(queries: int, keys: int, window: int, surplus: int = 0, square: boo
 def _fill(x: Tensor, rows: int) -> Tensor:
     """`rows` rows of zeros, then x [s, b, heads, D]."""
     return F.pad(x, (0, 0, 0, 0, 0, 0, rows, 0)) if rows else x
-
-
-def transformer_engine(queries: int, keys: int) -> tuple[float, float]:
-    """Milliseconds of forward, of backward; the queries stand at the end of the keys."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    attention = DotProductAttention(
-        HEADS, WIDTH, num_gqa_groups=GROUPS, attention_dropout=0.0, qkv_format="sbhd", attention_type="cross"
-    )
-    q, k, v = (x.requires_grad_() for x in tensors(queries, keys))
-    mask = "causal" if queries == keys else "causal_bottom_right"
-    do = torch.randn(queries, 1, HEADS * WIDTH, device="cuda", dtype=torch.bfloat16)
-    forward = do_bench(lambda: attention(q, k, v, attn_mask_type=mask))
-    # Its graph does not survive a backward: each time a fresh one.
-    both = do_bench(lambda: torch.autograd.grad(attention(q, k, v, attn_mask_type=mask), (q, k, v), do))
-    return forward, both - forward
 
 
 def torch_part(queries: int, keys: int, causal: bool) -> tuple[float, float]:
@@ -116,10 +114,10 @@ class Table:
 def windows(tokens: int, window: int, table: Table) -> None:
     """A rank's two chunks inside the sequence, each with the keys before it that its window reaches."""
     chunk, keys = tokens // 4, tokens // 4 + window - 1
-    table.add("one GPU", [windowed(tokens, tokens, window)])
+    table.add("one GPU", [transformer_engine(tokens, tokens, window)])
     for surplus, square in ((0, False), (1, False), (0, True), (1, True)):
         name = f"{'a square' if square else 'a call'} for each chunk, {keys + surplus} keys"
-        table.add(name, 2 * [windowed(chunk, keys, window, surplus, square)])
+        table.add(name, 2 * [transformer_engine(chunk, keys, window, surplus, square)])
 
 
 def cross(tokens: int, table: Table) -> None:
