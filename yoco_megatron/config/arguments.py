@@ -271,6 +271,7 @@ def finalize(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: what Megatron asserts, as its message.
     """
     _overlap_with_others_only(args)
+    _go_on_between_stages(args)
     with refusals():
         validate_args(args)
         set_global_variables(args)
@@ -318,6 +319,14 @@ def _overlap_with_others_only(args: argparse.Namespace) -> None:
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size == model and args.use_distributed_optimizer and not args.use_megatron_fsdp:
         args.overlap_grad_reduce = args.overlap_param_gather = args.overlap_param_gather_with_optimizer_step = False
+
+
+def _go_on_between_stages(args: argparse.Namespace) -> None:
+    """Megatron has the host wait for the GPU at each exchange of 1F1B, for a PyTorch that might free what is sent.
+
+    That of today keeps it until the stream has waited, and a host that goes on has the next stage's work ready.
+    """
+    args.batch_p2p_sync = False
 
 
 def _failed_assertion(error: AssertionError) -> str:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -92,24 +93,29 @@ class ChunkedAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """One chunk: query [s, b, H, D], key and value [s', b, G, D] -> [s, b, H * D]."""
-        length, batch = query.shape[:2]
+        length = query.shape[0]
+        missing = key.shape[0] - length
+        if missing and self.reach is not None:
+            # cuDNN's backward of a window takes ten times as long with fewer queries than keys
+            # (benchmarks/chunk_attention.py): before the chunk's stand queries of nobody.
+            query = F.pad(query, (0, 0, 0, 0, 0, 0, missing, 0))
+            missing = 0
         if sight.packed is None:
-            same = key.shape[0] == length
-            mask = AttnMaskType.causal if same else AttnMaskType.causal_bottom_right
-            return self.core_attention(query, key, value, None, mask)
+            mask = AttnMaskType.causal_bottom_right if missing else AttnMaskType.causal
+            return self.core_attention(query, key, value, None, mask)[-length:]
         surplus = [first - min(sight.first) for first in sight.first]
-        key, value = (_lay_end_to_end(t, surplus) for t in (key, value))
         packed = sight.packed
-        same = packed.cu_seqlens_q is packed.cu_seqlens_kv
+        square = packed.cu_seqlens_q is packed.cu_seqlens_kv
         out = self.core_attention(
-            _lay_end_to_end(query, [0] * batch),
-            key,
-            value,
+            _lay_end_to_end(query, surplus if square else [0] * len(surplus)),
+            _lay_end_to_end(key, surplus),
+            _lay_end_to_end(value, surplus),
             None,
-            AttnMaskType.padding_causal if same else PADDING_CAUSAL_BOTTOM_RIGHT,
+            AttnMaskType.padding_causal if square else PADDING_CAUSAL_BOTTOM_RIGHT,
             packed_seq_params=packed,
         )
-        return out.reshape(batch, length, -1).transpose(0, 1)
+        rows = [query.shape[0] - row if square else length for row in surplus]
+        return torch.stack([sample[-length:] for sample in out.split(rows)], dim=1)
 
     def backward_dw(self) -> None:
         """Delayed weight gradients, as Megatron's schedules call them."""

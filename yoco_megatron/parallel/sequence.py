@@ -31,7 +31,8 @@ class Sight:
 
     first: for each sample of the batch, the position of the first key that any of its queries sees.
     packed: with documents, cu_seqlens over the samples' queries and keys, laid end to end; else None. In either case
-    the last query of a run sees its last key, the one before it one key less, and so on.
+    the last query of a run sees its last key, the one before it one key less, and so on. With a window both count
+    keys: before the chunk's queries stand as many of nobody's (`ChunkedAttention`).
     """
 
     first: tuple[int, ...]
@@ -167,7 +168,7 @@ class SequenceShard:
             query_offset, key_offset = queries[-1] - chunk.start, keys[-1] - firsts[-1]
             queries += [cut + query_offset for cut in cuts]
             keys += [cut + key_offset for cut in cuts]
-        return Sight(tuple(firsts), self._packed(queries, keys))
+        return Sight(tuple(firsts), self._packed(queries if reach is None else keys, keys))
 
     def _packed(self, queries: list[int], keys: list[int]) -> PackedSeqParams:
         def on_device(sums: list[int]) -> Tensor:

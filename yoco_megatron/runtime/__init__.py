@@ -78,6 +78,5 @@ def argument_defaults() -> dict[str, object]:
             "bias_swiglu_fusion": False,
             "bias_dropout_fusion": False,
             "cross_entropy_loss_fusion": False,
-            "batch_p2p_sync": False,
         }
     return defaults
