@@ -115,6 +115,19 @@ def test_overlap_needs_another_rank(processes, mesh, overlaps, monkeypatch):
     assert args.overlap_grad_reduce == args.overlap_param_gather == overlaps
 
 
+@pytest.mark.parametrize(("more", "fused"), [([], False), (["--hidden-dropout", "0.1"], True)])
+def test_the_host_neither_waits_nor_compiles_for_nothing(more, fused, monkeypatch):
+    monkeypatch.setattr(arguments, "validate_args", lambda args: None)
+    monkeypatch.setattr(arguments, "set_global_variables", lambda args: None)
+    args = arguments.parse([*MINIMAL, *more])
+    args.bias_dropout_fusion = True  # as on a GPU
+    args = arguments.finalize(args)
+    args.params_dtype = torch.float32
+    config = core_transformer_config_from_args(args, YOCOConfig)
+    assert not config.batch_p2p_sync
+    assert config.bias_dropout_fusion == fused
+
+
 def test_transformer_engine_that_is_not_there():
     from yoco_megatron import runtime
 

@@ -1,4 +1,4 @@
-"""The kernel of SwiGLU's gradient, in Triton's interpreter, against float64, in float32: 1e-6."""
+"""The kernels of SwiGLU and its gradient, in Triton's interpreter, against float64, in float32: 1e-6."""
 
 import pytest
 import torch

@@ -270,8 +270,7 @@ def finalize(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: what Megatron asserts, as its message.
     """
-    _overlap_with_others_only(args)
-    _go_on_between_stages(args)
+    _spare_the_host(args)
     with refusals():
         validate_args(args)
         set_global_variables(args)
@@ -312,20 +311,20 @@ def check_writable(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
 
 
-def _overlap_with_others_only(args: argparse.Namespace) -> None:
-    """Without another rank of data parallelism there is nothing to overlap, but the hooks for it still cost the
-    processor half a millisecond for every bucket, in which the GPU waits. What Megatron would refuse is left to it.
+def _spare_the_host(args: argparse.Namespace) -> None:
+    """Leave out what keeps the processor busy, or waiting, and gives the GPU nothing. What Megatron would refuse is
+    left to it.
     """
+    # Without another rank of data parallelism there is nothing to overlap, but the hooks for it still cost half a
+    # millisecond for every bucket.
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size == model and args.use_distributed_optimizer and not args.use_megatron_fsdp:
         args.overlap_grad_reduce = args.overlap_param_gather = args.overlap_param_gather_with_optimizer_step = False
-
-
-def _go_on_between_stages(args: argparse.Namespace) -> None:
-    """Megatron has the host wait for the GPU at each exchange of 1F1B, for a PyTorch that might free what is sent.
-
-    That of today keeps it until the stream has waited, and a host that goes on has the next stage's work ready.
-    """
+    # Fused bias, dropout and addition are, without the first two, one addition behind torch.compile's guards.
+    if not args.add_bias_linear and not args.hidden_dropout:
+        args.bias_dropout_fusion = False
+    # In 1F1B the host waits for the GPU at each exchange, for a PyTorch that might free what is being sent. That of
+    # today keeps it until the stream has waited, and a host that goes on has the next stage's work ready.
     args.batch_p2p_sync = False
 
 

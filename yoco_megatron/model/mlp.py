@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.jit import jit_fuser
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from yoco_megatron.model.remade import remake_in_backward
-from yoco_megatron.ops.swiglu import fused_swiglu
+from yoco_megatron.ops.swiglu import fused_swiglu, fused_swiglu_into
 
 
 class LeanMLP(MLP):
@@ -52,7 +51,3 @@ def swiglu(wide: Tensor) -> Tensor:
 def swiglu_into(wide: Tensor, out: Tensor) -> None:
     """Write swiglu(wide) into `out`, with the bits of `swiglu`."""
     out.copy_(swiglu(wide))
-
-
-# One kernel does not round silu(a) to bf16 in between: these are the bits of Megatron's fused SwiGLU, not of `swiglu`.
-fused_swiglu_into = jit_fuser(swiglu_into)

@@ -38,13 +38,20 @@ def rotate_into(x: Tensor, out: Tensor, angles: Tensor, parts: int, backwards: b
     angles: fp32 [S, 1 or B, 1, D], equal in pairs. D is a power of two. The parts' values lie side by side.
     """
     S, B, H, _, D = x.shape
-    pairs = angles[:, :, 0, ::2].contiguous()
-    cos, sin = pairs.cos(), pairs.sin()
+    cos, sin = _cos_sin(angles)
     rotate_pairs[(S * B,)](
         x, out, cos, sin, B, cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
         _token_stride(x), *x.stride()[2:4], _token_stride(out), *out.stride()[2:4], -1.0 if backwards else 1.0,
         H=H, HP=triton.next_power_of_2(H), PARTS=parts, D=D, num_warps=8 if parts > 1 else 4,
     )  # fmt: skip
+
+
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each pair, [S, 1 or B, D / 2]; kept with the angles, which the layers of a half share."""
+    if not hasattr(angles, "_cos_sin"):
+        pairs = angles[:, :, 0, ::2].contiguous()
+        angles._cos_sin = pairs.cos(), pairs.sin()
+    return angles._cos_sin
 
 
 def _token_stride(x: Tensor) -> int:
