@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     args = arguments.parse(argv)
     arguments.check_machine(args)
     arguments.check_run(args)
+    arguments.check_started()
     if args.run_folder and args.rank == 0:
         run_folder.make(Path(args.run_folder))
     if args.rank == 0:

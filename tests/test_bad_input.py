@@ -14,7 +14,6 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.cli import TINY, run_script, train
-from support.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,13 +208,14 @@ def test_checkpoint_of_another_schedule_is_taken_when_told(saved):
 
 
 def test_the_way_a_user_starts_it(tmp_path):
-    """A fresh interpreter in another folder, no fork server: code, streams and the traceback on demand."""
-    command = [sys.executable, str(ROOT / "pretrain_yoco.py"), *TINY, "--num-layers", "3"]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "RANK")}
+    """A fresh interpreter in another folder, no fork server and no torchrun: code, streams, and nothing written."""
+    command = [sys.executable, str(ROOT / "pretrain_yoco.py"), *TINY, "--save", "checkpoints"]
+    started_by = ("PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in started_by}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("pretrain_yoco.py: error: --num-layers 3 is odd")
+    assert done.stderr.splitlines()[-1].startswith("pretrain_yoco.py: error: MASTER_ADDR and MASTER_PORT are not set")
+    assert "torchrun --nproc-per-node 1 pretrain_yoco.py" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

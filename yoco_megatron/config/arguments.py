@@ -264,6 +264,19 @@ def check_machine(args: argparse.Namespace) -> None:
     )
 
 
+def check_started() -> None:
+    """A process must know where the others are, before anything is written for it.
+
+    Raises:
+        ValueError: nothing says where.
+    """
+    rules.require(
+        {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
+        "MASTER_ADDR and MASTER_PORT are not set: start it by torchrun, for one GPU as "
+        "torchrun --nproc-per-node 1 pretrain_yoco.py ..., or on a cluster by launch/slurm/submit.py",
+    )
+
+
 def finalize(args: argparse.Namespace) -> argparse.Namespace:
     """Megatron's own validation, then its global state (tokenizer, timers, writers).
 
