@@ -93,29 +93,28 @@ class ChunkedAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         """One chunk: query [s, b, H, D], key and value [s', b, G, D] -> [s, b, H * D]."""
-        length = query.shape[0]
-        missing = key.shape[0] - length
-        if missing and self.reach is not None:
+        length, batch = query.shape[:2]
+        if self.reach is not None and key.shape[0] > length:
             # cuDNN's backward of a window takes ten times as long with fewer queries than keys
             # (benchmarks/chunk_attention.py): before the chunk's stand queries of nobody.
-            query = F.pad(query, (0, 0, 0, 0, 0, 0, missing, 0))
-            missing = 0
+            query = F.pad(query, (0, 0, 0, 0, 0, 0, key.shape[0] - length, 0))
+        square = query.shape[0] == key.shape[0]
         if sight.packed is None:
-            mask = AttnMaskType.causal_bottom_right if missing else AttnMaskType.causal
+            mask = AttnMaskType.causal if square else AttnMaskType.causal_bottom_right
             return self.core_attention(query, key, value, None, mask)[-length:]
-        surplus = [first - min(sight.first) for first in sight.first]
-        packed = sight.packed
-        square = packed.cu_seqlens_q is packed.cu_seqlens_kv
+        starts = [first - min(sight.first) for first in sight.first]
         out = self.core_attention(
-            _lay_end_to_end(query, surplus if square else [0] * len(surplus)),
-            _lay_end_to_end(key, surplus),
-            _lay_end_to_end(value, surplus),
+            _lay_end_to_end(query, starts if square else [0] * batch),
+            _lay_end_to_end(key, starts),
+            _lay_end_to_end(value, starts),
             None,
             AttnMaskType.padding_causal if square else PADDING_CAUSAL_BOTTOM_RIGHT,
-            packed_seq_params=packed,
+            packed_seq_params=sight.packed,
         )
-        rows = [query.shape[0] - row if square else length for row in surplus]
-        return torch.stack([sample[-length:] for sample in out.split(rows)], dim=1)
+        if out.shape[0] == batch * length:
+            return out.reshape(batch, length, -1).transpose(0, 1)
+        samples = out.split([query.shape[0] - start for start in starts])
+        return torch.stack([sample[-length:] for sample in samples], dim=1)
 
     def backward_dw(self) -> None:
         """Delayed weight gradients, as Megatron's schedules call them."""
