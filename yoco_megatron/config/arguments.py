@@ -6,6 +6,7 @@ here as ValueError, before anything is started.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -92,8 +93,25 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
+@functools.cache
+def _read_help_once() -> None:
+    """Megatron takes the help of flags from the source of config classes, for a tenth of a second and anew for each of
+    the four parsers that a start needs: remember it.
+    """
+    read, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    @functools.wraps(read)
+    def read_once(self: ArgumentGroupFactory, config_class: type) -> dict[str, str]:
+        if config_class not in known:
+            known[config_class] = read(self, config_class)
+        return known[config_class]
+
+    ArgumentGroupFactory._get_field_docstrings = read_once
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our group: every flag that pretrain_gpt.py users know, and ours."""
+    _read_help_once()
     parser = argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False)
     return add_yoco_arguments(add_megatron_arguments(parser))
 
