@@ -23,6 +23,7 @@ run() { # script flags...: a run that fails, for want of memory perhaps, does no
         echo "reproduce.sh: $* ended with $?" >&2
 }
 train() { run training --steps 10 "$@"; }
+mesh4() { train --steps 6 --batch-tokens 65536 --micro-batches 4 --models GPT gated_retention --tp-comm-overlap "$exact" "$@"; }
 fp8() { train --micro-batches "${MICRO_FP8:-2}" --loss-chunk-size "${CHUNK_FP8:-2048}" "$@"; }
 
 for part in "$@"; do
@@ -54,8 +55,11 @@ for part in "$@"; do
     contextwindow) run context_parallel --lengths 65536 --keep-cross-attention --self-decoder sliding_window ;;
     longest) run context_parallel --lengths 524288 --keep-cross-attention --micro-batches 1 --steps 3 --cases YOCO "GPT, Transformer Engine p2p" ;;
     million) run million_tokens --keep-cross-attention ;;
-    mesh4) train --steps 8 --batch-tokens 131072 --micro-batches 4 --meshes 1 DP4 TP2xDP2 PP2xTP2 "PP2xTP2 VP2" --models GPT gated_retention --tp-comm-overlap "$exact" ;;
+    mesh4) mesh4 --meshes 1 DP4 TP2xDP2 PP2xTP2 "PP2xTP2 VP2" ;;
+    mesh4fp8) mesh4 --meshes 1 TP2xDP2 "PP2xTP2 VP2" --precisions delayed --loss-chunk-size "${CHUNK_FP8:-2048}" ;;
+    mesh4_13b) mesh4 --model 13b --steps 5 --batch-tokens 16384 --micro-batches 1 --loss-chunk-size 4096 --meshes TP2xPP2 TP4 ;;
     context4) train --steps 4 --lengths 131072 --meshes CP4 --models GPT gated_retention "--flags=$full" $keep ;;
+    million4) train --steps 3 --lengths 1048576 --layers 4 --meshes CP4 TP2xCP2 --models gated_retention --loss-chunk-size 4096 --timeout 500 "--flags=${full/1000000/80000000}" "$keep --mlp-chunks-for-training 16" ;;
     *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
     esac
 done

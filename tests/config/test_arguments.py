@@ -115,6 +115,12 @@ def test_overlap_needs_another_rank(processes, mesh, overlaps, monkeypatch):
     assert args.overlap_grad_reduce == args.overlap_param_gather == overlaps
 
 
+def test_the_help_of_flags_is_read_once(monkeypatch):
+    arguments.build_parser()
+    monkeypatch.setattr("megatron.training.argument_utils.ast.parse", None)
+    assert "--num-layers" in arguments.build_parser()._option_string_actions
+
+
 @pytest.mark.parametrize(("more", "fused"), [([], False), (["--hidden-dropout", "0.1"], True)])
 def test_the_host_neither_waits_nor_compiles_for_nothing(more, fused, monkeypatch):
     monkeypatch.setattr(arguments, "validate_args", lambda args: None)
