@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from yoco_megatron.ops.sizes import next_power_of_2
+
 TILE = 64
 """Tokens that a program reads at a time; a block's capacity is a multiple of it."""
 
@@ -110,7 +112,7 @@ def _append(
 def splits_for(batch: int, groups: int, device: torch.device) -> int:
     """A power of two of splits that fills the GPU about twice."""
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    return min(128, triton.next_power_of_2(max(1, programs // (batch * groups))))
+    return min(128, next_power_of_2(max(1, programs // (batch * groups))))
 
 
 def decode_attention(q: Tensor, table: BlockTable, length: Tensor, groups: int, scale: float, splits: int) -> Tensor:
@@ -132,7 +134,7 @@ def decode_attention(q: Tensor, table: BlockTable, length: Tensor, groups: int, 
     _partial[(B * groups, splits)](
         q, table.anchor, table.keys, table.values, length, out, stats, scale * 1.4426950408889634, table.batch_stride,
         table.head_stride, CAPACITY=table.capacity, GROUPS=groups, PER_GROUP=H // groups,
-        ROWS=max(16, triton.next_power_of_2(H // groups)), D=D, TILE=TILE, SPLITS=splits, num_warps=4,
+        ROWS=max(16, next_power_of_2(H // groups)), D=D, TILE=TILE, SPLITS=splits, num_warps=4,
     )  # fmt: skip
     _combine[(B * H,)](out, stats, result, D=D, SPLITS=splits)
     return result

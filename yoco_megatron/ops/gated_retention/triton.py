@@ -8,6 +8,7 @@ Tensor legend: B batch, T time, H heads, K key width, V value width.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import log2
 
 import torch
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from yoco_megatron.ops.gated_retention import kernels
 from yoco_megatron.ops.gated_retention.reference import check_layout
 from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, stretch_segments
+from yoco_megatron.ops.sizes import cdiv, next_power_of_2
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
 # a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
@@ -42,9 +44,9 @@ def why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: i
     return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Launch:
-    """Shapes and choices that the forward and the backward pass of one call share."""
+    """Shapes and choices that the forward and the backward pass of one call share, and all calls of equal shapes."""
 
     B: int
     T: int
@@ -56,20 +58,20 @@ class Launch:
     dtype: torch.dtype
     docs: bool
 
-    @property
+    @cached_property
     def padded(self) -> int:
-        return triton.cdiv(self.T, CHUNK) * CHUNK
+        return cdiv(self.T, CHUNK) * CHUNK
 
-    @property
+    @cached_property
     def segment(self) -> int:
         """Tokens a segment: whole chunks, the last one may be shorter."""
-        return triton.cdiv(triton.cdiv(self.T, CHUNK), self.segments) * CHUNK
+        return cdiv(cdiv(self.T, CHUNK), self.segments) * CHUNK
 
-    @property
+    @cached_property
     def blocks(self) -> int:
-        return triton.cdiv(self.T, ANCHOR_TOKENS)
+        return cdiv(self.T, ANCHOR_TOKENS)
 
-    @property
+    @cached_property
     def common(self) -> dict:
         # Three tf32 products keep float32's accuracy; bf16 operands ignore it.
         precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
@@ -78,32 +80,40 @@ class Launch:
 
 def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None, segments: int | None) -> Launch:
     """Choose how to launch for q [B, T, H, K] and v [B, T, H, V]; `segments` None lets the size decide."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    return _plan(q.shape, v.shape[-1], scale, q.dtype, document_ids is not None, segments, q.device)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size, V: int, scale: float | None, dtype: torch.dtype, docs: bool, segments: int | None,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    B, T, H, K = shape
     scale = K**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"the retention kernel needs scale > 0, got {scale}: it works with its logarithm")
-    chunks = triton.cdiv(T, CHUNK)
-    if segments is None and q.is_cuda:
-        ahead, back, states = (config_for(kernel, max(K, V), q.dtype) for kernel in ("forward", "backward", "segment"))
+    chunks = cdiv(T, CHUNK)
+    if segments is None and device.type == "cuda":
+        ahead, back, states = (config_for(kernel, max(K, V), dtype) for kernel in ("forward", "backward", "segment"))
         programs = ahead.slices(V), 2 * back.slices(K) + back.slices(V)
-        sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
         segments = num_segments(B * H, chunks, programs, states.tiles(K, V), sms)
-    return Launch(B, T, H, K, V, scale, _filled(segments or 1, chunks), q.dtype, document_ids is not None)
+    return Launch(B, T, H, K, V, scale, _filled(segments or 1, chunks), dtype, docs)
 
 
 def _filled(segments: int, chunks: int) -> int:
     """Rounding segments up to whole chunks may leave none for the last ones: the number of those that hold tokens."""
-    return triton.cdiv(chunks, triton.cdiv(chunks, segments))
+    return cdiv(chunks, cdiv(chunks, segments))
 
 
 def describe(x_BTHD: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks [rows, columns] of the [T, D] planes of x, for the tensor memory accelerator."""
     B, T, H, D = x_BTHD.shape
-    strides = [x_BTHD.stride(i) for i in (0, 2, 1)]
+    b, t, h, _ = x_BTHD.stride()
     # An axis of length one may have any stride, also one that the accelerator refuses.
-    strides = [D * T * H if n == 1 else s for n, s in zip((B, H, T), strides)]
-    return TensorDescriptor(x_BTHD, [B, H, T, D], [*strides, 1], [1, 1, rows, columns])
+    whole = D * T * H
+    strides = [b if B > 1 else whole, h if H > 1 else whole, t if T > 1 else whole, 1]
+    return TensorDescriptor(x_BTHD, [B, H, T, D], strides, [1, 1, rows, columns])
 
 
 def loadable(x_BTHD: Tensor) -> Tensor:
@@ -135,7 +145,7 @@ def decay_sums(gate: Tensor, ids: Tensor | None, launch: Launch, tau: float | No
     """
     n = 16
     out = torch.empty(launch.B * launch.H, launch.padded, device=gate.device, dtype=torch.float32)
-    kernels.decay_sums[(triton.cdiv(launch.padded, n * CHUNK), launch.B * launch.H)](
+    kernels.decay_sums[(cdiv(launch.padded, n * CHUNK), launch.B * launch.H)](
         gate, ids if launch.docs else out, out, launch.T, launch.padded, *gate.stride(), tau or 1.0,
         H=launch.H, BT=CHUNK, N=n, DOCS=launch.docs, LOGITS=tau is not None,
     )  # fmt: skip
@@ -157,7 +167,7 @@ def _chained_states(
     kernels.segment_states[(config.tiles(launch.K, launch.V), n, heads)](
         describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, states, kept,
         launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
-        DK=launch.K, DV=launch.V, BK=bk, BV=bv, CHUNKS=triton.next_power_of_2(launch.segment // CHUNK),
+        DK=launch.K, DV=launch.V, BK=bk, BV=bv, CHUNKS=next_power_of_2(launch.segment // CHUNK),
         REVERSE=reverse, **launch.common, **config.options,
     )  # fmt: skip
     block = min(1024, size)

@@ -11,24 +11,26 @@ large as a layer's input. Tensor legend: S sequence, B batch, H heads, D head wi
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.retention_mixer import kernels
 from yoco_megatron.ops.rotary.triton import rotate_into
+from yoco_megatron.ops.sizes import next_power_of_2
 
 
 def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
     """y = silu(gate) * RMS(o), all [S, B, H, D]; gate strided."""
     S, B, H, D = o.shape
     kernels.norm_gate[(S * B,)](
-        o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=triton.next_power_of_2(H), D=D, num_warps=4
+        o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=next_power_of_2(H), D=D, num_warps=4
     )
 
 
 def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """Each chunk's rows of tensors [S, B, ...], as [B, chunk, ...]."""
+    if count == 1:
+        return iter([[x.transpose(0, 1) for x in tensors]])
     return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
 
 
@@ -77,7 +79,7 @@ class _Mix(torch.autograd.Function):
         dx, do, gate = torch.empty_like(x), torch.empty_like(o), x[..., 3, :]
         kernels.norm_gate_backward[(S * B,)](
             o, gate, dy.contiguous(), do, dx[..., 3, :], gate.stride(1), gate.stride(2), ctx.eps,
-            H=H, HP=triton.next_power_of_2(H), D=D, num_warps=8,
+            H=H, HP=next_power_of_2(H), D=D, num_warps=8,
         )  # fmt: skip
         q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
         dlogits = torch.empty_like(logits)

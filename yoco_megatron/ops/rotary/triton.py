@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from yoco_megatron.ops.sizes import next_power_of_2
+
 
 @triton.jit
 def rotate_pairs(
@@ -42,7 +44,7 @@ def rotate_into(x: Tensor, out: Tensor, angles: Tensor, parts: int, backwards: b
     rotate_pairs[(S * B,)](
         x, out, cos, sin, B, cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
         _token_stride(x), *x.stride()[2:4], _token_stride(out), *out.stride()[2:4], -1.0 if backwards else 1.0,
-        H=H, HP=triton.next_power_of_2(H), PARTS=parts, D=D, num_warps=8 if parts > 1 else 4,
+        H=H, HP=next_power_of_2(H), PARTS=parts, D=D, num_warps=8 if parts > 1 else 4,
     )  # fmt: skip
 
 

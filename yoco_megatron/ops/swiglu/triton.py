@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from yoco_megatron.ops.sizes import cdiv
+
 BLOCK = 1024
 
 
@@ -43,7 +45,7 @@ def _backward(DY, WIDE, DWIDE, F, BLOCK: tl.constexpr):
 
 def _grid(narrow: Tensor) -> tuple[int, int]:
     width = narrow.shape[-1]
-    return narrow.numel() // width, triton.cdiv(width, BLOCK)
+    return narrow.numel() // width, cdiv(width, BLOCK)
 
 
 def swiglu_into(wide: Tensor, out: Tensor) -> None:
