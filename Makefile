@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/make_env.sh
 	tools/make_env.sh $(VENV)
 	touch $@
 
-demo: env ## train a small YOCO on real text, CPU is enough; about four minutes; result in runs/demo
+demo: env ## train a small YOCO on real text, CPU is enough; about five minutes; result in runs/demo
 	launch/demo.sh runs/demo
 
 test: env ## every test that needs no GPU
