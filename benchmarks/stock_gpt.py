@@ -2,8 +2,8 @@
 
 Megatron then asks the GPU for NaN and Inf for every bucket and micro-batch, overlaps gradients and weights with ranks
 that are not there, waits for the GPU between pipeline stages, adds residuals by way of torch.compile, and Transformer
-Engine takes its own kernels for norms.
-benchmarks/training.py --stock-gpt runs it as the peer: the GPT of those who use Megatron as it is.
+Engine takes its own kernels for norms. benchmarks/training.py --stock-gpt runs it as the peer: the GPT of those who
+use Megatron as it is.
 """
 
 import sys

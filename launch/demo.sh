@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About four minutes.
+# The whole way once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About five minutes.
 #
 #   launch/demo.sh [FOLDER]        writes everything into FOLDER (default runs/demo), which must hold no run
 set -euo pipefail

@@ -14,6 +14,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.cli import TINY, run_script, train
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -207,15 +208,25 @@ def test_checkpoint_of_another_schedule_is_taken_when_told(saved):
     assert code == 0 and "iteration        2/       2" in printed
 
 
-def test_the_way_a_user_starts_it(tmp_path):
-    """A fresh interpreter in another folder, no fork server and no torchrun: code, streams, and nothing written."""
-    command = [sys.executable, str(ROOT / "pretrain_yoco.py"), *TINY, "--save", "checkpoints"]
-    started_by = ("PYTHONPATH", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in started_by}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "message"),
+    [
+        (["--num-layers", "3"], MEETING, "--num-layers 3 is odd"),
+        (["--save", "checkpoints"], {}, "MASTER_ADDR and MASTER_PORT are not set: start it by torchrun"),
+    ],
+    ids=["a bad flag", "no torchrun"],
+)
+def test_the_way_a_user_starts_it(flags, where, message, tmp_path):
+    """A fresh interpreter in another folder, no fork server: code, streams, and nothing written."""
+    command = [sys.executable, str(ROOT / "pretrain_yoco.py"), *TINY, *flags]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", *MEETING)}
+    ran = dict(capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, env=environment | where, **ran)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("pretrain_yoco.py: error: MASTER_ADDR and MASTER_PORT are not set")
-    assert "torchrun --nproc-per-node 1 pretrain_yoco.py" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"pretrain_yoco.py: error: {message}")
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

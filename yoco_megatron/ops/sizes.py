@@ -1,5 +1,4 @@
-"""Whole numbers for launches. Triton's own functions of these names serve kernels, too, and cost the host five times as
-much a call; a retention layer needs twenty of them."""
+"""Whole numbers for launches. Triton's own functions of these names serve kernels, too, for which the host pays."""
 
 
 def cdiv(a: int, b: int) -> int:

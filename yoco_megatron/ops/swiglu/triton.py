@@ -2,8 +2,8 @@
 
 Megatron's fused backward joins both halves of the gradient with `cat`. The compiler makes of that one kernel over the
 joined tensor, which loads a, b and dy for each half. An H100's memory keeps up with no more (docs/performance.md); the
-faster one of an H200 does. Its forward is as fast as ours on the GPU, but each call goes through torch.compile's
-guards, which takes a host three times as long as a launch.
+faster one of an H200 does. Its forward has no such fault, but each call goes through torch.compile's guards, which
+costs the host more than a launch.
 """
 
 import torch
