@@ -1,4 +1,4 @@
-"""Whole runs of pretrain_yoco.py on four or eight GPUs: every mesh trains as one GPU does, and checkpoints change mesh.
+"""Whole runs of pretrain_yoco.py on 2, 4 or 8 GPUs: every mesh trains as one GPU does, and checkpoints change mesh.
 
 bf16 with Transformer Engine, distributed optimizer with both overlaps, sequences long enough for the kernels of context
 parallelism (chunks of 128 tokens). Tolerances, of the loss: the first step is one forward pass with equal weights,
@@ -16,14 +16,15 @@ from support.models import SELF_DECODERS
 
 from benchmarks.mesh import Mesh
 
-GPUS = 8 if torch.cuda.device_count() >= 8 else 4
+GPUS = max(size for size in (2, 4, 8) if size <= max(2, torch.cuda.device_count()))
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.xdist_group("all GPUs"),
     pytest.mark.timeout(560),
-    pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs, or eight"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two, four or eight GPUs"),
 ]
 MESHES = {
+    2: ["TP2", "PP2", "DP2", "CP2", "PP2 VP2"],
     4: ["TP2xPP2", "TP2xPP2 VP2", "DP4", "TP2xDP2", "CP4", "TP2xCP2", "PP2xCP2"],
     8: ["TP2xPP2xDP2", "TP2xPP2xDP2 VP2", "DP8", "TP2xDP4", "CP8", "TP2xCP4", "TP2xPP4", "TP4xPP2", "TP2xPP2xCP2"],
 }[GPUS]
