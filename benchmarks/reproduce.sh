@@ -3,7 +3,7 @@
 #
 #   benchmarks/reproduce.sh bf16 fp8 long            # on one GPU, about a minute and a half each
 #   CUDA_VISIBLE_DEVICES=1 benchmarks/reproduce.sh small &    # parts for one GPU run beside each other on several
-#   benchmarks/reproduce.sh mesh2 context million    # on two GPUs
+#   benchmarks/reproduce.sh mesh2 mesh2pp context million # on two GPUs
 #   benchmarks/reproduce.sh mesh4 context4           # on four
 #
 # OUTPUT: another file for the rows. MICRO, MICRO_FP8, CHUNK_FP8: micro-batches, and tokens in a chunk of the loss with
@@ -23,7 +23,8 @@ run() { # script flags...: a run that fails, for want of memory perhaps, does no
         echo "reproduce.sh: $* ended with $?" >&2
 }
 train() { run training --steps 10 "$@"; }
-mesh4() { train --steps 6 --batch-tokens 65536 --micro-batches 4 --models GPT gated_retention --tp-comm-overlap "$exact" "$@"; }
+many() { train --steps 6 --batch-tokens 65536 --models GPT gated_retention --tp-comm-overlap "$exact" "$@"; }
+mesh4() { many --micro-batches 4 "$@"; }
 fp8() { train --micro-batches "${MICRO_FP8:-2}" --loss-chunk-size "${CHUNK_FP8:-2048}" "$@"; }
 
 for part in "$@"; do
@@ -51,6 +52,11 @@ for part in "$@"; do
     kept) python3 benchmarks/activations.py --config configs/model/yoco_3b.yaml configs/recipe/scaling.yaml ;;
     overlap) train --micro-batches 4 --meshes TP2 --models GPT gated_retention --tp-comm-overlap ;;
     mesh2) train --micro-batches 4 --meshes 1 TP2 DP2 --models gated_retention ;;
+    mesh2pp) many --micro-batches "$mb" --meshes 1 "PP2 VP2" ;;
+    mesh2fp8) fp8="--precisions delayed --loss-chunk-size ${CHUNK_FP8:-2048}"
+        many $fp8 --micro-batches 4 --meshes TP2
+        many $fp8 --micro-batches 2 --meshes 1 DP2 "PP2 VP2" ;;
+    host) train --lengths 512 --micro-batches 1 --batch-tokens 2048 --models GPT gated_retention --meshes TP2 --tp-comm-overlap ;;
     context) run context_parallel --lengths 32768 65536 131072 --keep-cross-attention ;;
     contextwindow) run context_parallel --lengths 65536 --keep-cross-attention --self-decoder sliding_window ;;
     longest) run context_parallel --lengths 524288 --keep-cross-attention --micro-batches 1 --steps 3 --cases YOCO "GPT, Transformer Engine p2p" ;;

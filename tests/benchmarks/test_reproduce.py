@@ -40,7 +40,7 @@ def run(folder: Path, *parts: str) -> subprocess.CompletedProcess:
 def test_flags_of_all_parts(tmp_path: Path) -> None:
     done = run(tmp_path, *PARTS)
     assert len(PARTS) > 15 and done.returncode == 0 and not re.search("error|ended with", done.stderr), done.stderr
-    assert done.stdout.count("\nparsed ") == len(PARTS) + 3  # `small`, `stock` and `chunks` run twice
+    assert done.stdout.count("\nparsed ") == len(PARTS) + 4  # `small`, `stock`, `chunks` and `mesh2fp8` run twice
 
 
 def test_a_part_that_there_is_not(tmp_path: Path) -> None:

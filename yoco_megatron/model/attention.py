@@ -77,7 +77,9 @@ class ChunkedAttention(MegatronModule):
 
         def core(query: Tensor, *saved: Tensor) -> Tensor:
             outputs = []
-            for index, (chunk, queries) in enumerate(zip(shard.chunks, query.chunk(len(shard.chunks)))):
+            # Not chunk(1) of a whole, and below no slice of all: their backward would copy the gradient.
+            parts = [query] if len(shard.chunks) == 1 else query.chunk(len(shard.chunks))
+            for index, (chunk, queries) in enumerate(zip(shard.chunks, parts)):
                 sight = shard.sight(chunk, self.reach)
                 key, value = keys_of(index, chunk, min(sight.first), *saved)
                 outputs.append(self._attend(queries, key, value, sight))
@@ -101,7 +103,8 @@ class ChunkedAttention(MegatronModule):
         square = query.shape[0] == key.shape[0]
         if sight.packed is None:
             mask = AttnMaskType.causal if square else AttnMaskType.causal_bottom_right
-            return self.core_attention(query, key, value, None, mask)[-length:]
+            out = self.core_attention(query, key, value, None, mask)
+            return out if out.shape[0] == length else out[-length:]
         starts = [first - min(sight.first) for first in sight.first]
         out = self.core_attention(
             _lay_end_to_end(query, starts if square else [0] * batch),
