@@ -8,6 +8,7 @@ Dropout is for the run with sequence parallelism alone, where it draws from Mega
 from the device's, which on a CPU also gives the data loaders their seeds whenever they start, after a resume once more.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,10 @@ def assert_same_run(log: Log, whole: Log) -> None:
     assert log.validation == whole.validation and len(log.validation) == 2
 
 
+def learning_rates(log: Log) -> dict[int, float]:
+    return {int(step): float(rate) for step, rate in re.findall(r"iteration +(\d+)/.*?learning rate: (\S+) ", log.text)}
+
+
 def assert_close_run(log: Log, whole: Log) -> None:
     for step in log.losses:
         assert log.loss(step) == pytest.approx(whole.loss(step), rel=TOLERANCE), f"step {step}"
@@ -139,3 +144,29 @@ def test_asynchronous_save(undisturbed, tmp_path):
     second = train(1, *saving, "--load", str(tmp_path))
     assert_same_run(second, whole)
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(WHOLE)
+
+
+TWICE = ["--lr", "2e-2", "--min-lr", "2e-4"]  # of TINY's
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_another_learning_rate_when_told(name, undisturbed, tmp_path):
+    """--override-opt_param-scheduler: the same weights and moments go on at the new rate, and are saved with it."""
+    whole, folder = undisturbed(name)
+    saving = ["--save", str(tmp_path), "--save-interval", "5"]
+    faster = resume(*RUNS[name], folder, *TWICE, "--override-opt_param-scheduler", *saving)
+    assert faster.losses[HALF + 1] == whole.losses[HALF + 1]  # before its first step at the new rate
+    assert all(faster.losses[step] != whole.losses[step] for step in range(HALF + 3, WHOLE + 1))
+    want = {step: 2 * rate for step, rate in learning_rates(whole).items() if step > HALF}
+    assert learning_rates(faster) == pytest.approx(want, rel=1e-5) and len(want) == WHOLE - HALF
+    processes, flags = RUNS[name]
+    again = train(processes, *flags, *TWICE, "--load", str(tmp_path), "--ckpt-step", "15")
+    assert list(again.grad_norms) == list(range(16, WHOLE + 1))
+    assert again.grad_norms == {step: norm for step, norm in faster.grad_norms.items() if step > 15}
+
+
+def test_the_checkpoints_learning_rate_when_told(undisturbed):
+    whole, folder = undisturbed("fp32")
+    log = resume(*RUNS["fp32"], folder, *TWICE, "--use-checkpoint-opt_param-scheduler")
+    assert_same_run(log, whole)
+    assert learning_rates(log) == {step: rate for step, rate in learning_rates(whole).items() if step > HALF}

@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from yoco_megatron.resilience import run_folder
+from yoco_megatron.resilience import preflight, run_folder
 
 CLUSTER_KEYS = {
     "gpu",
@@ -36,6 +36,7 @@ CLUSTER_KEYS = {
 CLUSTER_TYPES = {"gpus-per-node": int, "gpu-memory-gib": int | float} | dict.fromkeys(
     ("sbatch", "container", "preflight", "env"), dict
 )
+CONTAINER_KEYS = {"image", "mounts"}
 LAUNCHERS = ("srun", "torchrun")
 
 
@@ -80,7 +81,26 @@ def load_cluster(path: str) -> dict[str, Any]:
     unknown = cluster.keys() - CLUSTER_KEYS if isinstance(cluster, dict) else {"not a mapping"}
     if unknown:
         raise ValueError(f"--cluster {path}: unknown key {sorted(unknown)[0]}; known are {sorted(CLUSTER_KEYS)}")
+    if unknown := (cluster.get("container") or {}).keys() - CONTAINER_KEYS:
+        raise ValueError(
+            f"--cluster {path}: container: unknown key {sorted(unknown)[0]}; known are {sorted(CONTAINER_KEYS)}"
+        )
+    try:
+        _, surplus = preflight.parser(exit_on_error=False).parse_known_args(["RUN", *preflight_flags(cluster)])
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--cluster {path}: preflight: {error}") from None
+    if surplus:
+        raise ValueError(
+            f"--cluster {path}: preflight: unknown setting {surplus[0].removeprefix('--')}; "
+            "python -m yoco_megatron.resilience.preflight --help lists them"
+        )
     return cluster
+
+
+def preflight_flags(cluster: dict[str, Any]) -> list[str]:
+    """Flags of yoco_megatron.resilience.preflight: the cluster's settings, and whether it has GPUs."""
+    cpu = ["--cpu"] if cluster.get("gpu") == "none" else []
+    return [*cpu, *(f"--{name}={value}" for name, value in (cluster.get("preflight") or {}).items())]
 
 
 def seconds_of(limit: str) -> int:
@@ -196,9 +216,6 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         for name, value in sbatch.items()
         if value is not None and value is not False
     ]
-    preflight = cluster.get("preflight") or {}
-    cpu = ["--cpu"] if cluster.get("gpu") == "none" else []
-    flags = [*cpu, *(word for name, value in preflight.items() for word in (f"--{name}", str(value)))]
     container = cluster.get("container") or {}
     settings = {
         "RUN_FOLDER": str(run),
@@ -208,7 +225,7 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "REPO": str(ROOT),
         "PYTHON": cluster.get("python") or sys.executable,
         "MAX_RESTARTS": options.max_restarts,
-        "PREFLIGHT_ARGS": "skip" if options.no_preflight else " ".join(flags),
+        "PREFLIGHT_ARGS": "skip" if options.no_preflight else " ".join(preflight_flags(cluster)),
         "CONTAINER_IMAGE": options.container_image or container.get("image", ""),
         "CONTAINER_MOUNTS": options.container_mounts or container.get("mounts", ""),
     }

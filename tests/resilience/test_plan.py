@@ -212,6 +212,10 @@ def test_unknown_key_of_a_cluster(tmp_path):
     [
         ("gpus-per-node: eight", "gpus-per-node must be a whole number, not 'eight'"),
         ("gpu-memory-gib: 80GB", "gpu-memory-gib must be a number, not '80GB'"),
+        ("preflight: {min-tflop: 600}", "preflight: unknown setting min-tflop=600"),
+        ("preflight: {min-tflops: fast}", "preflight: argument --min-tflops: invalid float value: 'fast'"),
+        ("container: {mount: /data}", "container: unknown key mount; known are ['image', 'mounts']"),
+        ("preflight: {cpu: true}", "preflight: argument --cpu: ignored explicit argument 'True'"),
         ("env: NCCL_DEBUG=INFO", "env must be a mapping, not 'NCCL_DEBUG=INFO'"),
         ("sbatch: [exclusive]", "sbatch must be a mapping"),
         ("launcher: mpirun", "launcher mpirun must be one of srun, torchrun"),

@@ -21,7 +21,7 @@ from megatron.training import async_utils, checkpointing, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yoco_megatron.checkpoint import folder as checkpoints
-from yoco_megatron.checkpoint import integrity, retention
+from yoco_megatron.checkpoint import integrity, rates, retention
 
 _save_sharded = checkpointing.dist_checkpointing.save
 _save_checkpoint = training.save_checkpoint
@@ -133,16 +133,19 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
     iteration = _choose(options, source) if source and options.ckpt_format == "torch_dist" else None
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(options, "verify_integrity", False))  # done, and in parallel
-        if iteration is not None and (checkpoints.path_of(Path(source), iteration) / checkpoints.ANSWERED).exists():
-            # Megatron would run the step again, and end with the same code, in every attempt.
-            patches.enter_context(mock.patch.object(RerunStateMachine, "validate_state_dict", return_value=False))
+        if iteration is not None:
+            folder = checkpoints.path_of(Path(source), iteration)
+            patches.enter_context(rates.taken_from(folder, options, optimizer, scheduler))
+            if (folder / checkpoints.ANSWERED).exists():
+                # Megatron would run the step again, and end with the same code, in every attempt.
+                patches.enter_context(mock.patch.object(RerunStateMachine, "validate_state_dict", return_value=False))
         try:
             result = _load_checkpoint(model, optimizer, scheduler, load_arg, **kwargs)
         except CheckpointException as error:  # no Exception, so nobody would note it
             raise RuntimeError(f"checkpoint {source} could not be loaded: {error}") from error
     if iteration is not None:
         for act in after_load:
-            act(checkpoints.path_of(Path(source), iteration))
+            act(folder)
     return result
 
 

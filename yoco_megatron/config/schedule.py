@@ -1,7 +1,6 @@
 """The length of a run and its learning rate: what Megatron finds wrong only when the model stands or is loaded.
 
-A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py), and its optimizer finds its parameters by
---lr and --min-lr (`param_group_identifier_keys` in megatron/core/optimizer/optimizer.py).
+A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py).
 """
 
 from argparse import ArgumentParser, Namespace
@@ -17,7 +16,6 @@ from yoco_megatron.config.rules import require
 LENGTHS = ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "global_batch_size")
 SAMPLES = ("train_samples", "lr_decay_samples", "lr_warmup_samples")
 VALUES = ("lr", "min_lr", "lr_decay_style", "weight_decay")
-OF_THE_OPTIMIZER = ("--lr", "--min-lr")
 
 
 def check(args: Namespace) -> None:
@@ -45,7 +43,8 @@ def check_resumable(args: Namespace, build_parser: Callable[[], ArgumentParser])
     Raises:
         ValueError: everything that differs and that Megatron would refuse, with both values.
     """
-    if args.load is None or args.finetune or args.no_load_optim or args.skip_train:
+    chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or chosen:
         return
     path = Path(args.load) / RESOLVED
     # Released weights have no schedule.
@@ -54,19 +53,13 @@ def check_resumable(args: Namespace, build_parser: Callable[[], ArgumentParser])
     was, now = _schedule(_read(path, build_parser())), _schedule(args)
     # Lengths in samples are not known of a run that did not say its batch.
     different = [name for name in now if name in was and now[name] != was[name]]
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
-        different = [name for name in different if name in OF_THE_OPTIMIZER]
     if not different:
         return
     told = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in different)
-    free = (
-        ""
-        if set(different) & set(OF_THE_OPTIMIZER)
-        else "--use-checkpoint-opt_param-scheduler for the checkpoint's, --override-opt_param-scheduler for this one; "
-    )
     raise ValueError(
-        f"--load {args.load} was trained on another schedule: {told}. Give the same flags; {free}or start a new stage "
-        f"from its weights: --pretrained-checkpoint {args.load}, and a new folder for --load and --save"
+        f"--load {args.load} was trained on another schedule: {told}. Give the same flags; "
+        "--use-checkpoint-opt_param-scheduler for the checkpoint's, --override-opt_param-scheduler for this one; or "
+        f"start a new stage from its weights: --pretrained-checkpoint {args.load}, and a new folder for --load, --save"
     )
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.resilience import outcome, run_folder
@@ -133,19 +134,26 @@ def judge_speed(speeds: list[dict[str, float]], min_tflops: float, min_gbps: flo
     return faults
 
 
+def parser(**options: Any) -> argparse.ArgumentParser:
+    """Flags of this module; `options` are argparse's own."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+    )
+    p.add_argument("folder", type=Path, help="the run folder")
+    p.add_argument("--gpus", type=int, default=8, help="GPUs that must be there, or processes on a CPU")
+    p.add_argument("--cpu", action="store_true", help="the node is meant to have no GPU")
+    p.add_argument("--max-used-mib", type=float, default=2048, help="memory of a GPU that may be in use before")
+    p.add_argument("--min-free-gib", type=float, default=1, help="disk space that must be free in the run folder")
+    p.add_argument("--min-tflops", type=float, default=0, help="matmul of each GPU")
+    p.add_argument("--min-allreduce-gbps", type=float, default=0, help="bus bandwidth within the node, GB/s")
+    p.add_argument("--seconds", type=float, default=2, help="how long to multiply")
+    p.add_argument("--order", type=int, help="of the matrices; default 8192 on a GPU, 512 on a CPU")
+    p.add_argument("--timeout", type=float, default=180, help="seconds for matmul and all-reduce together")
+    return p
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the run folder")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs that must be there, or processes on a CPU")
-    parser.add_argument("--cpu", action="store_true", help="the node is meant to have no GPU")
-    parser.add_argument("--max-used-mib", type=float, default=2048, help="memory of a GPU that may be in use before")
-    parser.add_argument("--min-free-gib", type=float, default=1, help="disk space that must be free in the run folder")
-    parser.add_argument("--min-tflops", type=float, default=0, help="matmul of each GPU")
-    parser.add_argument("--min-allreduce-gbps", type=float, default=0, help="bus bandwidth within the node, GB/s")
-    parser.add_argument("--seconds", type=float, default=2, help="how long to multiply")
-    parser.add_argument("--order", type=int, help="of the matrices; default 8192 on a GPU, 512 on a CPU")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds for matmul and all-reduce together")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     node = outcome.host()
     gpus = [] if args.cpu else nvidia_smi()
