@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Flags of other programs in our examples.
 OTHERS = {"--nproc-per-node", "--no-build-isolation", "--help", "--signal"}
-OTHERS |= {"--model", "--tasks", "--include", "--trust-remote-code", "--kv-sharing-fast-prefill"}
+OTHERS |= {"--model", "--tasks", "--include_path", "--model_args", "--trust-remote-code", "--kv-sharing-fast-prefill"}
 
 
 def own_flags() -> set[str]:
