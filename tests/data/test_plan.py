@@ -14,13 +14,13 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from support.cli import TINY, train
+from support.tools import ROOT, start
 
 from yoco_megatron.config import arguments
 from yoco_megatron.config.files import load_config_files, to_argv
 from yoco_megatron.data.plan import plan, table, train_samples
 from yoco_megatron.data.provider import dataset_config
 
-ROOT = Path(__file__).parents[2]
 FLAGS = [flag for flag in TINY if flag != "--mock-data"]
 
 
@@ -100,8 +100,7 @@ def test_blend_of_a_yaml_is_the_blend_of_the_flags(sources: list[str], tmp_path:
 
 
 def run(tool: str, *flags: object) -> str:
-    command = [sys.executable, ROOT / "tools" / f"{tool}.py", *map(str, [*FLAGS, *flags])]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = start(tool, *FLAGS, *flags)
     return done.stdout if done.returncode == 0 else f"{done.returncode} {done.stderr}"
 
 

@@ -56,12 +56,12 @@ def parse(text: str) -> Log:
     )
 
 
-def _like_a_fresh_interpreter() -> None:
+def like_a_fresh_interpreter() -> None:
     """The data loader's workers are forked, as they are for users; a fork server's child would ask the server."""
     multiprocessing.set_start_method("fork", force=True)
 
 
-def _end() -> None:
+def end() -> None:
     """What an interpreter does at its end, and `spawn` skips: the checkpoint writer's helper would outlive us."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,14 +72,14 @@ def _main(flags: list[str]) -> None:
     """`pretrain_yoco.main` as in an interpreter of its own."""
     import pretrain_yoco
 
-    _like_a_fresh_interpreter()
+    like_a_fresh_interpreter()
     try:
         pretrain_yoco.main(flags)
     except SystemExit as done:  # Megatron's way to stop at --exit-interval
         if done.code:
             raise
     finally:
-        _end()
+        end()
 
 
 def train(world_size: int, *flags: str, base: Sequence[str] = TINY, entry: Callable[[list[str]], None] = _main) -> Log:
@@ -102,7 +102,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
 
     import pretrain_yoco
 
-    _like_a_fresh_interpreter()
+    like_a_fresh_interpreter()
     failures = {}
     for index, (name, flags) in enumerate(runs.items()):
         os.environ["MASTER_PORT"] = str(ports[index])
@@ -116,7 +116,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         gc.collect()
-    _end()
+    end()
     return failures
 
 
@@ -143,14 +143,14 @@ class Runs:
 
 
 def _script(flags: list[str]) -> int:
-    _like_a_fresh_interpreter()
+    like_a_fresh_interpreter()
     sys.argv = ["pretrain_yoco.py", *flags]
     try:
         runpy.run_path(str(Path(__file__).parents[2] / "pretrain_yoco.py"), run_name="__main__")
     except SystemExit as done:
         return done.code
     finally:
-        _end()
+        end()
     return 0
 
 

@@ -63,13 +63,13 @@ def _server() -> Any:
     return context
 
 
-def print_to(path: str) -> None:
-    """All that this process prints from now on, native code's lines too, goes to a new file."""
+def print_to(path: str, *streams: int) -> None:
+    """What this process prints from now on, native code's lines too, goes to a new file; `streams`: 1 or 2, or both."""
     sys.stdout.flush()
     sys.stderr.flush()
     out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for stream in streams or (1, 2):
+        os.dup2(out, stream)
     os.close(out)
 
 

@@ -1,25 +1,16 @@
 """The whole way of a user: train with a tokenizer, export, generate from either folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.cli import TINY, train
+from support.tools import start
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = (
     "the quick brown fox jumps over the lazy dog; " * 40 + "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. "
 )
-
-
-def run(tool: str, *flags: str, text: str | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "tools" / tool), *flags]
-    return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +19,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("whole")
     (base / "corpus.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     tokenizer = base / "tokenizer"
-    made = run(
-        "train_tokenizer.py", "--input", str(base / "corpus.jsonl"), "--vocab-size", "300", "--output", str(tokenizer)
+    made = start(
+        "train_tokenizer", "--input", str(base / "corpus.jsonl"), "--vocab-size", "300", "--output", str(tokenizer)
     )
     assert made.returncode == 0, made.stderr
     at = TINY.index("--tokenizer-type")
@@ -39,8 +30,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     train(1, *named, *once, base=flags)
     once[once.index("--save") + 1] = str(base / "baseline")
     train(1, *named, *once, "--architecture", "transformer", base=flags)
-    done = run(
-        "convert_checkpoint.py",
+    done = start(
+        "convert_checkpoint",
         *("--from", "megatron", "--input", str(base / "run"), "--to", "hf", "--output", str(base / "model")),
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,8 +39,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"run": base / "run", "model": base / "model", "baseline": base / "baseline"}
 
 
-def generated(folder: Path, *flags: str, text: str | None = None) -> str:
-    done = run("generate.py", "--load", str(folder), "--max-new-tokens", "12", "--temperature", "0", *flags, text=text)
+def generated(folder: Path, *flags: str, text: str = "") -> str:
+    done = start("generate", "--load", str(folder), "--max-new-tokens", "12", "--temperature", "0", *flags, text=text)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tokens/s decoded, cache of " in done.stderr
     return done.stdout
@@ -70,7 +61,7 @@ def test_the_baseline_generates_too(folders):
     assert text.startswith("the lazy fox") and len(text) > 14
     output = str(folders["baseline"].parent / "no")
     flags = ("--from", "megatron", "--input", str(folders["baseline"]), "--to", "hf", "--output", output)
-    refused = run("convert_checkpoint.py", *flags)
+    refused = start("convert_checkpoint", *flags)
     assert refused.returncode == 1 and "only YOCO models can be converted" in refused.stderr.splitlines()[-1]
 
 
@@ -92,7 +83,7 @@ def test_exported_folder_knows_its_tokenizer(folders):
     ],
 )
 def test_bad_input(flags, said, folders):
-    done = run("generate.py", "--load", str(folders["model"]), *flags)
+    done = start("generate", "--load", str(folders["model"]), *flags)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("generate.py: error: ")
 
@@ -106,19 +97,19 @@ def test_bad_input(flags, said, folders):
     ],
 )
 def test_bad_flags(flags, said):
-    done = run("generate.py", "--load", "nowhere", *flags)
+    done = start("generate", "--load", "nowhere", *flags)
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
 def test_bytes_are_tokens_all_the_way(tmp_path):
     """The tokenizer of bytes: preprocessing, training on its data, generation, and the exported model with it."""
     tokenizer, prefix = tmp_path / "bytes", tmp_path / "d"
-    made = run("train_tokenizer.py", "--bytes", "--output", str(tokenizer))
+    made = start("train_tokenizer", "--bytes", "--output", str(tokenizer))
     assert made.returncode == 0, made.stderr
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     (tmp_path / "corpus.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 9)
     flags = ["--input", str(tmp_path / "corpus.jsonl"), "--output-prefix", str(prefix), "--append-eod"]
-    done = run("preprocess_data.py", *flags, *named)
+    done = start("preprocess_data", *flags, *named)
     assert done.returncode == 0, done.stderr
     data = np.fromfile(f"{prefix}_text_document.bin", np.uint16)
     assert data.tolist() == [*TEXT.encode(), 256] * 9
@@ -129,7 +120,7 @@ def test_bytes_are_tokens_all_the_way(tmp_path):
     train(1, *once, "--eval-iters", "0", "--dataloader-inter-document-masking", "--eod-mask-loss", base=flags)
     model = tmp_path / "model"
     flags = ("--from", "megatron", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(model))
-    done = run("convert_checkpoint.py", *flags)
+    done = start("convert_checkpoint", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = generated(tmp_path / "run", "--prompt", "größer")
     assert expected.startswith("größer")
