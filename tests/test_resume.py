@@ -15,6 +15,8 @@ import pytest
 import torch
 from support.cli import Log, checkpoint, train
 
+from yoco_megatron.checkpoint.common import common_state, param_groups
+
 HALF, WHOLE = 10, 20
 TOLERANCE = 2e-5
 DISTRIBUTED = ["--use-distributed-optimizer"]
@@ -170,3 +172,25 @@ def test_the_checkpoints_learning_rate_when_told(undisturbed):
     log = resume(*RUNS["fp32"], folder, *TWICE, "--use-checkpoint-opt_param-scheduler")
     assert_same_run(log, whole)
     assert learning_rates(log) == {step: rate for step, rate in learning_rates(whole).items() if step > HALF}
+
+
+def test_rates_of_their_own(tmp_path):
+    """Groups change each to its own flag, also where the old rates were equal, and a new one is another's old one."""
+    groups = ["--untie-embeddings-and-output-weights", "--decoupled-lr", "1e-2", "--decoupled-min-lr", "1e-3"]
+    first = train(1, *groups, "--save", str(tmp_path), "--save-interval", "10", "--exit-interval", "10")
+    now = ["--lr", "5e-3", "--decoupled-lr", "2e-2", "--override-opt_param-scheduler"]
+    log = resume(1, [*groups, *now], tmp_path, "--save", str(tmp_path), "--save-interval", "5")
+    assert len(first.losses) == 9 and log.losses
+    common = common_state(tmp_path / "iter_0000020")
+    rates = sorted((group["max_lr"], group["min_lr"]) for group in param_groups(common["optimizer"]))
+    assert rates[-1] == (2e-2, 1e-3) and set(rates[:-1]) == {(5e-3, 1e-4)}
+    back = train(1, *groups, "--lr", "2e-2", "--decoupled-lr", "5e-3", *now[-1:], "--load", str(tmp_path))
+    assert not back.losses  # all steps are done: it is loaded
+
+
+def test_the_checkpoints_weight_decay_when_told(undisturbed):
+    """From the first step on."""
+    whole, folder = undisturbed("fp32")
+    assert_same_run(
+        resume(*RUNS["fp32"], folder, "--weight-decay", "0.9", "--use-checkpoint-opt_param-scheduler"), whole
+    )

@@ -253,7 +253,7 @@ def check_run(args: argparse.Namespace) -> None:
     fingerprint.check_tokenizer(args)
     check_there(args)
     fingerprint.check_resumable(args)
-    schedule.check_resumable(args, build_parser)
+    schedule.check_resumable(args)
 
 
 def check_machine(args: argparse.Namespace) -> None:

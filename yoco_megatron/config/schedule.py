@@ -3,23 +3,22 @@
 A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py).
 """
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
-from yoco_megatron.checkpoint.folder import RESOLVED, tracked_iteration
+from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.config.rules import require
-
-# What makes the schedule, by argparse destination.
-LENGTHS = ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "global_batch_size")
-SAMPLES = ("train_samples", "lr_decay_samples", "lr_warmup_samples")
-VALUES = ("lr", "min_lr", "lr_decay_style", "weight_decay")
 
 
 def check(args: Namespace) -> None:
     """Raises ValueError for intervals, lengths and warm-ups that Megatron would stumble over later."""
+    require(
+        not (args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler),
+        "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler are both set: keep one",
+    )
     for dest in ("log_interval", "eval_interval"):
         value = getattr(args, dest)
         require(value is None or value >= 1, f"--{dest.replace('_', '-')} {value} must be at least 1")
@@ -37,21 +36,26 @@ def check(args: Namespace) -> None:
             )
 
 
-def check_resumable(args: Namespace, build_parser: Callable[[], ArgumentParser]) -> None:
-    """Compare the schedule of the flags with that of the checkpoint in --load, told by the config beside it.
+def check_resumable(args: Namespace) -> None:
+    """Compare the schedule of the flags with that of the checkpoint that --load will take. On the first rank alone.
 
     Raises:
-        ValueError: everything that differs and that Megatron would refuse, with both values.
+        ValueError: everything that differs and that Megatron would refuse, with both values; no schedule in it.
     """
-    chosen = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or chosen:
+    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or args.rank:
         return
-    path = Path(args.load) / RESOLVED
-    # Released weights have no schedule.
-    if tracked_iteration(Path(args.load)) is None or not path.exists():
+    saved = _saved(args)
+    if saved is None:
         return
-    was, now = _schedule(_read(path, build_parser())), _schedule(args)
-    # Lengths in samples are not known of a run that did not say its batch.
+    require(
+        "opt_param_scheduler" in saved,
+        f"--load {args.load}: the checkpoint of iteration {saved['iteration']} was saved without its optimizer: add "
+        "--no-load-optim, which starts with a new one",
+    )
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    was, now = _schedule_of(saved), _schedule(args)
+    # Lengths in samples are not known of a run that does not say its batch.
     different = [name for name in now if name in was and now[name] != was[name]]
     if not different:
         return
@@ -63,26 +67,76 @@ def check_resumable(args: Namespace, build_parser: Callable[[], ArgumentParser])
     )
 
 
-def _read(path: Path, parser: ArgumentParser) -> Namespace:
-    content = yaml.safe_load(path.read_text()) or {}
-    known = {dest.replace("_", "-") for dest in (*LENGTHS, *SAMPLES, *VALUES)}
-    flags = [f"--{name}={value}" for name, value in content.items() if name in known]
-    return parser.parse_known_args(flags)[0]
+def _saved(args: Namespace) -> dict[str, Any] | None:
+    """The common state of the checkpoint; None where there is none, as of released weights."""
+    from yoco_megatron.checkpoint.common import common_state
+
+    load, tracked = Path(args.load), checkpoints.tracked_iteration(Path(args.load))
+    if args.ckpt_format != "torch_dist" or (tracked is None and not args.ckpt_step):
+        return None
+    older = [iteration for iteration in checkpoints.iterations(load) if iteration < (tracked or 0)]
+    for iteration in [args.ckpt_step] if args.ckpt_step else [tracked, *older]:
+        try:
+            return common_state(checkpoints.path_of(load, iteration))
+        except (Exception, CheckpointException):  # the latter is no Exception
+            continue  # loading passes over a damaged one, too, and says what is wrong with it
+    return None
+
+
+LENGTH = "samples (--train-iters x --global-batch-size, or --train-samples)"
+DECAY, WARMUP = "samples of --lr-decay-*", "samples of --lr-warmup-*"
+
+
+def _weight_decay(style: str, start: float, end: float) -> dict[str, object]:
+    found: dict[str, object] = {"--weight-decay-incr-style": style}
+    decays = (
+        {"--weight-decay": end} if style == "constant" else {"--start-weight-decay": start, "--end-weight-decay": end}
+    )
+    return found | decays
+
+
+def _length(args: Namespace) -> int | None:
+    if args.train_samples:
+        return args.train_samples
+    return args.train_iters * args.global_batch_size if args.train_iters and args.global_batch_size else None
+
+
+def _schedule_of(saved: dict[str, Any]) -> dict[str, object]:
+    """By flag, of a checkpoint's common state; lengths in samples, as Megatron counts them."""
+    scheduler, args = saved["opt_param_scheduler"], saved["args"]
+    return {
+        "--lr": scheduler["max_lr"],
+        "--min-lr": scheduler["min_lr"],
+        "--decoupled-lr": args.decoupled_lr,
+        "--decoupled-min-lr": args.decoupled_min_lr,
+        "--lr-decay-style": scheduler["lr_decay_style"],
+        **_weight_decay(scheduler["wd_incr_style"], scheduler["start_wd"], scheduler["end_wd"]),
+        LENGTH: _length(args),
+        DECAY: scheduler["lr_decay_steps"],
+        WARMUP: scheduler["lr_warmup_steps"],
+    }
 
 
 def _schedule(args: Namespace) -> dict[str, object]:
-    """By flag; lengths in samples, as Megatron counts them, where the flags tell."""
-    found = {f"--{dest.replace('_', '-')}": getattr(args, dest) for dest in VALUES}
-    if args.train_samples:
-        run, decay, warmup = (getattr(args, dest) for dest in SAMPLES)
-    elif args.global_batch_size and args.train_iters:
-        each = args.global_batch_size
-        run, decay = args.train_iters * each, (args.lr_decay_iters or 0) * each
-        warmup = args.lr_warmup_iters * each
-    else:
+    """The same of flags; lengths where they tell them."""
+    constant = args.weight_decay_incr_style == "constant"
+    start, end = (args.weight_decay,) * 2 if constant else (args.start_weight_decay, args.end_weight_decay)
+    found = {
+        "--lr": args.lr,
+        "--min-lr": args.min_lr,
+        "--decoupled-lr": args.decoupled_lr,
+        "--decoupled-min-lr": args.decoupled_min_lr,
+        "--lr-decay-style": args.lr_decay_style,
+        **_weight_decay(args.weight_decay_incr_style, start, end),
+    }
+    length = _length(args)
+    if length is None:
         return found
-    decay = decay or run
+    if args.train_samples:
+        decay, warmup = args.lr_decay_samples, args.lr_warmup_samples
+    else:
+        decay, warmup = ((steps or 0) * args.global_batch_size for steps in (args.lr_decay_iters, args.lr_warmup_iters))
+    decay = decay or length
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
-    of = "(--train-iters x --global-batch-size, or --train-samples)"
-    return found | {f"samples {of}": run, "samples of --lr-decay-*": decay, "samples of --lr-warmup-*": warmup}
+    return found | {LENGTH: length, DECAY: decay, WARMUP: warmup}
