@@ -33,9 +33,11 @@ CLUSTER_KEYS = {
     "preflight",
     "env",
 }
-CLUSTER_TYPES = {"gpus-per-node": int, "gpu-memory-gib": int | float} | dict.fromkeys(
-    ("sbatch", "container", "preflight", "env"), dict
-)
+GPUS = ("ampere", "hopper", "blackwell", "none")
+# Settings that are mappings, and what their values may be.
+SCALAR = str | int | float
+MAPPINGS = {"sbatch": SCALAR | None, "container": str, "preflight": SCALAR, "env": SCALAR}
+OF_FLAGS = {"nodes", "time"}  # options of sbatch that this script has, and reckons with
 CONTAINER_KEYS = {"image", "mounts"}
 LAUNCHERS = ("srun", "torchrun")
 
@@ -66,35 +68,62 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_cluster(path: str) -> dict[str, Any]:
-    """Site settings. Raises ValueError for a file or key that is wrong."""
+    """Site settings; what is null is left out. Raises ValueError for a file, key or value that is wrong."""
     try:
         cluster = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--cluster {path}: cannot be read: {error}") from None
-    if isinstance(cluster, dict):
-        for key, kind in CLUSTER_TYPES.items():
-            if cluster.get(key) is not None and not isinstance(cluster[key], kind):
-                kinds = {dict: "a mapping", int: "a whole number"}.get(kind, "a number")
-                raise ValueError(f"--cluster {path}: {key} must be {kinds}, not {cluster[key]!r}")
-        if cluster.get("launcher", "srun") not in LAUNCHERS:
-            raise ValueError(f"--cluster {path}: launcher {cluster['launcher']} must be one of {', '.join(LAUNCHERS)}")
-    unknown = cluster.keys() - CLUSTER_KEYS if isinstance(cluster, dict) else {"not a mapping"}
-    if unknown:
-        raise ValueError(f"--cluster {path}: unknown key {sorted(unknown)[0]}; known are {sorted(CLUSTER_KEYS)}")
-    if unknown := (cluster.get("container") or {}).keys() - CONTAINER_KEYS:
-        raise ValueError(
-            f"--cluster {path}: container: unknown key {sorted(unknown)[0]}; known are {sorted(CONTAINER_KEYS)}"
-        )
+    try:
+        return _checked(cluster)
+    except ValueError as error:
+        raise ValueError(f"--cluster {path}: {error}") from None
+
+
+def _checked(cluster: Any) -> dict[str, Any]:
+    if not isinstance(cluster, dict):
+        raise ValueError(f"must be a mapping of settings, not {cluster!r:.60}")
+    if unknown := sorted(map(str, cluster.keys() - CLUSTER_KEYS)):
+        raise ValueError(f"unknown key {unknown[0]}; known are {sorted(CLUSTER_KEYS)}")
+    cluster = {key: value for key, value in cluster.items() if value is not None}
+    for key, kind, kinds in (("gpus-per-node", int, "a whole number"), ("gpu-memory-gib", int | float, "a number")):
+        value = cluster.get(key, 1)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{key} must be {kinds}, not {value!r}")
+        if value <= 0:
+            raise ValueError(f"{key} {value} must be above 0")
+    for key, choices in (("gpu", GPUS), ("launcher", LAUNCHERS)):
+        if cluster.get(key, choices[0]) not in choices:
+            raise ValueError(f"{key} {cluster[key]} must be one of {', '.join(choices)}")
+    if not isinstance(cluster.get("python", ""), str):
+        raise ValueError(f"python must be the path of an interpreter, not {cluster['python']!r}")
+    for key, kind in MAPPINGS.items():
+        _check_mapping(key, cluster.get(key, {}), kind)
+    if taken := OF_FLAGS & cluster.get("sbatch", {}).keys():
+        raise ValueError(f"sbatch: {min(taken)} is for the flag --{min(taken)}")
+    if unknown := sorted(cluster.get("container", {}).keys() - CONTAINER_KEYS):
+        raise ValueError(f"container: unknown key {unknown[0]}; known are {sorted(CONTAINER_KEYS)}")
+    if names := [name for name in cluster.get("env", {}) if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+        raise ValueError(f"env: {names[0]!r} is no name of a variable")
     try:
         _, surplus = preflight.parser(exit_on_error=False).parse_known_args(["RUN", *preflight_flags(cluster)])
     except argparse.ArgumentError as error:
-        raise ValueError(f"--cluster {path}: preflight: {error}") from None
+        raise ValueError(f"preflight: {error}") from None
     if surplus:
         raise ValueError(
-            f"--cluster {path}: preflight: unknown setting {surplus[0].removeprefix('--')}; "
+            f"preflight: unknown setting {surplus[0].removeprefix('--')}; "
             "python -m yoco_megatron.resilience.preflight --help lists them"
         )
     return cluster
+
+
+def _check_mapping(key: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a mapping, not {value!r}")
+    for name, item in value.items():
+        if not isinstance(name, str) or not isinstance(item, kind):
+            raise ValueError(
+                f"{key}: {name}: {item!r} is not the text or number that is expected; quote it if it is text"
+            )
 
 
 def preflight_flags(cluster: dict[str, Any]) -> list[str]:
@@ -107,7 +136,7 @@ def seconds_of(limit: str) -> int:
     """Of a time limit as sbatch takes it. Raises ValueError."""
     days, _, rest = limit.rpartition("-")
     parts = rest.split(":")
-    if not all(map(str.isdigit, [days or "0", *parts])) or len(parts) > 3:
+    if not all(part.isascii() and part.isdigit() for part in [days or "0", *parts]) or len(parts) > 3:
         raise ValueError(f"--time {limit}: write minutes, minutes:seconds or [days-]hours:minutes:seconds")
     numbers = list(map(int, parts))
     if not days and len(parts) < 3:
@@ -210,7 +239,10 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         sbatch["gpus-per-node"] = per_node
     sbatch |= cluster.get("sbatch") or {}
     sbatch |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
-    sbatch |= {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
+    more = {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
+    if taken := OF_FLAGS & more.keys():
+        raise ValueError(f"--sbatch {min(taken)}=...: use --{min(taken)}")
+    sbatch |= more
     header = [
         f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
         for name, value in sbatch.items()
@@ -244,6 +276,8 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts {options.max_restarts} must not be negative")
     early = 60  # SLURM's signal may come so many seconds before its time
     if options.save_seconds < 1 or seconds_of(options.time) < options.save_seconds + early:
         raise ValueError(

@@ -214,6 +214,16 @@ def test_unknown_key_of_a_cluster(tmp_path):
         ("gpu-memory-gib: 80GB", "gpu-memory-gib must be a number, not '80GB'"),
         ("preflight: {min-tflop: 600}", "preflight: unknown setting min-tflop=600"),
         ("preflight: {min-tflops: fast}", "preflight: argument --min-tflops: invalid float value: 'fast'"),
+        ("gpus-per-node: 0", "gpus-per-node 0 must be above 0"),
+        ("gpus-per-node: true", "gpus-per-node must be a whole number, not True"),
+        ("gpu: hoper", "gpu hoper must be one of ampere, hopper, blackwell, none"),
+        ("python: [a, b]", "python must be the path of an interpreter, not ['a', 'b']"),
+        ("env: {A B: 1}", "env: 'A B' is no name of a variable"),
+        ("env: {A: [1, 2]}", "env: A: [1, 2] is not the text or number that is expected"),
+        ("container: {image: [a]}", "container: image: ['a'] is not the text"),
+        ("sbatch: {time: 60}", "sbatch: time is for the flag --time"),
+        ("{1: 2, x: 3}", "unknown key 1; known are"),
+        ("- a", "must be a mapping of settings, not ['a']"),
         ("container: {mount: /data}", "container: unknown key mount; known are ['image', 'mounts']"),
         ("preflight: {cpu: true}", "preflight: argument --cpu: ignored explicit argument 'True'"),
         ("env: NCCL_DEBUG=INFO", "env must be a mapping, not 'NCCL_DEBUG=INFO'"),
@@ -225,6 +235,25 @@ def test_wrong_value_of_a_cluster(line, said, tmp_path):
     (tmp_path / "site.yaml").write_text(f"{line}\n")
     done = submit("--cluster", str(tmp_path / "site.yaml"), *FLAGS)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sbatch", "time=1:00:00"], "--sbatch time=...: use --time"),
+        (["--max-restarts", "-3"], "--max-restarts -3 must not be negative"),
+        (["--time", "²"], "--time ²: write minutes"),
+    ],
+)
+def test_wrong_flags_of_submit(flags, said):
+    done = submit("--no-check", *FLAGS, *flags)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_that_are_null_are_left_out(tmp_path):
+    (tmp_path / "site.yaml").write_text("gpus-per-node:\ngpu:\nenv:\n")
+    done = submit("--no-check", "--cluster", str(tmp_path / "site.yaml"), *FLAGS)
+    assert done.returncode == 0 and "PROCS_PER_NODE=8" in done.stdout, done.stderr
 
 
 SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")]
