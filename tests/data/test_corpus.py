@@ -66,10 +66,11 @@ def test_corpus_inside_the_folder_is_not_a_document(folder: Path) -> None:
 
 def test_failed_run_leaves_the_old_corpus(folder: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("old")
+    old = '{"text": "old", "path": "a.txt"}\n'
+    corpus.write_text(old)
     with pytest.raises(ValueError, match=r"--input .* UTF-8"):
         gather(folder, [folder / "latin1.txt"], corpus)
-    assert corpus.read_text() == "old"
+    assert corpus.read_text() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "texts"]
 
 

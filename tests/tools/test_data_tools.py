@@ -188,6 +188,11 @@ def test_help_is_no_error(tool: str, flag: str) -> None:
 MISTAKES = {
     "glob": ("gather_text", "--python-stdlib --glob *.md --output {0}/x.jsonl", "--glob goes with --input"),
     "corpus": ("gather_text", "--input {0}/source --output /proc/x/corpus.jsonl", "--output /proc/x/corpus.jsonl: "),
+    "text": (
+        "gather_text",
+        "--input {0}/source --output {0}/source/readme.txt",
+        "--output {0}/source/readme.txt exists and is no corpus of this tool: name another file",
+    ),
     "size": ("train_tokenizer", "--input {0}/corpus.jsonl --output {0}/x", "--vocab-size is missing"),
     "place": ("train_tokenizer", "--bytes --output /proc/x/y", "--output /proc/x/y: "),
     "lang": (
@@ -245,3 +250,13 @@ def test_mistakes_of_a_cache(made: tuple[Path, dict[str, str]], tmp_path: Path) 
     assert done.returncode == 1 and "error: --tokenizer-type is missing" in done.stderr.splitlines()[-1]
     done = start("prepare_cache", *configs, *data, *TOKENIZER, made[0] / "bpe", "--data-cache-path", "/proc/x")
     assert done.returncode == 1 and "error: --data-cache-path: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("report", ["[1", "[]", '{"files": 3}', '{"files": {"bin": {}}}', '{"tokenizer": "bpe"}'])
+def test_a_damaged_report_is_one_error(report: str, made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"copy.{suffix}").write_bytes((made[0] / "out" / f"code_text_document.{suffix}").read_bytes())
+    (tmp_path / "copy.json").write_text(report)
+    error = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
+    assert f"error: {tmp_path}/copy.json is no report of tools/preprocess_data.py" in error.splitlines()[-1]
+    assert "Traceback" not in error

@@ -73,6 +73,14 @@ def test_exported_folder_knows_its_tokenizer(folders):
     assert (folders["model"] / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("output", ["/proc/x/model", "{model}/config.json/model"])
+def test_an_output_that_cannot_be_is_one_error(output, folders):
+    output = output.format(**folders)
+    done = start("convert_checkpoint", *f"--from megatron --input {folders['run']} --to hf --output {output}".split())
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"convert_checkpoint.py: error: --output {output}: " in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

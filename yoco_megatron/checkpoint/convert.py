@@ -51,15 +51,15 @@ def convert(
         require(Path(tokenizer).is_dir(), f"--tokenizer {tokenizer}: no such folder")
         source.tokenizer = Path(tokenizer)
     _check_tokenizer(source)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(final.parent).free
-    require(
-        free > source.bytes * 1.01,
-        f"--output {output}: {source.bytes / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free",
-    )
     aside = final.parent / f".{final.name}.incomplete-{os.getpid()}"
-    aside.mkdir()
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        require(
+            free > source.bytes * 1.01,
+            f"--output {output}: {source.bytes / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free",
+        )
+        aside.mkdir()
         if to == "megatron":
             target.write_megatron(source, aside)
         else:

@@ -48,9 +48,25 @@ def data_prefixes_from_args(args: Namespace) -> list[str]:
 
 
 def read_report(prefix: str) -> dict[str, Any]:
-    """The report that preprocessing wrote beside a dataset; {} if there is none."""
+    """The report that preprocessing wrote beside a dataset; {} if there is none.
+
+    Raises:
+        ValueError: a file that is damaged, or no such report.
+    """
     path = Path(f"{prefix}.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text())
+        files, about = report.get("files") or {}, report.get("tokenizer") or {}
+        if not all(isinstance(file["sha256"], str) for file in files.values()) or not isinstance(about, dict):
+            raise TypeError("wrong types")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no report of tools/preprocess_data.py ({type(error).__name__}: {error}): copy it again, or "
+            "remove it to go on without checksums"
+        ) from None
+    return report
 
 
 def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:

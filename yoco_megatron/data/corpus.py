@@ -54,8 +54,10 @@ def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> Gat
     not its own document.
 
     Raises:
-        ValueError: none of the files holds UTF-8 text.
+        ValueError: none of the files holds UTF-8 text; `output` is a file that is no such corpus.
     """
+    if output.is_file() and not _is_corpus(output):
+        raise ValueError(f"--output {output} exists and is no corpus of this tool: name another file")
     aside = output.with_name(output.name + ".tmp")
     own = {output.resolve(), aside.resolve()}
     by_name = {path.relative_to(root).as_posix(): path for path in paths if path.resolve() not in own}
@@ -85,6 +87,16 @@ def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> Gat
     finally:
         aside.unlink(missing_ok=True)
     return GatherReport(documents, size, not_utf8, empty)
+
+
+def _is_corpus(path: Path) -> bool:
+    """Whether a file is empty or begins as `gather` begins."""
+    with path.open("rb") as stream:
+        line = stream.readline()
+    try:
+        return not line or json.loads(line).keys() == {"text", "path"}
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
