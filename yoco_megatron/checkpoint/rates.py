@@ -32,13 +32,14 @@ def taken_from(checkpoint: Path, options: Namespace, optimizer: Any, scheduler: 
     if not chosen or scheduler is None or options.finetune or options.no_load_optim:
         yield
         return
-    saved = defaultdict(list)
+    saved = defaultdict(set)
     for group in param_groups(common_state(checkpoint)["optimizer"]):
-        saved[_kind(group)].append(group)
+        saved[_kind(group)].add(tuple(group.get(rate) for rate in RATES))
     flags = [{rate: group.get(rate) for rate in RATES} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        if alike := saved[_kind(group)]:
-            group.update({rate: alike[0].get(rate) for rate in RATES})
+        rates = saved[_kind(group)]
+        if len(rates) == 1:  # else Megatron finds it by its own, or refuses
+            group.update(zip(RATES, *rates))
     yield
     if override:
         for group, rates in zip(optimizer.param_groups, flags, strict=True):
