@@ -129,7 +129,7 @@ def _check_mapping(key: str, value: Any, kind: Any) -> None:
 def preflight_flags(cluster: dict[str, Any]) -> list[str]:
     """Flags of yoco_megatron.resilience.preflight: the cluster's settings, and whether it has GPUs."""
     cpu = ["--cpu"] if cluster.get("gpu") == "none" else []
-    return [*cpu, *(f"--{name}={value}" for name, value in (cluster.get("preflight") or {}).items())]
+    return [*cpu, *(f"--{name}={value}" for name, value in cluster.get("preflight", {}).items())]
 
 
 def seconds_of(limit: str) -> int:
@@ -237,18 +237,15 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
     }
     if cluster.get("gpu", "hopper") != "none":
         sbatch["gpus-per-node"] = per_node
-    sbatch |= cluster.get("sbatch") or {}
+    sbatch |= cluster.get("sbatch", {})
     sbatch |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
-    more = {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
-    if taken := OF_FLAGS & more.keys():
-        raise ValueError(f"--sbatch {min(taken)}=...: use --{min(taken)}")
-    sbatch |= more
+    sbatch |= {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
     header = [
         f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
         for name, value in sbatch.items()
         if value is not None and value is not False
     ]
-    container = cluster.get("container") or {}
+    container = cluster.get("container", {})
     settings = {
         "RUN_FOLDER": str(run),
         "TRAIN_ARGS": str(run / "train_args.txt"),
@@ -261,7 +258,7 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "CONTAINER_IMAGE": options.container_image or container.get("image", ""),
         "CONTAINER_MOUNTS": options.container_mounts or container.get("mounts", ""),
     }
-    exports = environment | {name: str(value) for name, value in (cluster.get("env") or {}).items()}
+    exports = environment | {name: str(value) for name, value in cluster.get("env", {}).items()}
     lines = ["#!/usr/bin/env bash", *header, ""]
     lines += [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
@@ -276,6 +273,8 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
+    if taken := OF_FLAGS & {item.partition("=")[0] for item in options.sbatch}:
+        raise ValueError(f"--sbatch {min(taken)}=...: use --{min(taken)}")
     if options.max_restarts < 0:
         raise ValueError(f"--max-restarts {options.max_restarts} must not be negative")
     early = 60  # SLURM's signal may come so many seconds before its time
@@ -286,7 +285,7 @@ def main(argv: list[str]) -> int:
         )
     if any("\n" in word for word in train_args):
         raise ValueError("a flag of pretrain_yoco.py holds a line break")
-    refuse_secrets([*train_args, *(f"--{item}" for item in options.sbatch)], cluster.get("env") or {})
+    refuse_secrets([*train_args, *(f"--{item}" for item in options.sbatch)], cluster.get("env", {}))
     text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args)
     script = render(options, cluster, environment)
     print(text)

@@ -1,5 +1,6 @@
 """What all ranks of a run had in common when a checkpoint was saved: arguments, schedule, the optimizer's groups."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ def common_state(checkpoint: Path) -> dict[str, Any]:
     Keys, among others: `iteration`; `args`, Megatron's; `opt_param_scheduler` and `optimizer`, unless saved without.
     """
     safe_load.install()
-    return dist_checkpointing.load_common_state_dict(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is")  # a process reads it for itself
+        return dist_checkpointing.load_common_state_dict(checkpoint)
 
 
 def param_groups(optimizer: Any) -> Iterator[dict[str, Any]]:

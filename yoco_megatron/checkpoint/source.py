@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from yoco_megatron.checkpoint import fields, names, safe_load
+from yoco_megatron.checkpoint.common import common_state
 from yoco_megatron.checkpoint.folder import RESOLVED, TRACKER, path_of
 from yoco_megatron.config.files import load_config_files
 from yoco_megatron.config.rules import nearest, require
@@ -129,10 +130,6 @@ class TrainingTensors:
             if hasattr(entry, "properties") and not name.startswith(skipped)
         }
 
-    def common(self) -> dict[str, Any]:
-        """What every rank had: Megatron's arguments, the iteration."""
-        return self._load("common_state/shard_0_1", None)[0]
-
     def load(self, name: str) -> Tensor:
         """One tensor."""
         entry = self.metadata.state_dict_metadata[name]
@@ -152,7 +149,7 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     from yoco_megatron.checkpoint.load import parse_run
 
     tensors = TrainingTensors(checkpoint_folder(folder, iteration))
-    args, found, common = parse_run(str(folder), iteration), tensors.found(), tensors.common()
+    args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.reader.path)
     embedding = found.get("embedding.word_embeddings.weight")
     require(embedding is not None, f"--input {folder}: no embedding.word_embeddings.weight: no model of this project")
     args.padded_vocab_size = embedding[0][0]

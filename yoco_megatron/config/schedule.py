@@ -10,6 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yoco_megatron.checkpoint import folder as checkpoints
+from yoco_megatron.checkpoint.common import common_state
 from yoco_megatron.config.rules import require
 
 
@@ -54,8 +55,7 @@ def check_resumable(args: Namespace) -> None:
     )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    was, now = _schedule_of(saved), _schedule(args)
-    # Lengths in samples are not known of a run that does not say its batch.
+    was, now = _by_flag(saved["opt_param_scheduler"], saved["args"]), _by_flag(_scheduler_of(args), args)
     different = [name for name in now if name in was and now[name] != was[name]]
     if not different:
         return
@@ -69,8 +69,6 @@ def check_resumable(args: Namespace) -> None:
 
 def _saved(args: Namespace) -> dict[str, Any] | None:
     """The common state of the checkpoint; None where there is none, as of released weights."""
-    from yoco_megatron.checkpoint.common import common_state
-
     load, tracked = Path(args.load), checkpoints.tracked_iteration(Path(args.load))
     if args.ckpt_format != "torch_dist" or (tracked is None and not args.ckpt_step):
         return None
@@ -83,51 +81,22 @@ def _saved(args: Namespace) -> dict[str, Any] | None:
     return None
 
 
-LENGTH = "samples (--train-iters x --global-batch-size, or --train-samples)"
-DECAY, WARMUP = "samples of --lr-decay-*", "samples of --lr-warmup-*"
-
-
-def _weight_decay(style: str, start: float, end: float) -> dict[str, object]:
-    found: dict[str, object] = {"--weight-decay-incr-style": style}
-    decays = (
-        {"--weight-decay": end} if style == "constant" else {"--start-weight-decay": start, "--end-weight-decay": end}
-    )
-    return found | decays
-
-
 def _length(args: Namespace) -> int | None:
     if args.train_samples:
         return args.train_samples
     return args.train_iters * args.global_batch_size if args.train_iters and args.global_batch_size else None
 
 
-def _schedule_of(saved: dict[str, Any]) -> dict[str, object]:
-    """By flag, of a checkpoint's common state; lengths in samples, as Megatron counts them."""
-    scheduler, args = saved["opt_param_scheduler"], saved["args"]
-    return {
-        "--lr": scheduler["max_lr"],
-        "--min-lr": scheduler["min_lr"],
-        "--decoupled-lr": args.decoupled_lr,
-        "--decoupled-min-lr": args.decoupled_min_lr,
-        "--lr-decay-style": scheduler["lr_decay_style"],
-        **_weight_decay(scheduler["wd_incr_style"], scheduler["start_wd"], scheduler["end_wd"]),
-        LENGTH: _length(args),
-        DECAY: scheduler["lr_decay_steps"],
-        WARMUP: scheduler["lr_warmup_steps"],
-    }
-
-
-def _schedule(args: Namespace) -> dict[str, object]:
-    """The same of flags; lengths where they tell them."""
+def _scheduler_of(args: Namespace) -> dict[str, Any]:
+    """The state that Megatron's scheduler would have; without its lengths where the flags do not tell the batch."""
     constant = args.weight_decay_incr_style == "constant"
-    start, end = (args.weight_decay,) * 2 if constant else (args.start_weight_decay, args.end_weight_decay)
     found = {
-        "--lr": args.lr,
-        "--min-lr": args.min_lr,
-        "--decoupled-lr": args.decoupled_lr,
-        "--decoupled-min-lr": args.decoupled_min_lr,
-        "--lr-decay-style": args.lr_decay_style,
-        **_weight_decay(args.weight_decay_incr_style, start, end),
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_decay_style": args.lr_decay_style,
+        "wd_incr_style": args.weight_decay_incr_style,
+        "start_wd": args.weight_decay if constant else args.start_weight_decay,
+        "end_wd": args.weight_decay if constant else args.end_weight_decay,
     }
     length = _length(args)
     if length is None:
@@ -139,4 +108,25 @@ def _schedule(args: Namespace) -> dict[str, object]:
     decay = decay or length
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
-    return found | {LENGTH: length, DECAY: decay, WARMUP: warmup}
+    return found | {"lr_decay_steps": decay, "lr_warmup_steps": warmup}
+
+
+def _by_flag(scheduler: dict[str, Any], args: Namespace) -> dict[str, object]:
+    """A schedule in a user's words; lengths in samples, as Megatron counts them, where they are known."""
+    lengths = {
+        "samples (--train-iters x --global-batch-size, or --train-samples)": _length(args),
+        "samples of --lr-decay-*": scheduler.get("lr_decay_steps"),
+        "samples of --lr-warmup-*": scheduler.get("lr_warmup_steps"),
+    }
+    start, end = scheduler["start_wd"], scheduler["end_wd"]
+    constant = scheduler["wd_incr_style"] == "constant"
+    return {
+        "--lr": scheduler["max_lr"],
+        "--min-lr": scheduler["min_lr"],
+        "--decoupled-lr": args.decoupled_lr,
+        "--decoupled-min-lr": args.decoupled_min_lr,
+        "--lr-decay-style": scheduler["lr_decay_style"],
+        "--weight-decay-incr-style": scheduler["wd_incr_style"],
+        **({"--weight-decay": end} if constant else {"--start-weight-decay": start, "--end-weight-decay": end}),
+        **{name: value for name, value in lengths.items() if value is not None},
+    }
