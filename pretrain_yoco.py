@@ -13,24 +13,25 @@ from pathlib import Path
 
 gc.disable()  # until all is imported: none of it is garbage
 
-from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()  # before anything imports megatron; also in the processes that write checkpoints
+prepare()  # before anything imports megatron; also in the processes that write checkpoints
 
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from yoco_megatron.checkpoint import architecture, safe_load, safety
-from yoco_megatron.config import arguments
+from yoco_megatron.checkpoint import architecture, safe_unpickling
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.model.builder import model_config_from_args
-from yoco_megatron.parallel.stages import StagePlan
-from yoco_megatron.resilience import outcome, run_folder
-from yoco_megatron.resilience.loop import run_folder_kept
+from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.resilience import exit_record, run_folder
+from yoco_megatron.startup import arguments
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.training.upstream import (
+from yoco_megatron.upstream import checkpointing
+from yoco_megatron.upstream.resilience_hooks import run_folder_kept
+from yoco_megatron.upstream.training_loop import (
     compile_what_is_called,
     count_yoco,
     schedule_steps,
@@ -74,8 +75,8 @@ def main(argv: list[str]) -> None:
         arguments.save_resolved_config(args, args.save)
         architecture.save(args, args.save)
         fingerprint.save(args, args.save)
-    safe_load.install()
-    safety.install()
+    safe_unpickling.install()
+    checkpointing.install()
     count_yoco()
     schedule_steps()
     skip_batches()
@@ -94,7 +95,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:
-        how = outcome.record_exception(sys.argv, error)
+        how = exit_record.record_exception(sys.argv, error)
         if how.kind == "crash" or os.environ.get("YOCO_TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") == "0" or how.kind == "storage":

@@ -15,8 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,10 +25,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from megatron.training.initialize import initialize_megatron
 
-from yoco_megatron.checkpoint.load import alone
-from yoco_megatron.config import arguments
-from yoco_megatron.config.shape import ModelShape
+from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.model.builder import model_config_from_args
+from yoco_megatron.startup import arguments
+from yoco_megatron.startup.load_run import alone
 
 # Without Megatron's wrapper there is no buffer for gradients that Transformer Engine could add to.
 FLAGS = "--no-gradient-accumulation-fusion "

@@ -8,7 +8,7 @@ from pathlib import Path
 from mesh import Mesh
 from runs import ROOT, Failure, Run, attempt
 
-from yoco_megatron.config.files import load_config_files
+from yoco_megatron.config.yaml_files import load_config_files
 
 MODELS = {"GPT": "transformer_{}", "gated_retention": "yoco_{}", "sliding_window": "yoco_{}_swa"}
 PRECISIONS = {

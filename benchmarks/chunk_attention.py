@@ -4,7 +4,7 @@
     python benchmarks/chunk_attention.py --tokens 65536 --window 1024
 
 Of a sequence over two ranks, rank by rank: Transformer Engine's attention, one call for each chunk with a bottom-right
-causal mask, beside one causal square and an unmasked rectangle, joined (model/two_chunk_attention.py). With a window,
+causal mask, beside one causal square and an unmasked rectangle, merged (zigzag_attention.py). With a window,
 of a rank's two chunks and the keys before them: such calls, beside squares, for which queries of nobody stand before
 the chunk's own; each also with one key of nobody, which makes their number a multiple of 128. Both beside the whole
 sequence on one GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5
@@ -18,8 +18,9 @@ from record import record
 from runs import ROOT
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import torch
 import torch.nn.functional as F

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from record import record
 
-from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -39,20 +39,20 @@ def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def write(model: str, folder: Path) -> dict[str, float]:
     """A training checkpoint of the config's shape, tensor by tensor."""
-    from yoco_megatron.checkpoint import fields, names, target
-    from yoco_megatron.checkpoint.source import Source
-    from yoco_megatron.config.arguments import parse
+    from yoco_megatron.convert import config_fields, tensor_names, writers
+    from yoco_megatron.convert.readers import Source
+    from yoco_megatron.startup.arguments import parse
 
     config_file = ROOT / f"configs/model/yoco_{model}.yaml"
     args = parse(["--config", str(config_file), "--mock-data", "--tokenizer-type", "NullTokenizer",
                   "--vocab-size", "100351", "--micro-batch-size", "1"])  # fmt: skip
     args.padded_vocab_size = 100_352
-    config = fields.from_args(args)
-    shapes = names.shapes(config)
+    config = config_fields.from_args(args)
+    shapes = tensor_names.shapes(config)
     dtypes = dict.fromkeys(shapes, torch.bfloat16)
     source = Source("hf", folder, config, dtypes, lambda name: draw(name, shapes[name]))
     folder.mkdir()
-    target.write_megatron(source, folder)
+    writers.write_megatron(source, folder)
     return {"MiB": source.bytes / MIB, "largest MiB": 2 * max(torch.Size(s).numel() for s in shapes.values()) / MIB}
 
 
@@ -77,7 +77,7 @@ class Memory:
 
 def convert(kind: str, folder: Path, to: str, output: Path) -> dict[str, dict[str, float]]:
     """Seconds and MiB of a conversion and of the comparison at its end."""
-    from yoco_megatron.checkpoint import convert, verify
+    from yoco_megatron.convert import convert, verify
 
     memory, compare, found = Memory(), verify.compare, {}
     start = time.perf_counter()
@@ -95,11 +95,11 @@ def convert(kind: str, folder: Path, to: str, output: Path) -> dict[str, dict[st
 
 def check(folder: Path) -> int:
     """The number of tensors, each of which is what was drawn. Raises AssertionError."""
-    from yoco_megatron.checkpoint import names
-    from yoco_megatron.checkpoint.source import open_source
+    from yoco_megatron.convert import tensor_names
+    from yoco_megatron.convert.readers import open_source
 
     source = open_source("megatron", str(folder))
-    shapes = names.shapes(source.config)
+    shapes = tensor_names.shapes(source.config)
     for name, shape in shapes.items():
         assert torch.equal(source.load(name), draw(name, shape)), name
     return len(shapes)
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        runtime.prepare()
+        prepare()
         way, *rest = json.loads(args.way)
         call = {
             "write": lambda model, folder: write(model, Path(folder)),

@@ -19,8 +19,9 @@ from record import record
 from runs import ROOT
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import torch
 import triton.testing
@@ -82,7 +83,7 @@ def norm(options: argparse.Namespace) -> list[Result]:
 def swiglu_backward(options: argparse.Namespace) -> Result:
     from megatron.core.fusions.fused_bias_swiglu import swiglu_back
 
-    from yoco_megatron.ops.swiglu import fused_swiglu
+    from yoco_megatron.ops.fused.swiglu import fused_swiglu
 
     width = options.ffn_hidden_size
     wide, dy = random(options.tokens, 2 * width).requires_grad_(), random(options.tokens, width)
@@ -96,7 +97,7 @@ def rope(options: argparse.Namespace) -> Result:
     """Of a cross-decoder layer's queries, forward; backward is the same kernel."""
     from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
 
-    from yoco_megatron.ops.rotary.triton import rotate
+    from yoco_megatron.ops.fused.rotary import rotate
 
     width = options.heads * options.head_dim
     x = random(options.tokens // options.micro_batch, options.micro_batch, options.heads, options.head_dim)

@@ -33,7 +33,7 @@ def write_lengths(path: Path, documents: int) -> None:
 
 
 def write_ours(folder: Path) -> None:
-    from yoco_megatron.data.index import write_index
+    from yoco_megatron.corpus.idx_writer import write_index
 
     write_index(folder / "ours.idx", np.memmap(folder / "lengths", np.int32, "r"), np.uint16)
 

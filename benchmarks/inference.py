@@ -34,7 +34,7 @@ import torch
 from record import record
 
 from yoco_megatron import runtime
-from yoco_megatron.config.files import load_config_files
+from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.hf import modeling_yoco
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM

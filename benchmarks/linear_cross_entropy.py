@@ -16,8 +16,9 @@ from record import record
 from runs import ROOT
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import torch
 import torch.distributed as dist

@@ -19,18 +19,19 @@ from record import record
 from runs import ROOT, device_name, last_error, torchrun
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.init import initialize
-from yoco_megatron.model.stage import Stage
+from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.pipeline.stages import Stage
 
 GIB = 2**30
 VOCABULARY, MLP_CHUNKS, WARM_UP = 8192, 16, 4096

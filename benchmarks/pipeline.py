@@ -17,7 +17,7 @@ from cases import PRECISIONS
 from record import record
 from runs import ROOT, Run, device_name, train
 
-from yoco_megatron.config.files import load_config_files
+from yoco_megatron.config.yaml_files import load_config_files
 
 
 def run(name: str, model: str, gpus: int, mesh: str, options: argparse.Namespace, **settings: str) -> Run:

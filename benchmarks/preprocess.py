@@ -65,7 +65,7 @@ def megatron(corpus: str, model: str, prefix: str, workers: int) -> tuple[float,
 
 def ours(corpus: str, model: str, prefix: str, workers: int, backend: str) -> tuple[float, int]:
     """Seconds and tokens of tools/preprocess_data.py, checksums and fsync included."""
-    from yoco_megatron.data.preprocess import preprocess
+    from yoco_megatron.corpus.preprocess import preprocess
 
     tokenizer = tokenizer_of(model)
     start = time.perf_counter()

@@ -2,13 +2,13 @@
 
 from runs import MOCK
 
-from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
-from yoco_megatron.config import arguments
-from yoco_megatron.config.shape import ModelShape
-from yoco_megatron.parallel.traffic import received_bytes
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.traffic import received_bytes
+from yoco_megatron.startup import arguments
 
 
 def received_gigabytes(flags: str, cp: int, sequences: int, tp: int = 1) -> float:

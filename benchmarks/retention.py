@@ -99,7 +99,7 @@ def passes(run, B: int, T: int, H: int, D: int):
 
 def mixer_passes(B: int, T: int, H: int, D: int):
     """The whole mixer, fused, and as the chain of its parts around the same retention kernel (rotation by TE)."""
-    from yoco_megatron.ops.retention_mixer.triton import mix
+    from yoco_megatron.ops.fused.retention_mixer import mix
 
     qkvg = torch.randn(T, B, H * 4 * D, device="cuda", dtype=torch.bfloat16).requires_grad_()
     logits = torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -126,7 +126,7 @@ def mixer_passes(B: int, T: int, H: int, D: int):
 
     from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
 
-    from yoco_megatron.model.norm import rms_norm
+    from yoco_megatron.model.layers.norm import rms_norm
 
     def rotate(x, angles):
         return apply_rotary_pos_emb(x, angles, tensor_format="sbhd", interleaved=True, fused=True)

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pretrain_yoco
-from yoco_megatron.config import arguments
+from yoco_megatron.startup import arguments
 
 
 def as_megatron_does(*_: Any) -> None:

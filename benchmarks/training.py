@@ -54,7 +54,7 @@ def micro_batches(items: list[str]) -> dict[str, list[int]]:
 
 
 def gflop_per_token(run: Run) -> float:
-    """Of a training step, as the mathematics needs them; the run's log says it (yoco_megatron/training/flops.py)."""
+    """Of a training step, as the mathematics needs them; the run's log says it (yoco_megatron/costs/flops.py)."""
     return float(re.search(r"([0-9.]+) GFLOP a token to train", run.log).group(1))
 
 

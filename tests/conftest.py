@@ -1,13 +1,16 @@
 """Every test imports Megatron through the runtime, as users do; GPU tests are skipped, visibly, where there is none."""
 
 import contextlib
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
-runtime.prepare()
+prepare()
 
 import pytest
 import torch
@@ -40,3 +43,15 @@ def disk_of(tmp_path):
     """Make a file system of so many bytes."""
     with contextlib.ExitStack() as mounts:
         yield lambda size: mounts.enter_context(small_disk(tmp_path / "disk", size))
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 400 tokens; not to be changed."""
+    from yoco_megatron.corpus.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = [json.dumps({"text": f"the {n} quick größer foxes = {n * n}, return x_{n % 7}"}) for n in range(400)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    train_tokenizer([folder / "corpus.jsonl"], 400, folder / "bpe")
+    return folder / "bpe"

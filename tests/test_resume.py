@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.cli import Log, checkpoint, train
 
-from yoco_megatron.checkpoint.common import common_state, param_groups
+from yoco_megatron.checkpoint.common_state import common_state, param_groups
 
 HALF, WHOLE = 10, 20
 TOLERANCE = 2e-5

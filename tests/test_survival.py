@@ -23,8 +23,8 @@ from support.cli import TINY, Log, _main, _script, parse, run_script, train
 from support.disks import make_read_only, own_mount
 from support.ports import free_port
 
-from yoco_megatron.checkpoint import folder as checkpoints
 from yoco_megatron.checkpoint import integrity
+from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy
 
 STEPS = 20
@@ -93,7 +93,7 @@ def test_no_whole_checkpoint_is_the_users_to_decide(undisturbed, tmp_path):
 
 def _killed_at(place: str, flags: list[str]) -> None:
     """Train, and die at a place of the save of step 10."""
-    from yoco_megatron.checkpoint import safety
+    from yoco_megatron.upstream import checkpointing
 
     def die(*_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -102,7 +102,7 @@ def _killed_at(place: str, flags: list[str]) -> None:
         return lambda path, *rest: die() if Path(path).name == "iter_0000010" else function(path, *rest)
 
     if place == "before the manifest":
-        safety.integrity.seal = of_step_10(integrity.seal)
+        checkpointing.integrity.seal = of_step_10(integrity.seal)
     elif place == "before the tracker":
         seal = integrity.seal
 
@@ -111,7 +111,7 @@ def _killed_at(place: str, flags: list[str]) -> None:
             if Path(path).name == "iter_0000010":
                 die()
 
-        safety.integrity.seal = seal_and_die
+        checkpointing.integrity.seal = seal_and_die
     _main(flags)
 
 
@@ -368,9 +368,9 @@ def _hanging(flags: list[str]) -> None:
         return train_step(*args, **kwargs)
 
     training.train_step = stuck
-    from yoco_megatron.resilience import hang
+    from yoco_megatron.resilience import watchdog
 
-    hang.GRACE_S = 2
+    watchdog.GRACE_S = 2
     _main(flags)
 
 

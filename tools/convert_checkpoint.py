@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 
-from yoco_megatron.checkpoint.formats import SOURCES, TARGETS
+from yoco_megatron.convert import SOURCES, TARGETS
 
 # Both models are compared in fp32, which Transformer Engine would round to TF32; and they need not fit into a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB a safetensors file, default 2")
     options = parser.parse_args()
     # Seconds of imports, which --help and a mistyped flag do without.
-    from yoco_megatron import runtime
+    from yoco_megatron.startup.prepare import prepare
 
-    runtime.prepare()
-    from yoco_megatron.checkpoint.convert import convert
+    prepare()
+    from yoco_megatron.convert.convert import convert
 
     logging.basicConfig(level=logging.WARNING, format="convert_checkpoint.py: %(message)s")
     try:

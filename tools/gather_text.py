@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from yoco_megatron.data.corpus import find_files, gather, python_stdlib
+from yoco_megatron.corpus.gather import find_files, gather, python_stdlib
 
 
 def main() -> None:

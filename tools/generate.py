@@ -57,11 +57,12 @@ def run(options: argparse.Namespace) -> None:
     """Load, generate, print."""
     # Seconds of imports, which --help and a mistyped flag do without.
     from yoco_megatron import runtime
+    from yoco_megatron.startup.prepare import prepare
 
-    runtime.prepare()
+    prepare()
     from yoco_megatron.inference.generation import Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
-    from yoco_megatron.inference.rerun import Rerun
+    from yoco_megatron.inference.uncached import Rerun
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     texts = read_prompts(options)

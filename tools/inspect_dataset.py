@@ -9,7 +9,7 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data import inspect
+from yoco_megatron.corpus import report
 from yoco_megatron.data.check import check_data_prefixes, count_documents, unigram_entropy
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments
 
@@ -32,16 +32,16 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers tell each step, on the standard output
     try:
         check_data_prefixes([args.data_path])
-        checksums = inspect.verify(args.data_path) if args.verify else None
-        tokenizer = inspect.tokenizer_of(args.data_path, args) if args.samples > 0 else None
+        checksums = report.verify(args.data_path) if args.verify else None
+        tokenizer = report.tokenizer_of(args.data_path, args) if args.samples > 0 else None
         documents, tokens = count_documents(args.data_path)
         nats = unigram_entropy(args.data_path, args.split, args.part)
     except ValueError as error:
         parser.error(str(error))
-    lengths = inspect.document_lengths(args.data_path) if args.histogram or not args.json else None
+    lengths = report.document_lengths(args.data_path) if args.histogram or not args.json else None
     if args.histogram:
         try:
-            inspect.save_histogram(lengths, args.histogram, Path(args.data_path).name)
+            report.save_histogram(lengths, args.histogram, Path(args.data_path).name)
         except (OSError, ValueError) as error:  # no such folder, or a kind of picture that matplotlib does not know
             parser.error(f"--histogram {args.histogram}: {error}")
     if args.json:
@@ -51,13 +51,13 @@ def main() -> None:
         return
     where = f" of part {args.part} of {args.split}" if args.part else ""
     print(f"{args.data_path}: {documents:,} documents, {tokens:,} tokens")
-    print(inspect.describe_lengths(lengths))
+    print(report.describe_lengths(lengths))
     print(f"unigram entropy{where}: {nats:.4f} nats a token (perplexity {math.exp(nats):,.1f})")
     for suffix, sha256 in (checksums or {}).items():
         print(f".{suffix} is whole: sha256 {sha256}")
     if tokenizer is not None:
         sample = (args.samples, args.sample_seed, args.sample_tokens)
-        for number, length, text in inspect.random_documents(args.data_path, tokenizer, *sample):
+        for number, length, text in report.random_documents(args.data_path, tokenizer, *sample):
             print(f"\n== document {number:,}, {length:,} tokens\n{text}")
 
 

@@ -5,7 +5,7 @@ import warnings
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data.merge import find_prefixes, merge
+from yoco_megatron.corpus.merge import find_prefixes, merge
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()
     # Seconds of imports, which --help does without.
-    from yoco_megatron import runtime
+    from yoco_megatron.startup.prepare import prepare
 
-    runtime.prepare()  # before anything imports megatron
-    from yoco_megatron.config import arguments
+    prepare()  # before anything imports megatron
     from yoco_megatron.data.plan import plan, table, train_samples
+    from yoco_megatron.startup import arguments
 
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:

@@ -15,11 +15,11 @@ def main() -> None:
         print(__doc__.strip())
         return
     # Seconds of imports, which --help does without.
-    from yoco_megatron import runtime
+    from yoco_megatron.startup.prepare import prepare
 
-    runtime.prepare()  # before anything imports megatron
-    from yoco_megatron.config import arguments
+    prepare()  # before anything imports megatron
     from yoco_megatron.data.provider import prepare_cache
+    from yoco_megatron.startup import arguments
 
     logging.getLogger("megatron").setLevel(logging.WARNING)
     started = time.monotonic()

@@ -12,10 +12,10 @@ import warnings
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
-from yoco_megatron.data.encoders import BACKENDS
-from yoco_megatron.data.preprocess import MAX_BAD_LINES, Report, preprocess
-from yoco_megatron.data.readers import expand_inputs
-from yoco_megatron.data.sentences import SentenceSplitter
+from yoco_megatron.corpus.encoders import BACKENDS
+from yoco_megatron.corpus.preprocess import MAX_BAD_LINES, Report, preprocess
+from yoco_megatron.corpus.readers import expand_inputs
+from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
 
 # Bad records that are shown on the screen.

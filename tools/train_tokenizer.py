@@ -7,8 +7,9 @@ tools/train_tokenizer.py --bytes --output TOKENIZER                    # a byte 
 import argparse
 from pathlib import Path
 
-from yoco_megatron.data.readers import expand_inputs
-from yoco_megatron.data.tokenizer import byte_tokenizer, tokenizer_sha256, train_tokenizer
+from yoco_megatron.corpus.readers import expand_inputs
+from yoco_megatron.corpus.tokenizer_training import byte_tokenizer, train_tokenizer
+from yoco_megatron.data.tokenizer import tokenizer_sha256
 
 
 def main() -> None:

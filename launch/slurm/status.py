@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from yoco_megatron.checkpoint import folder as checkpoints
+from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy
 
 STALE_S = 600  # a heartbeat this old is worth a word

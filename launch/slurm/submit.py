@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from yoco_megatron.resilience import preflight, run_folder
+from yoco_megatron.resilience.launch_environment import launch_environment
 
 CLUSTER_KEYS = {
     "gpu",
@@ -151,17 +152,17 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     Raises:
         ValueError: what would make the job fail at its start.
     """
-    from yoco_megatron import runtime
+    from yoco_megatron.startup.prepare import prepare
 
-    runtime.prepare()
-    from yoco_megatron.config import arguments
-    from yoco_megatron.config.shape import parameter_count
-    from yoco_megatron.parallel.stages import StagePlan
-    from yoco_megatron.resilience import plan
+    prepare()
+    from yoco_megatron.costs.memory import GIB, gpu_memory
+    from yoco_megatron.costs.shape import parameter_count
+    from yoco_megatron.parallel.pipeline.stages import StagePlan
+    from yoco_megatron.startup import arguments
 
     per_node = cluster.get("gpus-per-node", 8)
     processes = options.nodes * per_node
-    with plan.world_of(processes):
+    with arguments.world_of(processes):
         args = arguments.parse(train_args)
         arguments.check_run(args)
         if args.padded_vocab_size is None:
@@ -177,10 +178,10 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
     if pp > 1 and args.architecture == "yoco":
         from yoco_megatron.model.builder import model_config_from_args
 
-        with plan.world_of(processes):
+        with arguments.world_of(processes):
             arguments.validate_args(args)
         stages = StagePlan.from_config(model_config_from_args(args).transformer)
-    memory = plan.memory(args, stages)
+    memory = gpu_memory(args, stages)
     data = processes // (tp * pp * cp)
     lines = [
         f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x "
@@ -189,20 +190,20 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
         f"{args.global_batch_size}, --train-iters {args.train_iters}"
         if shape.padded_vocab_size
         else f"--seq-length {args.seq_length}",
-        f"memory per GPU: {memory.states / plan.GIB:.1f} GiB of states, about {memory.activations / plan.GIB:.1f} GiB "
+        f"memory per GPU: {memory.states / GIB:.1f} GiB of states, about {memory.activations / GIB:.1f} GiB "
         "of activations",
     ]
     limit = cluster.get("gpu-memory-gib")
-    if limit and memory.states > limit * plan.GIB:
+    if limit and memory.states > limit * GIB:
         raise ValueError(
-            f"weights, gradients and optimizer take {memory.states / plan.GIB:.1f} GiB of the {limit} GiB of a GPU: "
+            f"weights, gradients and optimizer take {memory.states / GIB:.1f} GiB of the {limit} GiB of a GPU: "
             "raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or --use-distributed-optimizer"
         )
-    if limit and memory.total > 0.9 * limit * plan.GIB:
+    if limit and memory.total > 0.9 * limit * GIB:
         lines.append(f"WARNING: that is close to or above {limit} GiB: see --recompute-granularity, --micro-batch-size")
     if args.save_interval is None:
         raise ValueError("--save-interval is missing: a node failure would lose everything since the start")
-    return "\n".join(lines), plan.environment(cluster.get("gpu", "hopper"), args, options.run_folder)
+    return "\n".join(lines), launch_environment(cluster.get("gpu", "hopper"), args, options.run_folder)
 
 
 def refuse_secrets(words: list[str], environment: dict[str, Any]) -> None:

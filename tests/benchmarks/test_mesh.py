@@ -12,7 +12,7 @@ from mesh import Mesh
 from runs import MOCK, Run
 
 from yoco_megatron import runtime
-from yoco_megatron.config import arguments
+from yoco_megatron.startup import arguments
 
 # Of four and of eight GPUs.
 MESHES_3B = ["DP4", "TP2xDP2", "PP2xTP2", "PP2xTP2 VP2", "CP4", "TP2xCP2"]

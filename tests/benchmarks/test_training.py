@@ -11,7 +11,7 @@ from mesh import Mesh
 from runs import MOCK, Failure, Run, last_error
 
 from yoco_megatron import runtime
-from yoco_megatron.config import arguments
+from yoco_megatron.startup import arguments
 
 ONE = Mesh.of("1")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from support.worlds import run_world
 
-from yoco_megatron.checkpoint import folder, integrity, retention
+from yoco_megatron.checkpoint import integrity, layout, pruning
 
 
 def write(run: Path, iteration: int, seal: bool = True, seed: int = 0) -> Path:
     """A checkpoint of random bytes, as Megatron leaves one."""
-    path = folder.path_of(run, iteration)
+    path = layout.path_of(run, iteration)
     path.mkdir(parents=True)
     rng = random.Random(iteration + seed)
     for rank in range(3):
@@ -21,7 +21,7 @@ def write(run: Path, iteration: int, seal: bool = True, seed: int = 0) -> Path:
     (path / "metadata.json").write_text("{}")
     if seal:
         integrity.seal(path)
-    folder.write_tracker(run, iteration)
+    layout.write_tracker(run, iteration)
     return path
 
 
@@ -47,10 +47,10 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
     for iteration in (10, 20, 30):
         write(tmp_path, iteration)
     assert integrity.newest_good(tmp_path) == 30
-    damage(folder.path_of(tmp_path, 30))
+    damage(layout.path_of(tmp_path, 30))
     assert integrity.newest_good(tmp_path) == 20
     assert "falling back to the checkpoint of iteration 20: iteration 30: " in capsys.readouterr().out
-    assert folder.tracked_iteration(tmp_path) == 20, "what Megatron will load"
+    assert layout.tracked_iteration(tmp_path) == 20, "what Megatron will load"
 
 
 def test_all_damaged_is_an_error_and_no_fresh_start(tmp_path):
@@ -67,8 +67,8 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
 
 def test_folder_of_a_save_that_was_killed_is_none(tmp_path):
     write(tmp_path, 10)
-    (folder.path_of(tmp_path, 20)).mkdir()
-    (folder.path_of(tmp_path, 20) / "__0_0.distcp").write_bytes(b"half")
+    (layout.path_of(tmp_path, 20)).mkdir()
+    (layout.path_of(tmp_path, 20) / "__0_0.distcp").write_bytes(b"half")
     assert integrity.newest_good(tmp_path) == 10
 
 
@@ -76,18 +76,18 @@ def test_folder_of_a_save_that_was_killed_is_none(tmp_path):
 def test_tracker_cut_short(tmp_path, left):
     write(tmp_path, 10)
     write(tmp_path, 20)
-    (tmp_path / folder.TRACKER).write_text(left)
+    (tmp_path / layout.TRACKER).write_text(left)
     assert integrity.newest_good(tmp_path) == 20
-    assert folder.tracked_iteration(tmp_path) == 20
+    assert layout.tracked_iteration(tmp_path) == 20
 
 
 def test_tracker_is_obeyed(tmp_path):
     """Someone wants to go back: newer checkpoints do not count."""
     for iteration in (10, 20, 30):
         write(tmp_path, iteration)
-    folder.write_tracker(tmp_path, 10)
+    layout.write_tracker(tmp_path, 10)
     assert integrity.newest_good(tmp_path) == 10
-    (tmp_path / folder.TRACKER).write_text("release")
+    (tmp_path / layout.TRACKER).write_text("release")
     assert integrity.newest_good(tmp_path) is None
 
 
@@ -119,15 +119,15 @@ def test_extra_files_are_sealed_too(tmp_path):
 def _two_processes(run: str) -> tuple:
     import torch.distributed as dist
 
-    path = folder.path_of(Path(run), 10)
+    path = layout.path_of(Path(run), 10)
     if dist.get_rank() == 0:
         write(Path(run), 20, seal=False)
     dist.barrier()
-    integrity.seal(folder.path_of(Path(run), 20))
+    integrity.seal(layout.path_of(Path(run), 20))
     good = integrity.newest_good(run)
     dist.barrier()
     if dist.get_rank() == 1:
-        flip_a_bit(folder.path_of(Path(run), 20) / "__2_0.distcp")
+        flip_a_bit(layout.path_of(Path(run), 20) / "__2_0.distcp")
     dist.barrier()
     return good, integrity.newest_good(run), integrity.fault(path)
 
@@ -136,7 +136,7 @@ def test_processes_share_the_work_and_agree(tmp_path):
     path = write(tmp_path, 10)
     assert run_world(2, _two_processes, str(tmp_path)) == [(20, 10, None)] * 2
     alone = json.loads((path / "integrity.json").read_text())
-    together = json.loads((folder.path_of(tmp_path, 20) / "integrity.json").read_text())
+    together = json.loads((layout.path_of(tmp_path, 20) / "integrity.json").read_text())
     assert alone["files"].keys() == together["files"].keys() and len(together["files"]) == 5
     assert set(together["sizes"].values()) == {10_000, 100, 2}
 
@@ -164,27 +164,27 @@ def test_error_of_one_process_reaches_all(tmp_path, monkeypatch):
 
 
 def test_retention(tmp_path):
-    assert retention.surplus([10, 20, 30, 40], 40, keep=2, keep_every=None) == [20, 10]
-    assert retention.surplus([10, 20, 30, 40], 40, keep=1, keep_every=20) == [30, 10]
-    assert retention.surplus([10, 20, 30, 40], 30, keep=1, keep_every=None) == [20, 10], "newer ones are not ours"
+    assert pruning.surplus([10, 20, 30, 40], 40, keep=2, keep_every=None) == [20, 10]
+    assert pruning.surplus([10, 20, 30, 40], 40, keep=1, keep_every=20) == [30, 10]
+    assert pruning.surplus([10, 20, 30, 40], 30, keep=1, keep_every=None) == [20, 10], "newer ones are not ours"
     for iteration in (10, 20, 30):
         write(tmp_path, iteration)
-    assert retention.remove_surplus(tmp_path, 2, None) == [10]
-    assert folder.iterations(tmp_path) == [30, 20] and not folder.path_of(tmp_path, 10).exists()
+    assert pruning.remove_surplus(tmp_path, 2, None) == [10]
+    assert layout.iterations(tmp_path) == [30, 20] and not layout.path_of(tmp_path, 10).exists()
 
 
 def test_nothing_is_removed_while_the_newest_is_not_sealed(tmp_path):
     for iteration in (10, 20):
         write(tmp_path, iteration)
     write(tmp_path, 30, seal=False)
-    assert retention.remove_surplus(tmp_path, 1, None) == []
+    assert pruning.remove_surplus(tmp_path, 1, None) == []
 
 
 def test_checkpoint_outside_is_not_removed(tmp_path):
     """A link to someone else's checkpoint stays, and so does what it points to."""
     outside = write(tmp_path / "elsewhere", 5)
     (tmp_path / "run").mkdir()
-    folder.path_of(tmp_path / "run", 5).symlink_to(outside)
+    layout.path_of(tmp_path / "run", 5).symlink_to(outside)
     write(tmp_path / "run", 10)
-    retention.remove_surplus(tmp_path / "run", 1, None)
+    pruning.remove_surplus(tmp_path / "run", 1, None)
     assert (outside / "metadata.json").exists()

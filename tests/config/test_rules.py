@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.models import KEPT_ATTENTION, tiny_config
 
-from yoco_megatron.config import arguments, rules
+from yoco_megatron.config import rules
+from yoco_megatron.startup import arguments
 
 GOOD = {
     "num-layers": 4,

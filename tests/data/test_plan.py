@@ -16,10 +16,10 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from support.cli import TINY, train
 from support.tools import ROOT, start
 
-from yoco_megatron.config import arguments
-from yoco_megatron.config.files import load_config_files, to_argv
+from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.data.plan import plan, table, train_samples
 from yoco_megatron.data.provider import dataset_config
+from yoco_megatron.startup import arguments
 
 FLAGS = [flag for flag in TINY if flag != "--mock-data"]
 

@@ -11,16 +11,9 @@ from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from yoco_megatron.data.encoders import choose_encoder
-from yoco_megatron.data.tokenizer import (
-    EOD,
-    MIN_VOCAB_SIZE,
-    PAD,
-    build_tokenizer,
-    byte_tokenizer,
-    tokenizer_sha256,
-    train_tokenizer,
-)
+from yoco_megatron.corpus.encoders import choose_encoder
+from yoco_megatron.corpus.tokenizer_training import EOD, MIN_VOCAB_SIZE, PAD, byte_tokenizer, train_tokenizer
+from yoco_megatron.data.tokenizer import build_tokenizer, tokenizer_sha256
 
 # Not in the training text: other scripts, control characters, spaces at both ends, the special token itself.
 TEXTS = ["def f(x):\n\treturn x", "  two  spaces ", "größer 漢字 🙂", "\x00\x7f\r\n", f"one{EOD}two", "", "naïve"]
@@ -80,7 +73,7 @@ def test_bytes_are_ids(tmp_path: Path) -> None:
 
 
 def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folder: Path, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from yoco_megatron.data.tokenizer import train_tokenizer as train\n"
+    code = "import sys; from pathlib import Path; from yoco_megatron.corpus.tokenizer_training import train_tokenizer as train\n"
     code += "train([Path(sys.argv[1])], 300, Path(sys.argv[2]))"
     again = tmp_path / "again"
     subprocess.run([sys.executable, "-c", code, corpus, again], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -9,7 +9,7 @@ import torch
 from gpu.test_training import ROOT, TINY, pretrain
 
 from yoco_megatron import runtime
-from yoco_megatron.checkpoint.source import TrainingTensors, checkpoint_folder
+from yoco_megatron.convert.readers import TrainingTensors, checkpoint_folder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.models import relative_error
 
-from yoco_megatron.checkpoint.source import Source, open_source
-from yoco_megatron.checkpoint.target import write_fla, write_hf
+from yoco_megatron.convert.readers import Source, open_source
+from yoco_megatron.convert.writers import write_fla, write_hf
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from support.retention_mixer import mix
 
+from yoco_megatron.ops.fused.retention_mixer import mix as fused_mix
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
 from yoco_megatron.ops.gated_retention.torch import chunkwise
 from yoco_megatron.ops.gated_retention.torch import step as plain_step
 from yoco_megatron.ops.gated_retention.triton import step
-from yoco_megatron.ops.retention_mixer.triton import mix as fused_mix
 
 pytestmark = pytest.mark.gpu
 BF16 = dict.fromkeys(("o", "dq", "dk", "dv"), 5e-3) | {"dlog_decay": 1.5e-2, "final": 3e-3, "dinitial_state": 3e-3}

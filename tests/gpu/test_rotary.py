@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.rotary import CASES, check_rotation
 
-from yoco_megatron.ops.rotary.triton import rotate
+from yoco_megatron.ops.fused.rotary import rotate
 
 pytestmark = pytest.mark.gpu
 

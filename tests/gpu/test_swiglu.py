@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.swiglu import SHAPES, check_gradient
 
-from yoco_megatron.ops.swiglu import fused_swiglu, fused_swiglu_into
+from yoco_megatron.ops.fused.swiglu import fused_swiglu, fused_swiglu_into
 
 pytestmark = pytest.mark.gpu
 

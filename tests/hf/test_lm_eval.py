@@ -40,9 +40,9 @@ TASKS = {
 @pytest.fixture
 def exported(tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module, object]:
     """A random model with a trained tokenizer, as the converter writes it."""
-    from yoco_megatron.checkpoint import names, target
-    from yoco_megatron.checkpoint.source import Source
-    from yoco_megatron.data.tokenizer import train_tokenizer
+    from yoco_megatron.convert import tensor_names, writers
+    from yoco_megatron.convert.readers import Source
+    from yoco_megatron.corpus.tokenizer_training import train_tokenizer
     from yoco_megatron.hf.configuration_yoco import YocoConfig
     from yoco_megatron.inference.load import load_for_generation
 
@@ -61,12 +61,14 @@ def exported(tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module, object]:
         max_position_embeddings=128,
     )
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in names.shapes(config).items()}
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.2 for name, shape in tensor_names.shapes(config).items()
+    }
     dtypes = dict.fromkeys(weights, torch.float32)
     source = Source("hf", tmp_path, config, dtypes, weights.__getitem__, tmp_path / "tokenizer")
     folder = tmp_path / "model"
     folder.mkdir()
-    target.write_hf(source, folder, 10**9)
+    writers.write_hf(source, folder, 10**9)
     return folder, *load_for_generation(str(folder))
 
 

@@ -8,7 +8,7 @@ import torch
 from support.models import FULL_RECOMPUTE, SELF_DECODERS, VOCAB, build, tiny_config
 
 from yoco_megatron.model.yoco_model import YOCOModel
-from yoco_megatron.parallel.sequence import SequenceShard
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.training.batch import document_ids
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import BF16, VOCAB, batch, build, relative_error, tiny_config, train_step
 
-from yoco_megatron.model import embedding as embedding_module
+from yoco_megatron.model.layers import embedding as embedding_module
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

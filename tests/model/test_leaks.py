@@ -5,7 +5,7 @@ import torch
 from support.influence import influence, model_influence
 from support.models import SELF_DECODERS, VOCAB, build, tiny_config
 
-from yoco_megatron.parallel.sequence import SequenceShard
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 pytestmark = pytest.mark.usefixtures("one_process")
 TOKENS, WINDOW = 23, 7

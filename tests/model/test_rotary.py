@@ -11,7 +11,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from support.models import tiny_config
 
-from yoco_megatron.model.rotary import YOCORotaryEmbedding, inverse_frequencies, rotate
+from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding, inverse_frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("one_process")
 THETAS = [10_000.0, 640_000.0, 5e6, 8e7]  # pre-training and the paper's three length extensions

@@ -15,8 +15,8 @@ from support import reference_model
 from support.models import SELF_DECODERS, VOCAB, build, relative_error, tiny_config
 from support.reference_model import Sizes
 
-from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.init import named_parameters
+from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 
 EXACT, FP32_LOSS = 1e-11, 1e-6

@@ -22,6 +22,7 @@ if INTERPRETED:
     from ops.test_gated_retention import assert_close, document_ids, make_inputs, run
     from support.retention_mixer import mix
 
+    from yoco_megatron.ops.fused.retention_mixer import mix as fused_mix
     from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
     from yoco_megatron.ops.gated_retention import step as dispatched_step
     from yoco_megatron.ops.gated_retention import triton as op
@@ -29,7 +30,6 @@ if INTERPRETED:
     from yoco_megatron.ops.gated_retention.torch import step as plain_step
     from yoco_megatron.ops.gated_retention.triton import gated_retention as kernel
     from yoco_megatron.ops.gated_retention.triton import step
-    from yoco_megatron.ops.retention_mixer.triton import mix as fused_mix
 
 TOLERANCE = 1e-5
 EDGES, SHORT = (64, 63, 2, 64, 7), (1, 1, 3, 2, 5, 188)

@@ -16,6 +16,6 @@ if INTERPRETED:
 
     @pytest.mark.parametrize(("shape", "of_samples"), CASES)
     def test_rotation(shape: tuple[int, int, int, int], of_samples: bool) -> None:
-        from yoco_megatron.ops.rotary.triton import rotate
+        from yoco_megatron.ops.fused.rotary import rotate
 
         check_rotation(rotate, shape, of_samples, torch.float32, 1e-6)

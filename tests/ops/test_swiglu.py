@@ -16,6 +16,6 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_gradient(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-        from yoco_megatron.ops.swiglu import triton
+        from yoco_megatron.ops.fused import swiglu_triton
 
-        check_gradient(triton.swiglu, shape, torch.float32, 1e-6)
+        check_gradient(swiglu_triton.swiglu, shape, torch.float32, 1e-6)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from support.models import relative_error
 
-from yoco_megatron.model.kv_gradient import SharedKVReader
-from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
-from yoco_megatron.parallel.communicator import arriving_stages
+from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.parallel.pipeline.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.pipeline.communicator import arriving_stages
 
 S, B, H, G, D = 12, 2, 10, 3, 4
 

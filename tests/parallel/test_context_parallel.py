@@ -14,7 +14,7 @@ from support.models import FULL_RECOMPUTE, KEPT_ATTENTION, SELF_DECODERS, relati
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
-from yoco_megatron.model.two_chunk_attention import fits
+from yoco_megatron.model.cross_decoder.zigzag_attention import fits
 from yoco_megatron.ops.attention import partial
 
 FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)

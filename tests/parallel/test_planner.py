@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from yoco_megatron.config.shape import ModelShape, parameter_count
-from yoco_megatron.parallel import planner
-from yoco_megatron.parallel.layout import choose_layout
-from yoco_megatron.parallel.stages import StagePlan, layout_string
-from yoco_megatron.training.flops import forward_flops_per_token, layer_flops_per_token
+from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
+from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.parallel.pipeline import planner
+from yoco_megatron.parallel.pipeline.layout import choose_layout
+from yoco_megatron.parallel.pipeline.stages import StagePlan, layout_string
 
 
 def shape(**changes) -> ModelShape:

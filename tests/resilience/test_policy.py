@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from yoco_megatron.resilience import outcome, policy
-from yoco_megatron.resilience.outcome import Outcome
+from yoco_megatron.resilience import exit_record, policy
+from yoco_megatron.resilience.exit_record import Outcome
 
 
 def saved(run: Path, iteration: int) -> None:
@@ -19,7 +19,7 @@ def said(run: Path, attempt: int, monkeypatch, *outcomes: Outcome) -> None:
     for rank, one in enumerate(outcomes):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("SLURMD_NODENAME", f"node{rank}")
-        outcome.record(run, one)
+        exit_record.record(run, one)
 
 
 FINISHED, REQUEUE = Outcome("finished", 0, "all"), Outcome("requeue", 0, "signal")
@@ -120,15 +120,15 @@ def test_command_line(tmp_path, capsys):
 
 def test_storage_error_is_found_however_it_is_wrapped():
     full = OSError(28, "No space left on device")
-    assert outcome.of_exception(full).kind == "storage"
+    assert exit_record.of_exception(full).kind == "storage"
     wrapped = RuntimeError("save failed")
     wrapped.__cause__ = full
-    assert outcome.of_exception(wrapped).kind == "storage"
+    assert exit_record.of_exception(wrapped).kind == "storage"
     from torch.distributed.checkpoint.api import CheckpointException
 
-    assert outcome.of_exception(CheckpointException("write", {0: (full, None)})).kind == "storage"
-    assert outcome.of_exception(RuntimeError("boom")).kind == "crash"
-    assert outcome.of_exception(FileNotFoundError(2, "x")).kind == "crash"
+    assert exit_record.of_exception(CheckpointException("write", {0: (full, None)})).kind == "storage"
+    assert exit_record.of_exception(RuntimeError("boom")).kind == "crash"
+    assert exit_record.of_exception(FileNotFoundError(2, "x")).kind == "crash"
 
 
 def test_outcomes_hold_no_more_than_json(tmp_path, monkeypatch):

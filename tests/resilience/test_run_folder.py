@@ -4,6 +4,7 @@ import json
 import os
 
 from yoco_megatron.resilience import run_folder
+from yoco_megatron.utils.files import write_json
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -45,7 +46,7 @@ def test_records_repeat_the_run(tmp_path, monkeypatch):
 
 def test_readers_see_whole_files(tmp_path):
     path = tmp_path / "heartbeat.json"
-    run_folder.write_json(path, {"step": 1})
-    run_folder.write_json(path, {"step": 2})
+    write_json(path, {"step": 1})
+    write_json(path, {"step": 2})
     assert json.loads(path.read_text()) == {"step": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["heartbeat.json"]

@@ -17,6 +17,7 @@ from support import cli, ports
 
 from yoco_megatron import runtime
 from yoco_megatron.runtime import cpu
+from yoco_megatron.startup.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(runtime.has_gpu(), reason="there is a GPU: the stand-ins are not installed")
@@ -200,7 +201,7 @@ def test_the_data_loader_will_not_pin():
 
 def test_prepare_is_idempotent():
     before = torch.Tensor.type, torch.zeros, torch.cuda.current_device
-    runtime.prepare()
+    prepare()
     assert before == (torch.Tensor.type, torch.zeros, torch.cuda.current_device)
     assert torch.ones(1).type() == "torch.cuda.FloatTensor"
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from support.models import plain_name
-from yoco_megatron.checkpoint import fields, names
+from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.model.yoco_model import YOCOModel
@@ -15,7 +15,7 @@ def twin_config(model: YOCOModel, **more: Any) -> YocoConfig:
     """Its configuration, from the trainer's."""
     config = model.config
     known = {"vocab_size": model.vocab_size, "rope_theta": 10000, "max_position_embeddings": model.max_sequence_length}
-    same = {name: getattr(config, theirs) for name, theirs in fields.SAME.items() if name not in known}
+    same = {name: getattr(config, theirs) for name, theirs in config_fields.SAME.items() if name not in known}
     return YocoConfig(**known, **same, tie_word_embeddings=model.share_embeddings_and_output_weights, **more)
 
 
@@ -24,7 +24,7 @@ def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
     config = twin_config(model, **more)
     state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     weights = {}
-    for entry in names.megatron(config):
+    for entry in tensor_names.megatron(config):
         weights |= entry.split(state[plain_name(entry.name)])  # without Transformer Engine
     twin = YocoForCausalLM(config).to(model.config.params_dtype)
     missing, unexpected = twin.load_state_dict(weights, strict=False)

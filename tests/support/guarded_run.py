@@ -13,8 +13,8 @@ import traceback
 
 import torch
 
-from yoco_megatron import runtime
 from yoco_megatron.runtime import cpu
+from yoco_megatron.startup.prepare import prepare
 
 # Functions that need no stand-in, because without a GPU they answer correctly by themselves.
 ALLOWED: dict[str, str] = {}
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         print("guarded:", *guard())
 
     cpu.install = install_and_guard  # megatron is imported after it, and keeps names of torch.cuda
-    runtime.prepare()
+    prepare()
     import pretrain_yoco
 
     try:

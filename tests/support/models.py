@@ -12,10 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from yoco_megatron import runtime
-from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model.init import initialize, named_parameters
-from yoco_megatron.model.stage import Stage
+from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.pipeline.stages import Stage
 
 VOCAB, SEQ = 256, 48
 SELF_DECODERS = ("gated_retention", "sliding_window")

@@ -10,8 +10,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 
 from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config
 from yoco_megatron.model.init import named_parameters
-from yoco_megatron.parallel.stages import StagePlan
-from yoco_megatron.training.upstream import get_forward_backward_func
+from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.upstream.training_loop import get_forward_backward_func
 
 MICRO_BATCH = 2
 

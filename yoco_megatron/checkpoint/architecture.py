@@ -9,9 +9,9 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from yoco_megatron.checkpoint.folder import TRACKER
-from yoco_megatron.config.files import write_atomically
-from yoco_megatron.config.shape import ModelShape
+from yoco_megatron.checkpoint.layout import TRACKER
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.utils.files import write_atomically
 
 FILE_NAME = "architecture.json"
 # Switches that change the function but not the parameter shapes.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from yoco_megatron.checkpoint import folder as checkpoints
+from yoco_megatron.checkpoint import layout as checkpoints
 
 logger = logging.getLogger(__name__)
 ALGORITHM = "sha256"

@@ -4,10 +4,10 @@ Checked on the parsed arguments, before a process group or a GPU is touched, and
 build models from Python.
 """
 
-import difflib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from typing import Any
+
+from yoco_megatron.utils.errors import require
 
 # Megatron flags that a YOCO model would silently ignore. Left at their defaults, or refused.
 IGNORED_BY_YOCO = {
@@ -60,18 +60,6 @@ NOT_IN_A_CUDA_GRAPH = {
 # Flags of Megatron's own loss.
 OF_MEGATRONS_LOSS = ("fp16_lm_cross_entropy", "cross_entropy_loss_fusion")
 LOSS_CHUNK_SIZE = 8192
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for the known name closest to `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def _divides(divisor: int, number: int, number_name: str, divisor_name: str, fix: str) -> None:

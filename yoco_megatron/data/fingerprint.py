@@ -10,11 +10,11 @@ from argparse import Namespace
 from hashlib import sha256
 from pathlib import Path
 
-from yoco_megatron.checkpoint.folder import TRACKER
-from yoco_megatron.config.files import write_atomically
+from yoco_megatron.checkpoint.layout import TRACKER
 from yoco_megatron.data.check import data_prefixes_from_args, read_report
 from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
 from yoco_megatron.data.tokenizer import tokenizer_sha256
+from yoco_megatron.utils.files import write_atomically
 
 FILE_NAME = "data.json"
 # Flags that decide the order of the samples and what is in them. A longer --seq-length is free, as it is for the model.

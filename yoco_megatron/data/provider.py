@@ -10,7 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from yoco_megatron.data.borders import BorderedDataset
+from yoco_megatron.data.boundary_loss_mask import BorderedDataset
 from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
 from yoco_megatron.data.tokenizer import check_flags
 

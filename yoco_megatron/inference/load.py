@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from yoco_megatron.checkpoint import architecture, names, tokenizer_files
-from yoco_megatron.checkpoint.source import open_source
+from yoco_megatron.checkpoint import architecture
+from yoco_megatron.convert import tensor_names, tokenizer_files
+from yoco_megatron.convert.readers import open_source
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 
@@ -19,7 +20,7 @@ def is_baseline(folder: str) -> bool:
 
 def load_baseline(folder: str, iteration: int | None = None) -> tuple[torch.nn.Module, Any, int]:
     """(Megatron's model, its tokenizer or None, the longest sequence it may see), for `Rerun`."""
-    from yoco_megatron.checkpoint.load import load_model
+    from yoco_megatron.startup.load_run import load_model
 
     model, args, _ = load_model(folder, iteration)
     path = Path(args.tokenizer_model) if args.tokenizer_model else None
@@ -43,7 +44,7 @@ def load_for_generation(
     source = open_source("hf" if exported else "megatron", folder, iteration)
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
-    state = {name: source.load(name).to(device, dtype) for name in names.shapes(source.config)}
+    state = {name: source.load(name).to(device, dtype) for name in tensor_names.shapes(source.config)}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     for rotary in (model.model.self_rotary, model.model.cross_rotary):

@@ -14,13 +14,13 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 
 from yoco_megatron import runtime
-from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model.core_attention import TorchAttention
 from yoco_megatron.model.init import initialize
-from yoco_megatron.model.loss import compute_loss_in_chunks
-from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
+from yoco_megatron.model.layers.core_attention import TorchAttention
+from yoco_megatron.model.layers.norm import RMSNorm, StandaloneRMSNorm
+from yoco_megatron.model.layers.output_layer import compute_loss_in_chunks
+from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
-from yoco_megatron.parallel.stages import StagePlan
+from yoco_megatron.parallel.pipeline.stages import StagePlan
 
 
 @dataclass(kw_only=True)

@@ -13,14 +13,14 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model.core_attention import TorchAttention
-from yoco_megatron.model.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
-from yoco_megatron.model.mlp import LeanMLP
-from yoco_megatron.model.norm import RMSNorm, StandaloneRMSNorm
+from yoco_megatron.model.cross_decoder.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
+from yoco_megatron.model.cross_decoder.shared_kv import SharedKVSubmodules
+from yoco_megatron.model.layers.core_attention import TorchAttention
+from yoco_megatron.model.layers.mlp import LeanMLP
+from yoco_megatron.model.layers.norm import RMSNorm, StandaloneRMSNorm
 from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
 from yoco_megatron.model.self_decoder.sliding_window import SlidingWindowAttention, SlidingWindowSubmodules
-from yoco_megatron.model.shared_kv import SharedKVSubmodules
+from yoco_megatron.model.yoco_config import YOCOConfig
 
 
 class TorchSpecProvider(LocalSpecProvider):

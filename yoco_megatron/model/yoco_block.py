@@ -19,13 +19,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from yoco_megatron.config.yoco_config import YOCOConfig
 from yoco_megatron.model import specs
-from yoco_megatron.model.kept_attention import KeptAttention
-from yoco_megatron.model.kv_gradient import SharedKVReader
-from yoco_megatron.model.shared_kv import SharedKV
-from yoco_megatron.model.stage import Stage
-from yoco_megatron.parallel.sequence import SequenceShard
+from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
+from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.layers.recompute import KeptAttention
+from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
+from yoco_megatron.parallel.pipeline.stages import Stage
 
 
 class YOCOBlock(MegatronModule):

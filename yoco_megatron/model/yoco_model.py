@@ -13,14 +13,15 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from yoco_megatron import runtime
-from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model import embedding, specs
-from yoco_megatron.model.loss import compute_loss_in_chunks
-from yoco_megatron.model.rotary import YOCORotaryEmbedding
-from yoco_megatron.model.stage import Stage
+from yoco_megatron.model import specs
+from yoco_megatron.model.layers import embedding
+from yoco_megatron.model.layers.output_layer import compute_loss_in_chunks
+from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.yoco_block import YOCOBlock
-from yoco_megatron.parallel.boundary import kv_columns, pack, unpack
-from yoco_megatron.parallel.sequence import SequenceShard
+from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
+from yoco_megatron.parallel.pipeline.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.pipeline.stages import Stage
 
 
 class YOCOModel(LanguageModule):
@@ -107,9 +108,9 @@ class YOCOModel(LanguageModule):
         packed_seq_params: None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Loss per token, or logits; on a stage before the last, the tensor for the next one (parallel/boundary.py).
+        """Loss per token, or logits; on a stage before the last, the tensor for the next one (pipeline/boundary.py).
 
-        With context parallelism s is the number of tokens that this rank holds, zig-zag (parallel/sequence.py).
+        With context parallelism s is the number of tokens that this rank holds, zig-zag (context/sequence_shard.py).
 
         Args:
             input_ids: int64 [b, s]; read by the first stage alone.

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from yoco_megatron.config.rules import require
+from yoco_megatron.utils.errors import require
 
 SKIPPED = "skipped_iterations.json"
 

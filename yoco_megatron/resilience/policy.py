@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.checkpoint.folder import tracked_iteration
+from yoco_megatron.checkpoint.layout import tracked_iteration
 
 # Whoever says one of these decides for all; the first in this list that any process said.
 PRECEDENCE = ["user_error", "storage", "hardware", "rolled_back", "stopped", "finished", "requeue", "crash"]

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.checkpoint import folder as checkpoints
-from yoco_megatron.resilience import outcome, run_folder
+from yoco_megatron.checkpoint import layout as checkpoints
+from yoco_megatron.resilience import exit_record, run_folder
+from yoco_megatron.utils.files import write_json
 
 UNFIT = 3
 GIB = 1 << 30
@@ -155,7 +156,7 @@ def parser(**options: Any) -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    node = outcome.host()
+    node = exit_record.host()
     gpus = [] if args.cpu else nvidia_smi()
     faults = ([] if args.cpu else judge_gpus(gpus, args.gpus, args.max_used_mib)) + judge_disk(
         args.folder, args.min_free_gib
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> int:
             faults = [f"matmul and all-reduce failed: {str(error).strip().splitlines()[-1]}"]
     report = {"node": node, "machine": socket.gethostname(), "faults": faults, "gpus": gpus, "speeds": speeds}
     folder = args.folder / "preflight" / run_folder.attempt()
-    run_folder.write_json(folder / f"{node}.json", report)
+    write_json(folder / f"{node}.json", report)
     print(f"{node}: {'; '.join(faults) if faults else 'fit'} {speeds}")
     if faults:
         (folder / f"{node}.bad").write_text(node + "\n")

@@ -20,9 +20,6 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from yoco_megatron.config.files import write_atomically
 
 # Flags that take a secret, and names of variables whose values never leave the process. Long random-looking values are
 # hidden whatever their name.
@@ -59,14 +56,6 @@ def make(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader sees all of it or what was there before. Raises OSError.
-
-    It does not wait for the disk: the heartbeat is written while training goes on.
-    """
-    write_atomically(path, json.dumps(content, indent=1) + "\n", durable=False)
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,14 +1,11 @@
 """The machine Megatron runs on: a real GPU, or the CPU stand-in that lets all of Megatron run without one.
 
-Call `prepare()` once, before anything imports `megatron`. With a GPU it changes nothing about devices; without one it
-installs the stand-ins of `runtime.cpu`. In both cases it applies the few repairs of `runtime.upstream`.
-Only this package and `parallel/` may ask which device they are on.
+`startup.prepare` installs the stand-ins of `runtime.cpu` where there is no GPU. Only this package and `parallel/` may
+ask which device they are on.
 """
 
 import functools
 import importlib.util
-import os
-import warnings
 
 import torch
 
@@ -39,22 +36,6 @@ def has_fused_weight_gradient() -> bool:
     Transformer Engine's layers have one of their own.
     """
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-@functools.cache
-def prepare() -> None:
-    """Make `import megatron` and `megatron.training.pretrain()` work on this machine. Idempotent."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
-    # Said once, with what to do about it, by tools/doctor.py, instead of seven times by every process.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
-    warnings.filterwarnings("ignore", message="Only transformer-engine", category=UserWarning)
-    if not _HAS_GPU:
-        from yoco_megatron.runtime import cpu
-
-        cpu.install()
-    from yoco_megatron.runtime import upstream
-
-    upstream.repair()
 
 
 def argument_defaults() -> dict[str, object]:

@@ -19,14 +19,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model.norm import rms_norm
-from yoco_megatron.model.projections import input_projection, output_projection, save_original_input
-from yoco_megatron.model.remade import remake_in_backward
-from yoco_megatron.model.rotary import rotate
+from yoco_megatron.model.layers.norm import rms_norm
+from yoco_megatron.model.layers.projections import input_projection, output_projection, save_original_input
+from yoco_megatron.model.layers.recompute import remake_in_backward
+from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
-from yoco_megatron.parallel.retention import StateExchange
-from yoco_megatron.parallel.sequence import SequenceShard
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
+from yoco_megatron.parallel.context.state_exchange import StateExchange
 
 
 @dataclass
@@ -119,7 +119,7 @@ class GatedRetention(MegatronModule):
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
         """Projections [s, b, H*4*D] -> (gated, normalised retention [s, b, H*D], what writes it again)."""
         if self.backend.name == "triton" and self.config.rotary_interleaved:
-            from yoco_megatron.ops.retention_mixer.triton import mix
+            from yoco_megatron.ops.fused.retention_mixer import mix
 
             remakes: list[Callable[[Tensor], None]] = []
             y = mix(

@@ -9,12 +9,12 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from yoco_megatron.config.yoco_config import YOCOConfig
-from yoco_megatron.model.attention import ChunkedAttention
-from yoco_megatron.model.projections import input_projection
-from yoco_megatron.model.rotary import rotate
-from yoco_megatron.parallel.context import keys_with_halo
-from yoco_megatron.parallel.sequence import Chunk, SequenceShard
+from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
+from yoco_megatron.model.layers.projections import input_projection
+from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.halo import keys_with_halo
+from yoco_megatron.parallel.context.sequence_shard import Chunk, SequenceShard
 
 
 @dataclass

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from yoco_megatron.ops.sizes import next_power_of_2
+from yoco_megatron.ops.integers import next_power_of_2
 
 TILE = 64
 """Tokens that a program reads at a time; a block's capacity is a multiple of it."""

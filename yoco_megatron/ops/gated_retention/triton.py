@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from yoco_megatron.ops.gated_retention import kernels
 from yoco_megatron.ops.gated_retention.reference import check_layout
 from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, stretch_segments
-from yoco_megatron.ops.sizes import cdiv, next_power_of_2
+from yoco_megatron.ops.integers import cdiv, next_power_of_2
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
 # a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).

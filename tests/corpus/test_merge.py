@@ -1,0 +1,70 @@
+"""Merged datasets have the bytes that Megatron's builder gives; what does not belong together is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from yoco_megatron.corpus.merge import find_prefixes, merge
+
+
+def dataset(prefix: Path, seed: int, dtype: type = np.uint16, sha: str | None = None) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    generator = np.random.default_rng(seed)
+    for length in generator.integers(1, 50, 30):
+        builder.add_document(generator.integers(0, 60_000, length), [int(length)])
+    builder.finalize(f"{prefix}.idx")
+    if sha:
+        report = {"documents": 30, "tokens": 1, "bytes": 100, "tokenizer": {"sha256": sha}}
+        Path(f"{prefix}.json").write_text(json.dumps(report))
+    return str(prefix)
+
+
+def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yoco_megatron.corpus.idx_writer.BLOCK", 7)
+    prefixes = [dataset(tmp_path / name, seed, sha="s") for seed, name in enumerate(("b", "a", "c"))]
+    report = merge([*prefixes, prefixes[0]], str(tmp_path / "out" / "all"))
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=np.uint16)
+    for prefix in [*prefixes, prefixes[0]]:
+        builder.add_index(prefix)
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / "out" / f"all.{suffix}").read_bytes() == (tmp_path / f"megatron.{suffix}").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["all.bin", "all.idx", "all.json"]
+    assert json.loads((tmp_path / "out" / "all.json").read_text()) == report
+    assert (report["documents"], report["bytes"], report["tokenizer"]) == (120, 400, {"sha256": "s"})
+    assert report["tokens"] == (tmp_path / "out" / "all.bin").stat().st_size // 2
+    with pytest.raises(ValueError, match=r"--output-prefix: .*all\.idx exists"):
+        merge(prefixes, str(tmp_path / "out" / "all"))
+
+
+def test_folders_are_taken_by_name(tmp_path: Path) -> None:
+    prefixes = [dataset(tmp_path / name, 1) for name in ("b", "a")]
+    assert find_prefixes([str(tmp_path), prefixes[0]]) == [*sorted(prefixes), prefixes[0]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--input .*empty holds no \.idx"):
+        find_prefixes([str(tmp_path / "empty")])
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    one = dataset(tmp_path / "one", 1, sha="aaa")
+    for name, more, error in (
+        ("wide", {"dtype": np.int32}, r"one has dtype code 8, .*wide has 4"),
+        ("other", {"sha": "bbb"}, r"one has tokenizer aaa, .*other has bbb"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            merge([one, dataset(tmp_path / name, 2, **more)], str(tmp_path / "out"))
+    report = json.loads(Path(f"{one}.json").read_text())
+    for name, end in (("ended", 0), ("endless", None)):
+        dataset(tmp_path / name, 2, sha="aaa")
+        report["tokenizer"]["eod"] = end
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"ended has end of document 0, .*endless has None; preprocess all with"):
+        merge([str(tmp_path / "ended"), str(tmp_path / "endless")], str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"is one of the inputs"):
+        merge([one], one, overwrite=True)
+    with pytest.raises(ValueError, match=r"none\.idx is missing"):
+        merge([one, str(tmp_path / "none")], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))

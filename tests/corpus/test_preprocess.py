@@ -1,0 +1,316 @@
+"""Preprocessing: the datasets hold each line's own ids, in order, and appear whole or not at all."""
+
+import gzip
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.training.config import TokenizerConfig
+
+from yoco_megatron.corpus import idx_writer as index_file
+from yoco_megatron.corpus import preprocess as module
+from yoco_megatron.corpus import readers
+from yoco_megatron.corpus.preprocess import preprocess
+from yoco_megatron.corpus.tokenizer_training import train_tokenizer
+from yoco_megatron.data.tokenizer import build_tokenizer
+
+TEXTS = [f"document {n}: " + "words and größer words " * (n % 11) for n in range(57)]
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "title": text[:12]}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write_lines(folder / "corpus.jsonl", TEXTS)], 300, folder / "bpe")
+    return build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder / "bpe")))
+
+
+def run(files: list[Path], prefix: Path, tokenizer: Any, **more: Any) -> dict[str, module.Report]:
+    options = {"keys": ["text"], "append_eod": True, "workers": 2} | more
+    return preprocess(files, str(prefix), tokenizer, **options)
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_datasets_hold_each_line_in_order(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 3)
+    files = [write_lines(tmp_path / "b.jsonl", TEXTS[:20]), write_lines(tmp_path / "a.jsonl", TEXTS[20:])]
+    reports = run(files, tmp_path / "out", tokenizer, keys=["text", "title"], workers=workers)
+
+    expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in TEXTS]
+    assert documents(tmp_path / "out_text_document") == expected
+    titles = [[*tokenizer.tokenize(text[:12]), tokenizer.eod] for text in TEXTS]
+    assert documents(tmp_path / "out_title_document") == titles
+    index = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert index.document_indices.tolist() == list(range(len(TEXTS) + 1))
+    assert index.index.dtype == np.uint16
+
+    report = reports["text"]
+    assert (report.documents, report.tokens) == (len(TEXTS), sum(map(len, expected)))
+    assert report.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert report.tokens_per_second > 0
+    assert json.loads((tmp_path / "out_text_document.json").read_text()) == asdict(report)
+
+
+def test_without_eod_ids_are_the_text_alone(tokenizer: Any, tmp_path: Path) -> None:
+    run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer, append_eod=False)
+    assert documents(tmp_path / "out_text_document") == [tokenizer.tokenize(text) for text in TEXTS]
+
+
+def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: Path) -> None:
+    report = run([write_lines(tmp_path / "f.jsonl", ["one", "", "two"])], tmp_path / "out", tokenizer)["text"]
+    assert (report.documents, report.empty_documents) == (2, 1)
+    with pytest.raises(ValueError, match=r"--input holds no text"):
+        run([write_lines(tmp_path / "e.jsonl", [""])], tmp_path / "none", tokenizer)
+
+
+def test_one_bad_line_too_many_stops_and_leaves_nothing(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
+    path = write_lines(tmp_path / "f.jsonl", TEXTS)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[30] = '{"text": broken\n'
+    lines[31] = lines[40] = '{"title": "no text"}\n'
+    path.write_text("".join(lines))
+    for allowed, line in enumerate((31, 32, 41)):
+        with pytest.raises(ValueError, match=rf"--input .*f\.jsonl:{line}: .* --max-bad-lines {allowed} "):
+            run([path], tmp_path / "out", tokenizer, max_bad_lines=allowed)
+        assert names(tmp_path) == ["f.jsonl"]
+    with pytest.raises(ValueError, match=r"--max-bad-lines -1"):
+        run([path], tmp_path / "out", tokenizer, max_bad_lines=-1)
+
+    reports = run([path], tmp_path / "out", tokenizer, max_bad_lines=3, keys=["text", "title"])
+    assert [reports[key].bad_lines for key in ("text", "title")] == [3, 3]
+    assert [reports[key].documents for key in ("text", "title")] == [len(TEXTS) - 3] * 2
+
+
+def test_a_wrong_key_ends_soon_and_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "f.jsonl", ["text"] * 5000)
+    with pytest.raises(ValueError, match=r"f\.jsonl:1001: no text under the key 'txt' \(keys: text, title\)"):
+        run([path], tmp_path / "out", tokenizer, keys=["txt"])
+    write_lines(path, ["text"] * 50)
+    with pytest.raises(ValueError, match=r"'txt' \(50 bad records, 0 empty, the first: .*f\.jsonl:1: no text under"):
+        run([path], tmp_path / "out", tokenizer, keys=["txt"])
+    assert names(tmp_path) == ["f.jsonl"]
+
+
+def test_what_cannot_be_printed_is_listed_too(tokenizer: Any, tmp_path: Path) -> None:
+    """A file name that is not UTF-8, half a surrogate pair among the keys, and more keys than anybody reads."""
+    path = Path(os.fsdecode(bytes(tmp_path / "na") + b"\xefve.jsonl"))
+    path.write_text('{"\\ud800": 1}\n{"text": "fine"}\n' + json.dumps({f"key{n}": n for n in range(9999)}))
+    report = run([path], tmp_path / "out", tokenizer)["text"]
+    listed = [json.loads(line) for line in Path(report.problems).read_text().splitlines()]
+    assert (report.documents, report.bad_lines) == (1, 2)
+    assert [entry["place"].rpartition("/")[2] for entry in listed] == [r"na\udcefve.jsonl:1", r"na\udcefve.jsonl:3"]
+    assert r"\ud800" in listed[0]["reason"] and len(listed[1]["reason"]) == module.REASON_LENGTH
+
+
+def test_outputs_in_the_input_folder_are_no_input(tokenizer: Any, tmp_path: Path) -> None:
+    write_lines(tmp_path / "f.jsonl", TEXTS)
+    (tmp_path / "f_problems.txt").write_text("a text")
+    first = run(readers.expand_inputs([str(tmp_path)]), tmp_path / "f", tokenizer)["text"]
+    assert (first.documents, first.bad_lines) == (len(TEXTS) + 1, 0)
+    (tmp_path / "f.unfinished").mkdir()
+    (tmp_path / "f.unfinished" / "text.bin").write_bytes(b"\xff")
+    again = run(readers.expand_inputs([str(tmp_path)]), tmp_path / "f", tokenizer, overwrite=True)["text"]
+    assert again.files == first.files and again.inputs == first.inputs
+    with pytest.raises(ValueError, match=r"--input names nothing but"):
+        run([tmp_path / "f_text_document.bin"], tmp_path / "f", tokenizer)
+
+
+def test_an_input_named_like_an_output_of_another_key_is_read(tokenizer: Any, tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"out_{key}_document.json", TEXTS[:3]) for key in ("text", "x")]
+    assert run(files, tmp_path / "out", tokenizer)["text"].inputs == [str(files[1])]
+
+
+def test_existing_data_are_replaced_only_on_demand(tokenizer: Any, tmp_path: Path) -> None:
+    path, out = write_lines(tmp_path / "f.jsonl", TEXTS), tmp_path / "out"
+    run([path], out, tokenizer)
+    old = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(ValueError, match=r"--output-prefix: .*out_text_document.idx exists.* --overwrite"):
+        run([path], out, tokenizer)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1"):
+        run([path, bad], out, tokenizer, overwrite=True, max_bad_lines=0)
+    bad.unlink()
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == old
+    run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
+    assert len(documents(tmp_path / "out_text_document")) == 5
+
+
+def test_index_is_the_last_to_appear(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that dies between the renames must not leave the index of data that are not there."""
+    path, out = write_lines(tmp_path / "f.jsonl", TEXTS), tmp_path / "out"
+    run([path], out, tokenizer)
+    replace, done = os.replace, []
+
+    def dies_at_the_index(source: str | Path, target: str | Path) -> None:
+        if str(target).endswith(".idx"):
+            raise OSError("power cut")
+        done.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies_at_the_index)
+    with pytest.raises(OSError, match=r"power cut"):
+        run([write_lines(path, TEXTS[:5])], out, tokenizer, overwrite=True)
+    assert done == ["state.json", "out_text_document.bin", "out_text_document.json"]
+    monkeypatch.setattr(os, "replace", replace)
+    assert "out_text_document.idx" not in names(tmp_path)
+    run([path], out, tokenizer)  # what is left to do
+    assert names(tmp_path) == ["f.jsonl", "out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
+    assert len(documents(tmp_path / "out_text_document")) == 5
+
+
+def test_tokenizer_without_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    class NoEnd:
+        eod = None
+
+    with pytest.raises(ValueError, match=r"--append-eod"):
+        run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", NoEnd())
+    with pytest.raises(ValueError, match=r"--workers 0"):
+        run([tmp_path / "f.jsonl"], tmp_path / "out", tokenizer, workers=0)
+
+
+def test_gpt_dataset_trains_on_the_same_stream(tokenizer: Any, tmp_path: Path) -> None:
+    """Every sample is a piece of the shuffled documents, and the last, padded one keeps padding out of the loss."""
+    run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer)
+    prefix = tmp_path / "out_text_document"
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=32, blend=([str(prefix)], None), split="80,20,0", tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "cache"), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False, drop_last_partial_validation_sequence=False,
+    )  # fmt: skip
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [20, None, None], lambda: True, config)
+    train, valid, test = builder.build()
+    assert test is None
+    every = documents(prefix)
+    stream = [token for document in train.document_index for token in every[document]]
+    samples = sorted((train.shuffle_index[index], index) for index in range(20))
+    for place, index in samples:
+        sample = train[index]
+        begin = place * 32
+        assert sample["tokens"].tolist() == stream[begin : begin + 32]
+        assert sample["labels"].tolist() == stream[begin + 1 : begin + 33]
+        assert sample["loss_mask"].sum() == 32
+
+    held_out = sum(len(every[document]) for document in set(valid.document_index.tolist()))
+    assert sum(int(valid[index]["loss_mask"].sum()) for index in range(len(valid))) == held_out - 1
+
+
+def test_files_are_those_of_megatrons_builder(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, for both item sizes, also where the index is written in several blocks."""
+    monkeypatch.setattr(index_file, "BLOCK", 10)
+    path = write_lines(tmp_path / "f.jsonl", TEXTS)
+    for dtype in (np.uint16, np.int32):
+        monkeypatch.setattr(DType, "optimal_dtype", lambda size, dtype=dtype: dtype)
+        report = run([path], tmp_path / "out", tokenizer, overwrite=True)["text"]
+        builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
+        for text in TEXTS:
+            ids = [*tokenizer.tokenize(text), tokenizer.eod]
+            builder.add_document(np.array(ids), [len(ids)])
+        builder.finalize(str(tmp_path / "megatron.idx"))
+        for suffix, about in report.files.items():
+            ours = (tmp_path / f"out_text_document.{suffix}").read_bytes()
+            assert ours == (tmp_path / f"megatron.{suffix}").read_bytes()
+            assert about == {"bytes": len(ours), "sha256": hashlib.sha256(ours).hexdigest()}
+
+
+def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    records = ['{"text": "a\\u0000b"}', '{"text": ""}', "{", '{"text": "good"}', '{"title": ""}']
+    path.write_text("\n".join(records))
+    report = run([path], tmp_path / "out", tokenizer)["text"]
+    assert (report.documents, report.bad_lines, report.empty_documents, report.documents_with_nul) == (2, 2, 1, 1)
+    listed = [json.loads(line) for line in (tmp_path / "out_problems.jsonl").read_text().splitlines()]
+    assert report.problems == str(tmp_path / "out_problems.jsonl")
+    assert [(entry["place"], entry["kind"]) for entry in listed] == [
+        (f"{path}:1", "kept"), (f"{path}:2", "empty"), (f"{path}:3", "bad"), (f"{path}:5", "bad"),
+    ]  # fmt: skip
+    expected = [[*tokenizer.tokenize(text), tokenizer.eod] for text in ("a\0b", "good")]
+    assert documents(tmp_path / "out_text_document") == expected
+    path.write_text('{"text": "good"}\n')  # nothing odd any more: the list of the old data goes
+    assert run([path], tmp_path / "out", tokenizer, overwrite=True)["text"].problems == ""
+    assert not (tmp_path / "out_problems.jsonl").exists()
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "library"])
+def test_a_corpus_with_everything_wrong(tokenizer: Any, tmp_path: Path, backend: str) -> None:
+    """Every record is a document or is listed, in plain and in packed files; one document has 50 MB."""
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    lines = [b'{"text": "good"}', b'{"text": "cut', b'{"text": ""}', b'{"text": "\xff\xfe"}', b'{"title": "no text"}']
+    lines += [b'{"text": "a\\u0000b"}', b"[1, 2]", b'{"text": 7}', b"", b'{"text": "gr\xc3\xb6\xc3\x9fer"}']
+    sentence = " words and größer words\n"
+    small = b"\n".join(lines) + b"\n"
+    contents = {
+        "a.jsonl": small + json.dumps({"text": sentence * 2_100_000}).encode() + b"\n",
+        "b.jsonl.gz": gzip.compress(small),
+        "c.jsonl.zst": zstandard.compress(small),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = [tmp_path / name for name in contents]
+    report = run(files, tmp_path / "out", tokenizer, backend=backend)["text"]
+    assert report.backend == {"library": "tokenizers"}.get(backend, backend)
+    assert (report.documents, report.bad_lines, report.empty_documents, report.documents_with_nul) == (10, 15, 3, 3)
+    listed = [json.loads(line) for line in (tmp_path / "out_problems.jsonl").read_text().splitlines()]
+    places = {"bad": (2, 4, 5, 7, 8), "empty": (3,), "kept": (6,)}
+    for kind, numbers in places.items():
+        found = [entry["place"] for entry in listed if entry["kind"] == kind]
+        assert found == [f"{path}:{number}" for path in files for number in numbers], kind
+    short = ["good", "a\0b", "größer"]
+    found = documents(tmp_path / "out_text_document")
+    once = tokenizer.tokenize(sentence)
+    assert np.array_equal(found.pop(3)[:-1], once * 2_100_000)
+    assert found == [[*tokenizer.tokenize(text), tokenizer.eod] for text in short * 3]
+
+
+def test_a_document_too_long_for_an_index_is_refused(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index counts in 32 bits."""
+    monkeypatch.setattr(module, "MAX_TOKENS", 5)
+    path = write_lines(tmp_path / "f.jsonl", ["a", "123456789"])
+    with pytest.raises(ValueError, match=r"--input .*f\.jsonl: a document of 10 tokens .* counts up to 5"):
+        run([path], tmp_path / "out", tokenizer)
+
+
+def test_a_document_of_50_mb(tokenizer: Any, tmp_path: Path) -> None:
+    """Between two short ones; its ids are those of one sentence, as often as it is in there."""
+    pytest.importorskip("gigatoken")
+    sentence, times = " words and größer words\n", 2_100_000
+    path = write_lines(tmp_path / "f.jsonl", ["short", sentence * times, "last"])
+    assert path.stat().st_size > 50_000_000
+    report = run([path], tmp_path / "out", tokenizer)["text"]
+    dataset = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert (report.backend, len(dataset)) == ("gigatoken", 3)
+    once = tokenizer.tokenize(sentence)
+    assert tokenizer.tokenize(sentence * 3) == once * 3  # no token spans two sentences
+    assert dataset[1][-1] == tokenizer.eod
+    assert (dataset[1][:-1].reshape(times, len(once)) == once).all()
+    assert dataset[2].tolist() == [*tokenizer.tokenize("last"), tokenizer.eod]

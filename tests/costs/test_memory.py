@@ -1,0 +1,86 @@
+"""Memory of the fullest GPU, estimated from flags."""
+
+import pytest
+from support.cli import TINY
+
+from yoco_megatron.costs import memory
+from yoco_megatron.costs.shape import parameter_count
+from yoco_megatron.startup import arguments
+
+FLAGS = [*TINY, "--save-interval", "10"]
+
+
+def parsed(processes: int, *flags: str):
+    with arguments.world_of(processes):
+        args = arguments.parse([*FLAGS, *flags])
+        arguments.build_tokenizer(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "bytes_per_parameter"),
+    [
+        (1, [], 16),  # fp32: weight, gradient, two moments
+        (1, ["--bf16"], 18),  # bf16 weight, fp32 gradient, fp32 weight, two moments
+        (2, ["--bf16"], 18),
+        (2, ["--bf16", "--use-distributed-optimizer"], 12),  # 2 + 4 + 12/2
+        (2, ["--bf16", "--tensor-model-parallel-size", "2"], 9),
+    ],
+)
+def test_states(processes, flags, bytes_per_parameter):
+    args = parsed(processes, *flags)
+    count = sum(parameter_count(arguments.ModelShape.from_args(args)).values())
+    assert memory.gpu_memory(args).states == pytest.approx(count * bytes_per_parameter)
+
+
+def test_more_activations_with_longer_sequences_fewer_with_recompute():
+    whole_logits = ["--loss-chunk-size", "0"]
+    plain = memory.gpu_memory(parsed(1, *whole_logits)).activations
+    assert memory.gpu_memory(parsed(1, *whole_logits, "--seq-length", "64")).activations == pytest.approx(2 * plain)
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    assert memory.gpu_memory(parsed(1, *full)).activations < plain
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [([], 4), (["--bf16"], 2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("fused", "bytes_of_a_gradient"), [(True, 0), (False, 4)], ids=["fused", "not fused"])
+def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, dtype, bytes_of_a_logit):
+    """64 tokens, 256 words; the output layer is 32 wide. A chunk is no longer than what there is."""
+
+    def activations(*flags: str) -> int:
+        args = parsed(1, *dtype, *flags)
+        args.gradient_accumulation_fusion = fused
+        return memory.gpu_memory(args).activations
+
+    for chunk, tokens in (("16", 16), ("4096", 64)):
+        saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
+        whole = activations("--loss-chunk-size", "0")
+        assert whole - activations("--loss-chunk-size", chunk) == saved
+    assert activations() == activations("--loss-chunk-size", "8192")
+
+
+@pytest.mark.parametrize(("kind", "also"), [("gated_retention", 32), ("sliding_window", 0)])
+def test_what_is_made_again_in_backward_is_not_kept(kind, also):
+    """64 tokens in bf16; two layers of each half, 64 wide in the FFN, retention 32."""
+
+    def activations(*flags: str) -> int:
+        return memory.gpu_memory(parsed(1, "--bf16", "--self-decoder", kind, *flags)).activations
+
+    assert activations() - activations("--recompute-elementwise") == 2 * 64 * (4 * 64 + 2 * also)
+
+
+def test_attention_that_is_kept():
+    """64 tokens in bf16, two cross-decoder layers, 32 wide: outputs, and an fp32 number a token and head."""
+
+    def of(*flags: str) -> memory.Memory:
+        full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+        return memory.gpu_memory(parsed(1, "--bf16", *full, *flags))
+
+    args = parsed(1)
+    saved = of("--keep-cross-attention").activations - of().activations
+    assert saved == 2 * 64 * (2 * 32 + 4 * args.num_attention_heads)
+    packed = ("--dataloader-inter-document-masking", "--micro-batch-size", "2")
+    copied = of("--keep-cross-attention", *packed).activations - of(*packed).activations
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    keys_and_values = 2 * 32 * groups // args.num_attention_heads
+    tokens = 64 * 2 // args.micro_batch_size
+    assert copied == 2 * tokens * (2 * (32 + 32 + keys_and_values) + 4 * args.num_attention_heads)

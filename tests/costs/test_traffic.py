@@ -1,0 +1,195 @@
+"""How often context-parallel ranks talk, and how many bytes each gets: the formulas of docs/context_parallel.md.
+
+Every collective over the context-parallel group is counted, in forward and in backward, at shapes that are all
+different. The counts are the same on all ranks, so that none can wait for another in vain.
+"""
+
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from support.models import FULL_RECOMPUTE, SEQ, batch, build, document_batch, tiny_config
+from support.pipeline import MICRO_BATCH, of_this_rank, pipeline_step
+from support.worlds import run_world
+
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.traffic import received_bytes
+
+BATCH, BYTES = 3, 8  # float64, states included
+CONFIG = tiny_config()
+HEADS, WIDTH = CONFIG.self_decoder_heads, CONFIG.hidden_size // CONFIG.self_decoder_heads
+CROSS_GROUPS, CROSS_WIDTH = CONFIG.num_query_groups, CONFIG.kv_channels
+LAYERS = CONFIG.num_self_decoder_layers
+
+
+class Traffic:
+    """(collective, direction) -> bytes received by this rank from others, call by call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.direction = "forward"
+        for name, received in (
+            ("all_gather_into_tensor", lambda out, x, *_: out.nbytes - x.nbytes),
+            ("reduce_scatter_tensor", lambda out, x, *_: x.nbytes - out.nbytes),
+            ("all_to_all_single", self._all_to_all),
+        ):
+            monkeypatch.setattr(dist, name, self._counted(name, getattr(dist, name), received))
+
+    def _counted(self, name, collective, received):
+        def call(*args, group=None, **kwargs):
+            if group is mpu.get_context_parallel_group():
+                self.calls[name, self.direction].append(received(*args))
+            return collective(*args, group=group, **kwargs)
+
+        return call
+
+    @staticmethod
+    def _all_to_all(out, x, receive, send):
+        me = mpu.get_context_parallel_rank()
+        row = (out if sum(receive) else x)[:1].nbytes
+        return (sum(receive) - receive[me]) * row
+
+
+def step(
+    overrides: dict,
+    documents: bool = False,
+    only_first_chunk: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict:
+    """Traffic of one forward and backward; the loss is of all tokens, or of the sequence's first chunk alone."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        traffic = Traffic(monkeypatch)
+        config = tiny_config(
+            context_parallel_size=mpu.get_context_parallel_world_size(), params_dtype=dtype, **overrides
+        )
+        model = build(config).train()
+        tokens, _ = batch(BATCH)
+        positions = torch.arange(SEQ).expand(BATCH, -1)
+        tokens, positions = of_this_rank(tokens, positions)
+        logits = model(tokens, document_ids=document_batch(BATCH) if documents else None)
+        traffic.direction = "backward"
+        counted = positions < SEQ // (2 * config.context_parallel_size) if only_first_chunk else positions >= 0
+        (logits.square().sum(-1) * counted).sum().backward()
+        return dict(traffic.calls)
+
+
+def halo_bytes(rank: int, ranks: int, window: int) -> int:
+    """By the definition: the keys and values that the windows of a rank's tokens reach and the rank does not hold."""
+    chunk = SEQ // (2 * ranks)
+    rows = 0
+    for index in (rank, 2 * ranks - 1 - rank):
+        start = index * chunk
+        others = [p for p in range(max(0, start - window + 1), start) if p // chunk not in (rank, 2 * ranks - 1 - rank)]
+        rows += len(others)
+    return rows * BATCH * 2 * HEADS * WIDTH * BYTES
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [1, 5, 17, SEQ])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_windows_and_shared_kv(ranks: int, window: int, documents: bool) -> None:
+    model = dict(self_decoder="sliding_window", self_decoder_window=window)
+    shared_kv = (ranks - 1) * SEQ // ranks * BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * BYTES
+    for rank, calls in enumerate(run_world(ranks, step, model, documents, cp=ranks)):
+        halo = [halo_bytes(rank, ranks, window)] * LAYERS
+        back = sum(halo_back_bytes(rank, ranks, window) for _ in range(LAYERS))
+        assert calls["all_to_all_single", "forward"] == halo
+        assert sum(calls["all_to_all_single", "backward"]) == back
+        assert len(calls["all_to_all_single", "backward"]) == LAYERS
+        assert calls["all_gather_into_tensor", "forward"] == [shared_kv]
+        assert calls["reduce_scatter_tensor", "backward"] == [shared_kv]
+        assert len(calls) == 4
+
+
+def halo_back_bytes(rank: int, ranks: int, window: int) -> int:
+    """Gradients come back for each row that another rank's windows reach, once for each of its chunks."""
+    chunk, own = SEQ // (2 * ranks), (rank, 2 * ranks - 1 - rank)
+    rows = sum(
+        p // chunk in own
+        for index in range(2 * ranks)
+        if index not in own
+        for p in range(max(0, index * chunk - window + 1), index * chunk)
+    )
+    return rows * BATCH * 2 * HEADS * WIDTH * BYTES
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_retention_and_shared_kv(ranks: int, documents: bool) -> None:
+    shared_kv = (ranks - 1) * SEQ // ranks * BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * BYTES
+    state = (ranks - 1) * 2 * BATCH * HEADS * WIDTH * WIDTH * BYTES
+    decay = (ranks - 1) * 2 * BATCH * HEADS * BYTES
+    for calls in run_world(ranks, step, dict(self_decoder="gated_retention"), documents, cp=ranks):
+        assert calls == {
+            ("all_gather_into_tensor", "forward"): [state + decay] * LAYERS + [shared_kv],
+            ("reduce_scatter_tensor", "backward"): [shared_kv],
+            ("all_gather_into_tensor", "backward"): [state] * LAYERS,
+        }
+
+
+def test_recompute_gathers_the_shared_kv_no_second_time() -> None:
+    for calls in run_world(2, step, dict(self_decoder="gated_retention", **FULL_RECOMPUTE), cp=2):
+        assert len(calls["all_gather_into_tensor", "forward"]) == LAYERS + 1
+        assert len(calls["all_gather_into_tensor", "backward"]) == 2 * LAYERS
+        assert len(calls["reduce_scatter_tensor", "backward"]) == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["gated_retention", "sliding_window"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_waits_for_one_that_has_nothing_to_give(ranks: int, kind: str) -> None:
+    """A loss of the first chunk's tokens alone: no other chunk has a gradient, and the first has nothing before it."""
+    results = run_world(ranks, step, dict(self_decoder=kind), False, True, cp=ranks)
+    whole = run_world(ranks, step, dict(self_decoder=kind), cp=ranks)
+    assert results == whole
+
+
+def pipelined(layout: str, num_microbatches: int) -> dict:
+    """Traffic of a whole pipeline schedule."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        traffic = Traffic(monkeypatch)
+        pipeline_step(dict(self_decoder="sliding_window"), layout, False, num_microbatches)
+        return dict(traffic.calls)
+
+
+def test_once_for_each_stage_and_micro_batch() -> None:
+    """Stages: self-decoder; the rest of it and the border; cross-decoder; cross-decoder. float32."""
+    number = 3
+    shared_kv = SEQ // 2 * MICRO_BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * 4
+    results = run_world(8, pipelined, "Ett|ttt|t|ttL", number, pp=4, cp=2)
+    gathers = [sum(calls.get(("all_gather_into_tensor", "forward"), [])) for calls in results]
+    scatters = [sum(calls.get(("reduce_scatter_tensor", "forward"), [])) for calls in results]
+    wanted = [0, 0] + [number * shared_kv] * 6  # two ranks for each stage
+    assert gathers == scatters == wanted
+
+
+def test_the_formulas() -> None:
+    """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
+    for kind, recompute in (("gated_retention", {}), ("sliding_window", FULL_RECOMPUTE)):
+        overrides = dict(self_decoder=kind, self_decoder_window=5)
+        results = run_world(4, step32, overrides | recompute, cp=4)
+        counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
+        shape = ModelShape(
+            architecture="yoco",
+            self_decoder=kind,
+            num_layers=CONFIG.num_layers,
+            num_self_decoder_layers=LAYERS,
+            hidden_size=CONFIG.hidden_size,
+            ffn_hidden_size=CONFIG.ffn_hidden_size,
+            num_attention_heads=CONFIG.num_attention_heads,
+            num_query_groups=CROSS_GROUPS,
+            kv_channels=CROSS_WIDTH,
+            self_decoder_heads=HEADS,
+            self_decoder_query_groups=HEADS,
+            self_decoder_window=5,
+            padded_vocab_size=None,
+            seq_length=SEQ,
+            tied=False,
+        )
+        assert counted == sum(received_bytes(shape, 4, BATCH, 4, bool(recompute)).values())
+
+
+def step32(overrides: dict) -> dict:
+    return step(overrides, dtype=torch.float32)

@@ -1,0 +1,49 @@
+"""The chunked loss inside the models: where its weight's gradient goes, and under Megatron's own GPT."""
+
+import pytest
+import torch
+from support.cli import train
+from support.models import train_step
+
+from yoco_megatron.model.layers import output_layer as loss_module
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_weight_gradient_straight_into_megatrons_buffer(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with --gradient-accumulation-fusion: the same gradients and weights; tied, the embedding's part included."""
+    plain = train_step(dict(loss_chunk_size=17), tied)
+    real, buffers = loss_module.chunked_loss, []
+
+    def fused(hidden_states, weight, *rest):
+        buffers.append(weight.main_grad)
+        return real(hidden_states, weight, *rest[:-1], True)
+
+    monkeypatch.setattr(loss_module, "chunked_loss", fused)
+    ours = train_step(dict(loss_chunk_size=17), tied)
+    assert len(buffers) == 1
+    for name, want in plain.items():
+        torch.testing.assert_close(
+            ours[name], want, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("tying", [[], ["--untie-embeddings-and-output-weights"]], ids=["tied", "untied"])
+def test_gpt_trains_alike_with_the_chunked_loss(tying: list[str]) -> None:
+    flags = ["--architecture", "transformer", "--exit-interval", "4", "--eval-iters", "0", *tying]
+    plain, chunked = train(1, *flags), train(1, *flags, "--loss-chunk-size", "13")
+    assert len(plain.losses) >= 3
+    for step, loss in plain.losses.items():
+        assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["yoco", "transformer"])
+def test_waits_for_the_gathered_weight(architecture: str) -> None:
+    """The output layer's weight has a bucket of its own; nobody else would wait for it."""
+    flags = ["--architecture", architecture, "--exit-interval", "4", "--eval-iters", "0", "--ddp-bucket-size", "1000"]
+    flags += ["--untie-embeddings-and-output-weights", "--use-distributed-optimizer"]
+    flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    plain, chunked = (train(2, *flags, "--loss-chunk-size", size) for size in ("0", "13"))
+    assert len(plain.losses) >= 3
+    for step, loss in plain.losses.items():
+        assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)

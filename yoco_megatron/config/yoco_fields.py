@@ -1,0 +1,70 @@
+"""`YOCOFields`: the switches that a YOCO model adds to Megatron's flags (arXiv 2405.05254).
+
+Field names are flag names: `self_decoder_heads` is `--self-decoder-heads` on the command line and in a YAML config.
+Defaults are the paper's; every deviation from it is a switch here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class YOCOFields:
+    """The model's own switches; everything else is a Megatron flag. Defaults are the paper's."""
+
+    architecture: Literal["yoco", "transformer"] = "yoco"
+    """yoco: self-decoder, one shared K,V, cross-decoder. transformer: the Llama-style baseline, Megatron's own GPT."""
+
+    self_decoder: Literal["gated_retention", "sliding_window"] = "gated_retention"
+    """Mixer of the self-decoder layers (paper section 2.1 and 3)."""
+
+    num_self_decoder_layers: int | None = None
+    """Layers of the self-decoder; the rest are cross-decoder layers. 0 gives the paper's [0:1] ablation.
+    Default: half of --num-layers."""
+
+    self_decoder_heads: int | None = None
+    """Heads of the self-decoder. The paper's scaling runs use hidden-size/256 for gated retention.
+    Default: --num-attention-heads."""
+
+    self_decoder_query_groups: int | None = None
+    """K,V heads of sliding-window layers. Default: --self-decoder-heads (the paper uses no GQA in the self-decoder)."""
+
+    self_decoder_window: int = 1024
+    """Keys that a sliding-window query sees, itself included."""
+
+    decay_temperature: float = 16.0
+    """tau of gated retention: decay = sigmoid(x w)^(1/tau) (paper equation 5)."""
+
+    rope_variant: Literal["yoco", "standard"] = "yoco"
+    """yoco: frequencies theta^-linspace(0,1), interleaved pairs (the authors' code). standard: theta^(-2j/d), with the
+    pairing that --rotary-interleaved chooses."""
+
+    scale_embedding: bool = True
+    """Do not multiply embeddings by sqrt(hidden-size) (the authors' code multiplies)."""
+
+    init_law: Literal["yoco", "megatron"] = "yoco"
+    """yoco: the authors' laws, per module. megatron: normal of --init-method-std, output layers scaled by depth."""
+
+    retention_backend: str = "auto"
+    """Implementation of gated retention; tools/doctor.py lists what this machine can run."""
+
+    fp32_kv_transport: bool = False
+    """Send the shared K,V, and with them their gradients, between pipeline stages in fp32 instead of bf16."""
+
+    retention_chunk_size: int = 128
+    """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
+
+    recompute_elementwise: bool = False
+    """Compute again in backward, instead of keeping them, what a few elementwise operations make of what is kept
+    anyway: the output of SwiGLU, and the retention's normalised and gated output. bf16 only: FP8 keeps quantised
+    copies."""
+
+    keep_cross_attention: bool = False
+    """With --recompute-granularity full: keep what each cross-decoder layer's attention gave, as much as the layer's
+    input, instead of computing attention again in backward. For long sequences, where attention is most of the work."""
+
+    loss_chunk_size: int | None = None
+    """Most tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A sequence of 32K
+    with 100K words needs 13 GB of fp32 logits, a chunk of 8192 tokens 1.6 GB in bf16. Default: 8192 for YOCO; 0, which
+    is Megatron's own loss, for the Transformer baseline and with --fp16-lm-cross-entropy or
+    --cross-entropy-loss-fusion."""

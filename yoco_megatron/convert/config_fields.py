@@ -1,0 +1,182 @@
+"""The model's configuration in each format: every field that decides which function the weights compute.
+
+Translation goes through YocoConfig, as tensors go through its names (names.py).
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.utils.errors import require
+
+# YocoConfig's field -> Megatron's argument; the flag is its name with dashes.
+SAME = {
+    "vocab_size": "padded_vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_self_decoder_layers": "num_self_decoder_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "self_decoder": "self_decoder",
+    "self_decoder_heads": "self_decoder_heads",
+    "self_decoder_key_value_heads": "self_decoder_query_groups",
+    "sliding_window": "self_decoder_window",
+    "decay_temperature": "decay_temperature",
+    "rope_theta": "rotary_base",
+    "rope_variant": "rope_variant",
+    "rope_interleaved": "rotary_interleaved",
+    "scale_embedding": "scale_embedding",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+}
+# Arguments whose flag has another name, or says the opposite.
+FLAGS = {"layernorm_epsilon": "norm-epsilon", "scale_embedding": None}
+
+
+def from_args(args: Namespace, **more: Any) -> YocoConfig:
+    """The YocoConfig of the model that Megatron's arguments describe; `more` are further fields of it.
+
+    `args` as `arguments.parse` returns them, with the padded vocabulary filled in.
+    """
+    from yoco_megatron.costs.shape import ModelShape
+    from yoco_megatron.startup.arguments import model_fields
+
+    require(
+        args.architecture == "yoco",
+        f"--architecture {args.architecture}: only YOCO models can be converted; a Transformer baseline is Megatron's "
+        "own GPT, for which Megatron Bridge has converters",
+    )
+    values = vars(model_fields(args)) | {"kv_channels": ModelShape.from_args(args).kv_channels}
+    if values["num_query_groups"] is None:
+        values["num_query_groups"] = args.num_attention_heads
+    if args.rope_variant == "yoco":
+        values["rotary_interleaved"] = True
+    fields = {ours: values[theirs] for ours, theirs in SAME.items()}
+    return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)
+
+
+def to_flags(config: YocoConfig) -> dict[str, Any]:
+    """The flags of pretrain_yoco.py that describe the model, as a config file holds them."""
+    flags = {FLAGS.get(dest, dest): getattr(config, field) for field, dest in SAME.items()}
+    del flags[None]
+    flags |= {
+        "architecture": "yoco",
+        "group-query-attention": True,
+        "no-scale-embedding": not config.scale_embedding,
+        "untie-embeddings-and-output-weights": not config.tie_word_embeddings,
+        "rotary-interleaved": config.rope_interleaved,
+        "rotary-base": int(config.rope_theta) if float(config.rope_theta).is_integer() else config.rope_theta,
+        "seq-length": config.max_position_embeddings,
+    }
+    return {name.replace("_", "-"): value for name, value in flags.items()}
+
+
+def from_official(params: dict[str, Any], tied: bool, max_position_embeddings: int) -> YocoConfig:
+    """The authors' params.json (YOCOArgs), whose tying shows in the weights alone."""
+    needed = ("dim", "n_layers", "hidden_dim", "n_self_heads", "n_attn_heads", "vocab_size")
+    missing = [name for name in needed if name not in params]
+    require(not missing, f"params.json lacks {', '.join(missing)}: is it a YOCO's?")
+    require(params["n_layers"] % 2 == 0, f"params.json: n_layers {params['n_layers']} is odd, which has no half")
+    window = params.get("sliding_window")
+    return YocoConfig(
+        vocab_size=params["vocab_size"],
+        hidden_size=params["dim"],
+        intermediate_size=params["hidden_dim"],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_attn_heads"],
+        num_key_value_heads=params.get("n_attn_kv_heads"),
+        self_decoder="gated_retention" if window is None else "sliding_window",
+        self_decoder_heads=params["n_self_heads"],
+        sliding_window=window or 1024,
+        rope_theta=params.get("rope_theta", 10000.0),
+        rms_norm_eps=params.get("norm_eps", 1e-5),
+        max_position_embeddings=params["max_seq_len"] if params.get("max_seq_len", -1) > 0 else max_position_embeddings,
+        tie_word_embeddings=tied,
+    )
+
+
+def from_fla(config: dict[str, Any]) -> YocoConfig:
+    """config.json of flash-linear-attention's YOCOForCausalLM.
+
+    Raises:
+        ValueError: a variant that is no YOCO of the paper (gated delta net, biases, norms on queries, ...).
+    """
+    own, cross = config["self_decoder_attn"], config["cross_decoder_attn"]
+    width = config["hidden_size"]
+    no = {
+        f"self_decoder_attn.type {own['type']}": own["type"] != "gated_retention",
+        "cross_decoder_attn.qk_norm": cross.get("qk_norm", False),
+        "cross_decoder_attn.qkv_bias": cross.get("qkv_bias", False),
+        "cross_decoder_attn.window_size": cross.get("window_size") is not None,
+        "attnres_block_size": config.get("attnres_block_size") is not None,
+        f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "swish") not in ("swish", "silu"),
+        "different rope_inv_freq of the two halves": own.get("rope_inv_freq") != cross.get("rope_inv_freq"),
+        "different rope_theta of the two halves": own.get("rope_theta") != cross.get("rope_theta"),
+    }
+    for what, found in no.items():
+        require(not found, f"config.json: {what} has no counterpart in this project's YOCO")
+    ffn = config.get("intermediate_size")
+    if ffn is None:  # fla's own default, a multiple of 256
+        ffn = 256 * ((int(width * (config.get("hidden_ratio") or 4) * 2 / 3) + 255) // 256)
+    return YocoConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=config["num_hidden_layers"],
+        num_self_decoder_layers=config["num_self_decoder_layers"],
+        num_attention_heads=cross["num_heads"],
+        num_key_value_heads=cross.get("num_kv_heads"),
+        self_decoder_heads=own["num_heads"],
+        decay_temperature=own.get("gate_logit_normalizer", 16.0),
+        rope_theta=own.get("rope_theta", 10000.0),
+        rope_variant="yoco" if own.get("rope_inv_freq") == "yoco" else "standard",
+        rms_norm_eps=config.get("norm_eps", 1e-6),
+        max_position_embeddings=config["max_position_embeddings"],
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        **{name: config.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    )
+
+
+def to_fla(config: YocoConfig) -> dict[str, Any]:
+    """config.json for flash-linear-attention.
+
+    Raises:
+        ValueError: what its YOCO does not have.
+    """
+    no = {
+        "sliding-window self-decoder (fla rotates its halves, not pairs)": config.self_decoder != "gated_retention",
+        "embedding that is not scaled": not config.scale_embedding,
+        "RoPE by halves": not config.rope_interleaved,
+        "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads
+        != config.hidden_size,
+    }
+    for what, found in no.items():
+        require(not found, f"--to fla: its YOCOForCausalLM has no {what}")
+    rope = {"rope_theta": config.rope_theta, "rope_inv_freq": "yoco" if config.rope_variant == "yoco" else "fla"}
+    return {
+        "architectures": ["YOCOForCausalLM"],
+        "model_type": "yoco",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_self_decoder_layers": config.num_self_decoder_layers,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_eps": config.rms_norm_eps,
+        "hidden_act": "swish",
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "self_decoder_attn": {
+            "type": "gated_retention",
+            "num_heads": config.self_decoder_heads,
+            "gate_logit_normalizer": config.decay_temperature,
+            **rope,
+        },
+        "cross_decoder_attn": {
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            **rope,
+        },
+        **{name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    }

@@ -1,0 +1,98 @@
+"""From one format to another: read, write aside, compare, and only then give the result its name."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from yoco_megatron.checkpoint.layout import RESOLVED
+from yoco_megatron.convert import tokenizer_files, verify, writers
+from yoco_megatron.convert.readers import Source, open_source
+from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    kind: str,
+    folder: str,
+    to: str,
+    output: str,
+    *,
+    iteration: int | None = None,
+    tokenizer: str | None = None,
+    shard_bytes: int = 2 * 1024**3,
+) -> str:
+    """Convert the model in `folder` (one of formats.SOURCES) to `output` (one of TARGETS), and prove it.
+
+    Args:
+        tokenizer: folder of a tokenizer to ship, where the source has none.
+        shard_bytes: largest safetensors file; also what is held in memory, beside the largest tensors.
+    Returns:
+        a sentence about the comparison of the two models.
+    Raises:
+        ValueError: bad input, no room, or a result that differs; `output` does not exist then, the source is untouched.
+    """
+    require(
+        (kind, to) != ("megatron", "megatron"),
+        f"--from megatron --to megatron: nothing to convert, any mesh loads --input {folder} as it is",
+    )
+    require(shard_bytes > 0, f"--max-shard-size {shard_bytes / 1024**3:g} must be positive")
+    final = Path(output)
+    require(
+        not final.exists() or (final.is_dir() and not any(final.iterdir())),
+        f"--output {output} exists already: name a new folder",
+    )
+    source = open_source(kind, folder, iteration)
+    if tokenizer is not None:
+        require(Path(tokenizer).is_dir(), f"--tokenizer {tokenizer}: no such folder")
+        source.tokenizer = Path(tokenizer)
+    _check_tokenizer(source)
+    aside = final.parent / f".{final.name}.incomplete-{os.getpid()}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        require(
+            free > source.bytes * 1.01,
+            f"--output {output}: {source.bytes / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free",
+        )
+        aside.mkdir()
+        if to == "megatron":
+            writers.write_megatron(source, aside)
+        else:
+            {"hf": writers.write_hf, "fla": writers.write_fla}[to](source, aside, shard_bytes)
+        report = verify.compare(source, to, aside, iteration)
+        if to == "megatron":
+            _final_tokenizer_path(aside, final)
+        if final.exists():
+            final.rmdir()
+        aside.rename(final)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _check_tokenizer(source: Source) -> None:
+    """Raises ValueError for a tokenizer with more ids than the model has rows."""
+    if source.tokenizer is None:
+        logger.warning("no tokenizer folder is known: the result will have none (--tokenizer names one)")
+        return
+    size = len(tokenizer_files.load(source.tokenizer))
+    require(
+        size <= source.config.vocab_size,
+        f"--tokenizer {source.tokenizer} has {size} ids, the model only {source.config.vocab_size} rows",
+    )
+
+
+def _final_tokenizer_path(aside: Path, final: Path) -> None:
+    """The config named the tokenizer where it lay while the folder was being made."""
+    path = aside / RESOLVED
+    flags = yaml.safe_load(path.read_text())
+    if "tokenizer-model" in flags:
+        flags["tokenizer-model"] = str(final / "tokenizer")
+        write_atomically(path, yaml.safe_dump(flags, sort_keys=True))

@@ -1,0 +1,77 @@
+"""The README.md of an exported model."""
+
+from yoco_megatron.convert import tensor_names
+from yoco_megatron.convert.readers import Source
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [yoco]
+---
+
+# {title}
+
+A YOCO ([You Only Cache Once](https://arxiv.org/abs/2405.05254)) language model, exported by yoco-megatron from its
+{kind} format.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
+```
+
+| | |
+|---|---|
+{rows}
+
+The cache of a sequence is {per_token:,} bytes a token for the one global K,V and {fixed:,} bytes of {what} whatever its
+length. Prompts are prefilled without the cross-decoder.
+"""
+
+
+def model_card(source: Source, dtype: str) -> str:
+    """Markdown: what the model is, how it was trained as far as the source says, how to load it."""
+    config, facts = source.config, source.facts
+    count = sum(_product(shape) for shape in tensor_names.shapes(config).values())
+    width = 2 if dtype in ("bfloat16", "float16") else 4
+    retention = config.self_decoder == "gated_retention"
+    if retention:
+        fixed = config.num_self_decoder_layers * config.hidden_size * config.self_decoder_head_dim * 4
+    else:
+        kv = 2 * config.self_decoder_key_value_heads * config.self_decoder_head_dim * width
+        fixed = config.num_self_decoder_layers * (config.sliding_window - 1) * kv
+    split = f"{config.num_self_decoder_layers} + {config.num_hidden_layers - config.num_self_decoder_layers}"
+    rows = {
+        "parameters": f"{count:,} ({dtype})",
+        "layers": f"{split} (self-decoder + cross-decoder)",
+        "self-decoder": "gated retention" if retention else f"sliding window of {config.sliding_window}",
+        "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
+        "self-decoder heads": str(config.self_decoder_heads),
+        "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
+        "vocabulary": f"{config.vocab_size:,} rows",
+        "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies",
+        "trained to length": f"{facts.get('seq_length', config.max_position_embeddings):,}",
+    }
+    if facts.get("iteration"):
+        rows["iterations"] = f"{facts['iteration']:,}"
+    if facts.get("samples"):
+        rows["tokens seen"] = f"{facts['samples'] * facts['seq_length']:,}"
+    rows |= {f"`{name}`": str(value) for name, value in facts.get("flags", {}).items()}
+    return CARD.format(
+        title=f"YOCO {count / 1e9:.2g}B" if count >= 1e9 else f"YOCO {count / 1e6:.3g}M",
+        kind={"megatron": "training"}.get(source.kind, source.kind),
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        per_token=2 * config.num_key_value_heads * config.head_dim * width,
+        fixed=fixed,
+        what="recurrent state" if retention else "windows",
+    )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,323 @@
+"""Reading a YOCO in any of its formats, one tensor at a time: `open_source` checks everything, `Source.load` reads.
+
+Nothing is unpickled without restraint: safetensors holds no code, torch.load runs with `weights_only=True`, and a
+training checkpoint goes through `safe_load`.
+"""
+
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from yoco_megatron.checkpoint import safe_unpickling
+from yoco_megatron.checkpoint.common_state import common_state
+from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of
+from yoco_megatron.config.yaml_files import load_config_files
+from yoco_megatron.convert import config_fields, tensor_names
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.utils.errors import nearest, require
+
+Found = dict[str, tuple[tensor_names.Shape, torch.dtype]]
+# What a model card tells of a run.
+TRAINING = ("train-iters", "global-batch-size", "lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "weight-decay")
+
+
+@dataclass
+class Source:
+    """A model on disk: its configuration, and `load(name)` for each of `names.shapes(config)`."""
+
+    kind: str
+    folder: Path
+    config: YocoConfig
+    dtypes: dict[str, torch.dtype]
+    load: Callable[[str], Tensor]
+    tokenizer: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is known of its training, for the model card."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(
+            self.dtypes[name].itemsize * torch.Size(shape).numel()
+            for name, shape in tensor_names.shapes(self.config).items()
+        )
+
+
+def open_source(kind: str, folder: str, iteration: int | None = None) -> Source:
+    """Open the checkpoint in `folder`.
+
+    Args:
+        kind: one of formats.SOURCES.
+        iteration: which one of a training run's checkpoints; the latest by default.
+    Raises:
+        ValueError: no such checkpoint there, files missing or cut short, another architecture, wrong shapes.
+    """
+    path = Path(folder)
+    require(path.is_dir(), f"--input {folder}: no such folder")
+    return {"megatron": _megatron, "hf": _hf, "fla": _fla, "official": _official}[kind](path, iteration)
+
+
+def check_shapes(where: str, found: Found, wanted: dict[str, tensor_names.Shape]) -> None:
+    """Raises ValueError unless exactly the wanted tensors are there, with these shapes and a float dtype."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    require(not missing, f"{where}: {len(missing)} tensors are missing, first {missing[:1]}{_near(missing, found)}")
+    require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of this config, first {extra[:1]}")
+    for name, shape in wanted.items():
+        require(
+            tuple(found[name][0]) == tuple(shape),
+            f"{where}: {name} is {list(found[name][0])}, its config asks for {list(shape)}",
+        )
+        require(found[name][1].is_floating_point, f"{where}: {name} is {found[name][1]}, not a float type")
+
+
+def _near(missing: list[str], found: Found) -> str:
+    return nearest(missing[0], found) if missing else ""
+
+
+# -- training checkpoints
+
+
+def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
+    """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
+    tracker = folder / TRACKER
+    require(
+        tracker.exists() and (folder / RESOLVED).exists(),
+        f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
+    )
+    latest = tracker.read_text().strip()
+    require(
+        latest == "release" or latest.isdigit() or iteration is not None,
+        f"--input {folder}: {TRACKER} holds {latest[:20]!r}, no iteration: name one with --iteration",
+    )
+    name = "release" if latest == "release" and iteration is None else path_of(folder, int(iteration or latest)).name
+    require(
+        (folder / name / ".metadata").exists(),
+        f"--input {folder}: {name} is no checkpoint in the torch_dist format; there are "
+        f"{', '.join(sorted(p.name for p in folder.glob('iter_*'))) or 'none'}",
+    )
+    return folder / name
+
+
+class TrainingTensors:
+    """Whole tensors of a torch_dist checkpoint, whatever mesh wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        safe_unpickling.install()
+        self.reader = FileSystemReader(folder)
+        self.metadata = self.reader.read_metadata()
+        self.reader.read_metadata = lambda *_, **__: self.metadata  # once, not for every tensor
+        for info in self.metadata.storage_data.values():
+            file = folder / info.relative_path
+            require(file.exists(), f"--input: {file} is missing: copy the checkpoint again")
+            whole = file.stat().st_size >= info.offset + info.length
+            require(whole, f"--input: {file} is cut short: copy the checkpoint again")
+
+    def found(self) -> Found:
+        """The model's tensors: no optimizer, no random states."""
+        entries = self.metadata.state_dict_metadata.items()
+        skipped = ("optimizer.", "rng_state", "rerun_state")
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in entries
+            if hasattr(entry, "properties") and not name.startswith(skipped)
+        }
+
+    def load(self, name: str) -> Tensor:
+        """One tensor."""
+        entry = self.metadata.state_dict_metadata[name]
+        return self._load(name, torch.empty(entry.size, dtype=entry.properties.dtype))
+
+    def _load(self, name: str, into: Any) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        state = {name: into}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is")
+            dcp.load(state, storage_reader=self.reader, no_dist=True)
+        return state[name]
+
+
+def _megatron(folder: Path, iteration: int | None) -> Source:
+    from yoco_megatron.startup.load_run import parse_run
+
+    tensors = TrainingTensors(checkpoint_folder(folder, iteration))
+    args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.reader.path)
+    embedding = found.get("embedding.word_embeddings.weight")
+    require(embedding is not None, f"--input {folder}: no embedding.word_embeddings.weight: no model of this project")
+    args.padded_vocab_size = embedding[0][0]
+    config = config_fields.from_args(args)
+    entries = tensor_names.megatron(config)
+    shapes = tensor_names.shapes(config)
+    check_shapes(f"--input {tensors.reader.path}", found, {entry.name: entry.shape(shapes) for entry in entries})
+    of = {name: entry for entry in entries for name in entry.names}
+
+    @functools.lru_cache(maxsize=1)  # the pieces of one matrix are asked for one after the other
+    def split(entry: tensor_names.Fused) -> dict[str, Tensor]:
+        return entry.split(tensors.load(entry.name))
+
+    tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
+    trained = common.get("args")
+    flags = load_config_files([str(folder / RESOLVED)])
+    facts = {
+        "iteration": common.get("iteration"),
+        "samples": getattr(trained, "consumed_train_samples", None),
+        "seq_length": args.seq_length,
+        "flags": {name: value for name, value in flags.items() if name in TRAINING},
+    }
+    return Source(
+        kind="megatron",
+        folder=folder,
+        config=config,
+        dtypes={name: found[entry.name][1] for name, entry in of.items()},
+        load=lambda name: split(of[name])[name],
+        tokenizer=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
+        facts=facts,
+    )
+
+
+# -- safetensors
+
+
+class SafeTensors:
+    """Tensors of a folder of safetensors files, with or without an index."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            of = _json(index, "an exported model").get("weight_map")
+            require(isinstance(of, dict), f"--input {index} has no weight_map: copy the folder again")
+            for tensor, file in of.items():
+                require(
+                    isinstance(file, str) and file != "",
+                    f"--input {index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
+                )
+            listed = sorted(set(of.values()))
+        else:
+            listed = ["model.safetensors"]
+        self.files: dict[str, Any] = {}
+        for name in listed:
+            file = folder / name
+            require(file.exists(), f"--input: {file} is missing: copy the folder again")
+            try:
+                opened = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"--input: {file} is no whole safetensors file ({error}): copy it again") from None
+            self.files |= dict.fromkeys(opened.keys(), opened)
+
+    def found(self) -> Found:
+        slices = {name: file.get_slice(name) for name, file in self.files.items()}
+        return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), torch.int8)) for name, s in slices.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _json(file: Path, what: str) -> dict[str, Any]:
+    """The object in a file that the folder of `what` has. Raises ValueError."""
+    try:
+        content = json.loads(file.read_text())
+    except OSError:
+        raise ValueError(f"--input {file.parent}: no {file.name} there; give the folder of {what}") from None
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"--input {file} is not JSON: {error}") from None
+    require(isinstance(content, dict), f"--input {file} is no JSON object: is it that of {what}?")
+    return content
+
+
+def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: Any) -> YocoConfig:
+    """The configuration that `read` makes of a file's content. Raises ValueError for fields that describe no model."""
+    try:
+        return read(*args, **more)
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ValueError(f"--input {file} describes no YOCO: {what}") from None
+
+
+def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
+    """A source whose names are `rename` of ours."""
+    wanted = {rename(name): shape for name, shape in tensor_names.shapes(config).items()}
+    if config.tie_word_embeddings:  # some writers repeat the embedding as the head
+        found.pop(rename("lm_head.weight"), None)
+    check_shapes(f"--input {folder}", found, wanted)
+    dtypes = {name: found[rename(name)][1] for name in tensor_names.shapes(config)}
+    tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
+    return Source(kind, folder, config, dtypes, lambda name: load(rename(name)), tokenizer)
+
+
+def _hf(folder: Path, _: int | None) -> Source:
+    file = folder / "config.json"
+    config = _json(file, "an exported model")
+    architecture = (config.get("architectures") or ["nothing"])[0]
+    require(
+        architecture == "YocoForCausalLM",
+        f"--input {folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
+        + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
+    )
+    tensors = SafeTensors(folder)
+    source = _renamed("hf", folder, _described(file, YocoConfig.from_dict, config), tensors.found(), tensors.load, str)
+    source.facts = config.get("training_facts") or {}
+    return source
+
+
+def _fla(folder: Path, _: int | None) -> Source:
+    file = folder / "config.json"
+    config = _json(file, "an exported model")
+    require(
+        "self_decoder_attn" in config and "cross_decoder_attn" in config,
+        f"--input {folder}: its config.json is not that of flash-linear-attention's YOCOForCausalLM",
+    )
+    tensors = SafeTensors(folder)
+    described = _described(file, config_fields.from_fla, config)
+    return _renamed("fla", folder, described, tensors.found(), tensors.load, tensor_names.fla)
+
+
+# -- the authors' layout
+
+
+# microsoft/unilm YOCO/yoco/models/decoder/yoco.py:CrossDecoder views its K,V with all heads on every rank.
+A_PART = (
+    "one part of a model that was split by tensor parallelism. The authors' code cannot run such a model, so that no "
+    "layout of theirs is known: give one checkpoint.pth with whole tensors"
+)
+
+
+def _official(folder: Path, _: int | None) -> Source:
+    params, weights = folder / "params.json", folder / "checkpoint.pth"
+    for part in folder.glob("*-model_part-*"):  # fairseq's names
+        raise ValueError(f"--input {part} is {A_PART}")
+    for file in (params, weights):
+        require(file.exists(), f"--input {folder}: no {file.name} there; the authors' layout has params.json beside it")
+    try:
+        state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever a broken or hostile pickle raises
+        what = str(error).splitlines()[0]
+        raise ValueError(f"--input {weights}: cannot be read as weights alone; no code of it was run: {what}") from None
+    require(isinstance(state, dict), f"--input {weights}: holds no state dict")
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    tied = "output_projection.weight" not in state
+    if not tied and "embed_tokens.weight" in state:
+        tied = state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
+    content = _json(params, "the authors' layout")
+    config = _described(params, config_fields.from_official, content, tied, max_position_embeddings=4096)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    rows = found.get("embed_tokens.weight", ((0,), None))[0][0]
+    split = 0 < rows < config.vocab_size and config.vocab_size % rows == 0
+    require(
+        not split, f"--input {weights}: {rows} of {config.vocab_size} rows of embed_tokens are there; it is {A_PART}"
+    )
+    return _renamed("official", folder, config, found, state.__getitem__, tensor_names.official)

@@ -1,0 +1,142 @@
+"""Does the converted model compute what the source computes? Logits of both on real text, in fp32.
+
+A training checkpoint is run by the trainer's own model, an exported one by the code inside its folder, so that a
+mistake in names.py cannot hide on both sides. Where a whole model in fp32 does not fit into memory, both are run
+layer by layer through transformers' layers instead.
+"""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from yoco_megatron import runtime
+from yoco_megatron.convert import tensor_names, tokenizer_files
+from yoco_megatron.convert.readers import Source, open_source
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.hf.modeling_yoco import (
+    YocoCrossAttention,
+    YocoForCausalLM,
+    YocoGatedRetention,
+    YocoLayer,
+    YocoRMSNorm,
+    YocoRotaryEmbedding,
+    YocoSharedKV,
+    YocoSlidingAttention,
+)
+
+# The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.
+TOLERANCE = 1e-4
+LENGTH = 96
+TEXT = """The harbour master kept two books. In the first he wrote the name of every ship that came in, its captain,
+its cargo and the hour of the tide; in the second he wrote only what he would need to know tomorrow. When the first book
+was full he began another, and after thirty years the shelves of his office held nothing else. The second book never had
+more than a page. Asked which of the two he could not do without, he laughed: the first one answers any question you may
+think of, he said, but it is the second one that I read. 3.14159 26535 89793; def f(x): return x ** 2 + 1"""
+
+
+def sample_tokens(source: Source) -> tuple[Tensor, str]:
+    """(ids [1, at most LENGTH], what they are): TEXT by the source's tokenizer, or random ids where it has none."""
+    if source.tokenizer is not None:
+        ids = tokenizer_files.load(source.tokenizer)(TEXT, add_special_tokens=False)["input_ids"][:LENGTH]
+        return torch.tensor([ids]), "of English text"
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, source.config.vocab_size, (1, LENGTH), generator=generator), "at random (no tokenizer)"
+
+
+def compare(source: Source, kind: str, folder: Path, iteration: int | None, whole: bool | None = None) -> str:
+    """Compare the source with its conversion in `folder`.
+
+    Args:
+        whole: run the two models whole, or (False) layer by layer; by default as memory allows.
+    Returns:
+        a sentence that says what was compared and how close it is.
+    Raises:
+        ValueError: they differ.
+    """
+    tokens, what = sample_tokens(source)
+    if whole is None:
+        elements = sum(torch.Size(shape).numel() for shape in tensor_names.shapes(source.config).values())
+        whole = 4 * elements * 1.2 < psutil.virtual_memory().available
+    # Code in the source's folder is not run; that in the result's is ours.
+    of_source = {"megatron": _by_trainer, "hf": _by_ours} if whole else {}
+    of_result = {"megatron": _by_trainer, "hf": _by_folder} if whole else {}
+    logits = [of_source.get(source.kind, _by_layers)(source.kind, source.folder, iteration, tokens)]
+    gc.collect()
+    logits.append(of_result.get(kind, _by_layers)(kind, folder, None, tokens))
+    error = (torch.linalg.vector_norm(logits[1] - logits[0]) / torch.linalg.vector_norm(logits[0])).item()
+    how = "" if whole else ", layer by layer because the whole does not fit into memory"
+    if not error < TOLERANCE:  # nan fails too
+        raise ValueError(
+            f"--input {source.folder}: the converted model's logits differ from the source's by {error:.1e} "
+            f"(relative, {TOLERANCE:.0e} allowed); nothing was written"
+        )
+    return f"logits of {tokens.shape[1]} tokens {what} agree within {error:.1e} (fp32{how})"
+
+
+@torch.no_grad()
+def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    from yoco_megatron.startup.load_run import load_model
+
+    model, _, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
+    return model(tokens.to(runtime.device())).double().cpu()
+
+
+@torch.no_grad()
+def _by_folder(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    return model(tokens, use_cache=False).logits.double()
+
+
+@torch.no_grad()
+def _by_ours(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    model = YocoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(tokens, use_cache=False).logits.double()
+
+
+@torch.no_grad()
+def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    source = open_source(kind, str(folder), iteration)
+    config, load = source.config, source.load
+    config._attn_implementation = "eager"
+
+    def module(name: str, build: Callable[..., nn.Module], *args: Any) -> nn.Module:
+        """A part of the model, with its weights in fp32."""
+        with torch.device("meta"):
+            part = build(*args)
+        state = {key: load(f"{name}{key}").float() for key in part.state_dict()}
+        part.load_state_dict(state, assign=True)
+        return part
+
+    length, border = tokens.shape[1], config.num_self_decoder_layers
+    positions = torch.arange(length)[None]
+    x = load("model.embed_tokens.weight")[tokens].float()
+    if config.scale_embedding:
+        x = x * config.hidden_size**0.5
+    own = YocoRotaryEmbedding(config, config.self_decoder_head_dim)(positions)
+    cross = YocoRotaryEmbedding(config, config.head_dim)(positions)
+    distance = positions[0][:, None] - positions[0][None]
+    causal = torch.zeros(length, length).masked_fill(distance < 0, -torch.inf)
+    window = causal.masked_fill(distance >= config.sliding_window, -torch.inf)
+    retention = config.self_decoder == "gated_retention"
+    mixer, mask = (YocoGatedRetention, None) if retention else (YocoSlidingAttention, window[None, None])
+    for index in range(border):
+        x = module(tensor_names.layer_name(config, index), _layer, config, mixer, index)(x, rotary=own, mask=mask)
+    k, v = module("model.shared_kv.", YocoSharedKV, config, border)(x, cross)
+    for index in range(border, config.num_hidden_layers):
+        name, mask = tensor_names.layer_name(config, index), causal[None, None]
+        # Without a name of its own: one layer is gone before the next is loaded.
+        x = module(name, _layer, config, YocoCrossAttention, index)(x, k, v, rotary=cross, mask=mask)
+    x = module("model.norm.", YocoRMSNorm, config.hidden_size, config.rms_norm_eps)(x)
+    head = load("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+    return torch.cat([x @ rows.float().T for rows in head.split(8192)], dim=-1).double()
+
+
+def _layer(config: YocoConfig, mixer: type, index: int) -> YocoLayer:
+    return YocoLayer(config, mixer(config, index))

@@ -1,0 +1,207 @@
+"""Writing a YOCO in any of its formats, one tensor (or one shard) in memory at a time.
+
+Each writer fills a folder that does not exist yet; convert.py gives it a hidden one and renames it when all is well.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+import yoco_megatron.hf
+from yoco_megatron.checkpoint import architecture
+from yoco_megatron.checkpoint.layout import COMPLETE, RESOLVED, TRACKER
+from yoco_megatron.convert import config_fields, tensor_names, tokenizer_files
+from yoco_megatron.convert.model_card import model_card
+from yoco_megatron.convert.readers import Source
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_yoco.YocoConfig",
+    "AutoModel": "modeling_yoco.YocoModel",
+    "AutoModelForCausalLM": "modeling_yoco.YocoForCausalLM",
+}
+
+
+def checked(source: Source, name: str) -> Tensor:
+    """A tensor of the source. Raises ValueError if it holds NaN or infinity."""
+    tensor = source.load(name)
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # NaN is both; a mask would take half the tensor's size
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(f"--input {source.folder}: {name} holds {bad} values that are NaN or infinite")
+    return tensor
+
+
+# -- safetensors: ours and fla's
+
+
+def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
+    """The folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
+    _write_tensors(source, folder, shard_bytes, rename=str)
+    tokenizer = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder)
+    config = source.config
+    knows = config if tokenizer is None else tokenizer
+    special = {name: getattr(knows, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    special = {name: value for name, value in special.items() if value is not None}
+    dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
+    facts = {name: value for name, value in source.facts.items() if value is not None}
+    config_json = {
+        **config.to_diff_dict(),
+        "architectures": ["YocoForCausalLM"],
+        "model_type": config.model_type,
+        "auto_map": AUTO_MAP,
+        "dtype": dtype,
+        "training_facts": facts,
+        **{name: getattr(config, name) for name in config_fields.SAME},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **special,
+    }
+    _write_json(folder / "config.json", config_json)
+    generation: dict[str, Any] = {"do_sample": False, **special}
+    if tokenizer is not None and len(tokenizer) < config.vocab_size:
+        # Rows that pad the vocabulary were never trained; no text may come of them.
+        generation["suppress_tokens"] = list(range(len(tokenizer), config.vocab_size))
+    _write_json(folder / "generation_config.json", generation)
+    for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
+        shutil.copy(file, folder)
+    (folder / "README.md").write_text(model_card(source, dtype))
+
+
+def write_fla(source: Source, folder: Path, shard_bytes: int) -> None:
+    """The folder that flash-linear-attention's YOCOForCausalLM loads."""
+    config = config_fields.to_fla(source.config)
+    _write_tensors(source, folder, shard_bytes, rename=tensor_names.fla)
+    if source.tokenizer is not None:
+        tokenizer_files.copy(source.tokenizer, folder)
+    dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
+    _write_json(folder / "config.json", config | {"torch_dtype": dtype})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Callable[[str], str]) -> None:
+    """safetensors shards of at most `shard_bytes` (or one tensor) with their index."""
+    from safetensors.torch import save_file
+
+    shapes = tensor_names.shapes(source.config)
+    plan: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        bytes_ = torch.Size(shape).numel() * source.dtypes[name].itemsize
+        if plan[-1] and size + bytes_ > shard_bytes:
+            plan.append([])
+            size = 0
+        plan[-1].append(name)
+        size += bytes_
+    weight_map = {}
+    with _progress(source) as progress:
+        for number, shard in enumerate(plan, 1):
+            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            tensors = {}
+            for name in shard:
+                # A piece of a mapped file must not keep the whole file.
+                tensors[rename(name)] = checked(source, name).clone(memory_format=torch.contiguous_format)
+                progress.update(tensors[rename(name)].nbytes)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            tensors.clear()
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": source.bytes}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _progress(source: Source) -> tqdm:
+    return tqdm(total=source.bytes, unit="B", unit_scale=True, desc="tensors", disable=None)
+
+
+# -- training checkpoints
+
+
+def write_megatron(source: Source, folder: Path) -> None:
+    """A folder for --load: a "release" checkpoint (weights alone, iteration 0) that any mesh can read."""
+    from yoco_megatron.startup.load_run import parse_run
+
+    checkpoint = folder / "release"
+    checkpoint.mkdir()
+    dtype = source.dtypes["model.embed_tokens.weight"]
+    flags = {
+        **config_fields.to_flags(source.config),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "micro-batch-size": 1,
+        **_tokenizer_flags(source, folder),
+    }
+    resolved = folder / RESOLVED
+    resolved.write_text(yaml.safe_dump(flags, sort_keys=True))
+    args = parse_run(str(folder))  # whatever is wrong with these flags shows here
+    architecture.save(args, str(folder))
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+    _save_streaming(source, checkpoint, common)
+    _write_json(checkpoint / COMPLETE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    (folder / TRACKER).write_text("release")
+
+
+def _tokenizer_flags(source: Source, folder: Path) -> dict[str, Any]:
+    if source.tokenizer is None:
+        return {"tokenizer-type": "NullTokenizer", "vocab-size": source.config.vocab_size - 1}
+    tokenizer_files.copy(source.tokenizer, folder / "tokenizer")
+    return {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(folder / "tokenizer")}
+
+
+def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> None:
+    """Save every tensor through torch.distributed.checkpoint, which asks for them one by one as it writes."""
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+    shapes = tensor_names.shapes(source.config)
+    entries = {entry.name: entry for entry in tensor_names.megatron(source.config)}
+
+    class OneByOne(dcp.DefaultSavePlanner):
+        """Resolves a tensor only when its bytes are written."""
+
+        def resolve_data(self, write_item: WriteItem) -> Any:
+            if write_item.type == WriteItemType.BYTE_IO:
+                return super().resolve_data(write_item)
+            entry = entries[write_item.index.fqn]
+            tensor = entry.join([checked(source, name) for name in entry.names])
+            progress.update(tensor.nbytes)
+            return tensor
+
+    state: dict[str, Any] = {
+        name: torch.empty(entry.shape(shapes), dtype=source.dtypes[entry.names[0]], device="meta")
+        for name, entry in entries.items()
+    }
+    state |= {name: [None] for name in _extra_states(entries)}
+    state["common_state/shard_0_1"] = [common]
+    with _progress(source) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is")
+        planner = OneByOne(flatten_state_dict=False)
+        # torch's writer keeps all tensors of a file until the file is closed: so a file a tensor.
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+        try:
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        except dcp.CheckpointException as wrapped:  # no Exception, so that few catch it
+            raise next(iter(wrapped.failures.values()))[0] from None
+
+
+def _extra_states(entries: dict[str, tensor_names.Fused]) -> Iterator[str]:
+    """Transformer Engine's modules, and Megatron's linear layers in its name, save an (empty) extra state."""
+    without = ("word_embeddings.weight", "linear_decay.weight")
+    for name in entries:
+        if name.endswith(".weight") and not name.endswith(without):
+            yield name.removesuffix("weight") + "_extra_state/shard_0_1"
+    yield "output_layer._extra_state/shard_0_1"

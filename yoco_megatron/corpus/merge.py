@@ -1,0 +1,118 @@
+"""Several indexed datasets of documents, one after another, as one: the bytes of Megatron's IndexedDatasetBuilder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from yoco_megatron.corpus.idx_writer import sync, write_index
+from yoco_megatron.corpus.preprocess import BLOCK_BYTES, describe_files, move_into_place
+from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
+
+# Counts of a report that add up.
+SUMS = ("documents", "tokens", "bytes", "bad_lines", "empty_documents", "documents_with_nul")
+
+
+def find_prefixes(inputs: list[str]) -> list[str]:
+    """Prefixes of indexed datasets: those given, and for a folder all directly in it, by name.
+
+    Raises:
+        ValueError: a folder without any.
+    """
+    found: list[str] = []
+    for entry in inputs:
+        if not Path(entry).is_dir():
+            found.append(entry)
+            continue
+        inside = [str(path.with_suffix("")) for path in sorted(Path(entry).glob("*.idx"))]
+        if not inside:
+            raise ValueError(f"--input {entry} holds no .idx; give prefixes of datasets, or a folder of them")
+        found += inside
+    return found
+
+
+def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
+    """Write the datasets `prefixes`, in this order, to `output`; memory does not grow with them.
+
+    Returns:
+        the report that is written beside the dataset, as tools/preprocess_data.py writes it.
+    Raises:
+        ValueError: one that is missing, damaged, of another dtype, tokenizer or end of documents; or an output that
+            exists.
+    """
+    check_data_prefixes(prefixes, "--input")
+    if Path(f"{output}.idx").exists() and not overwrite:
+        raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
+    if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
+        raise ValueError(f"--output-prefix {output} is one of the inputs; choose another prefix")
+    headers = {prefix: _header(prefix) for prefix in prefixes}
+    codes = {prefix: code for prefix, (code, _, _) in headers.items()}
+    reports = [read_report(prefix) for prefix in prefixes]
+    _require_one(codes, "dtype code", "datasets of one tokenizer have one")
+    hashes = {prefix: report.get("tokenizer", {}).get("sha256") for prefix, report in zip(prefixes, reports)}
+    _require_one({prefix: sha for prefix, sha in hashes.items() if sha}, "tokenizer", "its SHA-256 is in the .json")
+    ends = {
+        prefix: report["tokenizer"].get("eod") for prefix, report in zip(prefixes, reports) if report.get("tokenizer")
+    }
+    _require_one(ends, "end of document", "preprocess all with --append-eod, or none")
+
+    from megatron.core.datasets.indexed_dataset import DType
+
+    dtype = DType.dtype_from_code(codes[prefixes[0]])
+    binary, index, lengths = aside = [Path(f"{output}.{name}.tmp") for name in ("bin", "idx", "lengths")]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes)
+        with (
+            binary.open("wb") as ids,
+            lengths.open("wb") as counts,
+            tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
+        ):
+            for prefix in prefixes:
+                with open(f"{prefix}.bin", "rb") as source:
+                    while block := source.read(BLOCK_BYTES):
+                        ids.write(block)
+                        progress.update(len(block))
+                counts.write(memoryview(_lengths(prefix, headers[prefix][1])))
+            sync(ids)
+            sync(counts)
+        write_index(index, np.memmap(lengths, np.int32, "r"), dtype)
+        report = _merged(prefixes, reports, headers, dtype)
+        report["files"] = describe_files(binary, index)
+        move_into_place(binary, index, output, report)
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
+    return report
+
+
+def _require_one(values: dict[str, Any], what: str, advice: str) -> None:
+    if len(set(values.values())) > 1:
+        first, *_ = values
+        other = next(prefix for prefix in values if values[prefix] != values[first])
+        raise ValueError(
+            f"--input: {first} has {what} {str(values[first])[:12]}, {other} has {str(values[other])[:12]}; {advice}"
+        )
+
+
+def _header(prefix: str) -> tuple[int, int, int]:
+    """dtype code, sequences, document indices."""
+    with open(f"{prefix}.idx", "rb") as stream:
+        return HEADER.unpack(stream.read(HEADER.size))[2:]
+
+
+def _lengths(prefix: str, documents: int) -> np.ndarray:
+    return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (documents,))
+
+
+def _merged(
+    prefixes: list[str], reports: list[dict[str, Any]], headers: dict[str, Any], dtype: type[np.integer]
+) -> dict[str, Any]:
+    """Counts of text are known only if every dataset has a report; documents and tokens always are."""
+    sums = {name: sum(report[name] for report in reports) for name in SUMS if all(name in report for report in reports)}
+    sums["documents"] = sum(headers[prefix][1] for prefix in prefixes)
+    sums["tokens"] = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes) // np.dtype(dtype).itemsize
+    tokenizers = [report["tokenizer"] for report in reports if report.get("tokenizer")]
+    known = tokenizers[0] if len(tokenizers) == len(reports) else {}
+    return sums | {"dtype": np.dtype(dtype).name, "tokenizer": known, "inputs": prefixes}

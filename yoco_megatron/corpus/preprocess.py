@@ -1,0 +1,399 @@
+"""From a corpus to Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, one document a record.
+
+    read (this thread) -> Batch -> encode (worker threads) -> Encoded -> write (this thread, in the order of the input)
+
+Threads are enough: the tokenizers work outside Python's lock. A run that was killed goes on where it last saved, and
+its output has the same bytes as if it had not been.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, with_ends
+from yoco_megatron.corpus.idx_writer import write_index
+from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, describe, read_batches
+from yoco_megatron.corpus.resume_state import Unfinished
+from yoco_megatron.corpus.sentences import SentenceSplitter
+from yoco_megatron.utils.files import write_atomically
+
+# How often a run saves where it is.
+SAVE_SECONDS = 10.0
+PROBLEMS = "problems.jsonl"
+# Bad records that a run leaves out before it stops: one torn line is no reason to, a wrong --json-keys is.
+MAX_BAD_LINES = 1000
+# Characters of a reason in the list; a record may name thousands of keys.
+REASON_LENGTH = 300
+# Tokens of a document that an .idx can tell.
+MAX_TOKENS = np.iinfo(np.int32).max
+# Memory of one read when files are hashed.
+BLOCK_BYTES = 1 << 22
+
+
+@dataclass
+class Problem:
+    """A record that is worth a look: 'bad' and left out, 'empty' and no document, or 'kept' as it is."""
+
+    place: str
+    reason: str
+    kind: str
+
+
+def printable(text: str) -> str:
+    """`text` with what is no Unicode (file names of other encodings, half surrogates) as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+@dataclass
+class Encoded:
+    """The documents of a batch by key, in order, without those that have no token; and what was odd about it."""
+
+    ids: dict[str, Ids]
+    text_bytes: dict[str, int]
+    empty: dict[str, int]
+    nul: dict[str, int]
+    bad: int
+    problems: list[Problem]
+
+
+@dataclass
+class Report:
+    """What one output holds (`bytes` of UTF-8 text) and what made it; written as PREFIX_KEY_document.json.
+
+    `files` is the suffix, "bin" or "idx", -> bytes and sha256 of that file; `problems` the list of bad, empty and odd
+    records ("" if there is none).
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    bad_lines: int = 0
+    empty_documents: int = 0
+    documents_with_nul: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    dtype: str = ""
+    backend: str = ""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: str = ""
+
+
+def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], eod: int | None) -> Encoded:
+    """Read and encode one batch; a record that is bad for one key is left out for all.
+
+    Raises:
+        ValueError: a document that is longer than an index can tell.
+    """
+    rows, indices, bad = batch.texts(keys)
+    odd = [(index, reason, "bad") for index, reason in bad]
+    encoded = Encoded({}, {}, {}, {}, len(bad), [])
+    for column, key in enumerate(keys):
+        texts = [row[column] for row in rows]
+        found = encode(texts)
+        nul = [index for index, text in enumerate(texts) if b"\0" in text]
+        empty = [index for index, text in enumerate(texts) if not text or not found.lengths[index]]
+        if empty:
+            found = _without(found, empty)
+        if eod is not None:
+            found = with_ends(found, [], [eod])
+        if (found.lengths > MAX_TOKENS).any():
+            raise ValueError(
+                f"--input {batch.path}: a document of {found.lengths.max():,} tokens at or after {batch.place(0)}; an "
+                f"index counts up to {MAX_TOKENS:,}: cut it"
+            )
+        encoded.ids[key] = Ids(found.ids.astype(dtype), found.lengths)
+        encoded.text_bytes[key] = sum(map(len, texts))
+        encoded.empty[key], encoded.nul[key] = len(empty), len(nul)
+        odd += [(indices[index], f"{key!r} is empty or gives no token", "empty") for index in empty]
+        odd += [(indices[index], f"{key!r} holds NUL characters", "kept") for index in nul]
+    odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on where a batch ends
+    encoded.problems = [
+        Problem(printable(batch.place(index)), printable(why)[:REASON_LENGTH], kind) for index, why, kind in odd
+    ]
+    return encoded
+
+
+def _without(found: Ids, empty: list[int]) -> Ids:
+    kept = np.ones(len(found.lengths), bool)
+    kept[empty] = False
+    return Ids(found.ids[np.repeat(kept, found.lengths)], found.lengths[kept])
+
+
+def output_prefixes(output_prefix: str, keys: list[str], overwrite: bool) -> dict[str, str]:
+    """Key -> prefix of its dataset, as Megatron's own preprocessing names them.
+
+    Raises:
+        ValueError: such a dataset exists and is not to be overwritten.
+    """
+    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+    for prefix in prefixes.values():
+        if not overwrite and Path(f"{prefix}.idx").exists():
+            # Megatron's sample index, cached beside the data, is found by the prefix: it would fit the old data only.
+            raise ValueError(
+                f"--output-prefix: {prefix}.idx exists; choose another prefix, or pass --overwrite and remove the "
+                "cached sample indices of the old data (--data-cache-path, by default the folder 'cache' beside them)"
+            )
+    return prefixes
+
+
+def preprocess(
+    files: list[Path],
+    output_prefix: str,
+    tokenizer: Any,
+    *,
+    keys: list[str],
+    append_eod: bool,
+    workers: int,
+    max_bad_lines: int = MAX_BAD_LINES,
+    overwrite: bool = False,
+    backend: str = "auto",
+    about_tokenizer: dict[str, Any] | None = None,
+    sentences: SentenceSplitter | None = None,
+) -> dict[str, Report]:
+    """Encode the records of `files` into one indexed dataset for each of `keys`.
+
+    Args:
+        tokenizer: as Megatron builds it (`data.tokenizer.build_tokenizer`).
+        append_eod: end each document with `tokenizer.eod`.
+        workers: threads that encode.
+        max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are left out and listed; one more
+            ends the run.
+        backend: one of `encoders.BACKENDS`.
+        about_tokenizer: what to write about the tokenizer into the reports.
+        sentences: encode each sentence of a document by itself.
+    Returns:
+        Key -> report. The datasets are in place; on any error none of them is, and older ones are untouched. What was
+        saved until then stays beside them, and the same call goes on from there.
+    Raises:
+        ValueError: too many bad records, a dataset that exists, a tokenizer without an end of document, no document.
+    """
+    from megatron.core.datasets.indexed_dataset import DType
+
+    eod = tokenizer.eod if append_eod else None
+    if append_eod and eod is None:
+        raise ValueError("--append-eod: the tokenizer has no end-of-document (eos) token; name one in its config")
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least one thread must encode")
+    if max_bad_lines < 0:
+        raise ValueError(f"--max-bad-lines {max_bad_lines}: 0 stops at the first bad record, N at one more than N")
+    files = _without_own(files, output_prefix, keys)
+    check_keys(files, keys)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    # The threads below are the parallelism; the tokenizer's own pool would only compete with them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    name, encode = choose_encoder(tokenizer, backend)
+    if sentences is not None:
+        encode = sentences.encoder(encode)
+
+    base = Report(
+        dtype=dtype.__name__,
+        backend=name,
+        tokenizer=about_tokenizer or {},
+        inputs=[printable(str(path)) for path in files],
+        problems=f"{output_prefix}_{PROBLEMS}",
+    )
+    job = {"input": describe(files), "json-keys": keys, "eod": eod, "tokenizer": base.tokenizer, "dtype": base.dtype}
+    job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
+    streams = [f"{key}.{suffix}" for key in keys for suffix in ("bin", "lengths")]
+    unfinished = Unfinished(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
+    complete = False
+    try:
+        finished = unfinished.state is not None and "finished" in unfinished.state
+        prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
+        if not finished:
+            _write_all(files, unfinished, base, workers, max_bad_lines, (keys, encode, dtype, eod))
+        reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
+        for key, prefix in prefixes.items():
+            aside = (unfinished.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
+            move_into_place(*aside, prefix, asdict(reports[key]))
+        _move_problems(unfinished.folder / PROBLEMS, Path(base.problems))
+        complete = True
+    finally:
+        unfinished.close(keep=not complete and unfinished.state is not None)
+    return reports
+
+
+def _without_own(files: list[Path], output_prefix: str, keys: list[str]) -> list[Path]:
+    """What this command itself writes below an input folder, or wrote before it was killed, is no input.
+
+    Raises:
+        ValueError: there is nothing else.
+    """
+    datasets = rf"_({'|'.join(map(re.escape, keys))})_document\.(bin|idx|json)"
+    own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|{datasets}|_{PROBLEMS})"
+    found = [path for path in files if not re.fullmatch(own, os.path.abspath(path), re.DOTALL)]
+    if not found:
+        raise ValueError(f"--input names nothing but what --output-prefix {output_prefix} wrote")
+    return found
+
+
+def _write_all(
+    files: list[Path],
+    unfinished: Unfinished,
+    base: Report,
+    workers: int,
+    max_bad_lines: int,
+    encode_args: tuple[Any, ...],
+) -> None:
+    """Append everything from the saved place on, saving now and then and at the end, when all but names is final."""
+    keys = encode_args[0]
+    reports = {key: Report(**asdict(base)) for key in keys}
+    start, done = Position(), 0
+    if unfinished.state:
+        start, done = Position(*unfinished.state["position"]), unfinished.state["done"]
+        reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
+        if (bad := reports[keys[0]].bad_lines) > max_bad_lines:
+            raise ValueError(
+                f"--max-bad-lines {max_bad_lines}: the unfinished run {unfinished.folder} left out {bad:,} already: "
+                "allow as many, or remove that folder to start anew"
+            )
+    earlier = {key: report.seconds for key, report in reports.items()}
+    started = saved_at = time.monotonic()
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, initial=done, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
+        for batch, encoded in _encode_in_order(files, keys, start, workers, encode_args):
+            _check_bad_lines(encoded, reports[keys[0]].bad_lines, max_bad_lines)
+            now = time.monotonic()
+            for key, report in reports.items():
+                _append(unfinished, key, encoded, report)
+                report.seconds = round(earlier[key] + now - started, 3)
+                report.tokens_per_second = round(report.tokens / max(report.seconds, 1e-3))
+            lines = (json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in encoded.problems)
+            unfinished.files[PROBLEMS].write("".join(lines).encode())
+            if now - saved_at >= SAVE_SECONDS:
+                saved = {key: asdict(report) for key, report in reports.items()}
+                unfinished.save(position=as_list(batch.end), done=batch.done, reports=saved)
+                saved_at = now
+            speed = sum(report.tokens_per_second for report in reports.values())
+            progress.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            progress.update(batch.done - progress.n)
+    for key, report in reports.items():
+        if report.documents == 0:
+            raise ValueError(_no_documents(key, report, unfinished.files[PROBLEMS]))
+        unfinished.files[f"{key}.bin"].flush()
+        unfinished.files[f"{key}.lengths"].flush()
+        report.files = _finish(unfinished.folder, key, encode_args[2])
+        if not unfinished.files[PROBLEMS].tell():
+            report.problems = ""
+    unfinished.save(finished=True, reports={key: asdict(report) for key, report in reports.items()})
+
+
+def _check_bad_lines(encoded: Encoded, before: int, allowed: int) -> None:
+    """Raises ValueError for the first bad record beyond those that are allowed, whatever batch it is in."""
+    bad = [problem for problem in encoded.problems if problem.kind == "bad"]
+    if before + len(bad) > allowed:
+        last = bad[allowed - before]
+        raise ValueError(
+            f"--input {last.place}: {last.reason}. This is bad record {allowed + 1:,}, more than --max-bad-lines "
+            f"{allowed} leaves out: correct the input or the flags, or allow more"
+        )
+
+
+def _no_documents(key: str, report: Report, problems: BinaryIO) -> str:
+    problems.seek(0)
+    first = json.loads(problems.readline() or "null")
+    example = f", the first: {first['place']}: {first['reason']}" if first else ""
+    return (
+        f"--input holds no text under the key {key!r} ({report.bad_lines} bad records, {report.empty_documents} empty"
+        f"{example})"
+    )
+
+
+def _finish(folder: Path, key: str, dtype: type[np.integer]) -> dict[str, dict[str, Any]]:
+    """Write the .idx; sizes and checksums of it and of the .bin, by suffix."""
+    write_index(folder / f"{key}.idx", np.memmap(folder / f"{key}.lengths", np.int32, "r"), dtype)
+    return describe_files(folder / f"{key}.bin", folder / f"{key}.idx")
+
+
+def _append(unfinished: Unfinished, key: str, encoded: Encoded, report: Report) -> None:
+    found = encoded.ids[key]
+    unfinished.files[f"{key}.bin"].write(found.ids.tobytes())
+    unfinished.files[f"{key}.lengths"].write(found.lengths.astype(np.int32).tobytes())
+    report.documents += len(found.lengths)
+    report.tokens += len(found.ids)
+    report.bytes += encoded.text_bytes[key]
+    report.empty_documents += encoded.empty[key]
+    report.documents_with_nul += encoded.nul[key]
+    report.bad_lines += encoded.bad
+
+
+def _encode_in_order(
+    files: list[Path], keys: list[str], start: Position, workers: int, encode_args: tuple[Any, ...]
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Encode batches in `workers` threads, a few ahead of the writer, and give them in the order of the input."""
+    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    try:
+        for batch in read_batches(files, keys, start):
+            waiting.append((batch, pool.submit(encode_batch, batch, *encode_args)))
+            if len(waiting) > 2 * workers:
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+        while waiting:
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def describe_files(binary: Path, index: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of a .bin and its .idx, by suffix, as reports hold them."""
+    paths = {"bin": binary, "idx": index}
+    return {suffix: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for suffix, path in paths.items()}
+
+
+def move_into_place(binary: Path, index: Path, prefix: str, report: dict[str, Any]) -> None:
+    """Put .bin, .json and last .idx in place: an .idx is there only if all that it points to is."""
+    if binary.exists():
+        Path(f"{prefix}.idx").unlink(missing_ok=True)  # of an older .bin
+    _replace(binary, f"{prefix}.bin")
+    write_atomically(Path(f"{prefix}.json"), json.dumps(report, indent=1) + "\n")
+    _replace(index, f"{prefix}.idx")
+    descriptor = os.open(Path(prefix).parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the names
+    finally:
+        os.close(descriptor)
+
+
+def _move_problems(source: Path, target: Path) -> None:
+    """An empty list is none; nor does one of older data stay."""
+    if source.exists() and source.stat().st_size == 0:
+        target.unlink(missing_ok=True)
+        return
+    _replace(source, str(target))
+
+
+def _replace(source: Path, target: str) -> None:
+    """Move, unless an earlier run did before it was killed."""
+    if source.exists():
+        os.replace(source, target)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with (
+        path.open("rb") as stream,
+        tqdm(
+            total=size, desc=f"checksum {path.name}", unit="B", unit_scale=True, disable=None, leave=False
+        ) as progress,
+    ):
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            progress.update(len(block))
+    return digest.hexdigest()

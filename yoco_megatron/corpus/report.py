@@ -1,0 +1,96 @@
+"""What a person wants to see of an indexed dataset: some of its documents, their lengths, whether it is still whole."""
+
+import random
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yoco_megatron.corpus.preprocess import file_sha256
+from yoco_megatron.data.check import read_report
+from yoco_megatron.data.tokenizer import build_tokenizer, tokenizer_sha256
+
+
+def verify(prefix: str) -> dict[str, str]:
+    """Read .bin and .idx and compare their SHA-256 with the report's; returns suffix -> SHA-256.
+
+    Raises:
+        ValueError: no checksums beside the dataset, or a file that changed.
+    """
+    files = read_report(prefix).get("files")
+    if not files:
+        raise ValueError(f"--verify: {prefix}.json with checksums is missing; tools/preprocess_data.py writes it")
+    for suffix, told in files.items():
+        found = file_sha256(Path(f"{prefix}.{suffix}"))
+        if found != told["sha256"]:
+            raise ValueError(f"--verify: {prefix}.{suffix} has SHA-256 {found}, not {told['sha256']}: copy it again")
+    return {suffix: told["sha256"] for suffix, told in files.items()}
+
+
+def tokenizer_of(prefix: str, args: Namespace) -> Any:
+    """The tokenizer of the flags, or without flags the one that the report names.
+
+    Raises:
+        ValueError: neither, or another vocabulary than the data were made with.
+    """
+    about = read_report(prefix).get("tokenizer") or {}
+    if args.tokenizer_type is None:
+        if not about.get("type"):
+            raise ValueError(
+                f"--samples: {prefix}.json names no tokenizer; give --tokenizer-type and --tokenizer-model"
+            )
+        args.tokenizer_type, args.tokenizer_model = about["type"], about["model"]
+    ours, theirs = tokenizer_sha256(args.tokenizer_model), about.get("sha256")
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model} did not make {prefix} (see {prefix}.json)")
+    return build_tokenizer(args)
+
+
+def random_documents(
+    prefix: str, tokenizer: Any, count: int, seed: int, max_tokens: int
+) -> Iterator[tuple[int, int, str]]:
+    """(number, tokens, beginning of the text) of `count` documents drawn without repetition."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    for number in sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))):
+        length = int(dataset.sequence_lengths[number])
+        ids = dataset.get(number, length=min(length, max_tokens))
+        yield number, length, tokenizer.detokenize(ids.tolist())
+
+
+def document_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each document, int32 [documents]."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    return dataset.sequence_lengths.copy()  # the dataset unmaps the file at its end, under an array that lives on
+
+
+def describe_lengths(lengths: np.ndarray) -> str:
+    """Shortest, quartiles, 99 %, longest, mean."""
+    low, q1, median, q3, high = np.percentile(lengths, [0, 25, 50, 75, 99], method="lower")
+    return (
+        f"tokens a document: {low:,} to {lengths.max():,}, quartiles {q1:,} {median:,} {q3:,}, "
+        f"99 % below {high:,}, mean {lengths.mean():,.1f}"
+    )
+
+
+def save_histogram(lengths: np.ndarray, path: Path, title: str) -> None:
+    """PNG: how many documents, and which share of all tokens, have which length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edges = np.unique(np.geomspace(1, max(int(lengths.max()), 1) + 1, 61).astype(np.int64))
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    axes.hist(lengths, bins=edges, color="tab:blue", alpha=0.6)
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title=title)
+    share = axes.twinx()
+    share.hist(lengths, bins=edges, weights=lengths / lengths.sum(), histtype="step", color="tab:orange")
+    share.set_ylabel("share of all tokens", color="tab:orange")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,93 @@
+"""What a preprocessing run has written before it is complete, in a folder from which the same run goes on after a kill.
+
+    OUTPUT_PREFIX.unfinished/
+        KEY.bin, KEY.lengths    token ids, and int32 tokens of each document
+        problems.jsonl          records that were left out, or kept and are worth a look
+        state.json              sizes of the files above that are on the disk, place in the input, counts
+
+state.json is replaced, in one step, only after what it tells of is on the disk; whatever is longer than it says was
+written after it and is cut off when the run goes on.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from yoco_megatron.corpus.idx_writer import sync
+from yoco_megatron.utils.files import write_atomically
+
+
+class Unfinished:
+    """The folder, opened and locked. `state` is what was saved last, or None at a first start."""
+
+    def __init__(self, folder: Path, names: list[str], job: dict[str, Any], restart: bool = False) -> None:
+        """Open the folder, made if it is not there.
+
+        Args:
+            names: files to be appended to.
+            job: what decides the output; JSON.
+            restart: forget what an unfinished run of another job wrote.
+        Raises:
+            ValueError: another process writes here, or what is here belongs to another job.
+        """
+        self.folder, self.job = folder, json.loads(json.dumps(job))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output-prefix: another process is writing {folder}; wait for it, or name another prefix"
+            ) from None
+        self.state = self._saved(restart)
+        sizes = self.state["sizes"] if self.state else {}
+        # The files of a finished state are being moved to their places and written no more.
+        names = [] if self.state and self.state.get("finished") else names
+        self.files = {name: self._reopen(folder / name, sizes.get(name, 0)) for name in names}
+
+    def _saved(self, restart: bool) -> dict[str, Any] | None:
+        path = self.folder / "state.json"
+        if not path.exists():
+            return None
+        saved = json.loads(path.read_text())
+        changed = [name for name in self.job if saved["job"].get(name) != self.job[name]]
+        if changed and restart:
+            path.unlink()
+            return None
+        if changed:
+            raise ValueError(
+                f"--output-prefix: {self.folder} holds an unfinished run whose {', '.join(changed)} differed; "
+                "repeat that command to finish it, or start anew with --overwrite"
+            )
+        return saved
+
+    @staticmethod
+    def _reopen(path: Path, size: int) -> Any:
+        stream = path.open("r+b" if path.exists() else "w+b")
+        if os.fstat(stream.fileno()).st_size < size:
+            raise ValueError(f"--output-prefix: {path} is shorter than state.json says; remove the folder")
+        stream.truncate(size)
+        stream.seek(size)
+        return stream
+
+    def save(self, **progress: Any) -> None:
+        """Have everything on the disk, and `progress` with it."""
+        for stream in self.files.values():
+            sync(stream)
+        sizes = {name: stream.tell() for name, stream in self.files.items()}
+        self.state = {"job": self.job, "sizes": sizes, **progress}
+        write_atomically(self.folder / "state.json", json.dumps(self.state))
+
+    def close(self, keep: bool) -> None:
+        """Unlock, and remove the folder unless the run is to go on from it."""
+        for stream in self.files.values():
+            # On a full disk the rest of the buffer cannot go out; it is after the saved place, so it is cut off anyway.
+            with contextlib.suppress(OSError):
+                stream.close()
+        if not keep:
+            shutil.rmtree(self.folder)
+        self.lock.close()

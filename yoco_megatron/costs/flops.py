@@ -1,0 +1,80 @@
+"""FLOPs of the model: what the mathematics needs, for MFU, TFLOP/s and the planner.
+
+One multiply-add is 2 FLOPs and only matrix products count: no norms, RoPE, activations or softmax. What an
+implementation adds does not count: no recompute, no masked half of causal attention, no padding. Per token:
+
+    linear             2 x weights                     (an embedding look-up is no product)
+    causal attention   4 h D (N + 1) / 2               query i sees i + 1 of N keys: the exact mean
+    window attention   4 h D mean_i min(i + 1, W)      exact as well, the short start included
+    gated retention    h_s (4 C D_s + 4 D_s^2)         the chunkwise form, chunks of C = 64 tokens:
+                                                       q k^T and its product with v cost 2 C D_s each,
+                                                       k^T v into the state and q times the state 2 D_s^2 each
+
+Retention has no single natural count. The recurrence needs 4 D_s^2 but leaves matrix units idle; chunks put
+them to work for 4 C D_s more. C = 64 is fixed here, so that neither --retention-chunk-size nor a kernel's
+tiling changes the MFU of a run, and the C x C products count in full, as usual for linear attention (their
+lower triangle alone would take 0.08% off a step of the 3B model at 4K tokens).
+The backward pass costs twice the forward: each product has two gradients of its own size.
+"""
+
+from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
+
+RETENTION_CHUNK = 64
+
+
+def mean_visible_keys(seq_length: int, window: int | None = None) -> float:
+    """Keys that a causal query sees, itself included, averaged over a sequence; at most `window` of them."""
+    full = min(seq_length, window or seq_length)
+    return (full * (full + 1) / 2 + (seq_length - full) * full) / seq_length
+
+
+def retention_flops_per_token(shape: ModelShape) -> float:
+    """Forward FLOPs per token of the gated retention of one layer, projections left out."""
+    D = shape.self_decoder_head_dim
+    return shape.self_decoder_heads * (4 * RETENTION_CHUNK * D + 4 * D * D)
+
+
+def layer_flops_per_token(shape: ModelShape) -> dict[str, dict[str, float]]:
+    """Forward FLOPs per token of ONE layer of each kind, as {kind: {"linear": ..., "mixing": ...}}.
+
+    Kinds are those of `layer_matmul_parameters`; mixing moves information between tokens (attention,
+    retention). The planner cuts pipeline stages by these numbers.
+    """
+    width = shape.num_attention_heads * shape.kv_channels
+    causal_attention = 4 * width * mean_visible_keys(shape.seq_length)
+    if shape.architecture == "transformer":
+        mixing = {"decoder": causal_attention}
+    elif shape.self_decoder == "gated_retention":
+        mixing = {"self_decoder": retention_flops_per_token(shape), "cross_decoder": causal_attention}
+    else:
+        window_attention = 4 * shape.hidden_size * mean_visible_keys(shape.seq_length, shape.self_decoder_window)
+        mixing = {"self_decoder": window_attention, "cross_decoder": causal_attention}
+    return {
+        kind: {"linear": 2.0 * weights, "mixing": mixing.get(kind, 0.0)}
+        for kind, weights in layer_matmul_parameters(shape).items()
+    }
+
+
+def forward_flops_per_token(shape: ModelShape) -> dict[str, float]:
+    """Forward FLOPs per token of the whole model, averaged over a sequence of `shape.seq_length`.
+
+    Keys: `<kind>_linear` and `<kind>_mixing` for self_decoder and cross_decoder (transformer: decoder), all
+    layers of the kind together; shared_kv; output_layer. Their sum is the model's. Formulas: see the module.
+    """
+    layers = {
+        "decoder": shape.num_layers,
+        "self_decoder": shape.num_self_decoder_layers,
+        "cross_decoder": shape.num_cross_decoder_layers,
+    }
+    flops: dict[str, float] = {}
+    for kind, parts in layer_flops_per_token(shape).items():
+        if kind == "shared_kv":
+            flops[kind] = parts["linear"]
+        else:
+            flops |= {f"{kind}_{part}": layers[kind] * value for part, value in parts.items()}
+    return flops | {"output_layer": 2.0 * shape.hidden_size * shape.vocab_rows}
+
+
+def train_flops(shape: ModelShape, batch_size: int) -> float:
+    """FLOPs of one step on `batch_size` sequences: three times the forward, whatever is recomputed."""
+    return 3 * sum(forward_flops_per_token(shape).values()) * batch_size * shape.seq_length

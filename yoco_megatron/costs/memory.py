@@ -1,0 +1,96 @@
+"""What a job on a cluster needs, found out on the login node: a mesh that fits the nodes, memory, environment.
+
+Sizes of the states are exact; activations are the estimate of Korthikanti et al. (arXiv 2205.05198, section 4) for a
+Transformer layer, which a YOCO layer is close to. So states that do not fit are an error, an estimate only a warning.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.stage_time import stage_parameters
+from yoco_megatron.parallel.pipeline.stages import StagePlan
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU."""
+
+    states: int
+    """Weights, gradients, optimizer."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.states + self.activations
+
+
+def gpu_memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
+    """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `plan` where there are stages."""
+    shape = ModelShape.from_args(args)
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    data_parallel = max(1, args.world_size // (tp * pp * args.context_parallel_size))
+    if plan is not None and pp > 1:
+        chunks = plan.count // pp
+        of_stage = [stage_parameters(plan.stage(g), plan.border, shape) for g in range(plan.count)]
+        held = max(sum(of_stage[rank::pp][:chunks]) for rank in range(pp))
+    else:
+        held = sum(parameter_count(shape).values()) / pp
+    value = _bytes_of_a_value(args)
+    # bf16: weight 2, gradient 4, and fp32 weight 4, two moments 8 in the optimizer; fp32 needs no second weight.
+    weights, optimizer = (2 + 4, 12) if value == 2 else (4 + 4, 8)
+    sharded = data_parallel if args.use_distributed_optimizer else 1
+    states = held / tp * (weights + optimizer / sharded)
+    tokens = args.seq_length * args.micro_batch_size / args.context_parallel_size
+    layers = shape.num_layers / pp
+    split = tp if args.sequence_parallel or tp == 1 else 1
+    if args.recompute_granularity == "full":
+        per_layer = value * tokens * shape.hidden_size / split + _kept(args, shape, tokens) / tp
+    else:
+        per_layer = 17 * value * tokens * shape.hidden_size / split - _remade(args, shape, tokens) / tp
+    in_flight = pp if pp > 1 else 1
+    return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
+
+
+def _bytes_of_a_value(args: Namespace) -> int:
+    """In the dtype of training."""
+    return 2 if args.bf16 or args.fp16 else 4
+
+
+def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --recompute-elementwise does not keep: SwiGLU's output, and in retention
+    layers the gated one (model/layers/recompute.py)."""
+    if args.architecture != "yoco" or not args.recompute_elementwise:
+        return 0.0
+    share = shape.num_self_decoder_layers / shape.num_layers if shape.self_decoder == "gated_retention" else 0.0
+    return _bytes_of_a_value(args) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
+
+
+def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --keep-cross-attention keeps: outputs of the cross-decoder layers' attention
+    and, for each query, the fp32 logarithm of its softmax's sum; for documents of several samples what the kernel
+    reads, too (model/layers/kept_attention.py)."""
+    if args.architecture != "yoco" or not args.keep_cross_attention:
+        return 0.0
+    share = 1 - shape.num_self_decoder_layers / shape.num_layers
+    value = _bytes_of_a_value(args)
+    copies = args.dataloader_inter_document_masking and args.micro_batch_size > 1
+    heads = shape.num_attention_heads + copies * (shape.num_attention_heads + 2 * shape.num_query_groups)
+    return share * tokens * (heads * value * shape.kv_channels + 4 * shape.num_attention_heads)
+
+
+def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32.
+
+    With --loss-chunk-size the logits of a chunk alone, which their gradient replaces, in the dtype of training; and the
+    output layer's gradient in fp32 where it is not added to Megatron's buffer (ops/linear_cross_entropy/torch.py).
+    """
+    if not shape.padded_vocab_size:
+        return 0
+    words = shape.vocab_rows / args.tensor_model_parallel_size
+    if not args.loss_chunk_size:
+        return 2 * 4 * tokens * words
+    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, tokens) * words
+    return logits + (0 if args.gradient_accumulation_fusion else 4 * words * shape.hidden_size)

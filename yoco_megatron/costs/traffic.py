@@ -1,0 +1,42 @@
+"""Bytes that context parallelism moves: what each rank receives from others for a micro-batch, on average over ranks.
+
+With C ranks, s tokens a sequence (all ranks together), b sequences, e bytes a value, G K,V heads and H retention heads
+of this tensor-parallel rank, widths D of the cross-decoder and D_s of the self-decoder, window W:
+
+    window, a layer and direction     2 (C-1) / C  (W-1) b 2 G_s D_s e      (W - 1 <= s / 2C)
+    retention, a layer, forward       (C-1) 2 b H (D_s^2 + 1) 4             (states and decays in fp32)
+    retention, a layer, backward      (C-1) 2 b H D_s^2 4
+    shared K,V, a stage, forward      (C-1) / C  s b 2 G D e
+    shared K,V, a stage, backward     (C-1) / C  s b 2 G D 4                (gradients summed in fp32)
+
+A Transformer with ring or all-gather attention receives in every layer the K,V, (C-1) / C s b 2 G D e, forward and
+again backward, and their gradients, as much once more. Full recompute repeats what layers do in forward; it does not
+gather the shared K,V again.
+"""
+
+from yoco_megatron.costs.shape import ModelShape
+
+
+def received_bytes(
+    shape: ModelShape, ranks: int, micro_batch_size: int = 1, bytes_per_value: int = 2, recompute: bool = False
+) -> dict[str, float]:
+    """Received for a micro-batch of the whole model in one stage, without tensor parallelism, by kind of exchange.
+
+    Keys: self_decoder and shared_kv for a YOCO, attention for a Transformer.
+    """
+    others = (ranks - 1) / ranks
+    kv = shape.seq_length * micro_batch_size * 2 * shape.num_query_groups * shape.kv_channels
+    forwards = 2 if recompute else 1
+    if shape.architecture == "transformer":
+        return {"attention": shape.num_layers * others * kv * bytes_per_value * (forwards + 2)}
+    head_dim = shape.self_decoder_head_dim
+    if shape.self_decoder == "gated_retention":
+        state = (ranks - 1) * 2 * micro_batch_size * shape.self_decoder_heads * 4
+        layer = state * (forwards * (head_dim**2 + 1) + head_dim**2)
+    else:
+        row = micro_batch_size * 2 * shape.self_decoder_query_groups * head_dim * bytes_per_value
+        layer = 2 * others * (shape.self_decoder_window - 1) * row * (forwards + 1)
+    return {
+        "self_decoder": shape.num_self_decoder_layers * layer,
+        "shared_kv": others * kv * (bytes_per_value + 4),
+    }

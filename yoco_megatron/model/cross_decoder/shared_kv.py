@@ -1,0 +1,63 @@
+"""The one K,V of the whole model (paper equation 2).
+
+K^ = RoPE(RMSNorm_kv(X) W_K),  V^ = RMSNorm_kv(X) W_V, from the self-decoder's output X, with a norm of its own.
+Every cross-decoder layer reads the same tensor.
+
+Shapes: s sequence, b batch, h hidden, G K,V heads of this tensor-parallel rank, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from yoco_megatron.model.layers.projections import input_projection
+from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.yoco_config import YOCOConfig
+
+
+@dataclass
+class SharedKVSubmodules:
+    """`linear_kv` with its norm: fused into it (`layernorm` is then the identity), or apart."""
+
+    linear_kv: type
+    layernorm: type = IdentityOp
+
+
+class SharedKV(MegatronModule):
+    """Projects the self-decoder's output [s, b, h] to the shared K,V [s, b, G, 2, D].
+
+    The rows of W are ordered by head, K before V inside one head, so that tensor parallelism cuts between heads and a
+    checkpoint means the same at every mesh. With sequence parallelism the input is [s/tp, b, h].
+    """
+
+    def __init__(
+        self, config: YOCOConfig, submodules: SharedKVSubmodules, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=config)
+        self.head_dim = config.kv_channels
+        self.layernorm = submodules.layernorm(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        self.linear_kv = input_projection(
+            submodules.linear_kv, config, 2 * config.num_query_groups * self.head_dim, pg_collection.tp
+        )
+
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """hidden_states [s, b, h], angles [s, 1, 1, D] -> K,V [s, b, G, 2, D], K rotated."""
+        kv, _ = self.linear_kv(self.layernorm(hidden_states))
+        key_SBGD, value_SBGD = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
+        return torch.stack((rotate(key_SBGD, rotary_pos_emb, self.config), value_SBGD), dim=3)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The norm under the name that the fused layer gives it, so that a checkpoint fits both."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        apply_prefix_mapping(state, {f"{prefix}layernorm.": f"{prefix}linear_kv.layer_norm_"})
+        return state

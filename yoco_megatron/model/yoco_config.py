@@ -1,0 +1,52 @@
+"""`YOCOConfig`: Megatron's `TransformerConfig` plus what a YOCO model adds (arXiv 2405.05254).
+
+Field names are flag names: `self_decoder_heads` is `--self-decoder-heads` on the command line and in a YAML config.
+Defaults are the paper's; every deviation from it is a switch here.
+"""
+
+import copy
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from yoco_megatron.config.yoco_fields import YOCOFields
+
+
+@dataclass
+class YOCOConfig(YOCOFields, TransformerConfig):
+    """Configuration of a YOCO model.
+
+    `num_attention_heads`, `num_query_groups` and `kv_channels` describe the cross-decoder and the shared K,V;
+    `self_decoder_config()` gives the view that self-decoder layers are built from.
+
+    Raises:
+        ValueError: sizes that do not fit, naming the flag and the fix.
+    """
+
+    def __post_init__(self) -> None:
+        from yoco_megatron.config import rules
+
+        rules.fill_in_defaults(self)
+        rules.fill_in_loss_chunk(self)
+        if self.rope_variant == "yoco":
+            self.rotary_interleaved = True
+        rules.check_model(self)
+        # Every parameter is drawn after the build, from its name (model/init.py), so that no mesh changes the model.
+        self.perform_initialization = False
+        super().__post_init__()
+
+    @property
+    def num_cross_decoder_layers(self) -> int:
+        """Layers that read the shared K,V."""
+        return self.num_layers - self.num_self_decoder_layers
+
+    def self_decoder_config(self) -> "YOCOConfig":
+        """The same config with the self-decoder's heads in Megatron's own fields, and its window."""
+        config = copy.copy(self)
+        config.num_attention_heads = self.self_decoder_heads
+        config.num_query_groups = self.self_decoder_query_groups
+        config.kv_channels = self.hidden_size // self.self_decoder_heads
+        if self.self_decoder == "sliding_window":
+            # Megatron counts the keys to the left of the query, without the query's own.
+            config.window_size = (self.self_decoder_window - 1, 0)
+        return config

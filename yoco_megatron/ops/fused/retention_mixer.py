@@ -1,0 +1,133 @@
+"""The retention mixer in four kernels each way, on views of the fused projection: nothing is split or concatenated.
+
+Forward:   rotate q, k; decay sums; retention; norm times gate.
+Backward:  norm and gate; retention, whose gradients land in their places of one buffer; gradient of the gate logits;
+           rotate dq, dk back.
+
+q and k are rotated in place unless asked otherwise: nothing else reads the projection's output, and a copy would be as
+large as a layer's input. Tensor legend: S sequence, B batch, H heads, D head width.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from yoco_megatron.ops.fused import retention_mixer_kernels
+from yoco_megatron.ops.fused.rotary import rotate_into
+from yoco_megatron.ops.gated_retention import triton as retention
+from yoco_megatron.ops.integers import next_power_of_2
+
+
+def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
+    """y = silu(gate) * RMS(o), all [S, B, H, D]; gate strided."""
+    S, B, H, D = o.shape
+    retention_mixer_kernels.norm_gate[(S * B,)](
+        o, gate, y, gate.stride(1), gate.stride(2), eps, H=H, HP=next_power_of_2(H), D=D, num_warps=4
+    )
+
+
+def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Each chunk's rows of tensors [S, B, ...], as [B, chunk, ...]."""
+    if count == 1:
+        return iter([[x.transpose(0, 1) for x in tensors]])
+    return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange, remakes):
+        S, B, width = qkvg.shape
+        D = angles.shape[-1]
+        x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
+        H = x.shape[2]
+        rotated = x if in_place else torch.empty(S, B, H, 2, D, device=x.device, dtype=x.dtype)
+        rotate_into(x, rotated, angles, 2)
+        q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
+        ids_of = [None] * count if document_ids is None else document_ids.chunk(count)
+        o = torch.empty(S, B, H, D, device=x.device, dtype=x.dtype)
+        chunks = list(_chunks(count, q, k, v, logits, o))
+        launch = retention.plan(chunks[0][0], chunks[0][2], None, ids_of[0], None)
+        ids_of = [retention.pad_ids(ids, launch) for ids in ids_of]
+        sums_of = [retention.decay_sums(chunk[3], ids, launch, tau) for chunk, ids in zip(chunks, ids_of)]
+        exchange, starts = None, [None] * count
+        if make_exchange:
+            each = list(zip(chunks, sums_of, ids_of))
+            written = [retention.stretch_state(c[1], c[2], sums, ids, launch, reverse=False) for c, sums, ids in each]
+            kept = [retention.stretch_kept(sums, ids, launch) for _, sums, ids in each]
+            exchange = make_exchange(torch.cat(written), torch.cat(kept))
+            starts = exchange.entering().chunk(count)
+        saved = []
+        for (q_c, k_c, v_c, _, o_c), ids, sums, start in zip(chunks, ids_of, sums_of, starts):
+            final, entering, anchors = retention.run_forward(
+                q_c, k_c, v_c, sums, ids, start, launch,
+                out=o_c, need_final=exchange is not None, need_anchors=any(ctx.needs_input_grad),
+            )  # fmt: skip
+            saved += [sums, ids, entering, anchors, final]
+        y = torch.empty_like(o)
+        _norm_gate(o, x[..., 3, :], eps, y)
+        ctx.save_for_backward(x, rotated, logits, angles, o, *saved)
+        ctx.launch, ctx.exchange, ctx.tau, ctx.eps, ctx.count = launch, exchange, tau, eps, count
+        if remakes is not None:
+            remakes.append(lambda out: _norm_gate(o, x[..., 3, :], eps, out.view_as(o)))
+        return y.flatten(2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, rotated, logits, angles, o, *saved = ctx.saved_tensors
+        S, B, H, _, D = x.shape
+        dx, do, gate = torch.empty_like(x), torch.empty_like(o), x[..., 3, :]
+        retention_mixer_kernels.norm_gate_backward[(S * B,)](
+            o, gate, dy.contiguous(), do, dx[..., 3, :], gate.stride(1), gate.stride(2), ctx.eps,
+            H=H, HP=next_power_of_2(H), D=D, num_warps=8,
+        )  # fmt: skip
+        q, k, v = rotated[..., 0, :], rotated[..., 1, :], x[..., 2, :]
+        dlogits = torch.empty_like(logits)
+        gradients = (*(dx[..., part, :] for part in range(3)), dlogits)
+        chunks = list(_chunks(ctx.count, q, k, v, do, logits, *gradients))
+        dfinals = [None] * ctx.count
+        if ctx.exchange:
+            given = [
+                retention.stretch_state(chunk[0], chunk[3], saved[at], saved[at + 1], ctx.launch, reverse=True)
+                for chunk, at in zip(chunks, range(0, len(saved), 5))
+            ]
+            dfinals = ctx.exchange.mirror(torch.cat(given)).chunk(ctx.count)
+        for chunk, dfinal, at in zip(chunks, dfinals, range(0, len(saved), 5)):
+            q_c, k_c, v_c, do_c, g_c, dq, dk, dv, dg = chunk
+            sums, ids, entering, anchors, final = saved[at : at + 5]
+            retention.run_backward(
+                q_c, k_c, v_c, do_c, sums, ids, entering, anchors, final, dfinal, g_c, ctx.launch,
+                dq=dq, dk=dk, dv=dv, dgate=dg, need_dstart=False, tau=ctx.tau,
+            )  # fmt: skip
+        rotate_into(dx, dx, angles, 2, backwards=True)
+        return dx.flatten(2), dlogits, *[None] * 8
+
+
+def mix(
+    qkvg: Tensor,
+    logits: Tensor,
+    angles: Tensor,
+    *,
+    tau: float,
+    eps: float,
+    document_ids: Tensor | None = None,
+    in_place: bool = True,
+    chunks: int = 1,
+    exchange: Callable | None = None,
+    remakes: list[Callable[[Tensor], None]] | None = None,
+) -> Tensor:
+    """Projections of a layer to what its output projection reads, in bfloat16 or float32.
+
+    Shapes: qkvg [S, B, H * 4 * D], a head's q, k, v and gate side by side; logits [S, B, H]; angles fp32
+    [S, 1 or B, 1, D], equal in pairs (2j, 2j+1), which are rotated together; document_ids [B, S] or None. Returns
+    [S, B, H * D] in qkvg's dtype. `tau` is the decay's temperature, `eps` the norm's.
+
+    With `in_place`, q and k inside qkvg are overwritten by their rotation: right where qkvg is a projection's fresh
+    output, wrong where it is kept to run this again (recomputation of the core).
+
+    Context parallelism: S are equal `chunks` from different places of a sequence, document_ids [chunks * B, chunk], and
+    `exchange` makes what parallel.retention.StateExchange is, of what they write and keep.
+
+    `remakes` gets a function that writes the result once more into a tensor like it, from what is kept for backward.
+    """
+    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange, remakes)

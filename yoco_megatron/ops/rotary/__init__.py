@@ -1,1 +1,0 @@
-"""Rotation of interleaved pairs on a GPU: see triton.py."""

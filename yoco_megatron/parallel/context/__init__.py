@@ -1,0 +1,1 @@
+"""Sequences over context-parallel ranks, zig-zag: halos, states, and the shared K,V."""

@@ -1,0 +1,131 @@
+"""From Megatron's pipeline flags to one layout string, the only form that the rest of YOCO reads.
+
+However a user asks for stages (a layout, an even number of layers per virtual stage, uneven ends, or nothing but a
+number of ranks), the answer is `--pipeline-model-parallel-layout`; where nothing else is said, the planner cuts.
+"""
+
+from argparse import Namespace
+from itertools import accumulate
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.parallel.pipeline import planner
+from yoco_megatron.parallel.pipeline.stages import StagePlan, layout_string
+from yoco_megatron.utils.errors import require
+
+
+def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
+    """Set `args.pipeline_model_parallel_layout` and clear the flags that it replaces.
+
+    Returns:
+        The plan, or None without pipeline parallelism.
+    Raises:
+        ValueError: layers that do not add up, flags that contradict each other, more stages than layers.
+    """
+    ranks = args.pipeline_model_parallel_size
+    by_hand = {
+        "--pipeline-model-parallel-layout": args.pipeline_model_parallel_layout,
+        "--num-layers-per-virtual-pipeline-stage": args.num_layers_per_virtual_pipeline_stage,
+        "--num-virtual-stages-per-pipeline-rank": args.num_virtual_stages_per_pipeline_rank,
+    }
+    given = [flag for flag, value in by_hand.items() if value is not None]
+    if ranks == 1:
+        ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        given += [f"--{dest.replace('_', '-')}" for dest in ends if getattr(args, dest) is not None]
+        require(not given, f"{' and '.join(given)} needs --pipeline-model-parallel-size above 1")
+        return None
+    require(len(given) <= 1, f"{' and '.join(given)} contradict each other: keep one of them")
+    border = shape.num_self_decoder_layers
+    if args.pipeline_model_parallel_layout is not None:
+        counts = _parse(args.pipeline_model_parallel_layout, shape.num_layers, ranks)
+    elif args.num_layers_per_virtual_pipeline_stage is not None:
+        counts = _even(shape.num_layers, args.num_layers_per_virtual_pipeline_stage, ranks)
+    elif args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers:
+        counts = _uneven_ends(args, shape.num_layers, ranks)
+    else:
+        chunks = args.num_virtual_stages_per_pipeline_rank or 1
+        counts = planner.plan_cuts(shape.num_layers, border, ranks, chunks, planner.Costs.of_run(shape, args))
+    if args.pipeline_model_parallel_layout is None:
+        args.pipeline_model_parallel_layout = layout_string(counts)
+    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    return StagePlan((0, *accumulate(counts)), border)
+
+
+def sequences_at_a_time(args: Namespace) -> int:
+    """One micro-batch on each data-parallel rank."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return args.micro_batch_size * (args.world_size // model)
+
+
+def check_micro_batches(args: Namespace, stages: int) -> None:
+    """Interleaved schedules take micro-batches in groups (megatron/core/pipeline_parallel/schedules.py).
+
+    Raises:
+        ValueError: a batch that does not make whole groups.
+    """
+    ranks = args.pipeline_model_parallel_size
+    if args.global_batch_size is None or stages == ranks:
+        return
+    each = sequences_at_a_time(args)
+    micro_batches = args.global_batch_size // each
+    group = args.microbatch_group_size_per_vp_stage or ranks
+    rest = micro_batches % group
+    require(
+        micro_batches >= group and (rest == 0 or rest >= ranks),
+        f"--global-batch-size {args.global_batch_size} gives a pipeline {micro_batches} micro-batches, which virtual "
+        f"stages take {group} at a time: make it a multiple of --micro-batch-size {args.micro_batch_size} x "
+        f"{each // args.micro_batch_size} data-parallel ranks x {group} = {each * group}",
+    )
+
+
+def _parse(layout: str, num_layers: int, ranks: int) -> list[int]:
+    flag = f"--pipeline-model-parallel-layout '{layout}'"
+    try:
+        rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    flat = [kind for row in rows for kind in row]
+    require(
+        flat[:1] == [LayerType.embedding]
+        and flat[-1:] == [LayerType.loss]
+        and flat.count(LayerType.embedding) == flat.count(LayerType.loss) == 1,
+        f"{flag}: must begin with the embedding E and end with the loss L, each once, for example 'Ett|ttL'",
+    )
+    require(LayerType.mtp not in flat, f"{flag}: multi-token prediction (m) is not built for YOCO")
+    layers = flat.count(LayerType.decoder)
+    require(
+        layers == num_layers,
+        f"{flag}: its {layers} layers (t) do not add up to --num-layers {num_layers}",
+    )
+    require(
+        len(rows) % ranks == 0,
+        f"{flag}: its {len(rows)} stages are not a multiple of --pipeline-model-parallel-size {ranks}",
+    )
+    empty = [index for index, row in enumerate(rows) if not row]
+    require(not empty, f"{flag}: stage {empty and empty[0]} is empty, give every stage a layer, E or L")
+    return [row.count(LayerType.decoder) for row in rows]
+
+
+def _even(num_layers: int, per_stage: int, ranks: int) -> list[int]:
+    require(
+        num_layers % (per_stage * ranks) == 0,
+        f"--num-layers {num_layers} is not a multiple of --num-layers-per-virtual-pipeline-stage {per_stage} x "
+        f"--pipeline-model-parallel-size {ranks}: change one of them, or use --num-virtual-stages-per-pipeline-rank",
+    )
+    return [per_stage] * (num_layers // per_stage)
+
+
+def _uneven_ends(args: Namespace, num_layers: int, ranks: int) -> list[int]:
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    middle = ranks - (first is not None) - (last is not None)
+    left = num_layers - (first or 0) - (last or 0)
+    require(
+        left >= 0 and (left % middle == 0 if middle else left == 0),
+        f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} leave {left} "
+        f"layers for {middle} stages, which does not divide: leave both away, and the planner chooses",
+    )
+    ends = ([first] if first is not None else [], [last] if last is not None else [])
+    return [*ends[0], *[left // middle] * middle, *ends[1]] if middle else [*ends[0], *ends[1]]

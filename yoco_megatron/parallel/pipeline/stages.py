@@ -1,0 +1,101 @@
+"""Which layers each pipeline stage holds, and where the shared K,V are.
+
+Stages are counted in the order that a micro-batch visits them: stage g is model chunk g // P of pipeline rank g % P.
+Cuts are free: uneven, empty at the ends, the border between self- and cross-decoder anywhere.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.utils.errors import require
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers [first, last) of the model, counted from 0, and what stands before and after them.
+
+    pre_process: holds the embedding; post_process: holds the head.
+    makes_kv: projects the shared K,V; kv_in: they arrive with the hidden states; kv_out: they leave with them.
+    """
+
+    first: int
+    last: int
+    pre_process: bool = True
+    post_process: bool = True
+    makes_kv: bool = True
+    kv_in: bool = False
+    kv_out: bool = False
+
+    def split(self, border: int) -> tuple[int, int]:
+        """(self-decoder layers, cross-decoder layers) held here; layer `border` is the first of the cross-decoder."""
+        n_self = max(0, min(self.last, border) - self.first)
+        return n_self, self.last - self.first - n_self
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `border` is the first cross-decoder layer."""
+
+    cuts: tuple[int, ...]
+    border: int
+
+    @property
+    def count(self) -> int:
+        """Number of stages, over all ranks and chunks."""
+        return len(self.cuts) - 1
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.cuts[-1]
+
+    @property
+    def producer(self) -> int:
+        """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
+        return next(g for g in range(self.count) if self.cuts[g + 1] >= self.border)
+
+    def kv_arrives(self, g: int) -> bool:
+        """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
+        return self.producer < g < self.count and self.cuts[g] < self.num_layers
+
+    def stage(self, g: int) -> Stage:
+        """What stage g holds."""
+        return Stage(
+            first=self.cuts[g],
+            last=self.cuts[g + 1],
+            pre_process=g == 0,
+            post_process=g == self.count - 1,
+            makes_kv=g == self.producer,
+            kv_in=self.kv_arrives(g),
+            kv_out=self.kv_arrives(g + 1),
+        )
+
+    @staticmethod
+    def from_config(config: YOCOConfig) -> "StagePlan":
+        """The plan that `--pipeline-model-parallel-layout` (written by hand or by the planner) says; else one stage."""
+        layout = config.pipeline_model_parallel_layout
+        if layout is None:
+            require(
+                config.pipeline_model_parallel_size == 1,
+                "--pipeline-model-parallel-size needs cuts: set --pipeline-model-parallel-layout, for example "
+                "by yoco_megatron.parallel.pipeline.planner",
+            )
+            return StagePlan((0, config.num_layers), config.num_self_decoder_layers)
+        if isinstance(layout, PipelineParallelLayerLayout):
+            ranks, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+            rows = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(ranks)]
+        else:
+            rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
+        counts = [row.count(LayerType.decoder) for row in rows]
+        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers)
+
+
+def layout_string(counts: list[int]) -> str:
+    """Megatron's layout string for stages of that many layers: [2, 3] -> 'Ett|tttL'."""
+    stages = ["t" * count for count in counts]
+    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+    return "|".join(stages)

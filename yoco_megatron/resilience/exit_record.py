@@ -1,0 +1,90 @@
+"""How a process ended, in a code and in a file.
+
+torchrun ends with 1 and srun with the first task's code whatever the reason was, so each process that can still say
+something leaves `RUN/outcomes/ATTEMPT/RANK.json`; `policy` reads them together.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from yoco_megatron.resilience import run_folder
+from yoco_megatron.utils.files import write_json
+
+FINISHED = 0
+USER_ERROR = 2
+RERUN_TO_DISAMBIGUATE = 16  # megatron/core/rerun_state_machine.py: transient or persistent? run the step once more
+RERUN_FAILED = 17  # the same file: this hardware computes wrong results
+STORAGE = 74  # sysexits' EX_IOERR
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One process's last word; `kind` is one of `policy.PRECEDENCE`."""
+
+    kind: str
+    code: int
+    reason: str
+    iteration: int | None = None
+    suspect: bool = False
+    """Whether this process's own hardware is the one that computed a wrong result."""
+
+
+def record(folder: str | Path | None, outcome: Outcome) -> None:
+    """Leave `outcome` in the run folder, if there is one; a full disk must not hide the error it caused."""
+    if folder is None:
+        return
+    path = Path(folder) / "outcomes" / run_folder.attempt() / f"{run_folder.rank()}.json"
+    with contextlib.suppress(OSError):
+        where = {"rank": run_folder.rank(), "host": host(), "time": time.time()}
+        write_json(path, asdict(outcome) | where)
+
+
+def host() -> str:
+    """This node by the name that SLURM knows it by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def record_exception(argv: list[str], error: Exception) -> Outcome:
+    """Record what ended a process, in the run folder that its command line names; what that means."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--run-folder")
+    how = of_exception(error)
+    record(flags.parse_known_args(argv)[0].run_folder, how)
+    return how
+
+
+def of_exception(error: BaseException) -> Outcome:
+    """The outcome that an exception means."""
+    reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
+    if storage_error(error):
+        return Outcome("storage", STORAGE, reason)
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return Outcome("user_error", USER_ERROR, reason)
+    return Outcome("crash", 1, reason)
+
+
+def storage_error(error: BaseException | None) -> bool:
+    """Whether a full, read-only or over-quota file system is behind `error`, however it was wrapped."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        one = queue.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno in STORAGE_ERRORS:
+            return True
+        # torch's CheckpointException holds {rank: (exception, traceback)}
+        failures = getattr(one, "failures", None)
+        if isinstance(failures, dict):
+            queue += [failure[0] for failure in failures.values()]
+        queue += [one.__cause__, one.__context__, *(a for a in one.args if isinstance(a, BaseException))]
+    return False

@@ -1,0 +1,23 @@
+"""Make Megatron run on this machine. Imports nothing of Megatron before it must."""
+
+import functools
+import os
+import warnings
+
+from yoco_megatron import runtime
+
+
+@functools.cache
+def prepare() -> None:
+    """Make `import megatron` and `megatron.training.pretrain()` work on this machine. Idempotent."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
+    # Said once, with what to do about it, by tools/doctor.py, instead of seven times by every process.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Only transformer-engine", category=UserWarning)
+    if not runtime.has_gpu():
+        from yoco_megatron.runtime import cpu
+
+        cpu.install()
+    from yoco_megatron.upstream import core_fixes
+
+    core_fixes.repair()

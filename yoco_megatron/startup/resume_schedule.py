@@ -1,0 +1,132 @@
+"""The length of a run and its learning rate: what Megatron finds wrong only when the model stands or is loaded.
+
+A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py).
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from yoco_megatron.checkpoint import layout as checkpoints
+from yoco_megatron.checkpoint.common_state import common_state
+from yoco_megatron.utils.errors import require
+
+
+def check(args: Namespace) -> None:
+    """Raises ValueError for intervals, lengths and warm-ups that Megatron would stumble over later."""
+    require(
+        not (args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler),
+        "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler are both set: keep one",
+    )
+    for dest in ("log_interval", "eval_interval"):
+        value = getattr(args, dest)
+        require(value is None or value >= 1, f"--{dest.replace('_', '-')} {value} must be at least 1")
+    require(
+        not (args.train_iters and args.train_samples),
+        "--train-iters and --train-samples are both set: keep one (--config ... train-iters=null unsets a recipe's)",
+    )
+    for unit in ("iters", "samples"):
+        warmup, run = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or run
+        if run and args.lr_warmup_fraction is None and not args.skip_train:
+            require(
+                warmup < decay,
+                f"--lr-warmup-{unit} {warmup} must be below --lr-decay-{unit} {decay}, by default --train-{unit}",
+            )
+
+
+def check_resumable(args: Namespace) -> None:
+    """Compare the schedule of the flags with that of the checkpoint that --load will take. On the first rank alone.
+
+    Raises:
+        ValueError: everything that differs and that Megatron would refuse, with both values; no schedule in it.
+    """
+    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or args.rank:
+        return
+    saved = _saved(args)
+    if saved is None:
+        return
+    require(
+        "opt_param_scheduler" in saved,
+        f"--load {args.load}: the checkpoint of iteration {saved['iteration']} was saved without its optimizer: add "
+        "--no-load-optim, which starts with a new one",
+    )
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    was, now = _by_flag(saved["opt_param_scheduler"], saved["args"]), _by_flag(_scheduler_of(args), args)
+    different = [name for name in now if name in was and now[name] != was[name]]
+    if not different:
+        return
+    told = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in different)
+    raise ValueError(
+        f"--load {args.load} was trained on another schedule: {told}. Give the same flags; "
+        "--use-checkpoint-opt_param-scheduler for the checkpoint's, --override-opt_param-scheduler for this one; or "
+        f"start a new stage from its weights: --pretrained-checkpoint {args.load}, and a new folder for --load, --save"
+    )
+
+
+def _saved(args: Namespace) -> dict[str, Any] | None:
+    """The common state of the checkpoint; None where there is none, as of released weights."""
+    load, tracked = Path(args.load), checkpoints.tracked_iteration(Path(args.load))
+    if args.ckpt_format != "torch_dist" or (tracked is None and not args.ckpt_step):
+        return None
+    older = [iteration for iteration in checkpoints.iterations(load) if iteration < (tracked or 0)]
+    for iteration in [args.ckpt_step] if args.ckpt_step else [tracked, *older]:
+        try:
+            return common_state(checkpoints.path_of(load, iteration))
+        except (Exception, CheckpointException):  # the latter is no Exception
+            continue  # loading passes over a damaged one, too, and says what is wrong with it
+    return None
+
+
+def _length(args: Namespace) -> int | None:
+    if args.train_samples:
+        return args.train_samples
+    return args.train_iters * args.global_batch_size if args.train_iters and args.global_batch_size else None
+
+
+def _scheduler_of(args: Namespace) -> dict[str, Any]:
+    """The state that Megatron's scheduler would have; without its lengths where the flags do not tell the batch."""
+    constant = args.weight_decay_incr_style == "constant"
+    found = {
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_decay_style": args.lr_decay_style,
+        "wd_incr_style": args.weight_decay_incr_style,
+        "start_wd": args.weight_decay if constant else args.start_weight_decay,
+        "end_wd": args.weight_decay if constant else args.end_weight_decay,
+    }
+    length = _length(args)
+    if length is None:
+        return found
+    if args.train_samples:
+        decay, warmup = args.lr_decay_samples, args.lr_warmup_samples
+    else:
+        decay, warmup = ((steps or 0) * args.global_batch_size for steps in (args.lr_decay_iters, args.lr_warmup_iters))
+    decay = decay or length
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return found | {"lr_decay_steps": decay, "lr_warmup_steps": warmup}
+
+
+def _by_flag(scheduler: dict[str, Any], args: Namespace) -> dict[str, object]:
+    """A schedule in a user's words; lengths in samples, as Megatron counts them, where they are known."""
+    lengths = {
+        "samples (--train-iters x --global-batch-size, or --train-samples)": _length(args),
+        "samples of --lr-decay-*": scheduler.get("lr_decay_steps"),
+        "samples of --lr-warmup-*": scheduler.get("lr_warmup_steps"),
+    }
+    start, end = scheduler["start_wd"], scheduler["end_wd"]
+    constant = scheduler["wd_incr_style"] == "constant"
+    return {
+        "--lr": scheduler["max_lr"],
+        "--min-lr": scheduler["min_lr"],
+        "--decoupled-lr": args.decoupled_lr,
+        "--decoupled-min-lr": args.decoupled_min_lr,
+        "--lr-decay-style": scheduler["lr_decay_style"],
+        "--weight-decay-incr-style": scheduler["wd_incr_style"],
+        **({"--weight-decay": end} if constant else {"--start-weight-decay": start, "--end-weight-decay": end}),
+        **{name: value for name, value in lengths.items() if value is not None},
+    }

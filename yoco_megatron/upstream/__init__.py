@@ -1,0 +1,1 @@
+"""Every change of Megatron, torch and Transformer Engine."""
