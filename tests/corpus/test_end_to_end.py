@@ -13,9 +13,9 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from support.cli import TINY, train
 from support.models import SELF_DECODERS, VOCAB, build, tiny_config
 
+from yoco_megatron.corpus import encoders
 from yoco_megatron.corpus.preprocess import preprocess
 from yoco_megatron.corpus.tokenizer_training import MIN_VOCAB_SIZE, train_tokenizer
-from yoco_megatron.data import check
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.startup import arguments
 from yoco_megatron.training.batch import document_ids
@@ -28,7 +28,7 @@ LENGTH = 48
 
 def texts() -> list[str]:
     """Functions and classes of this package's own source, each a document; ASCII, so that all ids are below VOCAB."""
-    source = "\n".join(path.read_text() for path in sorted(Path(check.__file__).parent.glob("*.py")))
+    source = "\n".join(path.read_text() for path in sorted(Path(encoders.__file__).parent.glob("*.py")))
     parts = [part.strip()[:70] for part in source.split("\n\n\n")]
     return [part for part in parts if part.isascii() and part][:60]
 
