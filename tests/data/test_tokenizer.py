@@ -73,8 +73,8 @@ def test_bytes_are_ids(tmp_path: Path) -> None:
 
 
 def test_same_corpus_gives_the_same_bytes_in_another_process(corpus: Path, folder: Path, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from yoco_megatron.corpus.tokenizer_training import train_tokenizer as train\n"
-    code += "train([Path(sys.argv[1])], 300, Path(sys.argv[2]))"
+    code = "import sys; from pathlib import Path; from yoco_megatron.corpus import tokenizer_training as t\n"
+    code += "t.train_tokenizer([Path(sys.argv[1])], 300, Path(sys.argv[2]))"
     again = tmp_path / "again"
     subprocess.run([sys.executable, "-c", code, corpus, again], check=True, env={"PYTHONPATH": ":".join(sys.path)})
     names = sorted(path.name for path in folder.iterdir())
