@@ -30,9 +30,11 @@ test-quick: env ## the tests that take seconds
 test-gpu: ## GPU tests, with the Python that has torch, Transformer Engine and pytest-xdist (PYTHON=python3 make test-gpu)
 	$(PYTEST) -rs -v -n 8 --dist loadgroup tests/gpu
 
-lint: env ## ruff: style and format
+lint: env ## style and format (ruff), the order of the rooms (import-linter), types (mypy)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 
 format: env ## ruff: apply
 	$(VENV)/bin/ruff check --fix .
@@ -42,4 +44,4 @@ doctor: env ## what is installed here, and what each part will use
 	$(PYTHON) tools/doctor.py
 
 clean: ## remove caches and runs, not the environment
-	rm -rf runs .pytest_cache .ruff_cache $$(find . -name __pycache__ -not -path './$(VENV)/*')
+	rm -rf runs build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache $$(find . -name __pycache__ -not -path './$(VENV)/*')
