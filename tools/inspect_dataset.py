@@ -33,7 +33,7 @@ def main() -> None:
     try:
         check_data_prefixes([args.data_path])
         checksums = report.verify(args.data_path) if args.verify else None
-        tokenizer = report.tokenizer_of(args.data_path, args) if args.samples > 0 else None
+        tokenizer = report.tokenizer_for(args.data_path, args) if args.samples > 0 else None
         documents, tokens = count_documents(args.data_path)
         nats = unigram_entropy(args.data_path, args.split, args.part)
     except ValueError as error:

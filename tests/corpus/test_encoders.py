@@ -88,7 +88,7 @@ def test_auto_takes_the_library_where_gigatoken_differs(bpe_folder: Path, tmp_pa
 def test_other_libraries(tmp_path: Path) -> None:
     null = built(None, "NullTokenizer", vocab_size=100)
     assert encoded(choose_encoder(null)[1], ["1 2 3", "7"]) == [[1, 2, 3], [7]]
-    with pytest.raises(ValueError, match=r"--tokenizer-backend gigatoken: .*no Hugging Face tokenizer"):
+    with pytest.raises(ValueError, match=r"--tokenizer-backend gigatoken: .*not a Hugging Face tokenizer"):
         choose_encoder(null, "gigatoken")
 
 

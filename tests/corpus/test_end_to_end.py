@@ -73,7 +73,7 @@ def test_another_text_of_document_a_changes_nothing_of_b(
     prefix = data(tmp_path / "before", tokenizer_folder, before)
     _, samples = training_part(tokenizer_folder, "--data-path", prefix, "--split", "1,0,0", *mask)
     # A sample with the end of A and at least 12 tokens of B, and which documents they are.
-    place, border = next(
+    place, boundary = next(
         (place, int(ends[0]) + 1)
         for place in range(len(samples))
         if len(ends := (samples[place]["tokens"] == 0).nonzero().flatten()) == 1 and 12 <= ends[0] <= LENGTH - 13
@@ -93,18 +93,18 @@ def test_another_text_of_document_a_changes_nothing_of_b(
         logits = model(tokens, document_ids=ids)[0]
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * sample["loss_mask"]
         model.zero_grad()
-        losses[border:].sum().backward()
-        return logits[border:].detach(), [param.grad.clone() for param in model.parameters()]
+        losses[boundary:].sum().backward()
+        return logits[boundary:].detach(), [param.grad.clone() for param in model.parameters()]
 
     one, other = samples[place], others[place]
-    assert torch.equal(one["tokens"][border:], other["tokens"][border:])
-    assert not torch.equal(one["tokens"][:border], other["tokens"][:border])
-    assert one["loss_mask"][border - 1] == 0  # A's end does not have to guess how B begins
+    assert torch.equal(one["tokens"][boundary:], other["tokens"][boundary:])
+    assert not torch.equal(one["tokens"][:boundary], other["tokens"][:boundary])
+    assert one["loss_mask"][boundary - 1] == 0  # A's end does not have to guess how B begins
     (logits, gradients), (other_logits, other_gradients) = map(logits_and_gradients_of_b, (one, other))
     assert torch.equal(logits, other_logits) == masked
     assert all(map(torch.equal, gradients, other_gradients)) == masked
     if masked:
-        assert one["position_ids"][border:].tolist() == list(range(LENGTH - border))
+        assert one["position_ids"][boundary:].tolist() == list(range(LENGTH - boundary))
 
 
 @pytest.mark.usefixtures("one_process")

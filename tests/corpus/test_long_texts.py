@@ -1,4 +1,4 @@
-"""A long text in pieces has the ids of the whole text, whatever the tokenizer does; where it is cut, memory is flat."""
+"""A long text in windows has the ids of the whole text, whatever the tokenizer does; memory stays constant."""
 
 import random
 import subprocess
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def hard_text(generator: random.Random) -> str:
-    """Runs, some longer than a piece: words, digits, spaces, marks to be joined, special tokens, any Unicode."""
+    """Runs, some longer than a window: words, digits, spaces, marks to be joined, special tokens, any Unicode."""
     every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     words = ["the quick foxes 0123456789 \n\t", "".join(map(chr, range(256))), "漢字🙂e\u0301\u0323\u200d ا", every]
     alphabets = [*words, " ", "\n ", "a", "0123456789", [f"{EOD} ", f"x{PAD}", EOD]]
@@ -44,7 +44,7 @@ def hard_text(generator: random.Random) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_whole(bpe_folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_texts, "PIECE", 2000)
+    monkeypatch.setattr(long_texts, "WINDOW", 2000)
     monkeypatch.setattr(long_texts, "MARGIN", 300)
     core = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     core.post_processor = None
@@ -54,22 +54,22 @@ def test_ids_are_those_of_the_whole(bpe_folder: Path, kind: str, monkeypatch: py
     generator = random.Random(kind)
     words = " ".join(generator.choices(["the", "quick", "größer", "foxes", "1234567", "x_7\n"], k=10_000))
     for text in (words, *(hard_text(generator) for _ in range(4))):
-        parts = list(long_texts._parts(core, text))
+        parts = list(long_texts._window_ids(core, text))
         assert [token for part in parts for token in part] == core.encode(text, add_special_tokens=False).ids
         if text is words:
             assert (len(parts) > 3) == cut
 
 
 def test_what_is_not_local_is_not_cut(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every word of a piece is another one when it is the first: the end that is encoded again shows it."""
-    monkeypatch.setattr(long_texts, "PIECE", 2000)
+    """Every word of a window is another one when it is the first: the end that is encoded again shows it."""
+    monkeypatch.setattr(long_texts, "WINDOW", 2000)
     monkeypatch.setattr(long_texts, "MARGIN", 300)
     core = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     core.post_processor = None
     core.normalizer = normalizers.Prepend("x")
     text = "the quick foxes " * 1000
-    assert len(list(long_texts._parts(core, text))) == 1
-    assert long_texts.encode_in_pieces(core, text).tolist() == core.encode(text, add_special_tokens=False).ids
+    assert len(list(long_texts._window_ids(core, text))) == 1
+    assert long_texts.encode_in_windows(core, text).tolist() == core.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -78,10 +78,10 @@ def test_long_texts_have_their_ends_and_their_place(
 ) -> None:
     """Between short ones, through the encoder, with a template that adds tokens and a trim of offsets."""
     for module in (long_texts, encoders):
-        monkeypatch.setattr(module, "PIECE", 2000)
+        monkeypatch.setattr(module, "WINDOW", 2000)
     monkeypatch.setattr(long_texts, "MARGIN", 300)
     monkeypatch.setattr(
-        encoders, "encode_in_pieces", lambda *given: cut.append(1) or long_texts.encode_in_pieces(*given)
+        encoders, "encode_in_windows", lambda *given: cut.append(1) or long_texts.encode_in_windows(*given)
     )
     cut: list[int] = []
     flags = {"tokenizer_model": str(bpe_folder), "tokenizer_hf_no_include_special_tokens": plain}

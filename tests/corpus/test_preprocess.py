@@ -138,7 +138,7 @@ def test_outputs_in_the_input_folder_are_no_input(tokenizer: Any, tmp_path: Path
     (tmp_path / "f.unfinished" / "text.bin").write_bytes(b"\xff")
     again = run(readers.expand_inputs([str(tmp_path)]), tmp_path / "f", tokenizer, overwrite=True)["text"]
     assert again.files == first.files and again.inputs == first.inputs
-    with pytest.raises(ValueError, match=r"--input names nothing but"):
+    with pytest.raises(ValueError, match=r"--input names only files that"):
         run([tmp_path / "f_text_document.bin"], tmp_path / "f", tokenizer)
 
 
@@ -260,7 +260,7 @@ def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "library"])
 def test_a_corpus_with_everything_wrong(tokenizer: Any, tmp_path: Path, backend: str) -> None:
-    """Every record is a document or is listed, in plain and in packed files; one document has 50 MB."""
+    """Every record is a document or is listed, in plain and in compressed files; one document has 50 MB."""
     if backend == "gigatoken":
         pytest.importorskip("gigatoken")
     lines = [b'{"text": "good"}', b'{"text": "cut', b'{"text": ""}', b'{"text": "\xff\xfe"}', b'{"title": "no text"}']

@@ -1,4 +1,4 @@
-"""A killed run goes on where it last saved, and gives the bytes that an undisturbed run gives."""
+"""A killed run resumes where it last saved, and gives the bytes that an undisturbed run gives."""
 
 import gzip
 import json
@@ -87,7 +87,7 @@ def kill_after(folder: Path, batches: int) -> None:
 
 
 def test_killed_again_and_again_it_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for batches in (20, 15, 25):  # within the first file; beyond the text files; in the packed file
+    for batches in (20, 15, 25):  # within the first file; beyond the text files; in the compressed file
         kill_after(folder, batches)
     state = json.loads((folder / "out.unfinished" / "state.json").read_text())
     assert state["position"][0] == len(inputs(folder)) - 1
@@ -127,7 +127,7 @@ def test_fewer_bad_lines_than_were_left_out(folder: Path) -> None:
 
 
 def test_two_processes_do_not_write_at_once(folder: Path) -> None:
-    first = module.Unfinished(folder / "out.unfinished", ["text.bin"], {})
+    first = module.ResumeState(folder / "out.unfinished", ["text.bin"], {})
     with pytest.raises(ValueError, match=r"--output-prefix: another process is writing .*out\.unfinished"):
         run(folder, "out")
     first.close(keep=False)

@@ -19,7 +19,7 @@ def zstd(content: bytes) -> bytes:
     return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
 
 
-PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def parquet(path: Path, columns: dict[str, list], **more) -> Path:
@@ -41,11 +41,11 @@ def read(files: list[Path], keys: list[str], start: Position | None = None):
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
-    """All formats, and packed ones in two members."""
+    """All formats, and compressed ones in two members."""
     files = []
-    for number, (suffix, pack) in enumerate(PACKERS.items()):
+    for number, (suffix, compress) in enumerate(COMPRESSORS.items()):
         path = tmp_path / f"{number}.jsonl{suffix}"
-        path.write_bytes(pack(LINES[:1000]) + pack(LINES[1000:]))
+        path.write_bytes(compress(LINES[:1000]) + compress(LINES[1000:]))
         files.append(path)
     files.append(parquet(tmp_path / "5.parquet", {"other": [1] * 200, "text": TEXTS}))
     for number, text in enumerate(TEXTS[:9]):
@@ -106,24 +106,24 @@ def test_bad_rows_and_files_too(tmp_path: Path) -> None:
     assert "not UTF-8" in bad[0][1] and "ends too early" in bad[-1][1]
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in PACKERS if suffix])
-def test_packed_files_that_end_too_early_are_refused(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSORS if suffix])
+def test_compressed_files_that_end_too_early_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut.jsonl{suffix}"
-    path.write_bytes(PACKERS[suffix](LINES)[:-10])
+    path.write_bytes(COMPRESSORS[suffix](LINES)[:-10])
     with pytest.raises(ValueError, match=rf"--input .*cut\.jsonl{suffix} is damaged or ends too early"):
         read([path], ["text"])
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in PACKERS if suffix])
-def test_packed_files_without_a_byte_are_refused(tmp_path: Path, suffix: str) -> None:
-    """Nothing packed has some bytes; an empty file was never written. A plain file may be empty."""
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSORS if suffix])
+def test_compressed_files_without_a_byte_are_refused(tmp_path: Path, suffix: str) -> None:
+    """A compressed empty file has some bytes; an empty file was never written. A plain file may be empty."""
     lines, text = tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}"
     lines.touch()
     text.touch()
     with pytest.raises(ValueError, match=rf"--input .*a\.jsonl{suffix} is damaged .*it is empty"):
         read([lines], ["text"])
     assert "it is empty" in read([text], ["text"])[2][0][1]
-    lines.write_bytes(PACKERS[suffix](b""))
+    lines.write_bytes(COMPRESSORS[suffix](b""))
     (tmp_path / "c.jsonl").touch()
     assert read([lines, tmp_path / "c.jsonl"], ["text"])[:3] == ([], [], [])
 

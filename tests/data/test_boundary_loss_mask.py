@@ -9,7 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from yoco_megatron.data.boundary_loss_mask import BorderedDataset
+from yoco_megatron.data.boundary_loss_mask import BoundaryMaskedGPTDataset
 from yoco_megatron.data.provider import dataset_kind
 
 EOD, PAD, LENGTH = 0, 1, 16
@@ -36,7 +36,7 @@ def samples(folder: Path, kind: type[GPTDataset], ended: bool) -> GPTDataset:
 @pytest.mark.parametrize("ended", [True, False])
 def test_only_labels_of_the_own_document_are_in_the_loss(tmp_path: Path, ended: bool) -> None:
     """Against the stream of documents, counted one by one."""
-    data = samples(tmp_path, BorderedDataset, ended)
+    data = samples(tmp_path, BoundaryMaskedGPTDataset, ended)
     lengths = data.dataset.sequence_lengths
     owner = np.concatenate([np.full(lengths[document], n) for n, document in enumerate(data.document_index)])
     last = []
@@ -50,7 +50,7 @@ def test_only_labels_of_the_own_document_are_in_the_loss(tmp_path: Path, ended: 
 
 
 def test_with_ends_it_is_megatrons_mask(tmp_path: Path) -> None:
-    ours, theirs = (samples(tmp_path, kind, ended=True) for kind in (BorderedDataset, GPTDataset))
+    ours, theirs = (samples(tmp_path, kind, ended=True) for kind in (BoundaryMaskedGPTDataset, GPTDataset))
     for index in range(len(ours)):
         own, other = ours[index], theirs[index]
         assert all((own[name] == other[name]).all() for name in other) and own.keys() == other.keys()
@@ -64,4 +64,4 @@ def test_without_ends_megatrons_mask_is_of_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("apart", "masked"), [(True, True), (True, False), (False, True)])
 def test_kind_by_flags(apart: bool, masked: bool) -> None:
     args = SimpleNamespace(dataloader_inter_document_masking=apart, eod_mask_loss=masked)
-    assert (dataset_kind(args) is BorderedDataset) == (apart and masked)
+    assert (dataset_kind(args) is BoundaryMaskedGPTDataset) == (apart and masked)

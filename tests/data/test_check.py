@@ -55,7 +55,7 @@ def test_missing_files_get_the_likely_fix(prefix: str, tmp_path: Path) -> None:
     assert "tools/preprocess_data.py" in problem(str(tmp_path / "other"))
     # Megatron takes a list that is not all pairs for a list of prefixes.
     mixed = data_prefixes_from_args(arguments(data_path=["30", prefix, prefix, prefix]))
-    assert "30 is no prefix: give W1 P1 W2 P2" in problem(*mixed)
+    assert "30 is not a prefix: give W1 P1 W2 P2" in problem(*mixed)
 
 
 @pytest.mark.parametrize(("change", "state"), [(-1, "shorter"), (-1000, "shorter"), (1, "longer"), (2, "longer")])

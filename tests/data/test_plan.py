@@ -20,6 +20,7 @@ from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.data.plan import plan, table, train_samples
 from yoco_megatron.data.provider import dataset_config
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.parser import build_parser
 
 FLAGS = [flag for flag in TINY if flag != "--mock-data"]
 
@@ -76,7 +77,7 @@ def test_one_source_and_sources_without_weights(sources: list[str]) -> None:
     assert [source.order for source in once] == [(1, False)] * 3
     assert "read once: they end after" in table(once, args.seq_length, 10**6)
     assert plan(parsed("--data-path", sources[0], "--split", "1,0,0"), 10)[0].documents == 900
-    with pytest.raises(ValueError, match=r"small: its training part holds \d+ tokens, not one sample"):
+    with pytest.raises(ValueError, match=r"small: its training part holds \d+ tokens, less than one sample"):
         plan(parsed("--data-path", sources[2], "--split", "0,1,0", "--seq-length", "32"), 10)
     with pytest.raises(ValueError, match=r"--data-path is missing"):
         plan(arguments.parse_anywhere(list(TINY)), 10)
@@ -85,7 +86,7 @@ def test_one_source_and_sources_without_weights(sources: list[str]) -> None:
 def test_blend_of_a_yaml_is_the_blend_of_the_flags(sources: list[str], tmp_path: Path) -> None:
     config = tmp_path / "blend.yaml"
     config.write_text(f"data-path:\n  {sources[0]}: 0.7\n  {sources[1]}: 1.0e-1\n  {sources[2]}: 2\n")
-    argv = to_argv(load_config_files([str(config)]), arguments.build_parser())
+    argv = to_argv(load_config_files([str(config)]), build_parser())
     assert argv == ["--data-path", "0.7", sources[0], "0.1", sources[1], "2", sources[2]]
     flags = plan(parsed(*argv), 100)
     assert plan(parsed("--config", str(config)), 100) == flags
@@ -96,7 +97,7 @@ def test_blend_of_a_yaml_is_the_blend_of_the_flags(sources: list[str], tmp_path:
     ):
         config.write_text(text)
         with pytest.raises(ValueError, match=error):
-            to_argv(load_config_files([str(config)]), arguments.build_parser())
+            to_argv(load_config_files([str(config)]), build_parser())
 
 
 def run(tool: str, *flags: object) -> str:

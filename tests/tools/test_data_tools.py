@@ -151,7 +151,7 @@ def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict
     lengths = dataset.sequence_lengths
     for number, length, text in shown:
         assert text == texts[int(number)] and int(length) == lengths[int(number)]
-    assert f"tokens a document: {lengths.min()} to {lengths.max()}" in said
+    assert f"tokens per document: {lengths.min()} to {lengths.max()}" in said
     assert ".bin is whole" in said and ".idx is whole" in said
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -191,7 +191,7 @@ MISTAKES = {
     "text": (
         "gather_text",
         "--input {0}/source --output {0}/source/readme.txt",
-        "--output {0}/source/readme.txt exists and is no corpus of this tool: name another file",
+        "--output {0}/source/readme.txt exists and was not written by this tool: name another file",
     ),
     "size": ("train_tokenizer", "--input {0}/corpus.jsonl --output {0}/x", "--vocab-size is missing"),
     "place": ("train_tokenizer", "--bytes --output /proc/x/y", "--output /proc/x/y: "),
@@ -237,9 +237,9 @@ def test_a_tokenizer_of_a_packed_corpus_is_that_of_the_corpus(
     made: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
     folder, _ = made
-    packed = tmp_path / "corpus.jsonl.gz"
-    packed.write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
-    run("train_tokenizer", "--input", packed, "--vocab-size", 320, "--output", tmp_path / "bpe")
+    compressed = tmp_path / "corpus.jsonl.gz"
+    compressed.write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
+    run("train_tokenizer", "--input", compressed, "--vocab-size", 320, "--output", tmp_path / "bpe")
     assert (tmp_path / "bpe/tokenizer.json").read_bytes() == (folder / "bpe/tokenizer.json").read_bytes()
 
 
@@ -258,5 +258,5 @@ def test_a_damaged_report_is_one_error(report: str, made: tuple[Path, dict[str, 
         (tmp_path / f"copy.{suffix}").write_bytes((made[0] / "out" / f"code_text_document.{suffix}").read_bytes())
     (tmp_path / "copy.json").write_text(report)
     error = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
-    assert f"error: {tmp_path}/copy.json is no report of tools/preprocess_data.py" in error.splitlines()[-1]
+    assert f"error: {tmp_path}/copy.json is not a report of tools/preprocess_data.py" in error.splitlines()[-1]
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""Files packed with gzip, bzip2, xz or zstd, told by their first bytes, as streams of what they hold."""
+"""Transparent decompression of gzip, bzip2, xz and zstd files, detected by magic bytes."""
 
 import bz2
 import contextlib
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
+COMPRESSED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# A frame that holds no data, with which pzstd begins.
+# A skippable frame, which holds no data; pzstd begins with one.
 ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 
 def _damaged() -> Iterator[type[Exception]]:
-    """How the unpackers say that a file is not whole, optional ones among them."""
+    """Exceptions with which the decompressors, optional ones included, report a damaged file."""
     yield from (OSError, EOFError, lzma.LZMAError, zlib.error)
     with contextlib.suppress(ImportError):
         import zstandard
@@ -33,12 +33,17 @@ def _damaged() -> Iterator[type[Exception]]:
 DAMAGED = tuple(_damaged())
 
 
-def unpacked(raw: BinaryIO) -> BinaryIO:
-    """`raw`, or what it holds packed; many members or frames one after another are one stream."""
+def decompressed(raw: BinaryIO) -> BinaryIO:
+    """The decompressed content of `raw`, or `raw` itself; several members or frames in a row are one stream.
+
+    Raises:
+        EOFError: an empty file with the suffix of a compressed one.
+        ValueError: zstd without the zstandard package.
+    """
     magic = raw.read(6)
     raw.seek(0)
-    if not magic and Path(raw.name).suffix.lower() in PACKED_SUFFIXES:
-        raise EOFError("it is empty, which no packer makes of anything")
+    if not magic and Path(raw.name).suffix.lower() in COMPRESSED_SUFFIXES:
+        raise EOFError("it is empty: even compressed empty files have some bytes")
     if magic.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
     if magic.startswith(b"BZh"):
@@ -49,46 +54,46 @@ def unpacked(raw: BinaryIO) -> BinaryIO:
         try:
             import zstandard
         except ImportError:
-            raise ValueError(f"--input {raw.name} is packed with zstd: pip install zstandard") from None
-        return io.BufferedReader(_Chunks(_zstd_pieces(raw, zstandard.ZstdDecompressor().decompressobj)), 1 << 20)
+            raise ValueError(f"--input {raw.name} is compressed with zstd: pip install zstandard") from None
+        return io.BufferedReader(_BlockStream(_zstd_blocks(raw, zstandard.ZstdDecompressor().decompressobj)), 1 << 20)
     return raw
 
 
-class _Chunks(io.RawIOBase):
-    """A stream of pieces of bytes."""
+class _BlockStream(io.RawIOBase):
+    """A raw stream over an iterator of blocks of bytes."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.left = pieces, b""
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self.blocks, self.rest = blocks, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        while not self.left:
-            piece = next(self.pieces, None)
-            if piece is None:
+        while not self.rest:
+            block = next(self.blocks, None)
+            if block is None:
                 return 0
-            self.left = piece
-        size = min(len(buffer), len(self.left))
-        buffer[:size], self.left = self.left[:size], self.left[size:]
+            self.rest = block
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
         return size
 
 
-def _zstd_pieces(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """What a zstd file holds. The library's own stream takes a file that ends inside a frame for a whole one."""
-    packed = raw.read(1 << 17)
-    while packed:
+def _zstd_blocks(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompressed blocks of a zstd file. The library's own stream does not notice a file that ends inside a frame."""
+    compressed = raw.read(1 << 17)
+    while compressed:
         frame = new_frame()
         while not frame.eof:
-            if not packed:
+            if not compressed:
                 raise EOFError("the file ends inside a zstd frame")
-            yield frame.decompress(packed)
-            packed = frame.unused_data if frame.eof else raw.read(1 << 17)
-        packed = packed or raw.read(1 << 17)
+            yield frame.decompress(compressed)
+            compressed = frame.unused_data if frame.eof else raw.read(1 << 17)
+        compressed = compressed or raw.read(1 << 17)
 
 
 def skip(stream: BinaryIO, size: int) -> None:
-    """Go on by `size` bytes; a packed stream has to be unpacked up to there."""
+    """Skip `size` bytes; a compressed stream must be decompressed up to there."""
     if stream.seekable():
         stream.seek(size)
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from yoco_megatron.corpus.long_texts import PIECE, encode_in_pieces
+from yoco_megatron.corpus.long_texts import WINDOW, encode_in_windows
 
 BACKENDS = ("auto", "gigatoken", "library")
 # What tokenizers disagree about: spaces, controls, marks that normalizers join, other scripts, digits, contractions.
@@ -22,9 +22,9 @@ HARD_TEXTS = (
     "  two  spaces ", "\n\n \t x\r\n", "\x00\x7f\u200d\ufeff", "cafe\u0301 Ⅷ ﬁ", "größer 漢字 🙂👩‍👩‍👧 हिन्दी",
     "1234567.89", "I'LL we've ’s", "a" * 1000, " " * 300, "naïve_snake CamelCase\\n", "x" + "\u0301" * 40, "",
 )  # fmt: skip
-# Texts up to this size are encoded a second time, one of every call, to see that gigatoken agrees.
+# After the first calls one text per call, of at most this size, is encoded again to check that gigatoken agrees.
 PROBE_BYTES = 4096
-# All texts of the first calls are, up to this many bytes.
+# In the first calls, up to this many bytes, all texts are.
 FIRST_BYTES = 1 << 18
 
 
@@ -58,7 +58,7 @@ def choose_encoder(tokenizer: Any, backend: str = "auto") -> tuple[str, Encoder]
     Args:
         backend: 'gigatoken', 'library', or 'auto': gigatoken where it is installed and knows the tokenizer.
     Raises:
-        ValueError: gigatoken is asked for and cannot be had.
+        ValueError: gigatoken is requested but unavailable for this tokenizer.
     """
     name, library = library_encoder(tokenizer)
     if backend == "library":
@@ -67,7 +67,7 @@ def choose_encoder(tokenizer: Any, backend: str = "auto") -> tuple[str, Encoder]
     problem = fast if isinstance(fast, str) else _disagreement(fast, library, _hard_texts(tokenizer))
     if problem:
         if backend == "gigatoken":
-            raise ValueError(f"--tokenizer-backend gigatoken: {problem}; leave the flag away for {name}")
+            raise ValueError(f"--tokenizer-backend gigatoken: {problem}; remove the flag to use {name}")
         return name, library
     return "gigatoken", compared(fast, library)
 
@@ -83,7 +83,7 @@ def _disagreement(fast: Encoder, exact: Encoder, texts: list[bytes]) -> str | No
     found, wanted = fast(texts), exact(texts)
     for index, text in enumerate(texts):
         if not np.array_equal(found.of(index), wanted.of(index)):
-            return f"it gives other ids than the tokenizer itself for {text[:60].decode(errors='replace')!r}"
+            return f"its ids differ from the tokenizer's own for {text[:60].decode(errors='replace')!r}"
     return None
 
 
@@ -103,7 +103,7 @@ def compared(fast: Encoder, exact: Encoder) -> Encoder:
         for place, index in enumerate(probes):
             if not np.array_equal(found.of(index), wanted.of(place)):
                 raise ValueError(
-                    "--tokenizer-backend: gigatoken gives other ids than the tokenizer itself for a text that begins "
+                    "--tokenizer-backend: gigatoken's ids differ from the tokenizer's own for a text that begins "
                     f"with {texts[index][:60].decode(errors='replace')!r}; use --tokenizer-backend library"
                 )
         return found
@@ -115,7 +115,7 @@ def gigatoken_encoder(tokenizer: Any) -> Encoder | str:
     """gigatoken for a Hugging Face tokenizer, or why there is none."""
     core, special = _rust_core(tokenizer)
     if core is None:
-        return "the tokenizer is no Hugging Face tokenizer with a tokenizer.json"
+        return "the tokenizer is not a Hugging Face tokenizer with a tokenizer.json"
     try:
         import awkward
         import gigatoken
@@ -124,8 +124,8 @@ def gigatoken_encoder(tokenizer: Any) -> Encoder | str:
     before, after = _template(core) if special else ([], [])
     try:
         fast = gigatoken.Tokenizer.from_json(core.to_str())
-    except Exception as error:  # whatever of a tokenizer.json it does not know
-        return f"it does not know this tokenizer ({error})"
+    except Exception as error:  # a tokenizer.json with features that it lacks raises many types
+        return f"it does not support this tokenizer ({error})"
 
     def encode(texts: list[bytes]) -> Ids:
         if not texts:
@@ -166,14 +166,14 @@ def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
 
 
 def _rust_core(tokenizer: Any) -> tuple[Any, bool]:
-    """The Rust tokenizer behind a Hugging Face one (None if there is none), and whether it adds special tokens."""
+    """(Rust tokenizer behind a Hugging Face one, or None; whether it adds special tokens)."""
     from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
 
     wrapper = getattr(tokenizer, "_tokenizer", None)
     core = getattr(getattr(wrapper, "tokenizer", None), "backend_tokenizer", None)
     if core is None or not isinstance(wrapper, HuggingFaceTokenizer):
         return None, False
-    # A tokenizer.json may carry the truncation of its last use; transformers lifts it call by call, the core does not.
+    # A tokenizer.json may store the truncation of its last use; transformers resets it in each call, the core does not.
     core.no_truncation()
     core.no_padding()
     return core, wrapper.include_special_tokens
@@ -193,10 +193,10 @@ def library_encoder(tokenizer: Any) -> tuple[str, Encoder]:
             [coding.encode_to_numpy(text.decode(), allowed_special="all") for text in texts]
         )
     if isinstance(wrapper, libraries.SentencePieceTokenizer) and not wrapper.legacy:
-        pieces = wrapper.tokenizer
+        processor = wrapper.tokenizer
         if wrapper.ignore_extra_whitespaces or not wrapper.removed_extra_spaces:
             return "sentencepiece", lambda texts: join(
-                pieces.encode([text.decode() for text in texts], out_type=int, num_threads=1)
+                processor.encode([text.decode() for text in texts], out_type=int, num_threads=1)
             )
     return "one by one", lambda texts: join([list(tokenizer.tokenize(text.decode())) for text in texts])
 
@@ -204,7 +204,7 @@ def library_encoder(tokenizer: Any) -> tuple[str, Encoder]:
 def _hugging_face(core: Any, special: bool) -> Encoder:
     before, after = _template(core) if special else ([], [])
     # Where the ends of a text are not simply added, a long one has to be encoded at once.
-    longest = PIECE if len(before) + len(after) == core.num_special_tokens_to_add(False) * special else None
+    longest = WINDOW if len(before) + len(after) == core.num_special_tokens_to_add(False) * special else None
 
     @functools.cache
     def plain() -> Any:
@@ -223,7 +223,7 @@ def _hugging_face(core: Any, special: bool) -> Encoder:
         parts = []
         for index, text in enumerate(strings):
             if index in long:
-                parts.append(with_ends(join([encode_in_pieces(plain(), text)]), before, after).ids)
+                parts.append(with_ends(join([encode_in_windows(plain(), text)]), before, after).ids)
             else:
                 parts.append(np.array(next(coded).ids, np.int64))
         return join(parts)

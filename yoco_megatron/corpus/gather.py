@@ -50,14 +50,14 @@ def find_files(root: Path, patterns: list[str]) -> list[Path]:
 def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> GatherReport:
     """Write `paths` (all below `root`) to the corpus `output`, lines {"text": ..., "path": relative to root}.
 
-    The same files and seed give the same bytes. `output` appears when it is complete; if it lies inside `root` it is
-    not its own document.
+    The same files and seed give the same bytes. `output` appears when it is complete. If it lies inside `root`
+    it is not read as a document.
 
     Raises:
-        ValueError: none of the files holds UTF-8 text; `output` is a file that is no such corpus.
+        ValueError: none of the files holds UTF-8 text; `output` is an existing file that is not such a corpus.
     """
     if output.is_file() and not _is_corpus(output):
-        raise ValueError(f"--output {output} exists and is no corpus of this tool: name another file")
+        raise ValueError(f"--output {output} exists and was not written by this tool: name another file")
     aside = output.with_name(output.name + ".tmp")
     own = {output.resolve(), aside.resolve()}
     by_name = {path.relative_to(root).as_posix(): path for path in paths if path.resolve() not in own}

@@ -1,7 +1,7 @@
-"""The .idx of an indexed dataset, written from document lengths that need not fit the memory.
+"""Writes the .idx of an indexed dataset from document lengths, which need not fit into memory.
 
 megatron.core's IndexedDatasetBuilder keeps Python lists (about 100 bytes a document) and counts in a Python loop; this
-writes the same bytes block by block, with memory that does not grow. yoco_megatron/data/check.py shows the layout.
+writes the same bytes block by block, in constant memory. The layout is in yoco_megatron/data/check.py.
 """
 
 import os
@@ -16,7 +16,7 @@ BLOCK = 1 << 20
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: type[np.integer]) -> None:
-    """Write an .idx where every document is one sequence, and make it durable.
+    """Write an .idx in which each document is one sequence, and sync it to disk.
 
     Args:
         lengths: int32 [documents], tokens of each; may be a memory map.
@@ -45,6 +45,6 @@ def _write(stream: BinaryIO, values: np.ndarray, dtype: str) -> None:
 
 
 def sync(stream: Any) -> None:
-    """Have what was written to an open file on the disk."""
+    """Flush an open file and wait until it is on disk."""
     stream.flush()
     os.fsync(stream.fileno())

@@ -1,10 +1,10 @@
-"""Ids of a very long text from a Hugging Face tokenizer, piece by piece, in memory that is flat.
+"""Token ids of a very long text, by a Hugging Face tokenizer in overlapping windows, with constant memory.
 
-The library keeps about 140 bytes for each byte that it encodes at once. A text can be cut where two of the tokenizer's
-words meet: a pre-tokenizer that cuts words from left to right cuts on from there alike, and no token spans two words.
-So every piece begins where words are known to meet, and ends well after the last place that is used of it, so that
-nothing in it is decided by its end. What is known of no tokenizer is whether it looks farther back, or adds something
-to the beginning of a text: each piece shows whether it does, as its end is encoded once more, from the cut on.
+The library needs about 140 bytes per byte that it encodes at once. A text can be cut where two of the pre-tokenizer's
+words meet: a pre-tokenizer that works from left to right splits the rest in the same way, and no token spans two words.
+So each window begins at such a boundary, and only ids well before its end are used, so that its end decides none of
+them. Whether a tokenizer looks back further, or adds something at the beginning of a text, is unknown: each window
+checks it by encoding its tail once more, from the cut on.
 """
 
 from collections.abc import Iterator
@@ -12,30 +12,30 @@ from typing import Any
 
 import numpy as np
 
-# Characters that are encoded at a time, and how many of them before the end at the latest are cut off.
-PIECE = 1 << 18
+# Characters of a window, and of its tail, whose ids are not used.
+WINDOW = 1 << 18
 MARGIN = 1 << 13
 
 
-def encode_in_pieces(core: Any, text: str) -> np.ndarray:
+def encode_in_windows(core: Any, text: str) -> np.ndarray:
     """The ids of `core.encode(text, add_special_tokens=False)`, int64 [tokens].
 
     Args:
-        core: a tokenizers.Tokenizer whose post-processor is removed, because it may move the borders of tokens.
+        core: a tokenizers.Tokenizer whose post-processor is removed, because it may move token boundaries.
     """
-    return np.concatenate(list(_parts(core, text)))
+    return np.concatenate(list(_window_ids(core, text)))
 
 
-def _parts(core: Any, text: str) -> Iterator[np.ndarray]:
-    start, size = 0, PIECE
+def _window_ids(core: Any, text: str) -> Iterator[np.ndarray]:
+    start, size = 0, WINDOW
     while len(text) - start > size:
         coded = core.encode(text[start : start + size], add_special_tokens=False)
-        tokens, chars = _last_border(coded, size - MARGIN)
+        tokens, chars = _last_word_boundary(coded, size - MARGIN)
         ids = np.array(coded.ids, np.int64)
         if tokens and np.array_equal(ids[tokens:], _ids(core, text[start + chars : start + size])):
             yield ids[:tokens]
-            start, size = start + chars, PIECE
-        else:  # one word, or a tokenizer that cannot be cut here: at the worst the whole text at once
+            start, size = start + chars, WINDOW
+        else:  # one word, or a tokenizer that cannot be cut here: in the worst case the whole text at once
             size *= 2
     yield _ids(core, text[start:])
 
@@ -45,7 +45,7 @@ def _ids(core: Any, text: str) -> np.ndarray:
     return np.array(coded.ids, np.int64)
 
 
-def _last_border(coded: Any, before: int) -> tuple[int, int]:
+def _last_word_boundary(coded: Any, before: int) -> tuple[int, int]:
     """(tokens, characters) up to the last place before the character `before` where two words meet; (0, 0) if none."""
     words, offsets = coded.word_ids, coded.offsets
     for token in range(len(words) - 1, 0, -1):

@@ -1,4 +1,4 @@
-"""Several indexed datasets of documents, one after another, as one: the bytes of Megatron's IndexedDatasetBuilder."""
+"""Concatenate indexed datasets of documents; the same bytes as Megatron's IndexedDatasetBuilder."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from yoco_megatron.corpus.idx_writer import sync, write_index
 from yoco_megatron.corpus.preprocess import BLOCK_BYTES, describe_files, move_into_place
 from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
 
-# Counts of a report that add up.
+# Counts of a report that are summed.
 SUMS = ("documents", "tokens", "bytes", "bad_lines", "empty_documents", "documents_with_nul")
 
 
 def find_prefixes(inputs: list[str]) -> list[str]:
-    """Prefixes of indexed datasets: those given, and for a folder all directly in it, by name.
+    """Prefixes of indexed datasets: those given, and for a folder all datasets directly in it, sorted by name.
 
     Raises:
-        ValueError: a folder without any.
+        ValueError: a folder without datasets.
     """
     found: list[str] = []
     for entry in inputs:
@@ -33,13 +33,13 @@ def find_prefixes(inputs: list[str]) -> list[str]:
 
 
 def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
-    """Write the datasets `prefixes`, in this order, to `output`; memory does not grow with them.
+    """Write the datasets `prefixes`, in this order, to `output`, in constant memory.
 
     Returns:
         the report that is written beside the dataset, as tools/preprocess_data.py writes it.
     Raises:
-        ValueError: one that is missing, damaged, of another dtype, tokenizer or end of documents; or an output that
-            exists.
+        ValueError: an input that is missing or damaged, inputs that differ in dtype, tokenizer or end of document, or
+            an output that exists.
     """
     check_data_prefixes(prefixes, "--input")
     if Path(f"{output}.idx").exists() and not overwrite:
@@ -109,7 +109,7 @@ def _lengths(prefix: str, documents: int) -> np.ndarray:
 def _merged(
     prefixes: list[str], reports: list[dict[str, Any]], headers: dict[str, Any], dtype: type[np.integer]
 ) -> dict[str, Any]:
-    """Counts of text are known only if every dataset has a report; documents and tokens always are."""
+    """The merged report. Text counts need a report of each dataset; documents and tokens are always known."""
     sums = {name: sum(report[name] for report in reports) for name in SUMS if all(name in report for report in reports)}
     sums["documents"] = sum(headers[prefix][1] for prefix in prefixes)
     sums["tokens"] = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes) // np.dtype(dtype).itemsize

@@ -2,8 +2,8 @@
 
     read (this thread) -> Batch -> encode (worker threads) -> Encoded -> write (this thread, in the order of the input)
 
-Threads are enough: the tokenizers work outside Python's lock. A run that was killed goes on where it last saved, and
-its output has the same bytes as if it had not been.
+Threads are enough: the tokenizers release Python's lock. A killed run resumes where it last saved, and its
+output has the same bytes as that of an undisturbed run.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from tqdm import tqdm
 from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, with_ends
 from yoco_megatron.corpus.idx_writer import write_index
 from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, describe, read_batches
-from yoco_megatron.corpus.resume_state import Unfinished
+from yoco_megatron.corpus.resume_state import ResumeState
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.utils.files import write_atomically
 
-# How often a run saves where it is.
+# Time between two saves of the progress.
 SAVE_SECONDS = 10.0
 PROBLEMS = "problems.jsonl"
-# Bad records that a run leaves out before it stops: one torn line is no reason to, a wrong --json-keys is.
+# Bad records that are skipped before the run stops: a torn line should not stop it, a wrong --json-keys should.
 MAX_BAD_LINES = 1000
 # Characters of a reason in the list; a record may name thousands of keys.
 REASON_LENGTH = 300
-# Tokens of a document that an .idx can tell.
+# Longest document that an .idx can hold.
 MAX_TOKENS = np.iinfo(np.int32).max
 # Memory of one read when files are hashed.
 BLOCK_BYTES = 1 << 22
@@ -43,7 +43,7 @@ BLOCK_BYTES = 1 << 22
 
 @dataclass
 class Problem:
-    """A record that is worth a look: 'bad' and left out, 'empty' and no document, or 'kept' as it is."""
+    """A suspicious record: 'bad' (skipped), 'empty' (no document) or 'kept' (used as it is)."""
 
     place: str
     reason: str
@@ -51,13 +51,13 @@ class Problem:
 
 
 def printable(text: str) -> str:
-    """`text` with what is no Unicode (file names of other encodings, half surrogates) as escapes."""
+    """`text` with everything that is not Unicode (file names in other encodings, lone surrogates) escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
 class Encoded:
-    """The documents of a batch by key, in order, without those that have no token; and what was odd about it."""
+    """The documents of a batch by key, in order, without empty ones; counts and problems of the batch."""
 
     ids: dict[str, Ids]
     text_bytes: dict[str, int]
@@ -95,7 +95,7 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
     """Read and encode one batch; a record that is bad for one key is left out for all.
 
     Raises:
-        ValueError: a document that is longer than an index can tell.
+        ValueError: a document longer than an index can hold.
     """
     rows, indices, bad = batch.texts(keys)
     odd = [(index, reason, "bad") for index, reason in bad]
@@ -119,7 +119,7 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
         encoded.empty[key], encoded.nul[key] = len(empty), len(nul)
         odd += [(indices[index], f"{key!r} is empty or gives no token", "empty") for index in empty]
         odd += [(indices[index], f"{key!r} holds NUL characters", "kept") for index in nul]
-    odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on where a batch ends
+    odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on batch boundaries
     encoded.problems = [
         Problem(printable(batch.place(index)), printable(why)[:REASON_LENGTH], kind) for index, why, kind in odd
     ]
@@ -127,21 +127,21 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
 
 
 def _without(found: Ids, empty: list[int]) -> Ids:
-    kept = np.ones(len(found.lengths), bool)
-    kept[empty] = False
-    return Ids(found.ids[np.repeat(kept, found.lengths)], found.lengths[kept])
+    nonempty = np.ones(len(found.lengths), bool)
+    nonempty[empty] = False
+    return Ids(found.ids[np.repeat(nonempty, found.lengths)], found.lengths[nonempty])
 
 
 def output_prefixes(output_prefix: str, keys: list[str], overwrite: bool) -> dict[str, str]:
     """Key -> prefix of its dataset, as Megatron's own preprocessing names them.
 
     Raises:
-        ValueError: such a dataset exists and is not to be overwritten.
+        ValueError: such a dataset exists and `overwrite` is off.
     """
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
     for prefix in prefixes.values():
         if not overwrite and Path(f"{prefix}.idx").exists():
-            # Megatron's sample index, cached beside the data, is found by the prefix: it would fit the old data only.
+            # Megatron finds its cached sample index by the prefix: it would fit the old data only.
             raise ValueError(
                 f"--output-prefix: {prefix}.idx exists; choose another prefix, or pass --overwrite and remove the "
                 "cached sample indices of the old data (--data-cache-path, by default the folder 'cache' beside them)"
@@ -169,14 +169,14 @@ def preprocess(
         tokenizer: as Megatron builds it (`data.tokenizer.build_tokenizer`).
         append_eod: end each document with `tokenizer.eod`.
         workers: threads that encode.
-        max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are left out and listed; one more
+        max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are skipped and listed; one more
             ends the run.
         backend: one of `encoders.BACKENDS`.
         about_tokenizer: what to write about the tokenizer into the reports.
         sentences: encode each sentence of a document by itself.
     Returns:
-        Key -> report. The datasets are in place; on any error none of them is, and older ones are untouched. What was
-        saved until then stays beside them, and the same call goes on from there.
+        Key -> report. The datasets are in place. On any error none of them is, and older ones are untouched; the
+        progress saved until then stays in OUTPUT_PREFIX.unfinished, and the same call resumes from it.
     Raises:
         ValueError: too many bad records, a dataset that exists, a tokenizer without an end of document, no document.
     """
@@ -192,7 +192,7 @@ def preprocess(
     files = _without_own(files, output_prefix, keys)
     check_keys(files, keys)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    # The threads below are the parallelism; the tokenizer's own pool would only compete with them.
+    # Parallelism comes from the threads below; the tokenizer's own pool would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name, encode = choose_encoder(tokenizer, backend)
     if sentences is not None:
@@ -208,57 +208,57 @@ def preprocess(
     job = {"input": describe(files), "json-keys": keys, "eod": eod, "tokenizer": base.tokenizer, "dtype": base.dtype}
     job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
     streams = [f"{key}.{suffix}" for key in keys for suffix in ("bin", "lengths")]
-    unfinished = Unfinished(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
+    resume = ResumeState(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
     complete = False
     try:
-        finished = unfinished.state is not None and "finished" in unfinished.state
+        finished = resume.state is not None and "finished" in resume.state
         prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
         if not finished:
-            _write_all(files, unfinished, base, workers, max_bad_lines, (keys, encode, dtype, eod))
-        reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
+            _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, eod))
+        reports = {key: Report(**saved) for key, saved in resume.state["reports"].items()}
         for key, prefix in prefixes.items():
-            aside = (unfinished.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
+            aside = (resume.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
             move_into_place(*aside, prefix, asdict(reports[key]))
-        _move_problems(unfinished.folder / PROBLEMS, Path(base.problems))
+        _move_problems(resume.folder / PROBLEMS, Path(base.problems))
         complete = True
     finally:
-        unfinished.close(keep=not complete and unfinished.state is not None)
+        resume.close(keep=not complete and resume.state is not None)
     return reports
 
 
 def _without_own(files: list[Path], output_prefix: str, keys: list[str]) -> list[Path]:
-    """What this command itself writes below an input folder, or wrote before it was killed, is no input.
+    """Drop from the inputs what this command writes below an input folder, or wrote before it was killed.
 
     Raises:
-        ValueError: there is nothing else.
+        ValueError: nothing else is left.
     """
     datasets = rf"_({'|'.join(map(re.escape, keys))})_document\.(bin|idx|json)"
     own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|{datasets}|_{PROBLEMS})"
     found = [path for path in files if not re.fullmatch(own, os.path.abspath(path), re.DOTALL)]
     if not found:
-        raise ValueError(f"--input names nothing but what --output-prefix {output_prefix} wrote")
+        raise ValueError(f"--input names only files that --output-prefix {output_prefix} wrote")
     return found
 
 
 def _write_all(
     files: list[Path],
-    unfinished: Unfinished,
+    resume: ResumeState,
     base: Report,
     workers: int,
     max_bad_lines: int,
     encode_args: tuple[Any, ...],
 ) -> None:
-    """Append everything from the saved place on, saving now and then and at the end, when all but names is final."""
+    """Encode and append all that follows the saved position; save regularly, and at the end, before the renames."""
     keys = encode_args[0]
     reports = {key: Report(**asdict(base)) for key in keys}
     start, done = Position(), 0
-    if unfinished.state:
-        start, done = Position(*unfinished.state["position"]), unfinished.state["done"]
-        reports = {key: Report(**saved) for key, saved in unfinished.state["reports"].items()}
+    if resume.state:
+        start, done = Position(*resume.state["position"]), resume.state["done"]
+        reports = {key: Report(**saved) for key, saved in resume.state["reports"].items()}
         if (bad := reports[keys[0]].bad_lines) > max_bad_lines:
             raise ValueError(
-                f"--max-bad-lines {max_bad_lines}: the unfinished run {unfinished.folder} left out {bad:,} already: "
-                "allow as many, or remove that folder to start anew"
+                f"--max-bad-lines {max_bad_lines}: the unfinished run {resume.folder} left out {bad:,} already: "
+                "allow as many, or remove that folder to start over"
             )
     earlier = {key: report.seconds for key, report in reports.items()}
     started = saved_at = time.monotonic()
@@ -268,31 +268,31 @@ def _write_all(
             _check_bad_lines(encoded, reports[keys[0]].bad_lines, max_bad_lines)
             now = time.monotonic()
             for key, report in reports.items():
-                _append(unfinished, key, encoded, report)
+                _append(resume, key, encoded, report)
                 report.seconds = round(earlier[key] + now - started, 3)
                 report.tokens_per_second = round(report.tokens / max(report.seconds, 1e-3))
             lines = (json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in encoded.problems)
-            unfinished.files[PROBLEMS].write("".join(lines).encode())
+            resume.files[PROBLEMS].write("".join(lines).encode())
             if now - saved_at >= SAVE_SECONDS:
                 saved = {key: asdict(report) for key, report in reports.items()}
-                unfinished.save(position=as_list(batch.end), done=batch.done, reports=saved)
+                resume.save(position=as_list(batch.end), done=batch.done, reports=saved)
                 saved_at = now
             speed = sum(report.tokens_per_second for report in reports.values())
             progress.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             progress.update(batch.done - progress.n)
     for key, report in reports.items():
         if report.documents == 0:
-            raise ValueError(_no_documents(key, report, unfinished.files[PROBLEMS]))
-        unfinished.files[f"{key}.bin"].flush()
-        unfinished.files[f"{key}.lengths"].flush()
-        report.files = _finish(unfinished.folder, key, encode_args[2])
-        if not unfinished.files[PROBLEMS].tell():
+            raise ValueError(_no_documents(key, report, resume.files[PROBLEMS]))
+        resume.files[f"{key}.bin"].flush()
+        resume.files[f"{key}.lengths"].flush()
+        report.files = _finish(resume.folder, key, encode_args[2])
+        if not resume.files[PROBLEMS].tell():
             report.problems = ""
-    unfinished.save(finished=True, reports={key: asdict(report) for key, report in reports.items()})
+    resume.save(finished=True, reports={key: asdict(report) for key, report in reports.items()})
 
 
 def _check_bad_lines(encoded: Encoded, before: int, allowed: int) -> None:
-    """Raises ValueError for the first bad record beyond those that are allowed, whatever batch it is in."""
+    """Raises ValueError for the first bad record beyond the allowed number, independent of batch boundaries."""
     bad = [problem for problem in encoded.problems if problem.kind == "bad"]
     if before + len(bad) > allowed:
         last = bad[allowed - before]
@@ -313,15 +313,15 @@ def _no_documents(key: str, report: Report, problems: BinaryIO) -> str:
 
 
 def _finish(folder: Path, key: str, dtype: type[np.integer]) -> dict[str, dict[str, Any]]:
-    """Write the .idx; sizes and checksums of it and of the .bin, by suffix."""
+    """Write the .idx; returns sizes and checksums of .bin and .idx, by suffix."""
     write_index(folder / f"{key}.idx", np.memmap(folder / f"{key}.lengths", np.int32, "r"), dtype)
     return describe_files(folder / f"{key}.bin", folder / f"{key}.idx")
 
 
-def _append(unfinished: Unfinished, key: str, encoded: Encoded, report: Report) -> None:
+def _append(resume: ResumeState, key: str, encoded: Encoded, report: Report) -> None:
     found = encoded.ids[key]
-    unfinished.files[f"{key}.bin"].write(found.ids.tobytes())
-    unfinished.files[f"{key}.lengths"].write(found.lengths.astype(np.int32).tobytes())
+    resume.files[f"{key}.bin"].write(found.ids.tobytes())
+    resume.files[f"{key}.lengths"].write(found.lengths.astype(np.int32).tobytes())
     report.documents += len(found.lengths)
     report.tokens += len(found.ids)
     report.bytes += encoded.text_bytes[key]
@@ -333,7 +333,7 @@ def _append(unfinished: Unfinished, key: str, encoded: Encoded, report: Report) 
 def _encode_in_order(
     files: list[Path], keys: list[str], start: Position, workers: int, encode_args: tuple[Any, ...]
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Encode batches in `workers` threads, a few ahead of the writer, and give them in the order of the input."""
+    """Encode batches in `workers` threads, a few ahead of the writer; yield them in input order."""
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     try:
@@ -356,7 +356,7 @@ def describe_files(binary: Path, index: Path) -> dict[str, dict[str, Any]]:
 
 
 def move_into_place(binary: Path, index: Path, prefix: str, report: dict[str, Any]) -> None:
-    """Put .bin, .json and last .idx in place: an .idx is there only if all that it points to is."""
+    """Move .bin, .json and last .idx into place, so that an .idx exists only with everything it points to."""
     if binary.exists():
         Path(f"{prefix}.idx").unlink(missing_ok=True)  # of an older .bin
     _replace(binary, f"{prefix}.bin")
@@ -364,13 +364,13 @@ def move_into_place(binary: Path, index: Path, prefix: str, report: dict[str, An
     _replace(index, f"{prefix}.idx")
     descriptor = os.open(Path(prefix).parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the names
+        os.fsync(descriptor)  # makes the renames durable
     finally:
         os.close(descriptor)
 
 
 def _move_problems(source: Path, target: Path) -> None:
-    """An empty list is none; nor does one of older data stay."""
+    """Move the list of problems; an empty one is not written, and one of older data is removed."""
     if source.exists() and source.stat().st_size == 0:
         target.unlink(missing_ok=True)
         return
@@ -378,7 +378,7 @@ def _move_problems(source: Path, target: Path) -> None:
 
 
 def _replace(source: Path, target: str) -> None:
-    """Move, unless an earlier run did before it was killed."""
+    """Move, unless an earlier run moved it before it was killed."""
     if source.exists():
         os.replace(source, target)
 

@@ -2,7 +2,7 @@
 
     files -> read_batches(files, start) -> Batch -> Batch.texts(keys), in any thread
 
-A text file is one record. JSON lines and text may be packed with gzip, bzip2, xz or zstd, which their first bytes tell.
+A text file is one record. JSON lines and text may be compressed with gzip, bzip2, xz or zstd, detected by magic bytes.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.corpus.decompress import DAMAGED, PACKED_SUFFIXES, skip, unpacked
+from yoco_megatron.corpus.decompress import COMPRESSED_SUFFIXES, DAMAGED, decompressed, skip
 from yoco_megatron.corpus.gather import parse_line
 
 # A batch ends at either: enough text to be worth a thread's turn, few enough records to keep the memory of ids small.
@@ -31,7 +31,7 @@ class Position:
 
     Args:
         file: index of the file.
-        offset: bytes before it in an (unpacked) JSON lines file, rows in a parquet file, 0 in a text file.
+        offset: bytes before it in the (decompressed) JSON lines file, rows in a parquet file, 0 in a text file.
         record: records of the file before it.
     """
 
@@ -102,15 +102,15 @@ def _utf8(value: Any, place: str) -> bytes:
 
 def _file_text(path: Path, place: str) -> bytes:
     try:
-        with path.open("rb") as raw, unpacked(raw) as stream:
+        with path.open("rb") as raw, decompressed(raw) as stream:
             return _utf8(stream.read(), place).removeprefix(codecs.BOM_UTF8)
     except DAMAGED as error:
         raise ValueError(f"{place}: damaged or ends too early ({error})") from None
 
 
 def file_format(path: Path) -> str:
-    """'jsonl', 'parquet' or 'text', by the name without the suffix of a packer."""
-    name = path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+    """'jsonl', 'parquet' or 'text', by the file name without a compression suffix."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
     suffix = name.suffix.lower()
     return "jsonl" if suffix in JSON_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
 
@@ -124,7 +124,7 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
     files: list[Path] = []
     for pattern in patterns:
         given = Path(pattern)
-        with _blamed(pattern):
+        with _input_errors(pattern):
             found = [given] if given.exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
             below = [sorted(path.rglob("*")) if path.is_dir() else [path] for path in found]
             found = [path for paths in below for path in paths if path.is_file()]
@@ -135,8 +135,8 @@ def expand_inputs(patterns: list[str]) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _blamed(name: str | Path) -> Iterator[None]:
-    """What the system refuses inside is a ValueError about this input."""
+def _input_errors(name: str | Path) -> Iterator[None]:
+    """Turn an OSError inside into a ValueError that names this input."""
     try:
         yield
     except OSError as error:
@@ -167,7 +167,7 @@ def read_batches(files: list[Path], keys: list[str], start: Position | None = No
     """All records of `files` in order, from `start` on.
 
     Raises:
-        ValueError: a packed or parquet file that is damaged or ends too early.
+        ValueError: a compressed or parquet file that is damaged or ends too early.
     """
     start = start or Position()
     ends = list(accumulate(path.stat().st_size for path in files))
@@ -195,7 +195,7 @@ def read_batches(files: list[Path], keys: list[str], start: Position | None = No
 def _read_lines(path: Path, start: Position, before: int, keys: list[str]) -> Iterator[Batch]:
     lines: list[bytes] = []
     size, place = 0, start
-    with path.open("rb") as raw, unpacked(raw) as stream:
+    with path.open("rb") as raw, decompressed(raw) as stream:
         skip(stream, start.offset)
         for line in stream:
             lines.append(line)
@@ -241,14 +241,14 @@ def _parquet(path: Path) -> Any:
 
 
 def describe(files: list[Path]) -> list[dict[str, Any]]:
-    """What tells whether these are the files that were read before: path, bytes, time of change.
+    """What identifies the input files, so that a resumed run notices a change: path, bytes, modification time.
 
     Raises:
         ValueError: a file that is gone.
     """
     found = []
     for path in files:
-        with _blamed(path):
+        with _input_errors(path):
             found.append({"path": str(path), "bytes": path.stat().st_size, "changed": path.stat().st_mtime_ns})
     return found
 

@@ -1,4 +1,4 @@
-"""What a person wants to see of an indexed dataset: some of its documents, their lengths, whether it is still whole."""
+"""What tools/inspect_dataset.py shows of an indexed dataset: checksums, sample documents, document lengths."""
 
 import random
 from argparse import Namespace
@@ -22,18 +22,18 @@ def verify(prefix: str) -> dict[str, str]:
     files = read_report(prefix).get("files")
     if not files:
         raise ValueError(f"--verify: {prefix}.json with checksums is missing; tools/preprocess_data.py writes it")
-    for suffix, told in files.items():
+    for suffix, file in files.items():
         found = file_sha256(Path(f"{prefix}.{suffix}"))
-        if found != told["sha256"]:
-            raise ValueError(f"--verify: {prefix}.{suffix} has SHA-256 {found}, not {told['sha256']}: copy it again")
-    return {suffix: told["sha256"] for suffix, told in files.items()}
+        if found != file["sha256"]:
+            raise ValueError(f"--verify: {prefix}.{suffix} has SHA-256 {found}, not {file['sha256']}: copy it again")
+    return {suffix: file["sha256"] for suffix, file in files.items()}
 
 
-def tokenizer_of(prefix: str, args: Namespace) -> Any:
-    """The tokenizer of the flags, or without flags the one that the report names.
+def tokenizer_for(prefix: str, args: Namespace) -> Any:
+    """The tokenizer that the flags name, or without flags the one in the report.
 
     Raises:
-        ValueError: neither, or another vocabulary than the data were made with.
+        ValueError: neither names one, or it is not the one that made the data.
     """
     about = read_report(prefix).get("tokenizer") or {}
     if args.tokenizer_type is None:
@@ -66,20 +66,20 @@ def document_lengths(prefix: str) -> np.ndarray:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(prefix)
-    return dataset.sequence_lengths.copy()  # the dataset unmaps the file at its end, under an array that lives on
+    return dataset.sequence_lengths.copy()  # a view of a memory map, which the dataset closes when it is deleted
 
 
 def describe_lengths(lengths: np.ndarray) -> str:
     """Shortest, quartiles, 99 %, longest, mean."""
     low, q1, median, q3, high = np.percentile(lengths, [0, 25, 50, 75, 99], method="lower")
     return (
-        f"tokens a document: {low:,} to {lengths.max():,}, quartiles {q1:,} {median:,} {q3:,}, "
+        f"tokens per document: {low:,} to {lengths.max():,}, quartiles {q1:,} {median:,} {q3:,}, "
         f"99 % below {high:,}, mean {lengths.mean():,.1f}"
     )
 
 
 def save_histogram(lengths: np.ndarray, path: Path, title: str) -> None:
-    """PNG: how many documents, and which share of all tokens, have which length."""
+    """Plot to a PNG how many documents, and which share of all tokens, have which length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,7 +88,7 @@ def save_histogram(lengths: np.ndarray, path: Path, title: str) -> None:
     edges = np.unique(np.geomspace(1, max(int(lengths.max()), 1) + 1, 61).astype(np.int64))
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     axes.hist(lengths, bins=edges, color="tab:blue", alpha=0.6)
-    axes.set(xscale="log", xlabel="tokens a document", ylabel="documents", title=title)
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=title)
     share = axes.twinx()
     share.hist(lengths, bins=edges, weights=lengths / lengths.sum(), histtype="step", color="tab:orange")
     share.set_ylabel("share of all tokens", color="tab:orange")

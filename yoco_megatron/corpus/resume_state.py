@@ -1,12 +1,12 @@
-"""What a preprocessing run has written before it is complete, in a folder from which the same run goes on after a kill.
+"""Partial output and progress of a preprocessing run, in a folder from which a killed run resumes.
 
     OUTPUT_PREFIX.unfinished/
         KEY.bin, KEY.lengths    token ids, and int32 tokens of each document
-        problems.jsonl          records that were left out, or kept and are worth a look
-        state.json              sizes of the files above that are on the disk, place in the input, counts
+        problems.jsonl          records that were skipped, or used but suspicious
+        state.json              synced sizes of the files above, position in the input, counts
 
-state.json is replaced, in one step, only after what it tells of is on the disk; whatever is longer than it says was
-written after it and is cut off when the run goes on.
+state.json is replaced atomically, and only after the data it describes are on disk; bytes beyond the sizes in it were
+written later and are cut off on resume.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from yoco_megatron.corpus.idx_writer import sync
 from yoco_megatron.utils.files import write_atomically
 
 
-class Unfinished:
+class ResumeState:
     """The folder, opened and locked. `state` is what was saved last, or None at a first start."""
 
     def __init__(self, folder: Path, names: list[str], job: dict[str, Any], restart: bool = False) -> None:
-        """Open the folder, made if it is not there.
+        """Open the folder; make it if it does not exist.
 
         Args:
-            names: files to be appended to.
-            job: what decides the output; JSON.
-            restart: forget what an unfinished run of another job wrote.
+            names: files to append to.
+            job: everything that decides the output; JSON.
+            restart: discard what an unfinished run of another job wrote.
         Raises:
-            ValueError: another process writes here, or what is here belongs to another job.
+            ValueError: another process writes here, or the folder belongs to another job.
         """
         self.folder, self.job = folder, json.loads(json.dumps(job))
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ class Unfinished:
             ) from None
         self.state = self._saved(restart)
         sizes = self.state["sizes"] if self.state else {}
-        # The files of a finished state are being moved to their places and written no more.
+        # Files of a finished state are no longer written; they are being moved into place.
         names = [] if self.state and self.state.get("finished") else names
         self.files = {name: self._reopen(folder / name, sizes.get(name, 0)) for name in names}
 
@@ -61,7 +61,7 @@ class Unfinished:
         if changed:
             raise ValueError(
                 f"--output-prefix: {self.folder} holds an unfinished run whose {', '.join(changed)} differed; "
-                "repeat that command to finish it, or start anew with --overwrite"
+                "repeat that command to finish it, or start over with --overwrite"
             )
         return saved
 
@@ -75,7 +75,7 @@ class Unfinished:
         return stream
 
     def save(self, **progress: Any) -> None:
-        """Have everything on the disk, and `progress` with it."""
+        """Sync all files, then store their sizes and `progress`."""
         for stream in self.files.values():
             sync(stream)
         sizes = {name: stream.tell() for name, stream in self.files.items()}
@@ -83,9 +83,9 @@ class Unfinished:
         write_atomically(self.folder / "state.json", json.dumps(self.state))
 
     def close(self, keep: bool) -> None:
-        """Unlock, and remove the folder unless the run is to go on from it."""
+        """Unlock the folder, and remove it unless a later run should resume from it."""
         for stream in self.files.values():
-            # On a full disk the rest of the buffer cannot go out; it is after the saved place, so it is cut off anyway.
+            # On a full disk the buffer cannot be flushed; it is beyond the saved sizes, so resuming cuts it off.
             with contextlib.suppress(OSError):
                 stream.close()
         if not keep:

@@ -1,7 +1,7 @@
-"""Sentences by nltk's Punkt, encoded one by one, inside documents that stay whole.
+"""Encodes each sentence (split by nltk's Punkt) by itself; documents stay whole.
 
-Megatron's own `--split-sentences` writes an index of sentences. GPTDataset takes each of them for a document and
-shuffles sentences of all documents; here the sentences of a document stay one sequence of it.
+Megatron's own `--split-sentences` writes an index of sentences. GPTDataset treats each of them as a document and
+shuffles sentences of all documents; here the sentences of a document stay one sequence.
 """
 
 import itertools
@@ -22,9 +22,9 @@ class SentenceSplitter:
     """Punkt of one language, from the models that nltk finds offline.
 
     Args:
-        keep_newlines: a sentence keeps the white space up to the next one; without it that is left out, as in Megatron.
+        keep_newlines: a sentence includes the white space up to the next one; False drops it, as Megatron does.
     Raises:
-        ValueError: nltk or its model of the language is not there.
+        ValueError: nltk or its model of the language is missing.
     """
 
     def __init__(self, language: str, keep_newlines: bool) -> None:

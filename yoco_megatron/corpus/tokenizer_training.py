@@ -14,7 +14,7 @@ from tqdm import tqdm
 from yoco_megatron.corpus.readers import check_keys, read_batches
 
 EOD = "<|endoftext|>"
-# Its own id: GPTDataset takes labels equal to the pad id out of the loss, and cannot pad at all without one.
+# Its own id: GPTDataset masks the loss of labels equal to the pad id, and cannot pad without one.
 PAD = "<|pad|>"
 SPECIAL_TOKENS = [EOD, PAD]
 # Every byte has a token, so that any text can be encoded.
@@ -65,7 +65,7 @@ def byte_tokenizer(output: Path) -> int:
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
-    # The characters that stand for bytes: printable ones for themselves, the others, in order, for those from 256 on.
+    # Characters that represent bytes: printable ones themselves, the other bytes, in order, characters from 256 on.
     alphabet = sorted(ByteLevel.alphabet())
     own = [char for char in alphabet if ord(char) < 256]
     others = iter(char for char in alphabet if ord(char) >= 256)
@@ -111,7 +111,7 @@ def _texts(corpus: list[Path], key: str) -> Iterator[str]:
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Move the files of one folder into another, tokenizer.json last: it is what makes the folder a tokenizer."""
+    """Move the files of one folder into another; tokenizer.json last, which makes the folder a tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "tokenizer.json"):
         path.replace(target / path.name)

@@ -1,6 +1,6 @@
-"""Look into Megatron's indexed datasets before a run depends on them: are they whole, and what do they hold.
+"""Checks and statistics of Megatron's indexed datasets, before a run depends on them.
 
-A truncated copy shows up in Megatron as wrong tokens or an error on some rank, hours in. The sizes alone tell:
+A truncated copy shows up in Megatron as wrong tokens or an error on some rank, hours in. File sizes reveal it:
 
     .idx   9 B magic | u64 version | u8 dtype code | u64 sequences S | u64 document indices D
            | int32 length[S] | int64 byte pointer[S] | int64 document index[D]  (| int8 mode[S] if multimodal)
@@ -19,12 +19,12 @@ import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-# Tokens counted at a time, so that a dataset need not fit the memory.
+# Tokens counted at a time, so that a dataset need not fit into memory.
 BLOCK_TOKENS = 1 << 22
 
 
 def data_prefixes_from_args(args: Namespace) -> list[str]:
-    """All dataset prefixes that Megatron's data flags name, each once, in order; [] for --mock-data or no flag.
+    """All dataset prefixes in Megatron's data flags, each once, in order; [] for --mock-data or no flag.
 
     Raises:
         ValueError: a list that Megatron cannot read, or a missing --data-args-path or --per-split-data-args-path file.
@@ -40,8 +40,8 @@ def data_prefixes_from_args(args: Namespace) -> list[str]:
         raise ValueError(f"{flag} {error.filename}: cannot read it ({error.strerror})") from None
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            "--data-path (or its per-split or file form) is no list of prefixes 'P1 P2 ...' or of weights and prefixes "
-            f"'W1 P1 W2 P2 ...', for each of train, valid and test ({type(error).__name__}: {error})"
+            "--data-path (or its per-split or file form) is not a list of prefixes 'P1 P2 ...' or of weights and "
+            f"prefixes 'W1 P1 W2 P2 ...', for each of train, valid and test ({type(error).__name__}: {error})"
         ) from None
     prefixes = [prefix for part in [blend, *(blend_per_split or [])] if part is not None for prefix in part[0]]
     return list(dict.fromkeys(prefixes))
@@ -51,7 +51,7 @@ def read_report(prefix: str) -> dict[str, Any]:
     """The report that preprocessing wrote beside a dataset; {} if there is none.
 
     Raises:
-        ValueError: a file that is damaged, or no such report.
+        ValueError: a file that is damaged or not such a report.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():
@@ -63,19 +63,19 @@ def read_report(prefix: str) -> dict[str, Any]:
             raise TypeError("wrong types")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no report of tools/preprocess_data.py ({type(error).__name__}: {error}): copy it again, or "
-            "remove it to go on without checksums"
+            f"{path} is not a report of tools/preprocess_data.py ({type(error).__name__}: {error}): copy it again, or "
+            "remove it to continue without checksums"
         ) from None
     return report
 
 
 def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:
-    """Check that each dataset is there and whole. Reads 46 bytes of an .idx and the sizes of the files.
+    """Check that each dataset exists and is whole. Reads 46 bytes of an .idx and the file sizes.
 
-    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers. `flag` named them.
+    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers. `flag`: the one that named them.
 
     Raises:
-        ValueError: all the datasets that are missing or damaged, with the fix of each.
+        ValueError: all missing or damaged datasets, each with its fix.
     """
     found = [_problem(prefix) for prefix in prefixes if "://" not in prefix]
     problems = [problem for problem in found if problem is not None]
@@ -84,10 +84,10 @@ def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:
 
 
 def check_split(prefixes: list[str], split: str) -> None:
-    """Check that each part that --split asks for holds a document of each dataset; Megatron would count for ever.
+    """Check that each part with a share in --split has a document of each dataset; Megatron would loop forever.
 
     Raises:
-        ValueError: the first empty part, or shares that are no shares.
+        ValueError: the first empty part, or a --split that cannot be parsed.
     """
     from megatron.core.datasets.utils import Split
 
@@ -107,7 +107,7 @@ def check_split(prefixes: list[str], split: str) -> None:
 
 
 def check_validation(split: str) -> None:
-    """Raises ValueError where --split keeps nothing for validation, which Megatron would miss at the run's end."""
+    """Raises ValueError where --split leaves no validation data: Megatron would only fail at the end."""
     if _shares(split)[1] == 0:
         raise ValueError(
             f"--split {split} leaves nothing to evaluate on: give its second part, valid, a share, or --eval-iters 0"
@@ -115,7 +115,7 @@ def check_validation(split: str) -> None:
 
 
 def _shares(split: str) -> list[float]:
-    """Of train, valid and test, which sum to 1. Raises ValueError."""
+    """Normalised shares of train, valid and test. Raises ValueError."""
     from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 
     try:
@@ -147,7 +147,7 @@ def _advice(prefix: str) -> str:
         if prefix.endswith(suffix):
             return f"give the prefix without {suffix}"
     if re.fullmatch(r"[\d.]+", prefix):
-        return f"{prefix} is no prefix: give W1 P1 W2 P2 ... with a weight for each prefix, or prefixes alone"
+        return f"{prefix} is not a prefix: give W1 P1 W2 P2 ... with a weight for each prefix, or prefixes alone"
     folder, name = os.path.split(prefix)
     near = sorted(Path(folder or ".").glob(f"{name}*.idx")) if name else []
     if near:
@@ -175,7 +175,7 @@ def _expected_sizes(idx: Path) -> int | str:
             return f"is {state} ({size:,} bytes, not {text_size:,})"
         if sequences == 0:
             return "holds no documents"
-        # Empty documents have no sequence; more sequences than documents are what GPTDataset would take for documents.
+        # Empty documents have no sequence. Of more sequences than documents, GPTDataset would treat each as a document.
         if sequences > document_indices - 1:
             return (
                 f"is an index of sentences ({sequences:,} in {document_indices - 1:,} documents), which training would "
@@ -209,7 +209,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
         ValueError: an unknown part, or one that holds no tokens.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
-    from tqdm import tqdm  # not a need of training, which imports this module
+    from tqdm import tqdm  # here, because training, which imports this module, does not need it
 
     dataset = IndexedDataset(prefix)
     first, end = sequences_of(len(dataset), split, part)

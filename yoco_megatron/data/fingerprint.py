@@ -1,7 +1,7 @@
-"""Which data a run reads: compared before a checkpoint is continued, and with the tokenizer before any training.
+"""Fingerprint of a run's data: compared on resume with the checkpoint's, and with the tokenizer before any training.
 
-Megatron takes the number of consumed samples from the checkpoint and skips as many in whatever the flags now name. With
-other data, another order or another tokenizer it would go on without a word, elsewhere in the stream.
+Megatron loads the number of consumed samples from the checkpoint and skips as many of the data that the flags now name.
+With other data, another order or another tokenizer it would silently resume elsewhere in the stream.
 """
 
 import json
@@ -17,22 +17,22 @@ from yoco_megatron.data.tokenizer import tokenizer_sha256
 from yoco_megatron.utils.files import write_atomically
 
 FILE_NAME = "data.json"
-# Flags that decide the order of the samples and what is in them. A longer --seq-length is free, as it is for the model.
+# Flags that decide the content and order of samples. --seq-length may differ on resume, as it may for the model.
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 LISTS = ("data_args_path", "per_split_data_args_path")
 FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
-# Of an .idx that no report describes: the lengths of the first quarter million documents.
+# Hashed of an .idx without a report: the lengths of the first quarter million documents.
 HEAD_BYTES = 1 << 20
 ORDER = "sample_order"
 
 
 def describe(args: Namespace) -> dict[str, object]:
-    """Flags, the tokenizer's file, and what tells each dataset from others; quick for data of any size.
+    """Flags, the tokenizer's hash, and the fingerprint of each dataset; fast for data of any size.
 
     Folders of the prefixes are left out, so that data may move.
     """
     flags: dict[str, object] = {name: getattr(args, name) for name in FLAGS}
-    if args.data_path and args.split is None:  # which Megatron fills in between the check and the saving
+    if args.data_path and args.split is None:  # Megatron sets it between the check and the first save
         flags["split"] = DEFAULT_SPLIT
     flags |= {name: [Path(entry).name for entry in getattr(args, name) or []] for name in PATHS}
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
@@ -43,24 +43,24 @@ def describe(args: Namespace) -> dict[str, object]:
 
 
 def sample_order(args: Namespace) -> dict[str, object]:
-    """What else decides the order: --seq-length, and by dataset the epochs that Megatron shuffles together.
+    """What else decides the order: --seq-length, and for each dataset the epochs that Megatron shuffles together.
 
-    A longer run may have more of them, and then draws other samples from its first step on. {} where nothing is drawn
-    from local datasets, or the flags do not say how much.
+    A longer run may have more epochs, and then draws other samples from its first step on. {} without local datasets,
+    or where the flags do not say how long the run is.
     """
     prefixes = data_prefixes_from_args(args)
     if not prefixes or any("://" in prefix for prefix in prefixes):
         return {}
     try:
         sources = plan(args, train_samples(args))
-    except ValueError:  # no length of the run, or no training part
+    except ValueError:  # unknown length of the run, or no training part
         return {}
     return {"seq_length": args.seq_length, "epochs": {Path(source.prefix).name: source.order for source in sources}}
 
 
 def _epochs(order: list) -> str:
     epochs, last_apart = order
-    return f"{epochs} epochs" + (", the last apart" if last_apart else "")
+    return f"{epochs} epochs" + (", the last separately" if last_apart else "")
 
 
 def dataset_fingerprint(prefix: str) -> dict[str, object]:
@@ -74,17 +74,17 @@ def dataset_fingerprint(prefix: str) -> dict[str, object]:
 
 
 def save(args: Namespace, folder: str) -> Path:
-    """Write data.json into a checkpoint folder, in one step."""
+    """Write data.json into a checkpoint folder, atomically."""
     content = describe(args) | {ORDER: sample_order(args)}
     return write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_tokenizer(args: Namespace) -> None:
-    """Compare the flags with what the reports of the data say about their tokenizer and ends of documents.
+    """Compare the flags with the tokenizer and the end of document in the reports of the data.
 
     Raises:
-        ValueError: data of another tokenizer, or of more words than NullTokenizer has, or without ends of documents
-            though --eod-mask-loss looks for them, as it does unless documents are apart.
+        ValueError: data of another tokenizer, or of a larger vocabulary than NullTokenizer has, or without
+            end-of-document tokens where --eod-mask-loss needs them (it does without document masking).
     """
     ours = tokenizer_sha256(args.tokenizer_model)
     for prefix in data_prefixes_from_args(args):
@@ -97,35 +97,36 @@ def check_tokenizer(args: Namespace) -> None:
             )
         if args.tokenizer_type == "NullTokenizer":
             pad = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-            words = about.get("vocab_size", 0)
-            if math.ceil(args.vocab_size / pad) * pad < words:
+            vocab_size = about.get("vocab_size", 0)
+            if math.ceil(args.vocab_size / pad) * pad < vocab_size:
                 raise ValueError(
-                    f"--vocab-size {args.vocab_size} is too small for {prefix}, whose tokenizer has {words} (see "
-                    f"{prefix}.json): give that, or that tokenizer"
+                    f"--vocab-size {args.vocab_size} is too small for {prefix}, whose tokenizer has {vocab_size} ids "
+                    f"(see {prefix}.json): give that size, or that tokenizer"
                 )
         by_token = args.eod_mask_loss and not args.dataloader_inter_document_masking
         if by_token and "eod" in about and about["eod"] is None:
             raise ValueError(
-                f"--eod-mask-loss has no effect on {prefix}, whose documents have no end (see {prefix}.json): "
-                "preprocess with --append-eod, or add --dataloader-inter-document-masking, which knows where they end"
+                f"--eod-mask-loss has no effect on {prefix}, whose documents have no end-of-document token "
+                f"(see {prefix}.json): preprocess with --append-eod, or add "
+                "--dataloader-inter-document-masking, which needs none"
             )
 
 
 def check_resumable(args: Namespace) -> None:
-    """Compare --load with the data that the flags describe, unless --finetune starts anew or nothing is trained.
+    """Compare the data of the --load checkpoint with the flags, unless --finetune starts over or nothing is trained.
 
     Raises:
-        ValueError: everything that differs, with both values. Without data.json or a checkpoint a folder passes.
+        ValueError: everything that differs, with both values. A folder without data.json or a checkpoint passes.
     """
     if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
         return
     path = Path(args.load) / FILE_NAME
-    # A run that ended before its first checkpoint has read nothing that is to be continued.
+    # A run that ended before its first checkpoint has consumed nothing.
     if not path.exists() or not (Path(args.load) / TRACKER).exists():
         return
     saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
     was = saved.pop(ORDER, {})
-    # One rank reads all lengths, for all.
+    # Only rank 0 reads all lengths.
     now = json.loads(json.dumps(sample_order(args))) if was and args.rank == 0 else {}
     different = [
         f"{name} was {saved.get(name)}, is {wanted.get(name)}"
@@ -141,6 +142,6 @@ def check_resumable(args: Namespace) -> None:
         ]
     if different:
         raise ValueError(
-            f"--load {args.load} was trained on other data: {'; '.join(different)}. Give the same data, or say "
-            "--allow-changed-data to skip as many samples of these as were read of those"
+            f"--load {args.load} was trained on other data: {'; '.join(different)}. Give the same data, or add "
+            "--allow-changed-data to skip as many samples of the new data as were read of the old"
         )

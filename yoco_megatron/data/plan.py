@@ -11,7 +11,7 @@ import numpy as np
 
 # Megatron's, where --data-path is given without --split (training/arguments.py).
 DEFAULT_SPLIT = "969, 30, 1"
-# Below this share of an epoch GPTDataset shuffles the last epoch apart from the others (datasets/gpt_dataset.py).
+# Below this share of an epoch GPTDataset shuffles the last epoch separately (datasets/gpt_dataset.py).
 SEPARATE_BELOW = 0.80
 
 
@@ -23,9 +23,9 @@ class Source:
         weight: share of all samples.
         documents, tokens: of one epoch.
         samples: that the run draws from it.
-        epochs: that this is.
-        order: (epochs that Megatron shuffles, whether the last of them apart): with the same data, seed and sequence
-            length it decides the order of the samples.
+        epochs: as many passes over its training part.
+        order: (epochs that Megatron shuffles, whether the last one separately); with data, seed and sequence length it
+            decides the order of the samples.
     """
 
     prefix: str
@@ -38,7 +38,7 @@ class Source:
 
 
 def train_samples(args: Namespace) -> int:
-    """Samples of the whole run, as Megatron's get_train_valid_test_num_samples has them.
+    """Samples of the whole run, as Megatron's get_train_valid_test_num_samples counts them.
 
     Raises:
         ValueError: neither --train-samples nor --train-iters and --global-batch-size.
@@ -60,13 +60,13 @@ def plan(args: Namespace, samples: int) -> list[Source]:
 
     blend, per_split = get_blend_and_blend_per_split(args)
     if blend is None and (per_split is None or per_split[0] is None):
-        raise ValueError("--data-path is missing: there is nothing to plan for mock data")
+        raise ValueError("--data-path is missing: mock data need no plan")
     prefixes, weights = blend if blend is not None else per_split[0]
     split = (args.split or DEFAULT_SPLIT) if blend is not None else None
     parts = [_training_part(prefix, split) for prefix in prefixes]
     for prefix, (_, tokens) in zip(prefixes, parts):
         if tokens <= args.seq_length:
-            raise ValueError(f"--data-path {prefix}: its training part holds {tokens:,} tokens, not one sample")
+            raise ValueError(f"--data-path {prefix}: its training part holds {tokens:,} tokens, less than one sample")
     if weights is None and len(prefixes) > 1:  # each source once; the run ends with them
         full = [(tokens - 1) // args.seq_length for _, tokens in parts]
         return [
@@ -104,7 +104,7 @@ def _order(samples: int, tokens: int, seq_length: int) -> tuple[int, bool]:
 
 
 def table(sources: list[Source], seq_length: int, wanted: int) -> str:
-    """The plan as text, with what a person should know about it. `wanted`: samples that the run asks for."""
+    """The plan as a table, with a warning if samples run out. `wanted`: samples that the run needs."""
     rows = [("source", "weight", "documents", "tokens", "samples", "tokens read", "epochs")]
     rows += [
         (source.prefix, f"{source.weight:.4f}", f"{source.documents:,}", f"{source.tokens:,}",

@@ -10,7 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from yoco_megatron.data.boundary_loss_mask import BorderedDataset
+from yoco_megatron.data.boundary_loss_mask import BoundaryMaskedGPTDataset
 from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
 from yoco_megatron.data.tokenizer import check_flags
 
@@ -44,12 +44,12 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTData
 
 
 def dataset_kind(args: Namespace) -> type[GPTDataset]:
-    """Megatron's dataset, or ours where documents are apart and their borders out of the loss."""
-    return BorderedDataset if args.dataloader_inter_document_masking and args.eod_mask_loss else GPTDataset
+    """Ours where documents are masked and their last tokens are left out of the loss; else Megatron's."""
+    return BoundaryMaskedGPTDataset if args.dataloader_inter_document_masking and args.eod_mask_loss else GPTDataset
 
 
 def _is_built_here(every_stage: bool) -> bool:
-    """Only tensor-parallel rank 0 reads, the others get it by broadcast; middle stages need the documents alone."""
+    """Whether this rank reads data: tensor-parallel rank 0, which broadcasts. Middle stages need only the documents."""
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
     return (ends or every_stage) and mpu.get_tensor_model_parallel_rank() == 0
 

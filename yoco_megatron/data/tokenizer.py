@@ -1,7 +1,7 @@
-"""Tokenizers: trained with Hugging Face tokenizers, saved as a Hugging Face folder, built by Megatron's own builder.
+"""Tokenizer flags: checking them, building the tokenizer with Megatron's own builder, and hashing its content.
 
-The same folder serves preprocessing, training (`--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER`) and
-the exported checkpoint. Which tokenizer a `--tokenizer-type` means is decided in megatron.core.tokenizers alone.
+Which tokenizer a `--tokenizer-type` means is decided in megatron.core.tokenizers alone. Training one:
+yoco_megatron/corpus/tokenizer_training.py.
 """
 
 import argparse
@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-OF_A_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
-# Of a Hugging Face folder without a tokenizer.json.
+NEEDS_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
+# Files of a Hugging Face tokenizer without a tokenizer.json.
 SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
@@ -25,18 +25,18 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: Any) -> None:
-    """Raises ValueError for tokenizer flags that name none."""
+    """Raises ValueError for flags that do not name a tokenizer."""
     if args.tokenizer_type is None:
         raise ValueError(
             "--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer, for mock data "
             "NullTokenizer"
         )
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        raise ValueError("--vocab-size is missing: --tokenizer-type NullTokenizer knows no words")
+        raise ValueError("--vocab-size is missing: --tokenizer-type NullTokenizer has no vocabulary of its own")
     model = args.tokenizer_model
-    if model is None and args.tokenizer_type in OF_A_MODEL:
+    if model is None and args.tokenizer_type in NEEDS_MODEL:
         raise ValueError(f"--tokenizer-model is missing: the file or folder of --tokenizer-type {args.tokenizer_type}")
-    # A name on the Hugging Face hub has one slash at most: do not search the network for what must be a path.
+    # A name on the Hugging Face hub has at most one slash: do not look up a path on the network.
     if model and not Path(model).exists() and (model.startswith((".", "/")) or model.count("/") > 1):
         raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
 
@@ -53,10 +53,10 @@ def build_tokenizer(args: Any) -> Any:
     model = args.tokenizer_model
     missing = model is not None and not Path(model).exists()
     args = copy.copy(args)
-    args.pad_vocab_size = False  # the padded size belongs to a model and its parallelism; data have neither
+    args.pad_vocab_size = False  # the padded size depends on a model and its parallelism; data have neither
     try:
         return build(args)
-    except Exception as error:  # every tokenizer library has its own ways to fail
+    except Exception as error:  # each tokenizer library raises its own types
         here = " (no such file or folder here)" if missing else ""
         raise ValueError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model}{here} cannot be loaded: {error}"
@@ -64,10 +64,10 @@ def build_tokenizer(args: Any) -> Any:
 
 
 def tokenizer_sha256(path: str | None) -> str | None:
-    """SHA-256, in hex, of what a tokenizer means: the folder of a Hugging Face one, or the one file of another library.
+    """SHA-256, in hex, of a tokenizer's content: a Hugging Face folder, or the one file of another library.
 
-    A tokenizer.json that was saved again, by another version or after a use that truncated, has the same one. None if
-    there is no such file here (a name on the hub).
+    It does not change when a tokenizer.json is saved again, by another version or with truncation. None if there is no
+    such file here (a name on the hub).
     """
     if path is None or not Path(path).exists():
         return None
@@ -75,19 +75,19 @@ def tokenizer_sha256(path: str | None) -> str | None:
         files = [Path(path)]
     else:
         files = [Path(path) / "tokenizer.json"]
-        if not files[0].exists():  # what tokenizers without one are made of
+        if not files[0].exists():
             files = [file for name in SLOW_FILES if (file := Path(path) / name).exists()]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(_meaning(file) if file.name == "tokenizer.json" else file.read_bytes())
+        digest.update(_canonical(file) if file.name == "tokenizer.json" else file.read_bytes())
     return digest.hexdigest() if files else None
 
 
-def _meaning(file: Path) -> bytes:
-    """A tokenizer.json in one spelling, without the padding and truncation of its last use."""
+def _canonical(file: Path) -> bytes:
+    """The content of a tokenizer.json in canonical form, without the padding and truncation of its last use."""
     content = json.loads(file.read_bytes())
     content |= {"padding": None, "truncation": None}
     model = content.get("model", {})
-    if "merges" in model:  # of old, "a b"
+    if "merges" in model:  # older files: "a b"
         model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     return json.dumps(content, sort_keys=True).encode()
