@@ -1,10 +1,18 @@
 """Configuration of a YOCO model (arXiv 2405.05254) in transformers."""
 
+from typing import TYPE_CHECKING, Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 # transformers' cache knows closed names of layer kinds; a retention layer is one with a recurrent state.
 LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
+
+# None is what a size is that follows from others: it may be given, and is never read.
+if TYPE_CHECKING:
+    NotGiven = Any
+else:
+    NotGiven = None
 
 
 @strict
@@ -45,13 +53,13 @@ class YocoConfig(PreTrainedConfig):
     hidden_size: int = 3072
     intermediate_size: int = 8192
     num_hidden_layers: int = 26
-    num_self_decoder_layers: int | None = None
+    num_self_decoder_layers: int | NotGiven = None
     num_attention_heads: int = 24
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | NotGiven = None
+    head_dim: int | NotGiven = None
     self_decoder: str = "gated_retention"
-    self_decoder_heads: int | None = None
-    self_decoder_key_value_heads: int | None = None
+    self_decoder_heads: int | NotGiven = None
+    self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
     decay_temperature: float | int = 16.0
     rope_theta: float | int = 10000.0
@@ -67,7 +75,7 @@ class YocoConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
-    layer_types: list[str] | None = None
+    layer_types: list[str] | NotGiven = None
 
     def __post_init__(self, **kwargs):
         if self.self_decoder not in LAYER_TYPES:
@@ -101,8 +109,8 @@ class YocoConfig(PreTrainedConfig):
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         """transformers' caches read this: the first cross layer stores the K,V, the others reuse them."""
-        border = self.num_self_decoder_layers
-        return [None] * border + ["store"] + ["reuse"] * (self.num_hidden_layers - border - 1)
+        own, cross = self.num_self_decoder_layers, self.num_hidden_layers - self.num_self_decoder_layers
+        return [*([None] * own), "store", *(["reuse"] * (cross - 1))]
 
 
 __all__ = ["YocoConfig"]

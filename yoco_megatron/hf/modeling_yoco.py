@@ -9,6 +9,8 @@ Shapes: b batch, s new tokens, h hidden, H heads, D head width; attention and re
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ try:
     # The trainer's kernels, where it is installed; the torch code below computes the same.
     from yoco_megatron.ops import gated_retention as retention_kernels
 except ImportError:
-    retention_kernels = None
+    retention_kernels = None  # type: ignore[assignment]
 
 CHUNK = 128
 
@@ -121,8 +123,8 @@ def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor)
 def retention_by_kernel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same by the trainer's kernels, whose layout is [b, s, H, D]."""
     if q.shape[2] == 1:
-        one = (t.squeeze(2) for t in (q, k, v, log_decay))
-        o, state = retention_kernels.step(*one, state, in_place=not torch.is_grad_enabled())
+        q, k, v, log_decay = (t.squeeze(2) for t in (q, k, v, log_decay))
+        o, state = retention_kernels.step(q, k, v, log_decay, state, in_place=not torch.is_grad_enabled())
         return o.unsqueeze(2), state
     q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
     o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state)
@@ -225,7 +227,7 @@ class YocoGatedRetention(nn.Module):
         log_decay = F.logsigmoid(widen(self.decay_proj(x))).transpose(1, 2) / self.config.decay_temperature
         if mask is not None:  # a padding token writes nothing and lets nothing decay
             log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if layer is not None and layer.has_previous_state[0]:
             state = layer.recurrent_states[0]
         else:
@@ -379,11 +381,12 @@ class YocoModel(YocoPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        own = {
+        masks: dict[str, Callable] = {
             "linear_attention": create_recurrent_attention_mask,
             "sliding_attention": create_sliding_window_causal_mask,
             "full_attention": lambda **_: None,
-        }[kind](**common)
+        }
+        own = masks[kind](**common)
         if kept == x.shape[1]:
             return own, create_causal_mask(**common)
         return own, self._mask_of_last(x, attention_mask, past_key_values, kept) if kept else None
