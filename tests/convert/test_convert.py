@@ -340,7 +340,7 @@ def test_fla_and_back(trained, tmp_path):
     before, after = tensors(source), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(ValueError, match="no sliding-window self-decoder"):
+    with pytest.raises(ValueError, match="no self-decoder of the kind sliding_window"):
         config_fields.to_fla(type(open_source("fla", str(tmp_path / "fla")).config)(self_decoder="sliding_window"))
 
 

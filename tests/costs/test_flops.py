@@ -6,15 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from yoco_megatron.costs.flops import (
-    RETENTION_CHUNK,
-    forward_flops_per_token,
-    layer_flops_per_token,
-    mean_visible_keys,
-    retention_flops_per_token,
-    train_flops,
-)
+from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token, train_flops
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.mixers.gated_retention import RETENTION_CHUNK
+from yoco_megatron.mixers.gated_retention import mixing_flops as retention_flops
+from yoco_megatron.mixers.sliding_window import mean_visible_keys
 from yoco_megatron.ops.gated_retention.torch import chunkwise
 
 # Legend: N tokens, d hidden, F FFN width, h query heads of width D, g K,V heads, W window.
@@ -145,14 +141,14 @@ def test_retention_counts_chunkwise_at_chunk_64(heads, chunk_factor):
     per_token = counted(lambda: chunkwise(q, k, v, log_decay, chunk_size=C)) / q.shape[1]
     # Larger chunks make an implementation work more inside them; the model's FLOPs stay those of chunk 64.
     larger_chunks = heads * 4 * (C - RETENTION_CHUNK) * D
-    assert per_token == retention_flops_per_token(shape) + larger_chunks
+    assert per_token == retention_flops(shape) + larger_chunks
 
 
 def test_retention_pads_to_whole_chunks_without_changing_the_models_count():
     T, D = 100, SMALL.self_decoder_head_dim
     q, k, v = torch.randn(3, 1, T, SMALL.self_decoder_heads, D).unbind(0)
     measured = counted(lambda: chunkwise(q, k, v, -torch.rand(q.shape[:3]), chunk_size=RETENTION_CHUNK))
-    assert measured == 128 * retention_flops_per_token(SMALL)
+    assert measured == 128 * retention_flops(SMALL)
 
 
 def test_layers_and_totals_agree():

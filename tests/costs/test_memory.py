@@ -4,16 +4,16 @@ import pytest
 from support.cli import TINY
 
 from yoco_megatron.costs import memory
-from yoco_megatron.costs.shape import parameter_count
+from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.defaults import fill_in_padded_vocab_size
 
 FLAGS = [*TINY, "--save-interval", "10"]
 
 
 def parsed(processes: int, *flags: str):
-    with arguments.world_of(processes):
-        args = arguments.parse([*FLAGS, *flags])
-        arguments.build_tokenizer(args)
+    args = arguments.parse([*FLAGS, *flags], processes)
+    fill_in_padded_vocab_size(args)
     return args
 
 
@@ -29,7 +29,7 @@ def parsed(processes: int, *flags: str):
 )
 def test_states(processes, flags, bytes_per_parameter):
     args = parsed(processes, *flags)
-    count = sum(parameter_count(arguments.ModelShape.from_args(args)).values())
+    count = sum(parameter_count(ModelShape.from_args(args)).values())
     assert memory.gpu_memory(args).states == pytest.approx(count * bytes_per_parameter)
 
 

@@ -6,7 +6,6 @@ misses its bound by more than 20/n of the width with probability e^-20.
 """
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ PUBLISHED_3B = [
 
 @pytest.mark.parametrize(("name", "shape", "std"), PUBLISHED_3B, ids=[row[0] for row in PUBLISHED_3B])
 def test_deviations_of_the_3b_model(name, shape, std, generator):
-    law: Callable = yoco_law(name, torch.Size(shape))
+    law = yoco_law(tiny_config())(name, torch.Size(shape))
     draws = torch.empty(400_000)
     law(draws, generator)
     assert draws.std().item() == pytest.approx(std, rel=5 * 0.707 / math.sqrt(400_000) + 1e-4)  # + its four digits

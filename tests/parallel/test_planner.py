@@ -3,15 +3,23 @@ errors that name the flag."""
 
 import itertools
 from argparse import Namespace
-from dataclasses import replace
 
 import pytest
 import torch
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.stage_time import (
+    RATES,
+    Seconds,
+    part_seconds,
+    part_seconds_of_run,
+    stage_gflop,
+    stage_parameters,
+    stage_seconds,
+)
 from yoco_megatron.parallel.pipeline import planner
-from yoco_megatron.parallel.pipeline.layout import choose_layout
+from yoco_megatron.parallel.pipeline.layout import plan_stages, set_layout
 from yoco_megatron.parallel.pipeline.stages import StagePlan, layout_string
 
 
@@ -36,40 +44,47 @@ def shape(**changes) -> ModelShape:
     return ModelShape(**fields | changes)
 
 
-def plan(counts, border: int) -> StagePlan:
-    return StagePlan((0, *itertools.accumulate(counts)), border)
+def plan(counts, split_layer: int) -> StagePlan:
+    return StagePlan((0, *itertools.accumulate(counts)), split_layer)
 
 
-def seconds(counts, border: int, costs: planner.Costs) -> list[float]:
-    cuts = plan(counts, border)
-    return [costs.stage(cuts.stage(g), border) for g in range(cuts.count)]
+PARTS = ("embedding", "self_decoder", "shared_kv", "cross_decoder", "output_layer")
 
 
-@pytest.mark.parametrize("border", [0, 3, 7])
+def random_seconds(generator: torch.Generator) -> Seconds:
+    numbers = torch.rand(5, generator=generator) * torch.tensor([0.1, 1, 0.5, 2, 3])
+    return dict(zip(PARTS, numbers.tolist()))
+
+
+def times(counts, split_layer: int, seconds: Seconds) -> list[float]:
+    return [stage_seconds(parts, seconds) for parts in plan(counts, split_layer).parts()]
+
+
+@pytest.mark.parametrize("split_layer", [0, 3, 7])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_longest_stage_is_as_short_as_can_be(ranks: int, border: int, generator: torch.Generator) -> None:
+def test_longest_stage_is_as_short_as_can_be(ranks: int, split_layer: int, generator: torch.Generator) -> None:
     for _ in range(20):
-        costs = planner.Costs(*(torch.rand(5, generator=generator) * torch.tensor([0.1, 1, 0.5, 2, 3])).tolist())
-        ours = planner.plan_cuts(8, border, ranks, 1, costs)
+        seconds = random_seconds(generator)
+        ours = planner.plan_cuts(8, split_layer, ranks, 1, seconds)
         possible = (c for c in itertools.product(range(1, 9), repeat=ranks) if sum(c) == 8)
-        best = min(max(seconds(counts, border, costs)) for counts in possible)
+        best = min(max(times(counts, split_layer, seconds)) for counts in possible)
         assert sum(ours) == 8
-        assert max(seconds(ours, border, costs)) == pytest.approx(best)
+        assert max(times(ours, split_layer, seconds)) == pytest.approx(best)
 
 
 def test_virtual_stages_balance_ranks(generator: torch.Generator) -> None:
     """With two chunks a rank the busiest rank is at most as busy as with even chunks."""
     for _ in range(20):
-        costs = planner.Costs(*(torch.rand(5, generator=generator) * torch.tensor([0.1, 1, 0.5, 2, 3])).tolist())
-        ours = seconds(planner.plan_cuts(16, 8, 2, 2, costs), 8, costs)
-        even = seconds([4, 4, 4, 4], 8, costs)
+        seconds = random_seconds(generator)
+        ours = times(planner.plan_cuts(16, 8, 2, 2, seconds), 8, seconds)
+        even = times([4, 4, 4, 4], 8, seconds)
         assert max(sum(ours[r::2]) for r in (0, 1)) <= max(sum(even[r::2]) for r in (0, 1)) + 1e-12
 
 
 def test_longer_sequences_move_the_cut_towards_fewer_cross_layers() -> None:
     short, long = (
         planner.plan_cuts(
-            24, 12, 2, 1, planner.Costs.of(shape(num_layers=24, num_self_decoder_layers=12, seq_length=length))
+            24, 12, 2, 1, part_seconds(shape(num_layers=24, num_self_decoder_layers=12, seq_length=length))
         )
         for length in (512, 262144)
     )
@@ -86,19 +101,18 @@ def test_bubble_of_equal_stages() -> None:
 def test_table_adds_up(tied: bool) -> None:
     model = shape(tied=tied)
     cuts = plan([3, 3, 2], 4)
-    stages = [cuts.stage(g) for g in range(3)]
     copy = parameter_count(model)["embedding"] if tied else 0
-    assert sum(planner.stage_parameters(s, 4, model) for s in stages) == sum(parameter_count(model).values()) + copy
+    assert sum(stage_parameters(parts, model) for parts in cuts.parts()) == sum(parameter_count(model).values()) + copy
     flops = 3 * sum(forward_flops_per_token(model).values()) / 1e9
-    assert sum(planner.stage_gflop(s, 4, model) for s in stages) == pytest.approx(flops)
-    text = planner.table(cuts, model, planner.Costs.of(model), 3, 8, 2, 2)
+    assert sum(stage_gflop(parts, model) for parts in cuts.parts()) == pytest.approx(flops)
+    text = planner.table(cuts, model, part_seconds(model), 3, 8, 2, 2)
     # Into the last stage go hidden states and K,V: 2 x 512 tokens x (256 + 2 x 2 x 64) values x 2 bytes.
     assert f"{2 * 512 * (256 + 256) * 2 / 1e6:.2f}" in text.splitlines()[-1]
     assert "K,V" in text.splitlines()[3]
 
 
 def test_where_the_shared_kv_are() -> None:
-    cuts = plan([2, 3, 3, 0], 4)  # border inside stage 1, the head alone on the last stage
+    cuts = plan([2, 3, 3, 0], 4)  # the split inside stage 1, the head alone on the last stage
     assert cuts.producer == 1
     assert [cuts.kv_arrives(g) for g in range(4)] == [False, False, True, False]
     assert plan([0, 4, 4], 0).producer == 0
@@ -136,18 +150,19 @@ def flags(**changes) -> Namespace:
 )
 def test_flags_become_a_layout(changes: dict, layout: str) -> None:
     args = flags(**changes)
-    cuts = choose_layout(args, shape())
+    cuts = plan_stages(args, shape())
+    set_layout(args, cuts)
     counts = [last - first for first, last in itertools.pairwise(cuts.cuts)]
     assert args.pipeline_model_parallel_layout == layout == layout_string(counts)
     assert args.num_layers_per_virtual_pipeline_stage is None
 
 
-def test_what_is_computed_again_costs_a_fourth_product() -> None:
+def test_what_is_recomputed_costs_a_fourth_product() -> None:
     """Three products, forward and two gradients, become four: of the head with the loss in chunks, of layers with full
     recompute. Of the rest nothing changes."""
     full = dict(recompute_granularity="full", recompute_method="uniform")
-    once, whole, chunked, remade, both = (
-        planner.Costs.of_run(shape(), flags(**changes))
+    once, whole, chunked, recomputed, both = (
+        part_seconds_of_run(shape(), flags(**changes))
         for changes in (
             {},
             dict(loss_chunk_size=8192),
@@ -156,33 +171,34 @@ def test_what_is_computed_again_costs_a_fourth_product() -> None:
             dict(loss_chunk_size=2048) | full,
         )
     )
-    assert whole == once  # the last chunk's logits are kept, here all
-    assert chunked == replace(once, head=pytest.approx(once.head * (1 + 3 / 4 / 3)))
-    layers = {name: pytest.approx(getattr(once, name) * 4 / 3) for name in ("self_layer", "cross_layer")}
-    assert remade == replace(once, **layers)
-    assert both == replace(once, head=chunked.head, **layers)
-    kept = planner.Costs.of_run(shape(), flags(keep_cross_attention=True, **full))
-    attention = layer_flops_per_token(shape())["cross_decoder"]["mixing"] / planner.RATES["cross_attention"]
-    assert kept == replace(remade, cross_layer=pytest.approx(remade.cross_layer - attention / 3))
+    assert whole == once  # the last chunk's logits are stored, here all
+    assert chunked == once | {"output_layer": pytest.approx(once["output_layer"] * (1 + 3 / 4 / 3))}
+    layers = {name: pytest.approx(once[name] * 4 / 3) for name in ("self_decoder", "cross_decoder")}
+    assert recomputed == once | layers
+    assert both == once | layers | {"output_layer": chunked["output_layer"]}
+    stored = part_seconds_of_run(shape(), flags(keep_cross_attention=True, **full))
+    attention = layer_flops_per_token(shape())["cross_decoder"]["mixing"] / RATES["cross_attention"]
+    cross = pytest.approx(recomputed["cross_decoder"] - attention / 3)
+    assert stored == recomputed | {"cross_decoder": cross}
 
 
 def test_retention_in_torch_is_slower() -> None:
     """So that a stage has fewer of its layers."""
-    kernel, torch = (planner.Costs.of_run(shape(), flags(retention_backend=name)) for name in ("auto", "torch"))
-    assert torch == replace(kernel, self_layer=torch.self_layer) and torch.self_layer > kernel.self_layer
+    kernel, slow = (part_seconds_of_run(shape(), flags(retention_backend=name)) for name in ("auto", "torch"))
+    assert slow == kernel | {"self_decoder": slow["self_decoder"]} and slow["self_decoder"] > kernel["self_decoder"]
 
 
 def test_a_loss_in_chunks_moves_layers_away_from_the_head() -> None:
     """A vocabulary so large that the head costs as much as some layers."""
     model = shape(num_layers=24, num_self_decoder_layers=12, padded_vocab_size=131072)
-    plain, chunked = (choose_layout(flags(loss_chunk_size=size), model).cuts[1] for size in (0, 2048))
+    plain, chunked = (plan_stages(flags(loss_chunk_size=size), model).cuts[1] for size in (0, 2048))
     assert chunked > plain
 
 
 def test_planner_is_the_default() -> None:
     args = flags(num_virtual_stages_per_pipeline_rank=2)
-    assert choose_layout(args, shape()).count == 4
-    assert choose_layout(flags(pipeline_model_parallel_size=1), shape()) is None
+    assert plan_stages(args, shape()).count == 4
+    assert plan_stages(flags(pipeline_model_parallel_size=1), shape()) is None
 
 
 @pytest.mark.parametrize(
@@ -208,4 +224,4 @@ def test_planner_is_the_default() -> None:
 )
 def test_wrong_layouts(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_layout(flags(**changes), shape())
+        plan_stages(flags(**changes), shape())

@@ -7,6 +7,7 @@ build models from Python.
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from yoco_megatron.mixers import get_mixer
 from yoco_megatron.utils.errors import require
 
 # Megatron flags that a YOCO model would silently ignore. Left at their defaults, or refused.
@@ -59,96 +60,81 @@ NOT_IN_A_CUDA_GRAPH = {
 
 # Flags of Megatron's own loss.
 OF_MEGATRONS_LOSS = ("fp16_lm_cross_entropy", "cross_entropy_loss_fusion")
-LOSS_CHUNK_SIZE = 8192
 
 
-def _divides(divisor: int, number: int, number_name: str, divisor_name: str, fix: str) -> None:
+def require_divides(divisor: int, number: int, number_name: str, divisor_name: str, fix: str) -> None:
+    """Raise ValueError unless `number` is a multiple of `divisor`."""
     require(
         divisor > 0 and number % divisor == 0,
         f"{number_name} {number} is not a multiple of {divisor_name} {divisor}: {fix}",
     )
 
 
-def require_even_layers(num_layers: int) -> None:
-    """The paper's split is half and half, which an odd depth does not have."""
+def require_sizes(config: Any) -> None:
+    """Raise ValueError for a size below 1; None is one that is not resolved yet."""
+    for dest in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"):
+        size = getattr(config, dest)
+        require(size is None or size >= 1, f"--{dest.replace('_', '-')} {size} must be at least 1")
+
+
+def check_sizes(config: Any) -> None:
+    """Rules of the sizes of a model of either architecture. `config` has the fields of ModelShape, all resolved."""
+    require_sizes(config)
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    require_divides(groups, heads, "--num-attention-heads", "--num-query-groups", "each K,V head serves a whole group")
     require(
-        num_layers % 2 == 0,
-        f"--num-layers {num_layers} is odd, so it has no half: set --num-self-decoder-layers to choose the split",
+        config.architecture in ("yoco", "transformer"),
+        f"--architecture {config.architecture} is unknown: use yoco or transformer",
     )
-
-
-def fill_in_defaults(config: Any) -> None:
-    """Give the fields of YOCOConfig whose default depends on another field their value, in place."""
-    if config.num_self_decoder_layers is None:
-        require_even_layers(config.num_layers)
-        config.num_self_decoder_layers = config.num_layers // 2
-    if config.self_decoder_heads is None:
-        config.self_decoder_heads = config.num_attention_heads
-    if config.self_decoder_query_groups is None:
-        config.self_decoder_query_groups = config.self_decoder_heads
-
-
-def fill_in_loss_chunk(config: Any) -> None:
-    """Of YOCOConfig, or of the arguments of any architecture: chunks, unless the loss is to be Megatron's own."""
-    if config.loss_chunk_size is None:
-        megatrons_own = any(getattr(config, dest, False) for dest in OF_MEGATRONS_LOSS)
-        config.loss_chunk_size = 0 if megatrons_own or config.architecture != "yoco" else LOSS_CHUNK_SIZE
-
-
-def check_model(config: Any) -> None:
-    """Rules of the model alone. `config` has the fields of YOCOConfig, all resolved but kv_channels and groups."""
-    n_self, heads, self_heads = config.num_self_decoder_layers, config.num_attention_heads, config.self_decoder_heads
+    mixer = get_mixer(config.self_decoder)
+    if config.architecture == "transformer":
+        return
+    n_self, self_heads = config.num_self_decoder_layers, config.self_decoder_heads
     require(
         0 <= n_self < config.num_layers,
         f"--num-self-decoder-layers {n_self} must lie between 0 and --num-layers - 1 = {config.num_layers - 1}: "
         "at least one layer has to read the shared K,V (for a model without one use --architecture transformer)",
     )
-    groups = heads if config.num_query_groups is None else config.num_query_groups
-    for flag in ("hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"):
-        size = getattr(config, flag)
-        require(size is None or size >= 1, f"--{flag.replace('_', '-')} {size} must be at least 1")
-    if config.kv_channels is None:
-        _divides(heads, config.hidden_size, "--hidden-size", "--num-attention-heads", "change one of them")
-    head_dims = {"--num-attention-heads": config.kv_channels or config.hidden_size // heads}
-    _divides(groups, heads, "--num-attention-heads", "--num-query-groups", "each K,V head serves a whole group")
+    head_dims = {"--num-attention-heads": config.kv_channels}
     if n_self:
-        _divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
+        require_divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
         head_dims["--self-decoder-heads"] = config.hidden_size // self_heads
-        _divides(
+        require_divides(
             config.self_decoder_query_groups,
             self_heads,
             "--self-decoder-heads",
             "--self-decoder-query-groups",
             "each K,V head serves a whole group",
         )
-        if config.self_decoder == "gated_retention":
-            require(
-                config.self_decoder_query_groups == self_heads,
-                "--self-decoder-query-groups is for --self-decoder sliding_window: retention has no shared K,V heads",
-            )
+        mixer.check(config)
     for flag, head_dim in head_dims.items():
         require(
             head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
         )
+
+
+def check_model(config: Any) -> None:
+    """Rules of a YOCO without its mesh, and of tensor parallelism. `config` has the fields of YOCOConfig, resolved."""
+    check_sizes(config)
     check_loss_chunk(config)
     require(
         not (config.recompute_elementwise and config.fp8),
-        "--recompute-elementwise is for bf16: with --fp8-format the linear layers keep quantised copies; leave it away",
+        "--recompute-elementwise is for bf16: with --fp8-format the linear layers keep quantised copies; remove it",
     )
     require(
         not config.keep_cross_attention or config.recompute_granularity == "full",
-        "--keep-cross-attention is an exception from --recompute-granularity full: set both, or leave it away",
+        "--keep-cross-attention is an exception from --recompute-granularity full: set both, or remove it",
     )
     for dest in ("attention_dropout", "hidden_dropout"):
         require(
             not (config.keep_cross_attention and getattr(config, dest)),
             f"--keep-cross-attention does not go with --{dest.replace('_', '-')} {getattr(config, dest)}, whose random "
-            "numbers would be others in the second pass: leave one away",
+            "numbers would be others in the second pass: use only one of them",
         )
     require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
-    check_tensor_parallel(config, groups)
+    check_tensor_parallel(config)
 
 
 def check_loss_chunk(config: Any) -> None:
@@ -159,20 +145,22 @@ def check_loss_chunk(config: Any) -> None:
     )
 
 
-def check_tensor_parallel(config: Any, groups: int) -> None:
+def check_tensor_parallel(config: Any) -> None:
     """Tensor parallelism splits heads, K,V heads and the FFN."""
     tp = config.tensor_model_parallel_size
     name = "--tensor-model-parallel-size"
     split = {
         "--num-attention-heads": config.num_attention_heads,
-        "--num-query-groups": groups,
-        "--ffn-hidden-size": config.ffn_hidden_size or 4 * config.hidden_size,
+        "--num-query-groups": config.num_query_groups,
+        "--ffn-hidden-size": config.ffn_hidden_size,
     }
     if config.num_self_decoder_layers:
         split["--self-decoder-heads"] = config.self_decoder_heads
         split["--self-decoder-query-groups"] = config.self_decoder_query_groups
     for flag, size in split.items():
-        _divides(tp, size, flag, name, f"heads are split over tensor-parallel ranks, use a {name} that divides {size}")
+        require_divides(
+            tp, size, flag, name, f"heads are split over tensor-parallel ranks, use a {name} that divides {size}"
+        )
 
 
 def check_mesh(args: Namespace) -> None:
@@ -199,13 +187,13 @@ def check_mesh(args: Namespace) -> None:
     if args.seq_length is not None:
         if cp > 1:
             two_chunks = "each rank holds two chunks of it"
-            _divides(2 * cp, args.seq_length, "--seq-length", f"2 x --context-parallel-size {cp} =", two_chunks)
+            require_divides(2 * cp, args.seq_length, "--seq-length", f"2 x --context-parallel-size {cp} =", two_chunks)
         if args.sequence_parallel and tp > 1:
             name = "--tensor-model-parallel-size" + (f" {tp} x --context-parallel-size {cp} =" if cp > 1 else "")
-            _divides(tp * cp, args.seq_length, "--seq-length", name, "--sequence-parallel splits it")
+            require_divides(tp * cp, args.seq_length, "--seq-length", name, "--sequence-parallel splits it")
     if args.global_batch_size is not None and args.micro_batch_size is not None:
         data_parallel = args.world_size // model_parallel
-        _divides(
+        require_divides(
             args.micro_batch_size * data_parallel,
             args.global_batch_size,
             "--global-batch-size",
@@ -219,7 +207,7 @@ def check_optimizer(args: Namespace) -> None:
     require(
         not (args.use_precision_aware_optimizer and args.fp8_param_gather),
         "--use-precision-aware-optimizer does not go with --fp8-param-gather: it keeps the bits that bf16 weights "
-        "lack, and these are in FP8; leave one away",
+        "lack, and these are in FP8; use only one of them",
     )
 
 
@@ -235,13 +223,14 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
     for name in ("pipeline_model_parallel_size", "context_parallel_size"):
         flag = "--" + name.replace("_", "-")
         require(
-            getattr(args, name) == 1, f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: leave one away"
+            getattr(args, name) == 1,
+            f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: use only one of them",
         )
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, why in NOT_IN_A_CUDA_GRAPH.items():
         require(
             getattr(args, dest) == parser.get_default(dest),
-            f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: leave one away",
+            f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: use only one of them",
         )
 
 
@@ -250,14 +239,14 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
     for dest in OF_MEGATRONS_LOSS:
         require(
             not (args.loss_chunk_size and getattr(args, dest)),
-            f"--{dest.replace('_', '-')} has no effect with --loss-chunk-size, which is another loss: leave one away",
+            f"--{dest.replace('_', '-')} has no effect with --loss-chunk-size, which is another loss: use only one",
         )
     if args.architecture != "yoco":
         check_loss_chunk(args)
         for dest in ("recompute_elementwise", "keep_cross_attention", "dataloader_inter_document_masking"):
             require(
                 not getattr(args, dest),
-                f"--{dest.replace('_', '-')} is built for --architecture yoco alone: leave it away",
+                f"--{dest.replace('_', '-')} is built for --architecture yoco alone: remove it",
             )
         return
     check_cuda_graphs(args, parser)

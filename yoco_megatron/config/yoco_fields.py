@@ -15,8 +15,8 @@ class YOCOFields:
     architecture: Literal["yoco", "transformer"] = "yoco"
     """yoco: self-decoder, one shared K,V, cross-decoder. transformer: the Llama-style baseline, Megatron's own GPT."""
 
-    self_decoder: Literal["gated_retention", "sliding_window"] = "gated_retention"
-    """Mixer of the self-decoder layers (paper section 2.1 and 3)."""
+    self_decoder: str = "gated_retention"
+    """Mixer of the self-decoder layers: gated_retention or sliding_window (paper sections 3 and 2.1)."""
 
     num_self_decoder_layers: int | None = None
     """Layers of the self-decoder; the rest are cross-decoder layers. 0 gives the paper's [0:1] ablation.
@@ -30,7 +30,7 @@ class YOCOFields:
     """K,V heads of sliding-window layers. Default: --self-decoder-heads (the paper uses no GQA in the self-decoder)."""
 
     self_decoder_window: int = 1024
-    """Keys that a sliding-window query sees, itself included."""
+    """Keys that a sliding-window query attends to, itself included."""
 
     decay_temperature: float = 16.0
     """tau of gated retention: decay = sigmoid(x w)^(1/tau) (paper equation 5)."""
@@ -40,7 +40,7 @@ class YOCOFields:
     pairing that --rotary-interleaved chooses."""
 
     scale_embedding: bool = True
-    """Do not multiply embeddings by sqrt(hidden-size) (the authors' code multiplies)."""
+    """Multiply embeddings by sqrt(hidden-size), as the authors do (--no-scale-embedding: do not)."""
 
     init_law: Literal["yoco", "megatron"] = "yoco"
     """yoco: the authors' laws, per module. megatron: normal of --init-method-std, output layers scaled by depth."""
@@ -55,16 +55,15 @@ class YOCOFields:
     """Chunk of the chunkwise torch implementation (changes rounding and memory, not the function)."""
 
     recompute_elementwise: bool = False
-    """Compute again in backward, instead of keeping them, what a few elementwise operations make of what is kept
-    anyway: the output of SwiGLU, and the retention's normalised and gated output. bf16 only: FP8 keeps quantised
-    copies."""
+    """Recompute in backward, instead of storing, outputs of cheap elementwise ops whose inputs are stored anyway: that
+    of SwiGLU, and the retention's normalised and gated output. bf16 only: FP8 keeps quantised copies."""
 
     keep_cross_attention: bool = False
-    """With --recompute-granularity full: keep what each cross-decoder layer's attention gave, as much as the layer's
-    input, instead of computing attention again in backward. For long sequences, where attention is most of the work."""
+    """With --recompute-granularity full: store the output of each cross-decoder layer's attention, as large as the
+    layer's input, instead of recomputing attention. For long sequences, where attention is most of the work."""
 
     loss_chunk_size: int | None = None
-    """Most tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A sequence of 32K
-    with 100K words needs 13 GB of fp32 logits, a chunk of 8192 tokens 1.6 GB in bf16. Default: 8192 for YOCO; 0, which
-    is Megatron's own loss, for the Transformer baseline and with --fp16-lm-cross-entropy or
+    """Most tokens whose logits exist at a time while the loss is computed; 0: all of a micro-batch. A 32K-token
+    sequence with a 100K vocabulary needs 13 GB of fp32 logits, a chunk of 8192 tokens 1.6 GB in bf16. Default: 8192 for
+    YOCO; 0, which is Megatron's own loss, for the Transformer baseline and with --fp16-lm-cross-entropy or
     --cross-entropy-loss-fusion."""

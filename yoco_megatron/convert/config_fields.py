@@ -1,12 +1,16 @@
 """The model's configuration in each format: every field that decides which function the weights compute.
 
-Translation goes through YocoConfig, as tensors go through its names (names.py).
+Translation goes through YocoConfig, as tensors go through its names (tensor_names.py).
 """
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
+from yoco_megatron.config.resolve import resolved
+from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, get_mixer
 from yoco_megatron.utils.errors import require
 
 # YocoConfig's field -> Megatron's argument; the flag is its name with dashes.
@@ -40,21 +44,30 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
 
     `args` as `arguments.parse` returns them, with the padded vocabulary filled in.
     """
-    from yoco_megatron.costs.shape import ModelShape
-    from yoco_megatron.startup.arguments import model_fields
-
     require(
         args.architecture == "yoco",
         f"--architecture {args.architecture}: only YOCO models can be converted; a Transformer baseline is Megatron's "
         "own GPT, for which Megatron Bridge has converters",
     )
-    values = vars(model_fields(args)) | {"kv_channels": ModelShape.from_args(args).kv_channels}
-    if values["num_query_groups"] is None:
-        values["num_query_groups"] = args.num_attention_heads
-    if args.rope_variant == "yoco":
-        values["rotary_interleaved"] = True
+    values = vars(resolved(args))
     fields = {ours: values[theirs] for ours, theirs in SAME.items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)
+
+
+def sizes(config: YocoConfig) -> ModelShape:
+    """The sizes of the model that an exported config describes.
+
+    Raises:
+        ValueError: sizes that describe no model.
+    """
+    read = {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
+    names = {field.name for field in dataclasses.fields(ModelShape)} & read.keys()
+    return ModelShape(
+        architecture="yoco",
+        seq_length=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+        **{name: read[name] for name in names},
+    )
 
 
 def to_flags(config: YocoConfig) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def from_official(params: dict[str, Any], tied: bool, max_position_embeddings: i
         num_hidden_layers=params["n_layers"],
         num_attention_heads=params["n_attn_heads"],
         num_key_value_heads=params.get("n_attn_kv_heads"),
-        self_decoder="gated_retention" if window is None else "sliding_window",
+        self_decoder=(GATED_RETENTION if window is None else SLIDING_WINDOW).name,
         self_decoder_heads=params["n_self_heads"],
         sliding_window=window or 1024,
         rope_theta=params.get("rope_theta", 10000.0),
@@ -105,8 +118,9 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
     """
     own, cross = config["self_decoder_attn"], config["cross_decoder_attn"]
     width = config["hidden_size"]
+    mixers = {mixer.fla_type: mixer.name for mixer in MIXERS.values() if mixer.fla_type}
     no = {
-        f"self_decoder_attn.type {own['type']}": own["type"] != "gated_retention",
+        f"self_decoder_attn.type {own['type']}": own["type"] not in mixers,
         "cross_decoder_attn.qk_norm": cross.get("qk_norm", False),
         "cross_decoder_attn.qkv_bias": cross.get("qkv_bias", False),
         "cross_decoder_attn.window_size": cross.get("window_size") is not None,
@@ -126,6 +140,7 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         intermediate_size=ffn,
         num_hidden_layers=config["num_hidden_layers"],
         num_self_decoder_layers=config["num_self_decoder_layers"],
+        self_decoder=mixers[own["type"]],
         num_attention_heads=cross["num_heads"],
         num_key_value_heads=cross.get("num_kv_heads"),
         self_decoder_heads=own["num_heads"],
@@ -145,8 +160,9 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
     Raises:
         ValueError: what its YOCO does not have.
     """
+    mixer = get_mixer(config.self_decoder)
     no = {
-        "sliding-window self-decoder (fla rotates its halves, not pairs)": config.self_decoder != "gated_retention",
+        f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
         "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads
@@ -168,7 +184,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "hidden_act": "swish",
         "tie_word_embeddings": config.tie_word_embeddings,
         "self_decoder_attn": {
-            "type": "gated_retention",
+            "type": mixer.fla_type,
             "num_heads": config.self_decoder_heads,
             "gate_logit_normalizer": config.decay_temperature,
             **rope,

@@ -1,7 +1,11 @@
 """The README.md of an exported model."""
 
+import math
+
 from yoco_megatron.convert import tensor_names
+from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.convert.readers import Source
+from yoco_megatron.mixers import get_mixer
 
 CARD = """---
 library_name: transformers
@@ -35,19 +39,14 @@ length. Prompts are prefilled without the cross-decoder.
 def model_card(source: Source, dtype: str) -> str:
     """Markdown: what the model is, how it was trained as far as the source says, how to load it."""
     config, facts = source.config, source.facts
-    count = sum(_product(shape) for shape in tensor_names.shapes(config).values())
+    count = sum(math.prod(shape) for shape in tensor_names.shapes(config).values())
     width = 2 if dtype in ("bfloat16", "float16") else 4
-    retention = config.self_decoder == "gated_retention"
-    if retention:
-        fixed = config.num_self_decoder_layers * config.hidden_size * config.self_decoder_head_dim * 4
-    else:
-        kv = 2 * config.self_decoder_key_value_heads * config.self_decoder_head_dim * width
-        fixed = config.num_self_decoder_layers * (config.sliding_window - 1) * kv
+    mixer, shape = get_mixer(config.self_decoder), sizes(config)
     split = f"{config.num_self_decoder_layers} + {config.num_hidden_layers - config.num_self_decoder_layers}"
     rows = {
         "parameters": f"{count:,} ({dtype})",
         "layers": f"{split} (self-decoder + cross-decoder)",
-        "self-decoder": "gated retention" if retention else f"sliding window of {config.sliding_window}",
+        "self-decoder": mixer.description(shape),
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
         "self-decoder heads": str(config.self_decoder_heads),
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
@@ -65,13 +64,6 @@ def model_card(source: Source, dtype: str) -> str:
         kind={"megatron": "training"}.get(source.kind, source.kind),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         per_token=2 * config.num_key_value_heads * config.head_dim * width,
-        fixed=fixed,
-        what="recurrent state" if retention else "windows",
+        fixed=config.num_self_decoder_layers * mixer.cache_bytes(shape, width),
+        what=mixer.cache,
     )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

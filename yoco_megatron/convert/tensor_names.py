@@ -1,17 +1,18 @@
 """Which tensors a YOCO has, and what each format calls them.
 
-The names of the Hugging Face export are the common tongue: one matrix a name, rows by head, nothing fused. Megatron
-fuses matrices that read the same input, rows grouped by head so that tensor parallelism cuts between heads; fla and
-the authors' code rename only.
+The names of the Hugging Face export are the canonical names: one unfused matrix per name, rows ordered by head.
+Megatron fuses matrices that read the same input, rows grouped by head so that tensor parallelism cuts between heads;
+fla and the authors' code rename only.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from yoco_megatron.convert.config_fields import sizes
+from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers.record import FusedMatrix, Shape
 
 
 def shapes(config: Any) -> dict[str, Shape]:
@@ -19,21 +20,15 @@ def shapes(config: Any) -> dict[str, Shape]:
 
     A tied head is the embedding, and has no entry.
     """
-    h, ffn, border = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
+    h, ffn, split_layer = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    own_kv = config.self_decoder_key_value_heads * config.self_decoder_head_dim
+    self_mixer = get_mixer(config.self_decoder).tensors(sizes(config))
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers):
-        if index == border:
+        if index == split_layer:
             kv_shapes = {"norm": (h,), "k_proj": (kv, h), "v_proj": (kv, h)}
             found |= {f"model.shared_kv.{name}.weight": shape for name, shape in kv_shapes.items()}
-        if index >= border:
-            mixer = {"q_proj": (q, h), "o_proj": (h, q)}
-        elif config.self_decoder == "gated_retention":
-            mixer = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
-            mixer["decay_proj"] = (config.self_decoder_heads, h)
-        else:
-            mixer = {"q_proj": (h, h), "k_proj": (own_kv, h), "v_proj": (own_kv, h), "o_proj": (h, h)}
+        mixer = {"q_proj": (q, h), "o_proj": (h, q)} if index >= split_layer else self_mixer
         mlp = {"gate_proj": (ffn, h), "up_proj": (ffn, h), "down_proj": (h, ffn)}
         layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
         layer |= {f"mixer.{name}": shape for name, shape in mixer.items()}
@@ -47,41 +42,36 @@ def shapes(config: Any) -> dict[str, Shape]:
 
 def layer_name(config: Any, index: int) -> str:
     """Prefix of layer `index` of the whole model."""
-    border = config.num_self_decoder_layers
-    return f"model.self_layers.{index}." if index < border else f"model.cross_layers.{index - border}."
+    split_layer = config.num_self_decoder_layers
+    return f"model.self_layers.{index}." if index < split_layer else f"model.cross_layers.{index - split_layer}."
 
 
-@dataclass(frozen=True)
-class Fused:
-    """One tensor of Megatron's: `groups` groups of rows, in each `parts[i]` heads of part i (`names[i]`)."""
-
-    name: str
-    names: tuple[str, ...]
-    groups: int = 1
-    parts: tuple[int, ...] = (1,)
+class Fused(FusedMatrix):
+    """A tensor of Megatron's, and how it is taken apart."""
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """The separate tensors, contiguous copies of whole [rows, ...]."""
         if len(self.names) == 1:
             return {self.names[0]: whole}
         by_head = whole.unflatten(0, (self.groups, sum(self.parts), -1))
-        pieces = by_head.split(self.parts, dim=1)
-        return {name: piece.flatten(0, 2).contiguous() for name, piece in zip(self.names, pieces)}
+        parts = by_head.split(self.parts, dim=1)
+        return {name: part.flatten(0, 2).contiguous() for name, part in zip(self.names, parts)}
 
-    def join(self, pieces: list[Tensor]) -> Tensor:
+    def join(self, separate: list[Tensor]) -> Tensor:
         """What `split` took apart."""
         if len(self.names) == 1:
-            return pieces[0]
-        by_head = [piece.unflatten(0, (self.groups, part, -1)) for piece, part in zip(pieces, self.parts)]
+            return separate[0]
+        by_head = [tensor.unflatten(0, (self.groups, part, -1)) for tensor, part in zip(separate, self.parts)]
         return torch.cat(by_head, dim=1).flatten(0, 2)
 
     def shape(self, shapes: dict[str, Shape]) -> Shape:
-        """Shape of the whole, from those of the pieces."""
+        """Shape of the whole, from those of the separate tensors."""
         return (sum(shapes[name][0] for name in self.names), *shapes[self.names[0]][1:])
 
 
 def megatron(config: Any) -> list[Fused]:
     """Every tensor of a training checkpoint, whole, as one process has it and as every mesh saves it."""
+    mixer = get_mixer(config.self_decoder)
     entries = [Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))]
     for index in range(config.num_hidden_layers):
         ours, theirs = layer_name(config, index), f"decoder.layers.{index}."
@@ -89,20 +79,14 @@ def megatron(config: Any) -> list[Fused]:
         def add(name: str, *names: str, groups: int = 1, parts: Shape = (1,), ours=ours, theirs=theirs) -> None:
             entries.append(Fused(f"{theirs}{name}", tuple(f"{ours}{n}.weight" for n in names), groups, parts))
 
-        if index >= config.num_self_decoder_layers:
-            add("self_attention.linear_q.layer_norm_weight", "input_layernorm")
-            add("self_attention.linear_q.weight", "mixer.q_proj")
-        elif config.self_decoder == "gated_retention":
-            add("input_layernorm.weight", "input_layernorm")
-            qkvg = ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.g_proj")
-            add("self_attention.linear_qkvg.weight", *qkvg, groups=config.self_decoder_heads, parts=(1, 1, 1, 1))
-            add("self_attention.linear_decay.weight", "mixer.decay_proj")
-        else:
-            groups = config.self_decoder_key_value_heads
-            qkv = ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj")
-            add("self_attention.linear_qkv.layer_norm_weight", "input_layernorm")
-            parts = (config.self_decoder_heads // groups, 1, 1)
-            add("self_attention.linear_qkv.weight", *qkv, groups=groups, parts=parts)
+        cross = index >= config.num_self_decoder_layers
+        fused = [FusedMatrix("linear_q", ("q_proj",))] if cross else mixer.fused(sizes(config))
+        fused_norm = "linear_q" if cross else mixer.fused_norm
+        norm = f"self_attention.{fused_norm}.layer_norm_weight" if fused_norm else "input_layernorm.weight"
+        add(norm, "input_layernorm")
+        for matrix in fused:
+            names = [f"mixer.{name}" for name in matrix.names]
+            add(f"self_attention.{matrix.name}.weight", *names, groups=matrix.groups, parts=matrix.parts)
         add("self_attention.linear_proj.weight", "mixer.o_proj")
         add("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm")
         add("mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj", parts=(1, 1))

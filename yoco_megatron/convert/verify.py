@@ -1,7 +1,7 @@
 """Does the converted model compute what the source computes? Logits of both on real text, in fp32.
 
 A training checkpoint is run by the trainer's own model, an exported one by the code inside its folder, so that a
-mistake in names.py cannot hide on both sides. Where a whole model in fp32 does not fit into memory, both are run
+mistake in tensor_names.py cannot hide on both sides. Where a whole model in fp32 does not fit into memory, both are run
 layer by layer through transformers' layers instead.
 """
 
@@ -21,13 +21,12 @@ from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import (
     YocoCrossAttention,
     YocoForCausalLM,
-    YocoGatedRetention,
     YocoLayer,
     YocoRMSNorm,
     YocoRotaryEmbedding,
     YocoSharedKV,
-    YocoSlidingAttention,
 )
+from yoco_megatron.mixers import get_mixer
 
 # The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.
 TOLERANCE = 1e-4
@@ -114,7 +113,7 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
         part.load_state_dict(state, assign=True)
         return part
 
-    length, border = tokens.shape[1], config.num_self_decoder_layers
+    length, split_layer = tokens.shape[1], config.num_self_decoder_layers
     positions = torch.arange(length)[None]
     x = load("model.embed_tokens.weight")[tokens].float()
     if config.scale_embedding:
@@ -124,12 +123,13 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
     distance = positions[0][:, None] - positions[0][None]
     causal = torch.zeros(length, length).masked_fill(distance < 0, -torch.inf)
     window = causal.masked_fill(distance >= config.sliding_window, -torch.inf)
-    retention = config.self_decoder == "gated_retention"
-    mixer, mask = (YocoGatedRetention, None) if retention else (YocoSlidingAttention, window[None, None])
-    for index in range(border):
-        x = module(tensor_names.layer_name(config, index), _layer, config, mixer, index)(x, rotary=own, mask=mask)
-    k, v = module("model.shared_kv.", YocoSharedKV, config, border)(x, cross)
-    for index in range(border, config.num_hidden_layers):
+    record = get_mixer(config.self_decoder)
+    mask = window[None, None] if record.hf_layer_type == "sliding_attention" else None
+    for index in range(split_layer):
+        name = tensor_names.layer_name(config, index)
+        x = module(name, _layer, config, record.load("hf_module"), index)(x, rotary=own, mask=mask)
+    k, v = module("model.shared_kv.", YocoSharedKV, config, split_layer)(x, cross)
+    for index in range(split_layer, config.num_hidden_layers):
         name, mask = tensor_names.layer_name(config, index), causal[None, None]
         # Without a name of its own: one layer is gone before the next is loaded.
         x = module(name, _layer, config, YocoCrossAttention, index)(x, k, v, rotary=cross, mask=mask)

@@ -6,32 +6,13 @@ implementation adds does not count: no recompute, no masked half of causal atten
     linear             2 x weights                     (an embedding look-up is no product)
     causal attention   4 h D (N + 1) / 2               query i sees i + 1 of N keys: the exact mean
     window attention   4 h D mean_i min(i + 1, W)      exact as well, the short start included
-    gated retention    h_s (4 C D_s + 4 D_s^2)         the chunkwise form, chunks of C = 64 tokens:
-                                                       q k^T and its product with v cost 2 C D_s each,
-                                                       k^T v into the state and q times the state 2 D_s^2 each
+    other mixers       see `mixers`
 
-Retention has no single natural count. The recurrence needs 4 D_s^2 but leaves matrix units idle; chunks put
-them to work for 4 C D_s more. C = 64 is fixed here, so that neither --retention-chunk-size nor a kernel's
-tiling changes the MFU of a run, and the C x C products count in full, as usual for linear attention (their
-lower triangle alone would take 0.08% off a step of the 3B model at 4K tokens).
 The backward pass costs twice the forward: each product has two gradients of its own size.
 """
 
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
-
-RETENTION_CHUNK = 64
-
-
-def mean_visible_keys(seq_length: int, window: int | None = None) -> float:
-    """Keys that a causal query sees, itself included, averaged over a sequence; at most `window` of them."""
-    full = min(seq_length, window or seq_length)
-    return (full * (full + 1) / 2 + (seq_length - full) * full) / seq_length
-
-
-def retention_flops_per_token(shape: ModelShape) -> float:
-    """Forward FLOPs per token of the gated retention of one layer, projections left out."""
-    D = shape.self_decoder_head_dim
-    return shape.self_decoder_heads * (4 * RETENTION_CHUNK * D + 4 * D * D)
+from yoco_megatron.mixers.sliding_window import mean_visible_keys
 
 
 def layer_flops_per_token(shape: ModelShape) -> dict[str, dict[str, float]]:
@@ -44,11 +25,8 @@ def layer_flops_per_token(shape: ModelShape) -> dict[str, dict[str, float]]:
     causal_attention = 4 * width * mean_visible_keys(shape.seq_length)
     if shape.architecture == "transformer":
         mixing = {"decoder": causal_attention}
-    elif shape.self_decoder == "gated_retention":
-        mixing = {"self_decoder": retention_flops_per_token(shape), "cross_decoder": causal_attention}
     else:
-        window_attention = 4 * shape.hidden_size * mean_visible_keys(shape.seq_length, shape.self_decoder_window)
-        mixing = {"self_decoder": window_attention, "cross_decoder": causal_attention}
+        mixing = {"self_decoder": shape.mixer.mixing_flops(shape), "cross_decoder": causal_attention}
     return {
         kind: {"linear": 2.0 * weights, "mixing": mixing.get(kind, 0.0)}
         for kind, weights in layer_matmul_parameters(shape).items()

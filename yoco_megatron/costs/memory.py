@@ -1,4 +1,4 @@
-"""What a job on a cluster needs, found out on the login node: a mesh that fits the nodes, memory, environment.
+"""Memory of training on the fullest GPU.
 
 Sizes of the states are exact; activations are the estimate of Korthikanti et al. (arXiv 2205.05198, section 4) for a
 Transformer layer, which a YOCO layer is close to. So states that do not fit are an error, an estimate only a warning.
@@ -8,8 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from yoco_megatron.costs.shape import ModelShape, parameter_count
-from yoco_megatron.costs.stage_time import stage_parameters
-from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.costs.stage_time import Parts, stage_parameters
 
 GIB = 1 << 30
 
@@ -24,18 +23,19 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Both together."""
         return self.states + self.activations
 
 
-def gpu_memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
-    """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `plan` where there are stages."""
+def gpu_memory(args: Namespace, stages: list[Parts] | None = None) -> Memory:
+    """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `stages`: what each pipeline stage
+    holds, in the order that a micro-batch visits them."""
     shape = ModelShape.from_args(args)
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     data_parallel = max(1, args.world_size // (tp * pp * args.context_parallel_size))
-    if plan is not None and pp > 1:
-        chunks = plan.count // pp
-        of_stage = [stage_parameters(plan.stage(g), plan.border, shape) for g in range(plan.count)]
-        held = max(sum(of_stage[rank::pp][:chunks]) for rank in range(pp))
+    if stages is not None and pp > 1:
+        per_stage = [stage_parameters(parts, shape) for parts in stages]
+        held = max(sum(per_stage[rank::pp]) for rank in range(pp))
     else:
         held = sum(parameter_count(shape).values()) / pp
     value = _bytes_of_a_value(args)
@@ -47,9 +47,9 @@ def gpu_memory(args: Namespace, plan: StagePlan | None = None) -> Memory:
     layers = shape.num_layers / pp
     split = tp if args.sequence_parallel or tp == 1 else 1
     if args.recompute_granularity == "full":
-        per_layer = value * tokens * shape.hidden_size / split + _kept(args, shape, tokens) / tp
+        per_layer = value * tokens * shape.hidden_size / split + _stored_attention(args, shape, tokens) / tp
     else:
-        per_layer = 17 * value * tokens * shape.hidden_size / split - _remade(args, shape, tokens) / tp
+        per_layer = 17 * value * tokens * shape.hidden_size / split - _recomputed(args, shape, tokens) / tp
     in_flight = pp if pp > 1 else 1
     return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
 
@@ -59,19 +59,19 @@ def _bytes_of_a_value(args: Namespace) -> int:
     return 2 if args.bf16 or args.fp16 else 4
 
 
-def _remade(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes a layer, the mean of all, that --recompute-elementwise does not keep: SwiGLU's output, and in retention
-    layers the gated one (model/layers/recompute.py)."""
+def _recomputed(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --recompute-elementwise does not store: SwiGLU's output, and what the
+    mixer's record says (model/layers/recompute.py)."""
     if args.architecture != "yoco" or not args.recompute_elementwise:
         return 0.0
-    share = shape.num_self_decoder_layers / shape.num_layers if shape.self_decoder == "gated_retention" else 0.0
-    return _bytes_of_a_value(args) * tokens * (shape.ffn_hidden_size + share * shape.hidden_size)
+    mixer = shape.mixer.recomputed_values(shape) * shape.num_self_decoder_layers / shape.num_layers
+    return _bytes_of_a_value(args) * tokens * (shape.ffn_hidden_size + mixer)
 
 
-def _kept(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes a layer, the mean of all, that --keep-cross-attention keeps: outputs of the cross-decoder layers' attention
-    and, for each query, the fp32 logarithm of its softmax's sum; for documents of several samples what the kernel
-    reads, too (model/layers/kept_attention.py)."""
+def _stored_attention(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Bytes a layer, the mean of all, that --keep-cross-attention stores: outputs of cross attention and, for each
+    query, the fp32 logarithm of its softmax's sum; for documents of several samples what the kernel reads, too
+    (model/layers/recompute.py)."""
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
     share = 1 - shape.num_self_decoder_layers / shape.num_layers
@@ -89,8 +89,8 @@ def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
     """
     if not shape.padded_vocab_size:
         return 0
-    words = shape.vocab_rows / args.tensor_model_parallel_size
+    vocab_rows = shape.vocab_rows / args.tensor_model_parallel_size
     if not args.loss_chunk_size:
-        return 2 * 4 * tokens * words
-    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, tokens) * words
-    return logits + (0 if args.gradient_accumulation_fusion else 4 * words * shape.hidden_size)
+        return 2 * 4 * tokens * vocab_rows
+    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, tokens) * vocab_rows
+    return logits + (0 if args.gradient_accumulation_fusion else 4 * vocab_rows * shape.hidden_size)

@@ -2,9 +2,9 @@
 
 Planner, FLOP counter and tests read sizes from here, so that they agree with each other. The counts (paper
 2405.05254 section 2 and the authors' code, which has no biases; d hidden, F FFN width, h query heads and g
-K,V heads of width D, h_s retention heads, V vocabulary):
+K,V heads of width D, V vocabulary):
 
-    self layer    gated retention 5 d^2 + d h_s ,  sliding window 4 d^2 ;  + 3 d F + 2 d
+    self layer    its mixer's (`mixers`) + 3 d F + 2 d
     shared K,V    2 d g D + d                      (two projections and their own norm, once)
     cross layer   2 d h D + 3 d F + 2 d            (queries and output only)
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
@@ -16,7 +16,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from yoco_megatron.config.rules import fill_in_defaults
+from yoco_megatron.config.resolve import resolved
+from yoco_megatron.config.rules import check_sizes
+from yoco_megatron.mixers import Mixer, get_mixer
 from yoco_megatron.utils.errors import require
 
 
@@ -29,7 +31,8 @@ class ModelShape:
     """
 
     architecture: Literal["yoco", "transformer"]
-    self_decoder: Literal["gated_retention", "sliding_window"]
+    self_decoder: str
+    """Name of its mixer (`mixers`)."""
     num_layers: int
     num_self_decoder_layers: int
     hidden_size: int
@@ -42,7 +45,7 @@ class ModelShape:
     self_decoder_heads: int
     self_decoder_query_groups: int
     self_decoder_window: int
-    """Keys that a sliding-window query sees, itself included."""
+    """Keys that a sliding-window query attends to, itself included."""
     padded_vocab_size: int | None
     """None until the tokenizer is built; only what counts the vocabulary asks for it."""
     seq_length: int
@@ -50,29 +53,12 @@ class ModelShape:
     """The output layer is the embedding matrix."""
 
     def __post_init__(self) -> None:
-        require(self.architecture in ("yoco", "transformer"), f"--architecture {self.architecture} is unknown")
-        require(
-            self.num_attention_heads % self.num_query_groups == 0,
-            f"--num-attention-heads {self.num_attention_heads} is not a multiple of --num-query-groups "
-            f"{self.num_query_groups}: each K,V head serves a whole group",
-        )
-        if self.architecture == "transformer":
-            return
-        require(
-            self.self_decoder in ("gated_retention", "sliding_window"),
-            f"--self-decoder {self.self_decoder} is unknown",
-        )
-        require(
-            0 <= self.num_self_decoder_layers < self.num_layers,
-            f"--num-self-decoder-layers {self.num_self_decoder_layers} must lie between 0 and "
-            f"--num-layers - 1 = {self.num_layers - 1}: at least one layer has to read the shared K,V",
-        )
-        require(
-            self.hidden_size % self.self_decoder_heads == 0
-            and self.self_decoder_heads % self.self_decoder_query_groups == 0,
-            f"--self-decoder-heads {self.self_decoder_heads} must divide --hidden-size {self.hidden_size} "
-            f"and be a multiple of --self-decoder-query-groups {self.self_decoder_query_groups}",
-        )
+        check_sizes(self)
+
+    @property
+    def mixer(self) -> Mixer:
+        """The record of the self-decoder's mixer."""
+        return get_mixer(self.self_decoder)
 
     @property
     def num_cross_decoder_layers(self) -> int:
@@ -97,37 +83,17 @@ class ModelShape:
     def from_args(cls, args: Namespace) -> Self:
         """Read the sizes from Megatron's arguments, before or after its own validation.
 
-        `None` means what it means to the model: half of the layers in the self-decoder, as many self-decoder
-        heads as attention heads, no grouping. The vocabulary may still be unknown.
+        What is None gets its default (`config.resolve`); the vocabulary may still be unknown.
         Raises ValueError for another size that is missing.
         """
-        for dest in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-            require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
-        heads = args.num_attention_heads
-        ffn_hidden_size = args.ffn_hidden_size
-        if ffn_hidden_size is None:
-            # What Megatron chooses for SwiGLU when it validates: 8/3 x hidden, down to a multiple of 64.
-            ffn_hidden_size = int((4 * args.hidden_size * 2 / 3) / 64) * 64
-        is_yoco = args.architecture == "yoco"
-        own = Namespace(**vars(args))
-        if is_yoco:
-            fill_in_defaults(own)
+        sizes = resolved(args)
+        own = ("num_self_decoder_layers", "self_decoder_heads", "self_decoder_query_groups", "self_decoder_window")
+        shared = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         return cls(
-            architecture=args.architecture,
-            self_decoder=args.self_decoder,
-            num_layers=args.num_layers,
-            num_self_decoder_layers=own.num_self_decoder_layers if is_yoco else 0,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_attention_heads=heads,
-            # Megatron's own default for the groups is 1, and means nothing without the switch.
-            num_query_groups=args.num_query_groups if args.group_query_attention else heads,
-            kv_channels=args.hidden_size // heads if args.kv_channels is None else args.kv_channels,
-            self_decoder_heads=own.self_decoder_heads if is_yoco else 0,
-            self_decoder_query_groups=own.self_decoder_query_groups if is_yoco else 0,
-            self_decoder_window=args.self_decoder_window if is_yoco else 0,
+            **{name: getattr(sizes, name) for name in ("architecture", "self_decoder", "kv_channels", "seq_length")},
+            **{name: getattr(sizes, name) for name in shared},
+            **{name: getattr(sizes, name) if args.architecture == "yoco" else 0 for name in own},
             padded_vocab_size=getattr(args, "padded_vocab_size", None),
-            seq_length=args.seq_length,
             tied=not args.untie_embeddings_and_output_weights,
         )
 
@@ -143,10 +109,8 @@ def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
     k_and_v = 2 * d * shape.num_query_groups * shape.kv_channels
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + ffn}
-    self_attention = 2 * d * d + 2 * d * shape.self_decoder_query_groups * shape.self_decoder_head_dim
-    if shape.self_decoder == "gated_retention":
-        self_attention += d * d + d * shape.self_decoder_heads  # the output gate, and one decay logit per head
-    return {"self_decoder": self_attention + ffn, "shared_kv": k_and_v, "cross_decoder": q_and_out + ffn}
+    mixer = shape.mixer.matmul_parameters(shape)
+    return {"self_decoder": mixer + ffn, "shared_kv": k_and_v, "cross_decoder": q_and_out + ffn}
 
 
 def parameter_count(shape: ModelShape) -> dict[str, int]:

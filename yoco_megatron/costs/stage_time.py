@@ -1,114 +1,93 @@
-"""Seconds, parameters and FLOPs of the parts that a pipeline stage holds."""
+"""Seconds, parameters and FLOPs of what a pipeline stage holds.
+
+Layers of the two halves do not cost the same: a retention layer has a fifth matrix, a cross-decoder layer's attention
+grows with the sequence, the projection to the shared K,V and the head belong to one stage each.
+"""
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
-from yoco_megatron.parallel.pipeline.stages import Stage
 
-# Achieved FLOP/s of the parts of a layer, 3B in training on one H200, bf16 (docs/performance.md); only their ratios
-# matter. Cross attention: 340e12 at 4096 tokens, 490e12 at 131,072. Windows: not measured alone.
-RATES = {
-    "linear": 700e12,
-    "cross_attention": 400e12,
-    "window": 400e12,
-    "retention": 100e12,
-    "retention in torch": 12e12,
-}
+Parts = Mapping[str, int]
+"""How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
+output_layer. A missing one is 0."""
+Seconds = Mapping[str, float]
+"""Of each of these parts, one layer or the whole, for a token: a third of forward and backward together, which is the
+forward time without recompute."""
+
+# FLOP/s that were achieved, 3B in training on one H200, bf16 (docs/performance.md); only their ratios matter. Cross
+# attention: 340e12 at 4096 tokens, 490e12 at 131,072. Mixers of the self-decoder have theirs in their records.
+RATES = {"linear": 700e12, "cross_attention": 400e12}
 ELEMENTWISE_SECONDS = 5e-12  # a layer's norms, SwiGLU and residuals, per token and unit of hidden and FFN width
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
-AGAIN = 4 / 3  # what is computed once more in backward: four products where three would do
+RECOMPUTE_FACTOR = 4 / 3  # of what is recomputed in backward: four products where three would do
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds per token of each part of a model: a third of forward and backward together, which is the forward pass
-    where nothing is computed again."""
+def part_seconds(
+    shape: ModelShape,
+    recompute_layers: bool = False,
+    recomputed_logits: float = 0.0,
+    store_cross_attention: bool = False,
+    mixer_backend: str = "auto",
+) -> Seconds:
+    """Estimate of the seconds of each part from the FLOPs of a YOCO.
 
-    embedding: float
-    self_layer: float
-    shared_kv: float
-    cross_layer: float
-    head: float
+    Args:
+        recompute_layers: backward recomputes every layer (full recompute),
+        store_cross_attention: but not cross attention (--keep-cross-attention).
+        recomputed_logits: the share of the logits that backward recomputes (the loss in chunks).
+        mixer_backend: which implementation the self-decoder's mixer has (--retention-backend).
+    """
+    layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
 
-    @staticmethod
-    def of(
-        shape: ModelShape,
-        layers_again: bool = False,
-        logits_again: float = 0.0,
-        attention_kept: bool = False,
-        retention: str = "retention",
-    ) -> "Costs":
-        """Estimate from the FLOPs of a YOCO.
+    def layer_seconds(kind: str, mixing_rate: float) -> float:
+        mixing = layers[kind]["mixing"] / mixing_rate
+        rest = layers[kind]["linear"] / RATES["linear"]
+        rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size)
+        if not recompute_layers:
+            return rest + mixing
+        stored = store_cross_attention and kind == "cross_decoder"
+        return rest * RECOMPUTE_FACTOR + mixing * (1 if stored else RECOMPUTE_FACTOR)
 
-        Args:
-            layers_again: backward computes every layer once more (full recompute).
-            logits_again: and this share of the logits (the loss in chunks, ops/linear_cross_entropy).
-            attention_kept: but not cross attention (--keep-cross-attention).
-            retention: which rate retention has.
-        """
-        layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
-        mixer = retention if shape.self_decoder == "gated_retention" else "window"
-
-        def seconds(kind: str, mixing: str) -> float:
-            if kind not in layers:
-                return 0.0
-            mixed = layers[kind]["mixing"] / RATES[mixing]
-            rest = layers[kind]["linear"] / RATES["linear"]
-            rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size)
-            if not layers_again:
-                return rest + mixed
-            return rest * AGAIN + mixed * (1 if attention_kept and kind == "cross_decoder" else AGAIN)
-
-        return Costs(
-            embedding=shape.hidden_size * EMBEDDING_SECONDS,
-            self_layer=seconds("self_decoder", mixer),
-            shared_kv=whole["shared_kv"] / RATES["linear"],
-            cross_layer=seconds("cross_decoder", "cross_attention"),
-            head=whole["output_layer"] / RATES["linear"] * (1 + (AGAIN - 1) * logits_again),
-        )
-
-    @staticmethod
-    def of_run(shape: ModelShape, args: Namespace) -> "Costs":
-        """The same, with what parsed arguments say to compute again."""
-        every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
-        tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
-        chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
-        retention = "retention in torch" if args.retention_backend == "torch" else "retention"
-        return Costs.of(shape, every_layer, 1 - 1 / chunks, args.keep_cross_attention, retention)
-
-    def stage(self, stage: Stage, border: int) -> float:
-        """Seconds per token of one stage, as above."""
-        n_self, n_cross = stage.split(border)
-        return (
-            n_self * self.self_layer
-            + n_cross * self.cross_layer
-            + stage.pre_process * self.embedding
-            + stage.makes_kv * self.shared_kv
-            + stage.post_process * self.head
-        )
+    return {
+        "embedding": shape.hidden_size * EMBEDDING_SECONDS,
+        "self_decoder": layer_seconds("self_decoder", shape.mixer.flop_rate(mixer_backend)),
+        "shared_kv": whole["shared_kv"] / RATES["linear"],
+        "cross_decoder": layer_seconds("cross_decoder", RATES["cross_attention"]),
+        "output_layer": whole["output_layer"] / RATES["linear"] * (1 + (RECOMPUTE_FACTOR - 1) * recomputed_logits),
+    }
 
 
-def stage_parameters(stage: Stage, border: int, shape: ModelShape) -> int:
+def part_seconds_of_run(shape: ModelShape, args: Namespace) -> Seconds:
+    """The same, with what parsed arguments say to recompute."""
+    every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
+    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
+    loss_chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
+    return part_seconds(shape, every_layer, 1 - 1 / loss_chunks, args.keep_cross_attention, args.retention_backend)
+
+
+def stage_seconds(parts: Parts, seconds: Seconds) -> float:
+    """Seconds per token of one stage."""
+    return sum(count * seconds[part] for part, count in parts.items())
+
+
+def stage_parameters(parts: Parts, shape: ModelShape) -> int:
     """Parameters that a stage holds; a tied head on a stage of its own is a copy of the embedding."""
     parameters = parameter_count(shape)
-    n_self, n_cross = stage.split(border)
-    count = parameters["self_decoder"] * n_self // max(1, border)
-    count += parameters["cross_decoder"] * n_cross // (shape.num_layers - border)
-    count += stage.pre_process * parameters["embedding"] + stage.makes_kv * parameters["shared_kv"]
-    if stage.post_process:
-        copied = parameters["embedding"] if shape.tied and not stage.pre_process else 0
-        count += parameters["final_norm"] + parameters["output_layer"] + copied
+    layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
+    count = sum(parameters[part] // max(1, layers.get(part, 1)) * held for part, held in parts.items())
+    if parts.get("output_layer"):
+        copied = shape.tied and not parts.get("embedding")
+        count += parameters["final_norm"] + (parameters["embedding"] if copied else 0)
     return count
 
 
-def stage_gflop(stage: Stage, border: int, shape: ModelShape) -> float:
-    """Training GFLOP per token of a stage: three times the forward pass, whatever is computed again."""
-    layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
-    n_self, n_cross = stage.split(border)
-    flops = n_self * sum(layers["self_decoder"].values()) if n_self else 0.0
-    flops += n_cross * sum(layers["cross_decoder"].values())
-    flops += stage.makes_kv * whole["shared_kv"] + stage.post_process * whole["output_layer"]
-    return 3 * flops / 1e9
+def stage_gflop(parts: Parts, shape: ModelShape) -> float:
+    """Training GFLOP per token of a stage: three times the forward pass, whatever is recomputed."""
+    whole = forward_flops_per_token(shape)
+    flops = {kind: sum(layer.values()) for kind, layer in layer_flops_per_token(shape).items()}
+    flops |= {"embedding": 0.0, "output_layer": whole["output_layer"]}
+    return 3 * sum(count * flops[part] for part, count in parts.items()) / 1e9

@@ -26,16 +26,10 @@ def received_bytes(
     """
     others = (ranks - 1) / ranks
     kv = shape.seq_length * micro_batch_size * 2 * shape.num_query_groups * shape.kv_channels
-    forwards = 2 if recompute else 1
+    forward_passes = 2 if recompute else 1
     if shape.architecture == "transformer":
-        return {"attention": shape.num_layers * others * kv * bytes_per_value * (forwards + 2)}
-    head_dim = shape.self_decoder_head_dim
-    if shape.self_decoder == "gated_retention":
-        state = (ranks - 1) * 2 * micro_batch_size * shape.self_decoder_heads * 4
-        layer = state * (forwards * (head_dim**2 + 1) + head_dim**2)
-    else:
-        row = micro_batch_size * 2 * shape.self_decoder_query_groups * head_dim * bytes_per_value
-        layer = 2 * others * (shape.self_decoder_window - 1) * row * (forwards + 1)
+        return {"attention": shape.num_layers * others * kv * bytes_per_value * (forward_passes + 2)}
+    layer = shape.mixer.received_bytes(shape, ranks, micro_batch_size, bytes_per_value, forward_passes)
     return {
         "self_decoder": shape.num_self_decoder_layers * layer,
         "shared_kv": others * kv * (bytes_per_value + 4),

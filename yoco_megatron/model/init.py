@@ -7,22 +7,25 @@ seed gives the same model at any mesh, and fan-in and fan-out are those of the w
 The laws (authors' code; no scaling with depth anywhere):
 
     embedding                   N(0, std = h^-1/2)
-    retention W_q W_k W_v W_g   Xavier uniform, gain 2^-2.5, each matrix by itself
-    retention w (decay)         Xavier uniform, gain 2^-2.5
-    retention W_o               Xavier uniform, gain 2^-1
+    mixer of the self-decoder   its record's (`mixers`)
     every other matrix          U(-a, a), a = fan_in^-1/2
     norms                       1
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from yoco_megatron.mixers import get_mixer
+from yoco_megatron.utils.errors import require
+
 Law = Callable[[Tensor, torch.Generator], Tensor]
+LawOf = Callable[[str, torch.Size], Law | None]
 
 
 def normal(std: float) -> Law:
@@ -40,24 +43,35 @@ def xavier(fan_in: int, fan_out: int, gain: float) -> Law:
     return uniform(gain * math.sqrt(6.0 / (fan_in + fan_out)))
 
 
-def yoco_law(name: str, shape: torch.Size) -> Law:
-    """The authors' law for the parameter of that global name and whole shape [fan_out, fan_in]."""
-    fan_out, fan_in = shape
-    if name.endswith("word_embeddings.weight"):
-        return normal(fan_in**-0.5)
-    if name.endswith("linear_qkvg.weight"):
-        return xavier(fan_in, fan_out // 4, gain=2**-2.5)  # four matrices in one
-    if name.endswith("linear_decay.weight"):
-        return xavier(fan_in, fan_out, gain=2**-2.5)
-    if name.endswith("retention.linear_proj.weight"):
-        return xavier(fan_in, fan_out, gain=2**-1)
-    return uniform(fan_in**-0.5)
+def default_law(name: str, shape: torch.Size) -> Law | None:
+    """The law of a mixer whose matrices are like every other matrix."""
+    return None
 
 
-def megatron_law(config: TransformerConfig) -> Callable[[str, torch.Size], Law]:
+def yoco_law(config: TransformerConfig) -> LawOf:
+    """The authors' law for the parameter of a global name and whole shape, [fan_out, fan_in] for matrices."""
+    num_self = getattr(config, "num_self_decoder_layers", 0)  # a GPTModel has no self-decoder
+    mixer = get_mixer(config.self_decoder) if num_self else None
+    mixer_law = mixer.load("init_law") if mixer else default_law
+
+    def law(name: str, shape: torch.Size) -> Law | None:
+        if name.endswith("word_embeddings.weight"):
+            return normal(shape[1] ** -0.5)
+        own = None
+        place = re.search(r"layers\.(\d+)\.(\w+)\.(.+)", name)
+        if mixer and place and int(place[1]) < num_self and place[2] == mixer.init_name:
+            own = mixer_law(place[3], shape)
+        return own or (uniform(shape[1] ** -0.5) if len(shape) == 2 else None)
+
+    return law
+
+
+def megatron_law(config: TransformerConfig) -> LawOf:
     """Megatron's law: N(0, init_method_std), projections back into the residual stream divided by sqrt(2 layers)."""
 
-    def law(name: str, shape: torch.Size) -> Law:
+    def law(name: str, shape: torch.Size) -> Law | None:
+        if len(shape) != 2:
+            return None
         back = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         return normal(config.init_method_std / (math.sqrt(2.0 * config.num_layers) if back else 1.0))
 
@@ -73,41 +87,36 @@ def initialize(model: torch.nn.Module, config: TransformerConfig, seed: int, law
     Raises:
         ValueError: a parameter that has no law.
     """
-    choose = yoco_law if law == "yoco" else megatron_law(config)
+    choose = (yoco_law if law == "yoco" else megatron_law)(config)
     with torch.no_grad():
         for name, param in named_parameters(model):
             if param.dim() == 1 and "norm" in name:
                 param.fill_(1.0)
-            elif param.dim() == 2:
-                _assign(param, _draw(name, param, choose, seed, tp_rank, tp))
             else:
-                raise ValueError(f"parameter {name} of shape {tuple(param.shape)} has no initialisation law")
+                _assign(param, _draw(name, param, choose, seed, tp_rank, tp))
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by global name: the layer's number in the whole model, and 'retention' for a retention mixer.
+    """Parameters by global name: the layer's number in the whole model, and the mixer's own name for itself.
 
     A norm fused into a linear appears as '...layer_norm_weight'.
     """
-    from yoco_megatron.model.self_decoder.gated_retention import GatedRetention
-
+    num_self = getattr(model.config, "num_self_decoder_layers", 0)
     modules = dict(model.named_modules())
     for name, param in model.named_parameters():
         parts = name.split(".")
         if "layers" in parts:
             at = parts.index("layers")
-            layer = modules[".".join(parts[: at + 2])]
-            parts[at + 1] = str(layer.layer_number - 1)
-            if isinstance(layer.self_attention, GatedRetention):
-                parts = ["retention" if part == "self_attention" else part for part in parts]
+            index = modules[".".join(parts[: at + 2])].layer_number - 1
+            parts[at + 1] = str(index)
+            if index < num_self and parts[at + 2] == "self_attention":
+                parts[at + 2] = get_mixer(model.config.self_decoder).init_name
         # A tied head on a stage of its own is a copy of the embedding.
         copied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
         yield "embedding.word_embeddings.weight" if copied else ".".join(parts), param
 
 
-def _draw(
-    name: str, param: Tensor, choose: Callable[[str, torch.Size], Law], seed: int, tp_rank: int, tp: int
-) -> Tensor:
+def _draw(name: str, param: Tensor, choose: LawOf, seed: int, tp_rank: int, tp: int) -> Tensor:
     """This rank's part of the parameter, drawn whole in fp32."""
     dim = getattr(param, "partition_dim", -1) if getattr(param, "tensor_model_parallel", False) else -1
     shape = list(param.shape)
@@ -116,7 +125,9 @@ def _draw(
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(param.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
     whole = torch.empty(shape, dtype=torch.float32, device=param.device)
-    choose(name, whole.shape)(whole, generator)
+    law = choose(name, whole.shape)
+    require(law is not None, f"parameter {name} of shape {tuple(param.shape)} has no initialisation law")
+    law(whole, generator)
     if dim < 0:
         return whole
     if name.endswith("linear_fc1.weight"):  # [gate; up]: a rank holds a part of each half

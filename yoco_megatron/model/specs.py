@@ -1,6 +1,6 @@
 """ModuleSpecs of YOCO's layers: which class implements each part, Transformer Engine's or plain torch's.
 
-Megatron's `BackendSpecProvider` names the parts; the three functions below read like the paper's figure.
+Megatron's `BackendSpecProvider` names the parts. The self-decoder's layers have their specs beside their mixers.
 """
 
 from functools import partial
@@ -16,10 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from yoco_megatron.model.cross_decoder.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKVSubmodules
 from yoco_megatron.model.layers.core_attention import TorchAttention
-from yoco_megatron.model.layers.mlp import LeanMLP
+from yoco_megatron.model.layers.mlp import RecomputeMLP
 from yoco_megatron.model.layers.norm import RMSNorm, StandaloneRMSNorm
-from yoco_megatron.model.self_decoder.gated_retention import GatedRetention, GatedRetentionSubmodules
-from yoco_megatron.model.self_decoder.sliding_window import SlidingWindowAttention, SlidingWindowSubmodules
 from yoco_megatron.model.yoco_config import YOCOConfig
 
 
@@ -45,7 +43,9 @@ def norm_and_linear(backend: BackendSpecProvider) -> tuple[type, type]:
     return RMSNorm, backend.column_parallel_linear()
 
 
-def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None) -> ModuleSpec:
+def pre_norm_layer(
+    backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fused_into: str | None
+) -> ModuleSpec:
     """A pre-norm layer: norm, attention, residual; norm, SwiGLU, residual.
 
     `fused_into` is the linear that Transformer Engine fuses the first norm into; checkpoints use that name always.
@@ -62,36 +62,11 @@ def _layer(backend: BackendSpecProvider, attention: ModuleSpec, norm: type, fuse
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=mlp_norm,
-            mlp=partial(LeanMLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(RecomputeMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
     )
-
-
-def gated_retention_layer(backend: BackendSpecProvider) -> ModuleSpec:
-    """Self-decoder layer with gated retention. Its norm is not fused: the decay needs the normalised input too."""
-    attention = ModuleSpec(
-        module=GatedRetention,
-        submodules=GatedRetentionSubmodules(
-            linear_qkvg=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear()
-        ),
-    )
-    return _layer(backend, attention, backend.layer_norm(rms_norm=True), fused_into=None)
-
-
-def sliding_window_layer(backend: BackendSpecProvider) -> ModuleSpec:
-    """Self-decoder layer with sliding-window attention; the window is in the config."""
-    norm, linear_qkv = norm_and_linear(backend)
-    attention = ModuleSpec(
-        module=SlidingWindowAttention,
-        submodules=SlidingWindowSubmodules(
-            linear_qkv=linear_qkv,
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-        ),
-    )
-    return _layer(backend, attention, norm, fused_into="linear_qkv")
 
 
 def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
@@ -105,13 +80,10 @@ def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
             linear_proj=backend.row_parallel_linear(),
         ),
     )
-    return _layer(backend, attention, norm, fused_into="linear_q")
+    return pre_norm_layer(backend, attention, norm, fused_into="linear_q")
 
 
 def shared_kv(backend: BackendSpecProvider) -> SharedKVSubmodules:
     """The projection to the one K,V, with its own norm."""
     norm, linear_kv = norm_and_linear(backend)
     return SharedKVSubmodules(linear_kv=linear_kv, layernorm=norm)
-
-
-SELF_DECODER_LAYERS = {"gated_retention": gated_retention_layer, "sliding_window": sliding_window_layer}

@@ -1,6 +1,14 @@
-"""A run of YOCO layers: self-decoder, shared K,V, cross-decoder; the whole model or one pipeline stage of it.
+"""The layers of a YOCO, or of one pipeline stage of it: self-decoder, shared K,V, cross-decoder.
 
-The block returns hidden states AND the shared K,V, because a later stage needs both.
+The block returns hidden states and the shared K,V, because a later stage needs both.
+
+Megatron's `TransformerLayer` and its full recompute pass on two arguments to the attention untouched that YOCO has no
+other use for. Two things travel there, so that YOCO needs no layer class of its own:
+
+    packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents
+    attention_bias       the `SharedKVReader` (cross-decoder layers)
+
+The mixers give them their true names in the first line of `forward`.
 """
 
 from contextlib import nullcontext
@@ -19,17 +27,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from yoco_megatron.mixers import get_mixer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
-from yoco_megatron.model.layers.recompute import KeptAttention
+from yoco_megatron.model.layers.recompute import AttentionOutputStore
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.parallel.pipeline.stages import Stage
 
 
 class YOCOBlock(MegatronModule):
-    """The layers of one stage, and the projection to the shared K,V where the stage makes them."""
+    """The layers of one stage, and the projection to the shared K,V if the stage makes them."""
 
     def __init__(
         self,
@@ -40,10 +49,10 @@ class YOCOBlock(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
-        border = config.num_self_decoder_layers
+        split_layer = config.num_self_decoder_layers
         backend = specs.backend_for(config)
         self_spec, cross_spec = (
-            specs.SELF_DECODER_LAYERS[config.self_decoder](backend),
+            get_mixer(config.self_decoder).load("layer_spec")(backend),
             specs.cross_decoder_layer(backend),
         )
         self_config = config.self_decoder_config()
@@ -51,8 +60,8 @@ class YOCOBlock(MegatronModule):
         def build(index: int) -> TransformerLayer:
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
                 return build_module(
-                    self_spec if index < border else cross_spec,
-                    config=self_config if index < border else config,
+                    self_spec if index < split_layer else cross_spec,
+                    config=self_config if index < split_layer else config,
                     layer_number=index + 1,
                     pg_collection=pg_collection,
                     vp_stage=vp_stage,
@@ -60,7 +69,7 @@ class YOCOBlock(MegatronModule):
                 )
 
         self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
-        self.num_self, self.num_cross = stage.split(border)
+        self.num_self, self.num_cross = stage.split(split_layer)
         self.stage = stage
         self.shared_kv = None
         if stage.makes_kv:
@@ -70,7 +79,7 @@ class YOCOBlock(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        shared_kv: Tensor | None,
+        kv: Tensor | None,
         self_angles: Tensor,
         cross_angles: Tensor,
         shard: SequenceShard,
@@ -79,14 +88,14 @@ class YOCOBlock(MegatronModule):
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            shared_kv: [s, b, G, 2, D] of the tokens held here, from an earlier stage; None where this block makes them,
-                or before the border.
+            kv: the shared K,V [s, b, G, 2, D] of the tokens held here, from an earlier stage; None if this block makes
+                them, or if a later one does.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
         Returns:
-            hidden states, shaped as they came in, and a reader of the shared K,V (None before the border).
+            hidden states, shaped as they came in, and a reader of the shared K,V (None before they are made).
         """
-        assert (shared_kv is not None) == self.stage.kv_in, "the shared K,V and the stage do not fit"
+        assert (kv is not None) == self.stage.kv_in, "the shared K,V and the stage do not fit"
         config = self.config
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
@@ -94,19 +103,19 @@ class YOCOBlock(MegatronModule):
             hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles, shard)
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
-                    shared_kv = self.shared_kv(hidden_states, cross_angles)
-            reader = None
-            if shared_kv is not None:
+                    kv = self.shared_kv(hidden_states, cross_angles)
+            kv_reader = None
+            if kv is not None:
                 gather = shard if shard.ranks > 1 and self.num_cross else None
-                hidden_states, reader = SharedKVReader.enter(hidden_states, shared_kv, config.params_dtype, gather)
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, reader, cross_angles, shard)
-        return hidden_states, reader
+                hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, config.params_dtype, gather)
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, cross_angles, shard)
+        return hidden_states, kv_reader
 
     def _run(
         self,
         layers: nn.ModuleList,
         hidden: Tensor,
-        shared_kv: SharedKVReader | None,
+        kv_reader: SharedKVReader | None,
         angles: Tensor,
         shard: SequenceShard,
     ) -> Tensor:
@@ -114,24 +123,25 @@ class YOCOBlock(MegatronModule):
             return hidden
         if self.config.recompute_granularity == "full" and self.training:
             inner_fp8 = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
-            half = _Half(layers, self.config, self.pg_collection, len(layers))
-            # The checkpoints only read the shared K,V, so no recomputation makes them again.
-            kept = KeptAttention(bool(self.config.fp8)) if self.config.keep_cross_attention else None
-            reader = shared_kv and shared_kv.inside_checkpoint(kept)
-            return checkpointed_forward(half, hidden, None, None, None, angles, reader, shard, inner_fp8)
+            block = _CheckpointedLayers(layers, self.config, self.pg_collection, len(layers))
+            # The checkpoints only read the shared K,V, which are therefore never recomputed.
+            store = AttentionOutputStore(bool(self.config.fp8)) if self.config.keep_cross_attention else None
+            inner_reader = kv_reader and kv_reader.inside_checkpoint(store)
+            return checkpointed_forward(block, hidden, None, None, None, angles, inner_reader, shard, inner_fp8)
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
                 hidden, _ = layer(
                     hidden_states=hidden,
                     attention_mask=None,
-                    attention_bias=shared_kv,
+                    attention_bias=kv_reader,
                     rotary_pos_emb=angles,
                     packed_seq_params=shard,
                 )
         return hidden
 
     def _layer_fp8(self, index: int):
-        """FP8 recipes other than delayed scaling are entered layer by layer (first and last layers may opt out)."""
+        """The FP8 context of layer `index`: recipes other than delayed scaling are entered layer by layer, because the
+        first and last layers may opt out."""
         if self.config.fp8 and self.config.fp8_recipe != Fp8Recipe.delayed:
             return get_fp8_context(self.config, index)
         return nullcontext()
@@ -139,7 +149,7 @@ class YOCOBlock(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Keys carry the layer's number in the whole model, so a checkpoint does not depend on where stages are cut."""
+        """Keys carry the layer's number in the whole model, so a checkpoint does not depend on the pipeline stages."""
         state: ShardedStateDict = {}
         for index, layer in enumerate(self.layers):
             local, of_model = f"{prefix}layers.{index}.", f"{prefix}layers.{layer.layer_number - 1}."
@@ -153,8 +163,9 @@ class YOCOBlock(MegatronModule):
 
 
 @dataclass
-class _Half:
-    """What `checkpointed_forward` reads of a TransformerBlock."""
+class _CheckpointedLayers:
+    """The half of a block that runs under full recompute, with the attributes of a TransformerBlock that Megatron's
+    `checkpointed_forward` reads. (A TransformerBlock itself builds its own layers and would number them anew.)"""
 
     layers: nn.ModuleList
     config: YOCOConfig

@@ -6,9 +6,12 @@ Defaults are the paper's; every deviation from it is a switch here.
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from yoco_megatron.config.resolve import resolve_loss_chunk, resolve_model
+from yoco_megatron.config.rules import check_model
 from yoco_megatron.config.yoco_fields import YOCOFields
 
 
@@ -23,14 +26,16 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         ValueError: sizes that do not fit, naming the flag and the fix.
     """
 
-    def __post_init__(self) -> None:
-        from yoco_megatron.config import rules
+    # Filled in by __post_init__.
+    num_self_decoder_layers: int = cast(int, None)
+    self_decoder_heads: int = cast(int, None)
+    self_decoder_query_groups: int = cast(int, None)
+    loss_chunk_size: int = cast(int, None)
 
-        rules.fill_in_defaults(self)
-        rules.fill_in_loss_chunk(self)
-        if self.rope_variant == "yoco":
-            self.rotary_interleaved = True
-        rules.check_model(self)
+    def __post_init__(self) -> None:
+        resolve_model(self)
+        resolve_loss_chunk(self)
+        check_model(self)
         # Every parameter is drawn after the build, from its name (model/init.py), so that no mesh changes the model.
         self.perform_initialization = False
         super().__post_init__()
@@ -41,12 +46,9 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         return self.num_layers - self.num_self_decoder_layers
 
     def self_decoder_config(self) -> "YOCOConfig":
-        """The same config with the self-decoder's heads in Megatron's own fields, and its window."""
+        """The same config with the self-decoder's heads in Megatron's own fields."""
         config = copy.copy(self)
         config.num_attention_heads = self.self_decoder_heads
         config.num_query_groups = self.self_decoder_query_groups
         config.kv_channels = self.hidden_size // self.self_decoder_heads
-        if self.self_decoder == "sliding_window":
-            # Megatron counts the keys to the left of the query, without the query's own.
-            config.window_size = (self.self_decoder_window - 1, 0)
         return config

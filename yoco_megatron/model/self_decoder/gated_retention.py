@@ -15,14 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from yoco_megatron.model.init import Law, xavier
 from yoco_megatron.model.layers.norm import rms_norm
 from yoco_megatron.model.layers.projections import input_projection, output_projection, save_original_input
-from yoco_megatron.model.layers.recompute import remake_in_backward
+from yoco_megatron.model.layers.recompute import recompute_in_backward
 from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.specs import pre_norm_layer
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
@@ -31,14 +35,14 @@ from yoco_megatron.parallel.context.state_exchange import StateExchange
 
 @dataclass
 class GatedRetentionSubmodules:
-    """The two large projections; the decay's is so small that it stays out of tensor parallelism and FP8."""
+    """The two large projections; that of the decay is so small that it stays out of tensor parallelism and FP8."""
 
     linear_qkvg: type
     linear_proj: type
 
 
 class GatedRetention(MegatronModule):
-    """Mixer [s, b, h] -> [s, b, h]; expects its input normalised, as TransformerLayer does it.
+    """Mixer [s, b, h] -> [s, b, h]; its input is normalised by TransformerLayer.
 
     The rows of `linear_qkvg` are ordered by head (q, k, v, gate inside one head), so that tensor parallelism cuts
     between heads. With sequence parallelism input and output are [s/tp, b, h].
@@ -87,23 +91,24 @@ class GatedRetention(MegatronModule):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias)."""
+        shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         qkvg, _ = self.linear_qkvg(hidden_states)
         logits_SBH = self.decay_logits(hidden_states)
-        core = partial(self._core, packed_seq_params)
+        core = partial(self._core, shard)
         if self.recompute_core and self.training:
             y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, qkvg, logits_SBH, rotary_pos_emb)
             return self.linear_proj(y)
-        y, remake = core(qkvg, logits_SBH, rotary_pos_emb)
+        y, recompute_into = core(qkvg, logits_SBH, rotary_pos_emb)
         output, bias = self.linear_proj(y)
         if self.config.recompute_elementwise and self.training and torch.is_grad_enabled():
-            remake_in_backward(y, output, remake)
+            recompute_in_backward(y, output, recompute_into)
         return output, bias
 
     def decay_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [s, b, H] of this rank's heads.
 
-        Every rank computes all heads from the tokens that it holds, and the small result changes hands: gathering the
-        hidden states a second time for it would cost as much as the large projection's own communication.
+        Every rank computes all heads from the tokens that it holds, and only the small result is exchanged: gathering
+        the hidden states a second time would cost as much as the communication of the large projection.
         """
         logits = self.linear_decay(hidden_states)
         if self.tp_group.size() == 1:
@@ -117,11 +122,11 @@ class GatedRetention(MegatronModule):
     def _core(
         self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        """Projections [s, b, H*4*D] -> (gated, normalised retention [s, b, H*D], what writes it again)."""
+        """Projections [s, b, H*4*D] -> (gated, normalised retention y [s, b, H*D], a function that writes y again)."""
         if self.backend.name == "triton" and self.config.rotary_interleaved:
             from yoco_megatron.ops.fused.retention_mixer import mix
 
-            remakes: list[Callable[[Tensor], None]] = []
+            recompute_fns: list[Callable[[Tensor], None]] = []
             y = mix(
                 qkvg,
                 logits_SBH,
@@ -130,11 +135,11 @@ class GatedRetention(MegatronModule):
                 eps=self.config.layernorm_epsilon,
                 document_ids=shard.folded_document_ids,
                 in_place=not (self.recompute_core and self.training),
-                chunks=len(shard.chunks),
+                cp_chunks=len(shard.chunks),
                 exchange=partial(StateExchange, shard=shard) if shard.ranks > 1 else None,
-                remakes=remakes,
+                recompute_fns=recompute_fns,
             )
-            return y, remakes[0]
+            return y, recompute_fns[0]
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
         log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))
         k, v = shard.fold(rotate(k, rotary_pos_emb, self.config)), shard.fold(v)
@@ -145,13 +150,13 @@ class GatedRetention(MegatronModule):
             k,
             v,
             log_decay,
-            initial_state=exchange and exchange.entering(),
+            initial_state=exchange and exchange.initial_states(),
             document_ids=shard.folded_document_ids,
             chunk_size=self.config.retention_chunk_size,
             backend=self.backend.name,
         )
         if exchange:
-            o = exchange.tie(o, final, q, log_decay)
+            o = exchange.attach_final_state_grad(o, final, q, log_decay)
         o_SBHD = shard.unfold(o)
 
         def y() -> Tensor:
@@ -160,10 +165,34 @@ class GatedRetention(MegatronModule):
         return y(), lambda out: out.copy_(y())
 
     def backward_dw(self) -> None:
-        """Delayed weight gradients, as Megatron's schedules call them."""
+        """Compute the delayed weight gradients (called by Megatron's schedules)."""
         self.linear_proj.backward_dw()
         self.linear_qkvg.backward_dw()
 
     def set_for_recompute_input_layernorm(self) -> None:
-        """FP8 with --recompute-modules layernorm keeps the norm's input instead of its quantised output."""
+        """FP8 with --recompute-modules layernorm: save the norm's input instead of its quantised output."""
         save_original_input(self.linear_qkvg)
+
+
+def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """Self-decoder layer with gated retention. Its norm is not fused: the decay needs the normalised input too."""
+    attention = ModuleSpec(
+        module=GatedRetention,
+        submodules=GatedRetentionSubmodules(
+            linear_qkvg=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear()
+        ),
+    )
+    return pre_norm_layer(backend, attention, backend.layer_norm(rms_norm=True), fused_into=None)
+
+
+def init_law(name: str, shape: torch.Size) -> Law | None:
+    """The authors' laws: Xavier uniform, gain 2^-2.5 for W_q, W_k, W_v, W_g, each by itself, and the decay; 2^-1 for
+    W_o."""
+    fan_out, fan_in = shape
+    if name == "linear_qkvg.weight":
+        return xavier(fan_in, fan_out // 4, gain=2**-2.5)  # four matrices in one
+    if name == "linear_decay.weight":
+        return xavier(fan_in, fan_out, gain=2**-2.5)
+    if name == "linear_proj.weight":
+        return xavier(fan_in, fan_out, gain=2**-1)
+    return None

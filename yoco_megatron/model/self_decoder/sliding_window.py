@@ -1,20 +1,23 @@
 """Sliding-window attention as the mixer of a self-decoder layer (paper section 2.1, equation 4).
 
-Position i sees positions i - window + 1 .. i of its own document; RoPE on q and k, scale D^-1/2.
+Position i attends to positions i - window + 1 .. i of its own document; RoPE on q and k, scale D^-1/2.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.specs import norm_and_linear, pre_norm_layer
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.halo import keys_with_halo
-from yoco_megatron.parallel.context.sequence_shard import Chunk, SequenceShard
+from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard
 
 
 @dataclass
@@ -27,7 +30,7 @@ class SlidingWindowSubmodules:
 
 
 class SlidingWindowAttention(ChunkedAttention):
-    """Mixer [s, b, h] -> [s, b, h]; the window is in the config.
+    """Mixer [s, b, h] -> [s, b, h].
 
     The rows of `linear_qkv` are ordered by K,V head (its queries, its key, its value), as in Megatron's SelfAttention,
     so that tensor parallelism cuts between heads.
@@ -44,7 +47,12 @@ class SlidingWindowAttention(ChunkedAttention):
         **_: Any,
     ) -> None:
         super().__init__(
-            config, submodules, layer_number, pg_collection, attention_type="self", reach=config.window_size[0]
+            config,
+            submodules,
+            layer_number,
+            pg_collection,
+            attention_type="self",
+            left_window=config.self_decoder_window - 1,
         )
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         self.linear_qkv = input_projection(
@@ -64,6 +72,7 @@ class SlidingWindowAttention(ChunkedAttention):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias)."""
+        shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         qkv, _ = self.linear_qkv(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.queries_per_group + 2, self.head_dim))
         query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
@@ -71,12 +80,26 @@ class SlidingWindowAttention(ChunkedAttention):
         key, value = rotate(key.squeeze(3), rotary_pos_emb, self.config), value.squeeze(3)
 
         keys_and_values = (key, value)
-        if packed_seq_params.ranks > 1:
-            keys_and_values = keys_with_halo(key, value, self.reach, packed_seq_params)
+        if shard.ranks > 1:
+            keys_and_values = keys_with_halo(key, value, self.left_window, shard)
 
-        def keys_of(index: int, chunk: Chunk, first: int, *keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
+        def keys_of(index: int, cp_chunk: CPChunk, first: int, *keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
             key, value = keys_and_values[2 * index : 2 * index + 2]
-            return key[first - chunk.stop :], value[first - chunk.stop :]
+            return key[first - cp_chunk.stop :], value[first - cp_chunk.stop :]
 
-        y = self.attend(query, keys_of, packed_seq_params, *keys_and_values)
+        y = self.attend(query, keys_of, shard, *keys_and_values)
         return self.linear_proj(y)
+
+
+def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
+    """Self-decoder layer with sliding-window attention."""
+    norm, linear_qkv = norm_and_linear(backend)
+    attention = ModuleSpec(
+        module=SlidingWindowAttention,
+        submodules=SlidingWindowSubmodules(
+            linear_qkv=linear_qkv,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
+    return pre_norm_layer(backend, attention, norm, fused_into="linear_qkv")

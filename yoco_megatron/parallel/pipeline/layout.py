@@ -5,22 +5,21 @@ number of ranks), the answer is `--pipeline-model-parallel-layout`; where nothin
 """
 
 from argparse import Namespace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import part_seconds_of_run
 from yoco_megatron.parallel.pipeline import planner
 from yoco_megatron.parallel.pipeline.stages import StagePlan, layout_string
 from yoco_megatron.utils.errors import require
 
 
-def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
-    """Set `args.pipeline_model_parallel_layout` and clear the flags that it replaces.
+def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
+    """The stages that the flags ask for; None without pipeline parallelism.
 
-    Returns:
-        The plan, or None without pipeline parallelism.
     Raises:
         ValueError: layers that do not add up, flags that contradict each other, more stages than layers.
     """
@@ -37,7 +36,7 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
         require(not given, f"{' and '.join(given)} needs --pipeline-model-parallel-size above 1")
         return None
     require(len(given) <= 1, f"{' and '.join(given)} contradict each other: keep one of them")
-    border = shape.num_self_decoder_layers
+    split_layer = shape.num_self_decoder_layers
     if args.pipeline_model_parallel_layout is not None:
         counts = _parse(args.pipeline_model_parallel_layout, shape.num_layers, ranks)
     elif args.num_layers_per_virtual_pipeline_stage is not None:
@@ -46,12 +45,16 @@ def choose_layout(args: Namespace, shape: ModelShape) -> StagePlan | None:
         counts = _uneven_ends(args, shape.num_layers, ranks)
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
-        counts = planner.plan_cuts(shape.num_layers, border, ranks, chunks, planner.Costs.of_run(shape, args))
+        counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, part_seconds_of_run(shape, args))
+    return StagePlan((0, *accumulate(counts)), split_layer)
+
+
+def set_layout(args: Namespace, plan: StagePlan) -> None:
+    """Say `plan` in `args.pipeline_model_parallel_layout`, and clear the flags that it replaces."""
     if args.pipeline_model_parallel_layout is None:
-        args.pipeline_model_parallel_layout = layout_string(counts)
+        args.pipeline_model_parallel_layout = layout_string([last - first for first, last in pairwise(plan.cuts)])
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
-    return StagePlan((0, *accumulate(counts)), border)
 
 
 def sequences_at_a_time(args: Namespace) -> int:
@@ -125,7 +128,7 @@ def _uneven_ends(args: Namespace, num_layers: int, ranks: int) -> list[int]:
     require(
         left >= 0 and (left % middle == 0 if middle else left == 0),
         f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} leave {left} "
-        f"layers for {middle} stages, which does not divide: leave both away, and the planner chooses",
+        f"layers for {middle} stages, which does not divide: remove both, and the planner chooses",
     )
     ends = ([first] if first is not None else [], [last] if last is not None else [])
     return [*ends[0], *[left // middle] * middle, *ends[1]] if middle else [*ends[0], *ends[1]]

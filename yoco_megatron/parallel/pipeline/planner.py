@@ -10,13 +10,13 @@ from functools import cache
 from itertools import accumulate, pairwise
 
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Costs, stage_gflop, stage_parameters
+from yoco_megatron.costs.stage_time import Seconds, stage_gflop, stage_parameters, stage_seconds
 from yoco_megatron.parallel.pipeline.stages import Stage, StagePlan
 from yoco_megatron.utils.errors import require
 
 
-def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Costs) -> list[int]:
-    """Layers per stage: contiguous, at least one each; the busiest rank as short as can be, then the longest stage.
+def plan_cuts(num_layers: int, split_layer: int, ranks: int, model_chunks: int, seconds: Seconds) -> list[int]:
+    """Layers per stage: contiguous, at least one each; minimises the busiest rank's time, then the longest stage's.
 
     With one chunk a rank this is exact. With several, layers move between neighbouring stages while that helps the
     busiest rank, from the cuts with the shortest longest stage and from even ones.
@@ -24,53 +24,54 @@ def plan_cuts(num_layers: int, border: int, ranks: int, chunks: int, costs: Cost
     Raises:
         ValueError: more stages than layers.
     """
-    stages = ranks * chunks
+    stages = ranks * model_chunks
     require(
         stages <= num_layers,
         f"{stages} pipeline stages (ranks x virtual stages) are more than --num-layers {num_layers}: use a smaller "
         "--pipeline-model-parallel-size or fewer virtual stages",
     )
 
-    def seconds(first: int, last: int) -> float:
-        makes_kv = first < border <= last or border == first == 0
-        return costs.stage(Stage(first, last, first == 0, last == num_layers, makes_kv), border)
+    def stage_time(first: int, last: int) -> float:
+        makes_kv = first < split_layer <= last or split_layer == first == 0
+        stage = Stage(first, last, first == 0, last == num_layers, makes_kv)
+        return stage_seconds(stage.parts(split_layer), seconds)
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
         """(longest stage, sum of squares, counts) of layers [first, num_layers) in `left` stages."""
         if left == 1:
-            own = seconds(first, num_layers)
+            own = stage_time(first, num_layers)
             return own, own * own, (num_layers - first,)
         options = []
         for last in range(first + 1, num_layers - left + 2):
-            own = seconds(first, last)
+            own = stage_time(first, last)
             longest, squares, counts = best(last, left - 1)
             options.append((max(own, longest), squares + own * own, (last - first, *counts)))
         return min(options)
 
     shortest = list(best(0, stages)[2])
-    if chunks == 1:
+    if model_chunks == 1:
         return shortest
     even = [num_layers * (g + 1) // stages - num_layers * g // stages for g in range(stages)]
-    return _balance_ranks([shortest, even], ranks, seconds)
+    return _balance_ranks([shortest, even], ranks, stage_time)
 
 
-def _balance_ranks(starts: list[list[int]], ranks: int, seconds: Callable[[int, int], float]) -> list[int]:
+def _balance_ranks(starts: list[list[int]], ranks: int, stage_time: Callable[[int, int], float]) -> list[int]:
     """Move single layers between neighbours while (busiest rank, longest stage, unevenness) gets smaller."""
 
-    def price(counts: list[int]) -> tuple[float, float, float]:
-        stages = [seconds(first, last) for first, last in pairwise([0, *accumulate(counts)])]
-        of_rank = [sum(stages[rank::ranks]) for rank in range(ranks)]
-        return max(of_rank), max(stages), sum(t * t for t in of_rank)
+    def cost(counts: list[int]) -> tuple[float, float, float]:
+        stages = [stage_time(first, last) for first, last in pairwise([0, *accumulate(counts)])]
+        time_per_rank = [sum(stages[rank::ranks]) for rank in range(ranks)]
+        return max(time_per_rank), max(stages), sum(t * t for t in time_per_rank)
 
     def improve(counts: list[int]) -> list[int]:
         while True:
-            cheapest = min((counts, *_moves(counts)), key=price)
-            if price(cheapest) >= price(counts):
+            cheapest = min((counts, *_moves(counts)), key=cost)
+            if cost(cheapest) >= cost(counts):
                 return counts
             counts = cheapest
 
-    return min((improve(counts) for counts in starts), key=price)
+    return min((improve(counts) for counts in starts), key=cost)
 
 
 def _moves(counts: list[int]) -> Iterator[list[int]]:
@@ -91,24 +92,25 @@ def bubbles(per_stage: list[float], ranks: int, num_microbatches: int) -> list[f
     chunks a rank: for equal stages (P-1) / (m V + P-1), the known figure.
     """
     chunks = len(per_stage) // ranks
-    of_rank = [sum(per_stage[rank::ranks]) for rank in range(ranks)]
-    longest = max(of_rank)
-    total = num_microbatches * longest + (sum(of_rank) - longest) / chunks
-    return [1 - num_microbatches * own / total for own in of_rank]
+    time_per_rank = [sum(per_stage[rank::ranks]) for rank in range(ranks)]
+    longest = max(time_per_rank)
+    total = num_microbatches * longest + (sum(time_per_rank) - longest) / chunks
+    return [1 - num_microbatches * own / total for own in time_per_rank]
 
 
 def table(
     plan: StagePlan,
     shape: ModelShape,
-    costs: Costs,
+    seconds: Seconds,
     ranks: int,
     num_microbatches: int,
     micro_batch_size: int,
     bytes_per_value: int,
 ) -> str:
     """What the planner prints: a line a stage, as text."""
-    seconds = [costs.stage(plan.stage(g), plan.border) for g in range(plan.count)]
-    idle = bubbles(seconds, ranks, num_microbatches)
+    parts = plan.parts()
+    times = [stage_seconds(held, seconds) for held in parts]
+    idle = bubbles(times, ranks, num_microbatches)
     kv_width = 2 * shape.num_query_groups * shape.kv_channels
     tokens = micro_batch_size * shape.seq_length
 
@@ -125,12 +127,12 @@ def table(
     ]
     for g in range(plan.count):
         stage = plan.stage(g)
-        n_self, n_cross = stage.split(plan.border)
-        parts = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
-        also = " ".join(name for name, held in parts.items() if held)
+        n_self, n_cross = stage.split(plan.split_layer)
+        held = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
+        also = " ".join(name for name, here in held.items() if here)
         lines.append(
             f"{g:>5} {g % ranks:>4} {n_self:>4} {n_cross:>5} {also:<14} "
-            f"{stage_parameters(stage, plan.border, shape):>13,} {stage_gflop(stage, plan.border, shape):>11.3g} "
-            f"{seconds[g] / max(seconds):>5.0%} {megabytes(g):>8.2f} {megabytes(g + 1):>8.2f} {idle[g % ranks]:>6.1%}"
+            f"{stage_parameters(parts[g], shape):>13,} {stage_gflop(parts[g], shape):>11.3g} "
+            f"{times[g] / max(times):>5.0%} {megabytes(g):>8.2f} {megabytes(g + 1):>8.2f} {idle[g % ranks]:>6.1%}"
         )
     return "\n".join(lines)

@@ -1,16 +1,16 @@
 """Which layers each pipeline stage holds, and where the shared K,V are.
 
 Stages are counted in the order that a micro-batch visits them: stage g is model chunk g // P of pipeline rank g % P.
-Cuts are free: uneven, empty at the ends, the border between self- and cross-decoder anywhere.
+Stages may be uneven, and empty at the ends, the split between self- and cross-decoder anywhere.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.utils.errors import require
 
 
@@ -30,18 +30,29 @@ class Stage:
     kv_in: bool = False
     kv_out: bool = False
 
-    def split(self, border: int) -> tuple[int, int]:
-        """(self-decoder layers, cross-decoder layers) held here; layer `border` is the first of the cross-decoder."""
-        n_self = max(0, min(self.last, border) - self.first)
+    def split(self, split_layer: int) -> tuple[int, int]:
+        """(self-decoder layers, cross-decoder layers) held here; `split_layer` is the first of the cross-decoder."""
+        n_self = max(0, min(self.last, split_layer) - self.first)
         return n_self, self.last - self.first - n_self
+
+    def parts(self, split_layer: int) -> dict[str, int]:
+        """How many of each part of the model it holds, as `costs.stage_time` counts them."""
+        n_self, n_cross = self.split(split_layer)
+        return {
+            "embedding": int(self.pre_process),
+            "self_decoder": n_self,
+            "shared_kv": int(self.makes_kv),
+            "cross_decoder": n_cross,
+            "output_layer": int(self.post_process),
+        }
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `border` is the first cross-decoder layer."""
+    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer."""
 
     cuts: tuple[int, ...]
-    border: int
+    split_layer: int
 
     @property
     def count(self) -> int:
@@ -56,7 +67,7 @@ class StagePlan:
     @property
     def producer(self) -> int:
         """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
-        return next(g for g in range(self.count) if self.cuts[g + 1] >= self.border)
+        return next(g for g in range(self.count) if self.cuts[g + 1] >= self.split_layer)
 
     def kv_arrives(self, g: int) -> bool:
         """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
@@ -74,9 +85,13 @@ class StagePlan:
             kv_out=self.kv_arrives(g + 1),
         )
 
+    def parts(self) -> list[dict[str, int]]:
+        """Of each stage, see `Stage.parts`."""
+        return [self.stage(g).parts(self.split_layer) for g in range(self.count)]
+
     @staticmethod
-    def from_config(config: YOCOConfig) -> "StagePlan":
-        """The plan that `--pipeline-model-parallel-layout` (written by hand or by the planner) says; else one stage."""
+    def from_config(config: Any) -> "StagePlan":
+        """The plan in a YOCOConfig's layout (--pipeline-model-parallel-layout, or the planner's); else one stage."""
         layout = config.pipeline_model_parallel_layout
         if layout is None:
             require(

@@ -1,0 +1,87 @@
+"""Gated retention (paper section 3): the recurrence S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t.
+
+d hidden, H heads of width D. Retention has no single natural count of FLOPs. The recurrence needs 4 D^2 a head but
+leaves matrix units idle; chunks of C tokens put them to work for 4 C D more: q k^T and its product with v cost 2 C D
+each, k^T v into the state and q times the state 2 D^2 each. C = 64 is fixed here, so that neither
+--retention-chunk-size nor a kernel's tiling changes the MFU of a run, and the C x C products count in full, as usual
+for linear attention (their lower triangle alone would take 0.08% off a step of the 3B model at 4K tokens).
+"""
+
+from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
+from yoco_megatron.utils.errors import require
+
+RETENTION_CHUNK = 64
+
+
+def check(sizes: Sizes) -> None:
+    """Raises ValueError for grouped keys and values, which retention does not have."""
+    require(
+        sizes.self_decoder_query_groups == sizes.self_decoder_heads,
+        "--self-decoder-query-groups is for --self-decoder sliding_window: retention has no shared K,V heads",
+    )
+
+
+def matmul_parameters(sizes: Sizes) -> int:
+    """q, k, v, gate and output, d^2 each, and one decay logit a head."""
+    return 5 * sizes.hidden_size**2 + sizes.hidden_size * sizes.self_decoder_heads
+
+
+def mixing_flops(sizes: Sizes) -> float:
+    """H (4 C D + 4 D^2), see the module."""
+    D = sizes.self_decoder_head_dim
+    return sizes.self_decoder_heads * (4 * RETENTION_CHUNK * D + 4 * D * D)
+
+
+def flop_rate(backend: str) -> float:
+    """Measured with the 3B in training on one H200, bf16 (docs/performance.md)."""
+    return 12e12 if backend == "torch" else 100e12
+
+
+def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:
+    """States and decays of every other rank's two chunks forward, states alone backward, all in fp32."""
+    state = (ranks - 1) * 2 * sequences * sizes.self_decoder_heads * 4
+    return state * (forward_passes * (sizes.self_decoder_head_dim**2 + 1) + sizes.self_decoder_head_dim**2)
+
+
+def tensors(sizes: Sizes) -> dict[str, Shape]:
+    """q, k, v, gate, output; the decay's logits."""
+    h = sizes.hidden_size
+    square = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
+    return square | {"decay_proj": (sizes.self_decoder_heads, h)}
+
+
+def fused(sizes: Sizes) -> list[FusedMatrix]:
+    """Four matrices in one, by head; the decay by itself."""
+    qkvg = ("q_proj", "k_proj", "v_proj", "g_proj")
+    return [
+        FusedMatrix("linear_qkvg", qkvg, sizes.self_decoder_heads, (1, 1, 1, 1)),
+        FusedMatrix("linear_decay", ("decay_proj",)),
+    ]
+
+
+def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
+    """One D x D state a head, in fp32."""
+    return sizes.hidden_size * sizes.self_decoder_head_dim * 4
+
+
+GATED_RETENTION = Mixer(
+    name="gated_retention",
+    check=check,
+    layer_spec="yoco_megatron.model.self_decoder.gated_retention:layer_spec",
+    init_law="yoco_megatron.model.self_decoder.gated_retention:init_law",
+    init_name="retention",
+    matmul_parameters=matmul_parameters,
+    mixing_flops=mixing_flops,
+    flop_rate=flop_rate,
+    recomputed_values=lambda sizes: sizes.hidden_size,  # the normalised and gated output
+    received_bytes=received_bytes,
+    tensors=tensors,
+    fused=fused,
+    fused_norm=None,
+    hf_module="yoco_megatron.hf.modeling_yoco:YocoGatedRetention",
+    hf_layer_type="linear_attention",
+    fla_type="gated_retention",
+    cache_bytes=cache_bytes,
+    cache="recurrent state",
+    description=lambda sizes: "gated retention",
+)

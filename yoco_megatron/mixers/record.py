@@ -1,0 +1,119 @@
+"""`Mixer`: what the rest of the system must know of a self-decoder mixer, in one record.
+
+Every field must be given. None says that a part is not built; whoever asks for that part then gets one error.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, Protocol
+
+Shape = tuple[int, ...]
+
+
+class Sizes(Protocol):
+    """What a record reads of a model: `costs.shape.ModelShape` has these, for example."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def self_decoder_heads(self) -> int: ...
+    @property
+    def self_decoder_query_groups(self) -> int: ...
+    @property
+    def self_decoder_head_dim(self) -> int: ...
+    @property
+    def self_decoder_window(self) -> int: ...
+    @property
+    def seq_length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class FusedMatrix:
+    """A matrix of the training checkpoint and the exported ones that it is made of.
+
+    Rows come in `groups` groups; each holds `parts[i]` heads of `names[i]`, so that tensor parallelism cuts between
+    groups.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    groups: int = 1
+    parts: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """One mixer. Paths are "module:attribute", resolved when they are needed, so that a record loads no torch."""
+
+    name: str
+    """Value of --self-decoder."""
+
+    check: Callable[[Sizes], None]
+    """Rules of its own sizes: raises ValueError that names the flag."""
+
+    # The model.
+    layer_spec: str
+    """Path of `spec(backend: BackendSpecProvider) -> ModuleSpec` of a whole layer. The mixer is called with
+    (hidden_states [s, b, h], rotary_pos_emb=angles, packed_seq_params=SequenceShard)."""
+    init_law: str
+    """Path of `law(name, shape) -> model.init.Law | None` of a parameter by its name inside the mixer and its whole
+    shape [out, in]; None: the law of every other matrix."""
+    init_name: str
+    """What initialisation calls the mixer in a parameter's global name, from which its random numbers come."""
+
+    # Costs of one layer; projections are counted apart from what mixes tokens.
+    matmul_parameters: Callable[[Sizes], int]
+    """Weights of its projections."""
+    mixing_flops: Callable[[Sizes], float]
+    """Forward FLOPs a token beside the projections, averaged over a sequence."""
+    flop_rate: Callable[[str], float]
+    """FLOP/s at which mixing runs in training, by --retention-backend; for the pipeline planner, which needs ratios."""
+    recomputed_values: Callable[[Sizes], int]
+    """Values a token that --recompute-elementwise does not store."""
+    received_bytes: Callable[[Sizes, int, int, int, int], float]
+    """Context parallelism: (sizes, ranks, sequences, bytes a value, forward passes) -> bytes that a rank receives for a
+    micro-batch, backward included, on average over the ranks."""
+
+    # Conversion and generation.
+    tensors: Callable[[Sizes], dict[str, Shape]]
+    """Exported matrices by their names inside the mixer, in the order of the forward pass, [out, in] each."""
+    fused: Callable[[Sizes], list[FusedMatrix]]
+    """The same in a training checkpoint, without the output projection `linear_proj` (`o_proj`)."""
+    fused_norm: str | None
+    """The projection that the layer's norm is fused into in a training checkpoint; None: the norm stands apart."""
+    hf_module: str
+    """Path of the exported model's module, which hf/ keeps in a table of its own."""
+    hf_layer_type: str
+    """What transformers calls the layer, which decides its cache and its attention mask."""
+    fla_type: str | None
+    """`self_decoder_attn.type` in flash-linear-attention; None: there it does not exist."""
+    cache_bytes: Callable[[Sizes, int], int]
+    """(sizes, bytes a value) -> bytes of a sequence's cache in one layer, whatever the sequence's length."""
+    cache: str
+    """What that cache is, in words."""
+    description: Callable[[Sizes], str]
+    """What it is, in words."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.name not in ("fused_norm", "fla_type"):
+                object.__setattr__(self, field.name, _not_built(self.name, field.name))
+
+    def load(self, field: str) -> Any:
+        """What the path in `field` names. Raises ValueError where the record has none."""
+        path = getattr(self, field)
+        if not isinstance(path, str):
+            path()
+        module, _, attribute = path.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def _not_built(mixer: str, field: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any) -> NoReturn:
+        raise ValueError(
+            f"--self-decoder {mixer} has no {field}: this part is not built for it (its record, yoco_megatron/mixers); "
+            "use another --self-decoder, or add it"
+        )
+
+    return refuse

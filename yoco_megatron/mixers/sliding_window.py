@@ -1,0 +1,71 @@
+"""Sliding-window attention (paper section 2.1): each query attends to the last W keys of its document.
+
+d hidden, H query heads and G K,V heads of width D.
+"""
+
+from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
+
+
+def mean_visible_keys(seq_length: int, window: int | None = None) -> float:
+    """Keys that a causal query attends to, itself included, averaged over a sequence; at most `window` of them."""
+    full = min(seq_length, window or seq_length)
+    return (full * (full + 1) / 2 + (seq_length - full) * full) / seq_length
+
+
+def matmul_parameters(sizes: Sizes) -> int:
+    """Queries and output, d^2 each; keys and values, d G D each."""
+    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
+    return 2 * sizes.hidden_size**2 + 2 * sizes.hidden_size * kv
+
+
+def mixing_flops(sizes: Sizes) -> float:
+    """4 d mean_i min(i + 1, W): exact, the short start included."""
+    return 4 * sizes.hidden_size * mean_visible_keys(sizes.seq_length, sizes.self_decoder_window)
+
+
+def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:
+    """The W - 1 keys and values before each of two chunks forward, their gradients backward (W - 1 <= s / 2 ranks)."""
+    row = sequences * 2 * sizes.self_decoder_query_groups * sizes.self_decoder_head_dim * bytes_per_value
+    return 2 * (ranks - 1) / ranks * (sizes.self_decoder_window - 1) * row * (forward_passes + 1)
+
+
+def tensors(sizes: Sizes) -> dict[str, Shape]:
+    """q, k, v, output."""
+    h, kv = sizes.hidden_size, sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
+    return {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)}
+
+
+def fused(sizes: Sizes) -> list[FusedMatrix]:
+    """Three matrices in one: a group is a K,V head with its queries, as in Megatron's SelfAttention."""
+    groups = sizes.self_decoder_query_groups
+    qkv = ("q_proj", "k_proj", "v_proj")
+    return [FusedMatrix("linear_qkv", qkv, groups, (sizes.self_decoder_heads // groups, 1, 1))]
+
+
+def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
+    """Keys and values of W - 1 tokens."""
+    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
+    return (sizes.self_decoder_window - 1) * 2 * kv * bytes_per_value
+
+
+SLIDING_WINDOW = Mixer(
+    name="sliding_window",
+    check=lambda sizes: None,
+    layer_spec="yoco_megatron.model.self_decoder.sliding_window:layer_spec",
+    init_law="yoco_megatron.model.init:default_law",
+    init_name="self_attention",
+    matmul_parameters=matmul_parameters,
+    mixing_flops=mixing_flops,
+    flop_rate=lambda backend: 400e12,  # as cross attention at 4096 tokens; not measured alone
+    recomputed_values=lambda sizes: 0,
+    received_bytes=received_bytes,
+    tensors=tensors,
+    fused=fused,
+    fused_norm="linear_qkv",
+    hf_module="yoco_megatron.hf.modeling_yoco:YocoSlidingAttention",
+    hf_layer_type="sliding_attention",
+    fla_type=None,
+    cache_bytes=cache_bytes,
+    cache="windows",
+    description=lambda sizes: f"sliding window of {sizes.self_decoder_window}",
+)
