@@ -1,11 +1,13 @@
 """A checkpoint that carries code is refused, and the code does not run; honest ones load (tests/test_resume.py too)."""
 
+import dataclasses
 import importlib
 import io
 import os
 import pickle
 import sys
 import types
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,9 +17,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.safe_globals import safe_load_from_bytes
-from torch.distributed.checkpoint import default_planner, filesystem
+from torch.distributed.checkpoint import filesystem
 
+from yoco_megatron import runtime
 from yoco_megatron.checkpoint import safe_unpickling
+from yoco_megatron.checkpoint.common_state import common_state
+from yoco_megatron.upstream import registry
 
 
 class Evil:
@@ -28,13 +33,6 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "pickle", filesystem.pickle)
-    monkeypatch.setattr(default_planner.DefaultLoadPlanner, "load_bytes", default_planner.DefaultLoadPlanner.load_bytes)
-    safe_unpickling.install()
 
 
 def state() -> dict:
@@ -51,6 +49,13 @@ def test_honest_checkpoint_loads(tmp_path: Path) -> None:
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(loaded["weight"], state()["weight"])
     assert loaded["step"] == 7
+
+
+def test_without_the_unpicklers_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process that has not called startup.prepare."""
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+    with pytest.raises(RuntimeError, match=r"startup\.prepare"):
+        common_state(tmp_path)
 
 
 def test_code_in_metadata_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,11 +178,14 @@ def test_transformer_engine_unpickles_with_restraint(
         parent, _, child = f"{package}.{name}".rstrip(".").rpartition(".")
         module = types.ModuleType(f"{parent}.{child}")
         monkeypatch.setitem(sys.modules, module.__name__, module)
+        module.pickle, module.unsafe_pickle_extra_state_enabled = pickle, lambda: False
         if name:
             setattr(sys.modules[parent], child, module)
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
-    monkeypatch.setattr(safe_unpickling.runtime, "has_transformer_engine", lambda: True)
-    safe_unpickling.install()
+    monkeypatch.setattr(runtime, "has_transformer_engine", lambda: True)
+    for entry in registry.replacements:
+        if entry.module.startswith(package) and entry.when(Namespace()):
+            dataclasses.replace(entry, is_installed=False).install()
     for name in ("module.base", "ops.op"):
         loads = sys.modules[f"{package}.{name}"].pickle.loads
         assert loads(pickle.dumps({"num_gemms": 1})) == {"num_gemms": 1}

@@ -1,5 +1,6 @@
 """One call of Megatron's schedule on a small YOCO, at any mesh and cuts, for comparison with one process."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
@@ -7,11 +8,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.training import training
 
 from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config
+from yoco_megatron import upstream
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.pipeline.stages import StagePlan
-from yoco_megatron.upstream.training_loop import get_forward_backward_func
 
 MICRO_BATCH = 2
 
@@ -84,7 +86,8 @@ def pipeline_step(
     tokens, labels = batch(MICRO_BATCH * num_microbatches)
     ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else [None] * num_microbatches
     data = list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids))
-    outputs = get_forward_backward_func()(
+    upstream.install(Namespace(run_folder=None), only={"get_forward_backward_func"})
+    outputs = training.get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(data) for _ in models] if chunks > 1 else iter(data),
         model=models if chunks > 1 else models[0],

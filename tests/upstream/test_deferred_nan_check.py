@@ -1,4 +1,4 @@
-"""Results are validated at the end of a step as Megatron validates them at once."""
+"""Results that are checked at the end of a step are checked as Megatron does at once."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from megatron.core.rerun_state_machine import (
     initialize_rerun_state_machine,
 )
 
-from yoco_megatron.upstream.deferred_nan_check import validation_at_the_end
+from yoco_megatron.upstream.deferred_nan_check import deferred_result_checks
 
 pytestmark = pytest.mark.usefixtures("one_process")
 RULES = dict(rejection_func=torch.isnan, message="found NaN", tolerance=0.0, fatal=True)
@@ -33,7 +33,7 @@ def steps(machine: RerunStateMachine, results: list[list[float]], reruns: list[l
     for number, step in enumerate(results):
         again = iter(reruns or [])
         while machine.should_run_forward_backward(data):
-            with validation_at_the_end():
+            with deferred_result_checks():
                 for result in step:
                     tensor = torch.tensor(result)
                     machine.validate_result(result=tensor, **RULES)
@@ -61,7 +61,7 @@ def test_results_wait_until_the_end(machine: RerunStateMachine) -> None:
     rules = RULES | dict(rejection_func=lambda result: seen.append(result.item()))
     machine.first_iteration_complete = True
     assert machine.should_run_forward_backward(RerunDataIterator(iter([1])))
-    with validation_at_the_end():
+    with deferred_result_checks():
         for value in (1.5, 2.5):
             result = torch.tensor(value)
             machine.validate_result(result=result, **rules)
@@ -71,7 +71,7 @@ def test_results_wait_until_the_end(machine: RerunStateMachine) -> None:
 
 
 def test_an_exception_is_not_hidden_by_the_checks(machine: RerunStateMachine) -> None:
-    @validation_at_the_end()
+    @deferred_result_checks()
     def fail() -> None:
         machine.validate_result(result=torch.tensor(math.nan), **RULES)
         raise ZeroDivisionError

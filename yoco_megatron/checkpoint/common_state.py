@@ -1,4 +1,4 @@
-"""What all ranks of a run had in common when a checkpoint was saved: arguments, schedule, the optimizer's groups."""
+"""The unsharded state of a checkpoint: arguments, scheduler, optimizer groups."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ def common_state(checkpoint: Path) -> dict[str, Any]:
 
     Keys, among others: `iteration`; `args`, Megatron's; `opt_param_scheduler` and `optimizer`, unless saved without.
     """
-    safe_unpickling.install()
+    safe_unpickling.check_installed()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")  # a process reads it for itself
         return dist_checkpointing.load_common_state_dict(checkpoint)
 
 
 def param_groups(optimizer: Any) -> Iterator[dict[str, Any]]:
-    """All groups in the `optimizer` of a common state, however deep Megatron's wrappers lay them."""
+    """All groups in the `optimizer` of a common state, however deeply Megatron's wrappers nest them."""
     if isinstance(optimizer, dict):
         for name, value in optimizer.items():
             yield from value if name == "param_groups" else param_groups(value)

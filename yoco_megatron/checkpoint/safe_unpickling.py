@@ -1,27 +1,21 @@
-"""Loading a checkpoint runs no code from it.
+"""Restricted unpicklers: loading a checkpoint runs no code from it. `upstream/safe_loading.py` installs them.
 
 torch.distributed.checkpoint unpickles two things without restraint: the file `.metadata`
 (torch/distributed/checkpoint/filesystem.py:read_metadata) and every entry that is no tensor
 (torch/distributed/checkpoint/default_planner.py:load_bytes). Here the first may only name the classes that such a file
-is made of, and the second is loaded with `weights_only=True`, whose list of harmless classes Megatron has extended.
+is made of; the second is loaded with `weights_only=True`, whose list of harmless classes Megatron has extended.
 
-Transformer Engine keeps the scales of FP8's delayed scaling in a pickle of its own, inside of a tensor of bytes, and
-refuses to load it unless an environment variable lets everything in. Here it is loaded, and may only name what such a
-state is made of.
+Transformer Engine stores the scales of FP8's delayed scaling as a pickle inside a tensor of bytes, and refuses to load
+it unless an environment variable lets everything in. Here it is loaded, and may only name what such a state is made of.
 """
 
 import io
 import logging
 import pickle
-import sys
-import types
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import default_planner, filesystem
-from torch.distributed.checkpoint.planner import ReadItem
-
-from yoco_megatron import runtime
+from torch.distributed.checkpoint import filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -88,31 +82,14 @@ def load_fp8_state(content: bytes) -> Any:
     return FP8StateUnpickler(io.BytesIO(content)).load()
 
 
-def _load_metadata(file: IO[bytes]) -> Any:
+def load_metadata(file: IO[bytes]) -> Any:
+    """In place of `pickle.load` for a checkpoint's `.metadata`."""
     return MetadataUnpickler(file).load()
 
 
-def _load_bytes(self: default_planner.DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-    loaded = torch.load(value, weights_only=True)
-    name = read_item.dest_index.fqn
-    if self.flatten_state_dict:
-        default_planner.set_element(self.original_state_dict, self.mappings[name], loaded)
-    else:
-        self.state_dict[name] = loaded
-
-
-def install() -> None:
-    """Apply all this to torch.distributed.checkpoint and Transformer Engine, for this process."""
-    filesystem.pickle = types.SimpleNamespace(**vars(pickle) | {"load": _load_metadata})
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes
-    from megatron.core.rerun_state_machine import Call, Caller
-
-    torch.serialization.add_safe_globals([Call, Caller])  # in a checkpoint that asks to run a step again elsewhere
-    if runtime.has_transformer_engine():
-        from transformer_engine.pytorch.module import base
-        from transformer_engine.pytorch.ops import op
-
-        # All that unpickles there. One question answers for both, so both are restrained before it is.
-        base.pickle = op.pickle = types.SimpleNamespace(**vars(pickle) | {"loads": load_fp8_state})
-        if asks := sys.modules.get("transformer_engine.pytorch._extra_state"):  # older versions load without asking
-            asks.unsafe_pickle_extra_state_enabled = lambda: True
+def check_installed() -> None:
+    """RuntimeError where loading a checkpoint could run code from it: call before anything loads one."""
+    if filesystem.pickle.load is not load_metadata:
+        raise RuntimeError(
+            "checkpoints are not loaded safely in this process: call yoco_megatron.startup.prepare first"
+        )

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from functools import partial
-from unittest import mock
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -72,7 +71,8 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
         ValueError: no --data-cache-path, no tokenizer, or no data to index.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training import training
+    from megatron.training.global_vars import set_args
+    from megatron.training.training import get_train_valid_test_num_samples
 
     if args.data_cache_path is None:
         raise ValueError("--data-cache-path is missing: name the folder, the same as in training")
@@ -87,8 +87,11 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
     args.split = args.split or (DEFAULT_SPLIT if args.data_path is not None else None)
     args.train_iters = args.train_iters or train_samples(args) // args.global_batch_size
     args.eval_global_batch_size = args.eval_global_batch_size or args.global_batch_size
-    with mock.patch.object(training, "get_args", return_value=args):
-        sizes = training.get_train_valid_test_num_samples()
+    set_args(args)
+    try:
+        sizes = get_train_valid_test_num_samples()
+    finally:
+        set_args(None)
     config = dataset_config(args, build_tokenizer(args))
     datasets = BlendedMegatronDatasetBuilder(dataset_kind(args), sizes, lambda: True, config).build()
     return {name: len(part) for name, part in zip(("train", "valid", "test"), datasets) if part is not None}

@@ -1,11 +1,11 @@
-"""The divergence guard: a step whose gradient is not finite, or far larger than usual, does not change the weights.
+"""The divergence guard: steps whose gradient norm is not finite, or far above the usual, do not change the weights.
 
 Megatron brings the norm of the whole gradient to the host in each step anyway, to clip by it, and then can skip the
 update when the norm is above a number (`grad_norm_skip_threshold`). The guard supplies that number: k standard
-deviations above the mean of the recent good norms. So all processes decide alike and nothing is synchronised for it.
+deviations above the mean of the recent good norms. All ranks decide alike, and it needs no synchronisation.
 
-After several bad steps in a row skipping does not help. Then the run goes back to the checkpoint before them and leaves
-out all batches from there to the last bad one, as PaLM was trained (arXiv 2204.02311, section 5.1).
+After several bad steps in a row, skipping does not help: the run rolls back to the last checkpoint and skips all
+batches from there to the last bad one, as PaLM was trained (arXiv 2204.02311, section 5.1).
 """
 
 import math
@@ -14,16 +14,17 @@ import sys
 from collections import deque
 from typing import Any
 
-MINIMUM = 16  # good norms before the mean means something; until then only what is not finite is skipped
-RELATIVE_FLOOR = 0.05  # norms that hardly vary would make everything an outlier
+MINIMUM = 16  # good norms before the statistics are used; until then only non-finite norms are skipped
+# Least deviation, as a share of the mean: with norms that hardly vary everything would be an outlier.
+RELATIVE_FLOOR = 0.05
 
 
 class Guard:
-    """Norms of good steps, and the number above which the next is bad.
+    """Norms of recent good steps, and the threshold that follows from them.
 
     Args:
-        sigmas: k above.
-        window: good steps that are remembered.
+        sigmas: standard deviations above the mean.
+        window: good steps in the statistics.
         patience: bad steps in a row after which to roll back.
     """
 
@@ -33,14 +34,14 @@ class Guard:
         self.bad_in_a_row = 0
 
     def threshold(self) -> float:
-        """The largest good norm; always finite, so that an infinite norm is above it."""
+        """Gradient norm above which a step is skipped; finite, so that infinity is above it."""
         if len(self.norms) < min(MINIMUM, self.norms.maxlen or MINIMUM):
             return sys.float_info.max
         mean = statistics.fmean(self.norms)
         return mean + self.sigmas * max(statistics.pstdev(self.norms, mean), RELATIVE_FLOOR * mean)
 
     def observe(self, norm: float) -> bool:
-        """Take note of a step's norm; whether it was bad."""
+        """Record the norm of a step; returns whether the step was bad."""
         bad = not math.isfinite(norm) or norm > self.threshold()
         if bad:
             self.bad_in_a_row += 1
@@ -51,26 +52,14 @@ class Guard:
 
     @property
     def diverged(self) -> bool:
+        """True after `patience` bad steps in a row."""
         return self.bad_in_a_row >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to decide as the undisturbed one would."""
+        """State with which a resumed run decides as the undisturbed one would; JSON."""
         return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.norms.extend(state["norms"])
         self.bad_in_a_row = state["bad_in_a_row"]
-
-
-def prepare(optimizer: Any, threshold: float) -> None:
-    """Have Megatron's `ChainedOptimizer` skip the next update if the norm is above `threshold` or not a number."""
-    for one in optimizer.chained_optimizers:
-        one.config.grad_norm_skip_threshold = threshold
-    if "get_grad_norm" not in vars(optimizer):
-        get_grad_norm = optimizer.get_grad_norm
-
-        def not_nan() -> float:
-            norm = get_grad_norm()
-            return math.inf if math.isnan(norm) else norm  # no comparison with NaN is true
-
-        optimizer.get_grad_norm = not_nan

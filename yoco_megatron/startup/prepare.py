@@ -18,6 +18,6 @@ def prepare() -> None:
         from yoco_megatron.runtime import cpu
 
         cpu.install()
-    from yoco_megatron.upstream import core_fixes
+    from yoco_megatron import upstream
 
-    core_fixes.repair()
+    upstream.repair()

@@ -1,1 +1,28 @@
-"""Every change of Megatron, torch and Transformer Engine."""
+"""Every change of Megatron, torch and Transformer Engine, in one list: see `registry`."""
+
+from argparse import Namespace
+from collections.abc import Collection
+
+from yoco_megatron.upstream import registry
+
+
+def repair() -> None:
+    """Install what every process needs, tools and checkpoint writers too. May be the first to import megatron."""
+    from yoco_megatron.upstream import core_fixes, safe_loading  # noqa: F401 (an import enters a file's entries)
+
+    registry.install(True, Namespace())
+    safe_loading.allow_rerun_states()
+
+
+def install(args: Namespace, only: Collection[str] | None = None) -> None:
+    """Install, in the order of the list, everything that a training run replaces, for this process.
+
+    Args:
+        args: Megatron's validated arguments; some entries are for some runs only.
+        only: upstream names (`train_step`, `Class.method`): leave out all other entries. For baselines.
+    """
+    from yoco_megatron.upstream import resilience_hooks, training_loop  # noqa: F401
+
+    registry.install(False, args, only)
+    if only is None:
+        training_loop.prefer_cudnn_norms(args)

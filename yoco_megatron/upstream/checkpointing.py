@@ -1,8 +1,4 @@
-"""Hooks of checkpoint safety into Megatron's saving and loading.
-
-megatron/training/checkpointing.py calls dist_checkpointing.save       -> the manifest, before "successfully saved"
-megatron/training/training.py calls save_checkpoint, load_checkpoint   -> one save at a time, retention; fall-back
-"""
+"""Checkpoint safety in Megatron's saving and loading: a manifest, one save at a time, pruning, fall-back."""
 
 import contextlib
 import errno
@@ -17,16 +13,13 @@ from unittest import mock
 
 import torch.distributed as dist
 from megatron.core.rerun_state_machine import RerunStateMachine
-from megatron.training import async_utils, checkpointing, get_args, training
+from megatron.training import async_utils, get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yoco_megatron.checkpoint import integrity, pruning
 from yoco_megatron.checkpoint import layout as checkpoints
-from yoco_megatron.upstream import resumed_learning_rates
-
-_save_sharded = checkpointing.dist_checkpointing.save
-_save_checkpoint = training.save_checkpoint
-_load_checkpoint = training.load_checkpoint
+from yoco_megatron.upstream.registry import leans_on, replaces
+from yoco_megatron.upstream.resumed_learning_rates import checkpoint_rates_while_loading
 
 extra_files: dict[str, Callable[[], str]] = {}
 """Name of a small file that each checkpoint shall hold -> its text, asked for when the save begins."""
@@ -34,48 +27,35 @@ after_load: list[Callable[[Path], None]] = []
 """Called on every process with the folder of the checkpoint that was loaded."""
 
 
-def install() -> None:
-    """Make every torch_dist checkpoint of this process's run sealed when saved and checked when loaded."""
-    checkpointing.dist_checkpointing = _WithSeal(checkpointing.dist_checkpointing)
-    training.save_checkpoint = save_checkpoint
-    training.load_checkpoint = load_checkpoint
-
-
-class _WithSeal:
-    """The module `megatron.core.dist_checkpointing` with another `save`."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    save = staticmethod(lambda *args, **kwargs: save_sharded(*args, **kwargs))
-
-
-@functools.wraps(_save_sharded)
+@replaces(
+    "megatron.core.dist_checkpointing",
+    "save",
+    digest="40136f3a30285954",
+    why="the manifest must come after metadata.json, and before megatron/training/checkpointing.py prints that the "
+    "checkpoint is saved",
+)
 def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
     """Megatron's save, which ends, now or when the background writers are done, with our manifest.
 
     Raises:
-        OSError: there is no room for it, on every process, before anything is written where that can be told.
+        OSError: there is no room for it, on every process, before anything is written if that is known.
     """
     path = Path(checkpoint_dir)
 
     def make_room() -> None:
-        # Written over a checkpoint that was passed over: it is none until this save has ended.
+        # A damaged checkpoint of this iteration may be here: it is not one again until this save has ended.
         for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST, checkpoints.ANSWERED):
             (path / marker).unlink(missing_ok=True)
         _check_room(path)
 
-    integrity.agree(make_room)
+    integrity.run_on_rank0(make_room)
     extras = {name: text() for name, text in extra_files.items()}
-    request = _told_apart(_save_sharded, path)(state_dict, checkpoint_dir, *args, **kwargs)
+    request = _raise_storage_errors(save_sharded.original, path)(state_dict, checkpoint_dir, *args, **kwargs)
     if request is None:
-        integrity.seal(path, extras)
+        integrity.write_manifest(path, extras)
     else:
-        request.finalize_fns[:] = [_told_apart(finish, path) for finish in request.finalize_fns]
-        request.finalize_fns.append(lambda: integrity.seal(path, extras))
+        request.finalize_fns[:] = [_raise_storage_errors(finish, path) for finish in request.finalize_fns]
+        request.finalize_fns.append(lambda: integrity.write_manifest(path, extras))
     return request
 
 
@@ -90,8 +70,8 @@ def _check_room(path: Path) -> None:
         raise OSError(errno.ENOSPC, message, str(path))
 
 
-def _told_apart(writing: Callable, path: Path) -> Callable:
-    """`writing`, whose failure is raised as what the file system itself says: the writers hide their cause."""
+def _raise_storage_errors(writing: Callable, path: Path) -> Callable:
+    """`writing`, which raises the file system's error where there is one: Megatron's writers hide it."""
 
     @functools.wraps(writing)
     def write(*args: Any, **kwargs: Any) -> Any:
@@ -111,18 +91,38 @@ def _told_apart(writing: Callable, path: Path) -> Callable:
     return write
 
 
-@functools.wraps(_save_checkpoint)
+@replaces(
+    "megatron.training.training",
+    "save_checkpoint",
+    digest="3b85f44e9cfa552d",
+    calls=3,  # two of them convert formats
+    why="a save must wait for the asynchronous one before it, so that host memory holds one copy; old ones are pruned",
+)
 def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-    """Megatron's; waits for the asynchronous save before, so that host memory holds one copy; then retention."""
     options = get_args()
     if options.async_save and not async_utils.is_empty_async_queue():
         async_utils.maybe_finalize_async_save(blocking=True)
-    _save_checkpoint(*args, **kwargs)
+    save_checkpoint.original(*args, **kwargs)
     if dist.get_rank() == 0 and options.keep_checkpoints:
         pruning.remove_surplus(options.save, options.keep_checkpoints, options.keep_every)
 
 
-@functools.wraps(_load_checkpoint)
+leans_on(
+    "megatron.core.rerun_state_machine",
+    "RerunStateMachine.validate_state_dict",
+    digest="341641d6197fa2ea",
+    used_by="upstream/checkpointing.py",
+    why="load_checkpoint replaces it for one call: False has the saved state ignored",
+)
+
+
+@replaces(
+    "megatron.training.training",
+    "load_checkpoint",
+    digest="6c056c1e1d1e3fa4",
+    calls=3,
+    why="it loads the newest checkpoint, whole or not; and with --verify-integrity it reads every file on one process",
+)
 def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = "load", **kwargs: Any) -> Any:
     """Megatron's, from the newest checkpoint that is whole.
 
@@ -136,12 +136,12 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
         patches.enter_context(mock.patch.object(options, "verify_integrity", False))  # done, and in parallel
         if iteration is not None:
             folder = checkpoints.path_of(Path(source), iteration)
-            patches.enter_context(resumed_learning_rates.taken_from(folder, options, optimizer, scheduler))
+            patches.enter_context(checkpoint_rates_while_loading(folder, options, optimizer, scheduler))
             if (folder / checkpoints.ANSWERED).exists():
-                # Megatron would run the step again, and end with the same code, in every attempt.
+                # Megatron would rerun the step, and end with the same code, in every attempt.
                 patches.enter_context(mock.patch.object(RerunStateMachine, "validate_state_dict", return_value=False))
         try:
-            result = _load_checkpoint(model, optimizer, scheduler, load_arg, **kwargs)
+            result = load_checkpoint.original(model, optimizer, scheduler, load_arg, **kwargs)
         except CheckpointException as error:  # no Exception, so nobody would note it
             raise RuntimeError(f"checkpoint {source} could not be loaded: {error}") from error
     if iteration is not None:
@@ -153,7 +153,7 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
 def _choose(options: Namespace, source: str) -> int | None:
     if not options.ckpt_step:
         return integrity.newest_good(source)
-    wrong = integrity.fault(checkpoints.path_of(Path(source), options.ckpt_step))
+    wrong = integrity.find_corruption(checkpoints.path_of(Path(source), options.ckpt_step))
     if wrong:
         raise ValueError(f"--ckpt-step {options.ckpt_step} of --load {source} is not whole: {wrong}; name another one")
     return options.ckpt_step

@@ -1,9 +1,9 @@
-"""Megatron's checks for NaN and Inf, asked of the GPU once a step.
+"""Batches Megatron's NaN/Inf checks into one device-to-host copy per step.
 
-Megatron asks twice for every bucket of gradients, where these are reduced while backward runs, and twice for every
-micro-batch's loss. Each time the processor waits for the GPU, which then waits for new work. Here the results are kept
-where they are, and all are checked together when the step's backward has ended, before the optimizer, by the same
-rules, in the same order, with the same messages.
+Megatron checks every bucket of gradients twice (where these are reduced while backward runs), and every micro-batch's
+loss twice. Each time the host waits for the GPU, which then waits for new work. Here the results stay on the GPU, and
+all are checked together when the step's backward has ended, before the optimizer, by the same rules, in the same order,
+with the same messages.
 """
 
 from collections.abc import Iterator
@@ -14,34 +14,44 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
+from yoco_megatron.upstream.registry import leans_on
+
+leans_on(
+    "megatron.core.rerun_state_machine",
+    "RerunStateMachine.validate_result",
+    digest="db2d21eebbaa7a48",
+    used_by="upstream/deferred_nan_check.py",
+    why="replaced on the machine for one call of the schedule: it may be called later, in the same order",
+)
+
 
 @contextmanager
-def validation_at_the_end() -> Iterator[None]:
-    """Inside, `validate_result` of Megatron's rerun state machine puts tensors off; they are validated at the end.
+def deferred_result_checks() -> Iterator[None]:
+    """Inside, `validate_result` of Megatron's rerun state machine is deferred; all results are checked at the end.
 
     Raises:
         RuntimeError: at the end, what Megatron raises for a bad result with --rerun-mode disabled.
     """
     machine = get_rerun_state_machine()
-    validate, waiting = machine.validate_result, []
+    validate, deferred = machine.validate_result, []
 
-    def later(result: Any, **rules: Any) -> None:
+    def defer(result: Any, **rules: Any) -> None:
         if isinstance(result, Tensor):
             result = result.detach().clone()  # Megatron divides the loss in place
-        waiting.append((result, rules))
+        deferred.append((result, rules))
 
-    machine.validate_result = later
+    machine.validate_result = defer
     try:
         yield
     finally:
         del machine.validate_result  # the class's own again
-    results = _on_the_processor([result for result, _ in waiting])
-    for result, (_, rules) in zip(results, waiting):
+    results = _to_host([result for result, _ in deferred])
+    for result, (_, rules) in zip(results, deferred):
         validate(result=result, **rules)
 
 
-def _on_the_processor(results: list[Any]) -> list[Any]:
-    """The same list, with the tensors of one number each copied from the GPU at once."""
+def _to_host(results: list[Any]) -> list[Any]:
+    """The same list; tensors of one number each are copied from the GPU in one go."""
     tensors = [result for result in results if isinstance(result, Tensor)]
     if not tensors:
         return results

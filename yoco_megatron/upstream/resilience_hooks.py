@@ -1,14 +1,11 @@
-"""Hooks into Megatron's loop, `megatron/training/training.py`, for a run with --run-folder.
-
-Replaced by name there: train_step (guard, watchdog), training_log (heartbeat), checkpoint_and_decide_exit (trigger
-files, why the run leaves), get_forward_backward_func and save_checkpoint_and_time (watchdog).
-"""
+"""A run with --run-folder: its records, and hooks in Megatron's loop for guard, watchdog, heartbeat and triggers."""
 
 import json
+import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,17 +22,22 @@ from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import exit_record, run_folder
 from yoco_megatron.resilience.arguments import SKIPPED
 from yoco_megatron.resilience.exit_record import Outcome
-from yoco_megatron.resilience.guard import Guard, prepare
+from yoco_megatron.resilience.guard import Guard
 from yoco_megatron.resilience.triggers import EXIT, SAVE, SIGNAL, Triggers
 from yoco_megatron.resilience.watchdog import SLOW, Watchdog
-from yoco_megatron.upstream import checkpointing
+from yoco_megatron.upstream import (
+    checkpointing,
+    training_loop,  # noqa: F401 (its get_forward_backward_func must be entered before ours, which wraps it)
+)
+from yoco_megatron.upstream.registry import leans_on, replaces
 from yoco_megatron.utils.files import write_json
 
 GUARD_STATE = "guard.json"
+TRAINING = "megatron.training.training"
 
 
-class Loop:
-    """The state of the hooks in one process, and the hooks themselves."""
+class ManagedRun:
+    """The state of the hooks in one process."""
 
     def __init__(self, args: Namespace) -> None:
         self.folder = Path(args.run_folder)
@@ -54,18 +56,6 @@ class Loop:
         self.triggers = Triggers(self.folder) if args.rank == 0 else None
         self.last_beat: tuple[float, int] | None = None
 
-    def install(self) -> None:
-        """Put the hooks in place of Megatron's functions, which they call."""
-        for name in (
-            "train_step",
-            "training_log",
-            "checkpoint_and_decide_exit",
-            "get_forward_backward_func",
-            "save_checkpoint_and_time",
-        ):
-            setattr(self, f"_{name}", getattr(training, name))
-            setattr(training, name, getattr(self, name))
-
     # The guard's state is part of a checkpoint, so that a resumed run skips the steps that the undisturbed one skips.
 
     def _guard_state(self) -> str:
@@ -75,41 +65,8 @@ class Loop:
         if (path / GUARD_STATE).exists():
             self.guard.load_state(json.loads((path / GUARD_STATE).read_text()))
 
-    def get_forward_backward_func(self, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's schedule, each call of which, in training and evaluation, is progress."""
-        schedule = self._get_forward_backward_func(*args, **kwargs)
-
-        def run(**call: Any) -> Any:
-            result = schedule(**call)
-            if self.watchdog:
-                self.watchdog.tick()
-            return result
-
-        return run
-
-    def save_checkpoint_and_time(self, *args: Any, **kwargs: Any) -> None:
-        with self.watchdog.slow() if self.watchdog else nullcontext():
-            self._save_checkpoint_and_time(*args, **kwargs)
-
-    def train_step(self, forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> tuple:
-        """One step; with the guard, one whose update is skipped if its gradient is bad."""
-        if self.guard is None:
-            return self._note_exit(self._train_step(forward_step, data, model, optimizer, *rest, **kwargs))
-        threshold = self.guard.threshold()
-        prepare(optimizer, threshold)
-        result = self._train_step(forward_step, data, model, optimizer, *rest, **kwargs)
-        loss, skipped, save, leave, code, norm, *others = result
-        if norm is not None and not leave and self.guard.observe(norm):
-            step = kwargs["iteration"] + 1
-            if dist.get_rank() == 0:
-                print(f"guard: step {step} skipped, gradient norm {norm:.4g} above {threshold:.4g}", flush=True)
-            if self.guard.diverged:
-                self._roll_back(step)
-                save, leave, code = False, True, 0
-        return self._note_exit((loss, skipped, save, leave, code, norm, *others))
-
-    def _note_exit(self, result: tuple) -> tuple:
-        """The rerun state machine ends a run through train_step."""
+    def note_exit(self, result: tuple) -> tuple:
+        """`result` of train_step, through which Megatron's rerun state machine ends a run; if so, record why."""
         _, _, _, leave, code, *_ = result
         if leave and self.leaving is None:
             machine = get_rerun_state_machine()
@@ -122,11 +79,11 @@ class Loop:
                 rerun = checkpoints.path_of(self.folder / "checkpoints", machine.current_iteration)
                 (rerun / checkpoints.ANSWERED).touch()
             exit_record.record(self.folder, self.leaving)
-            dist.barrier()  # the first to end has the launcher kill the others; all shall have had their word
+            dist.barrier()  # the first to end has the launcher kill the others: all must have written their record
         return result
 
-    def _roll_back(self, step: int) -> None:
-        """Choose the checkpoint before the bad steps, and leave out all batches between it and `step`."""
+    def roll_back(self, step: int) -> None:
+        """Choose the checkpoint before the bad steps, and skip all batches between it and `step`."""
         first_bad = step - self.guard.bad_in_a_row + 1
         folder = self.folder / "checkpoints"
         older = [one for one in checkpoints.iterations(folder) if one < first_bad]
@@ -144,31 +101,7 @@ class Loop:
                 (folder / checkpoints.TRACKER).unlink(missing_ok=True)
             print(f"guard: {reason}", flush=True)
 
-    def checkpoint_and_decide_exit(
-        self, model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: float, context: Any, data: Any
-    ) -> bool:
-        """Megatron's, and what trigger files ask for; all processes agree on both at once."""
-        args, handler = get_args(), get_signal_handler()
-        self.iteration = iteration
-        if self.triggers and (asked := self.triggers.poll()):
-            handler._signal_received = int(handler._signal_received) | asked
-        requests = _largest(int(handler._signal_received))
-        handler._signal_received = int(handler._signal_received) & ~SAVE
-        leaving = bool(requests & (SIGNAL | EXIT))
-        regular = args.save_interval and iteration % args.save_interval == 0
-        if requests & SAVE and not regular and not leaving:
-            training.save_checkpoint_and_time(
-                iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data
-            )
-        with mock.patch.object(handler, "signals_received", return_value=[leaving]):
-            leaves = self._checkpoint_and_decide_exit(model, optimizer, scheduler, iteration, flops, context, data)
-        if leaves:
-            self.leaving = self._why(args, requests, iteration)
-        if self.triggers:
-            self.triggers.done(leaves)
-        return leaves
-
-    def _why(self, args: Namespace, requests: int, iteration: int) -> Outcome:
+    def reason_to_leave(self, args: Namespace, requests: int, iteration: int) -> Outcome:
         if requests & EXIT:
             return Outcome("stopped", 0, "the trigger file `exit`", iteration)
         if requests & SIGNAL:
@@ -176,26 +109,6 @@ class Loop:
         if args.exit_interval and iteration % args.exit_interval == 0:
             return Outcome("stopped", 0, f"--exit-interval {args.exit_interval}", iteration)
         return Outcome("requeue", 0, "--exit-duration-in-mins", iteration)
-
-    def training_log(self, losses: dict, totals: dict, rate: Any, iteration: int, *rest: Any, **kw: Any) -> Any:
-        """Megatron's, and at each of its lines the heartbeat, by the process that knows the loss."""
-        result = self._training_log(losses, totals, rate, iteration, *rest, **kw)
-        args = get_args()
-        if iteration % args.log_interval == 0 and dist.get_rank() == dist.get_world_size() - 1:
-            now, tokens = time.time(), args.consumed_train_samples * args.seq_length
-            speed = (tokens - self.last_beat[1]) / (now - self.last_beat[0]) if self.last_beat else None
-            self.last_beat = now, tokens
-            loss = losses["lm loss"].item() if "lm loss" in losses else None
-            beat = {"iteration": iteration, "train_iters": args.train_iters, "tokens": tokens, "loss": loss}
-            beat |= {
-                "tokens_per_second": speed,
-                "time": now,
-                "attempt": run_folder.attempt(),
-                "host": exit_record.host(),
-            }
-            beat |= {"skipped": len(args.iterations_to_skip), "world_size": args.world_size}
-            write_json(self.folder / "heartbeat.json", beat)
-        return result
 
     def end(self, code: int) -> None:
         """Say in the run folder how the run ended: `code` is that of Megatron's sys.exit, or 0 where it returned."""
@@ -205,6 +118,145 @@ class Loop:
         exit_record.record(
             self.folder, self.leaving or (default if code == 0 else Outcome("crash", code, f"exit {code}"))
         )
+
+
+leans_on(
+    "megatron.core.rerun_state_machine",
+    "RerunStateMachine.should_checkpoint_and_exit",
+    digest="f6e17a309cb26c45",
+    used_by="upstream/resilience_hooks.py",
+    why="note_exit: in which state it ends with which code",
+)
+
+_run: ManagedRun
+"""This process's; `managed_run` sets it."""
+
+
+def _is_managed(args: Namespace) -> bool:
+    return bool(args.run_folder)
+
+
+@replaces(
+    TRAINING,
+    "get_forward_backward_func",
+    digest="f28b8cf90a8985fa",
+    calls=2,
+    when=_is_managed,
+    why="each call of a schedule, in training and evaluation, is progress for the watchdog",
+)
+def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
+    schedule = get_forward_backward_func.original(*args, **kwargs)
+
+    def run(**call: Any) -> Any:
+        result = schedule(**call)
+        if _run.watchdog:
+            _run.watchdog.tick()
+        return result
+
+    return run
+
+
+@replaces(
+    TRAINING,
+    "save_checkpoint_and_time",
+    digest="0b0810e17195d9a2",
+    when=_is_managed,
+    why="the watchdog allows more time for a save; the trigger file `save` calls it",
+)
+def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> None:
+    with _run.watchdog.slow() if _run.watchdog else nullcontext():
+        save_checkpoint_and_time.original(*args, **kwargs)
+
+
+leans_on(
+    "megatron.core.optimizer.optimizer",
+    "ChainedOptimizer.step",
+    digest="f723f020ea4e32d5",
+    used_by="upstream/resilience_hooks.py",
+    why="train_step: it skips an update whose gradient norm is above its config's grad_norm_skip_threshold, if finite",
+)
+
+
+@replaces(
+    "megatron.core.optimizer.optimizer",
+    "ChainedOptimizer.get_grad_norm",
+    digest="fa0e04d3c439685c",
+    when=lambda args: _is_managed(args) and args.guard_sigmas is not None,
+    why="no comparison with NaN is true: as infinity it is above the guard's threshold",
+)
+def get_grad_norm(self) -> float:
+    norm = get_grad_norm.original(self)
+    return math.inf if math.isnan(norm) else norm
+
+
+@replaces(
+    TRAINING,
+    "train_step",
+    digest="27da8956fe41e571",
+    calls=1,
+    when=_is_managed,
+    why="the guard needs a step's gradient norm, and why a step ends the run has to be recorded",
+)
+def train_step(forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> tuple:
+    """One step; with the guard, one whose update is skipped if its gradient is bad."""
+    run, guard = _run, _run.guard
+    if guard is None:
+        return run.note_exit(train_step.original(forward_step, data, model, optimizer, *rest, **kwargs))
+    threshold = guard.threshold()
+    for one in optimizer.chained_optimizers:
+        one.config.grad_norm_skip_threshold = threshold
+    result = train_step.original(forward_step, data, model, optimizer, *rest, **kwargs)
+    loss, skipped, save, leave, code, norm, *others = result
+    if norm is not None and not leave and guard.observe(norm):
+        step = kwargs["iteration"] + 1
+        if dist.get_rank() == 0:
+            print(f"guard: step {step} skipped, gradient norm {norm:.4g} above {threshold:.4g}", flush=True)
+        if guard.diverged:
+            run.roll_back(step)
+            save, leave, code = False, True, 0
+    return run.note_exit((loss, skipped, save, leave, code, norm, *others))
+
+
+leans_on(
+    "megatron.training.dist_signal_handler",
+    "DistributedSignalHandler.signals_received",
+    digest="4885ae00eac5fe5d",
+    used_by="upstream/resilience_hooks.py",
+    why="checkpoint_and_decide_exit reads and sets `_signal_received`, and replaces this method for one call",
+)
+
+
+@replaces(
+    TRAINING,
+    "checkpoint_and_decide_exit",
+    digest="e65e7d2bd8e20f86",
+    calls=1,
+    when=_is_managed,
+    why="trigger files ask for a save or the end; it asks `signals_received` once, first",
+)
+def checkpoint_and_decide_exit(
+    model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: float, context: Any, data: Any
+) -> bool:
+    """Megatron's, and what trigger files ask for; all processes agree on both at once."""
+    run, args, handler = _run, get_args(), get_signal_handler()
+    run.iteration = iteration
+    if run.triggers and (asked := run.triggers.poll()):
+        handler._signal_received = int(handler._signal_received) | asked
+    requests = _largest(int(handler._signal_received))
+    handler._signal_received = int(handler._signal_received) & ~SAVE
+    leaving = bool(requests & (SIGNAL | EXIT))
+    regular = args.save_interval and iteration % args.save_interval == 0
+    if requests & SAVE and not regular and not leaving:
+        training.save_checkpoint_and_time(
+            iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data
+        )
+    with mock.patch.object(handler, "signals_received", return_value=[leaving]):
+        leaves = checkpoint_and_decide_exit.original(model, optimizer, scheduler, iteration, flops, context, data)
+    if leaves:
+        run.leaving = run.reason_to_leave(args, requests, iteration)
+    if run.triggers:
+        run.triggers.done(leaves)
+    return leaves
 
 
 def _largest(flags: int) -> int:
@@ -217,23 +269,60 @@ def _largest(flags: int) -> int:
     return int(largest.item())
 
 
+@replaces(
+    TRAINING,
+    "training_log",
+    digest="3202f03b11196793",
+    calls=1,
+    when=_is_managed,
+    why="each of its lines is a heartbeat",
+)
+def training_log(losses: dict, totals: dict, rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+    """Megatron's, and at each of its lines the heartbeat, by the process that knows the loss."""
+    result = training_log.original(losses, totals, rate, iteration, *rest, **kwargs)
+    args = get_args()
+    if iteration % args.log_interval == 0 and dist.get_rank() == dist.get_world_size() - 1:
+        now, tokens = time.time(), args.consumed_train_samples * args.seq_length
+        last = _run.last_beat
+        _run.last_beat = now, tokens
+        write_json(
+            _run.folder / "heartbeat.json",
+            {
+                "iteration": iteration,
+                "train_iters": args.train_iters,
+                "tokens": tokens,
+                "loss": losses["lm loss"].item() if "lm loss" in losses else None,
+                "tokens_per_second": (tokens - last[1]) / (now - last[0]) if last else None,
+                "time": now,
+                "attempt": run_folder.attempt(),
+                "host": exit_record.host(),
+                "skipped": len(args.iterations_to_skip),
+                "world_size": args.world_size,
+            },
+        )
+    return result
+
+
 @contextmanager
-def run_folder_kept(args: Namespace) -> Iterator[None]:
-    """Around `pretrain()`: records, hooks and the last word of a run with --run-folder; nothing for one without."""
-    if not args.run_folder:
+def managed_run(args: Namespace) -> Iterator[None]:
+    """Around `pretrain()`, after `upstream.install`: records, hooks' state and exit record of a run with --run-folder.
+
+    Does nothing for a run without one.
+    """
+    global _run
+    if not _is_managed(args):
         yield
         return
     if args.rank == 0:
         run_folder.write_records(Path(args.run_folder), sys.argv, yaml.safe_dump(args.resolved_config, sort_keys=True))
-    loop = Loop(args)
-    loop.install()
+    _run = run = ManagedRun(args)
     try:
         yield
     except SystemExit as left:  # Megatron's way to end before --train-iters
-        loop.end(int(left.code or 0))
+        run.end(int(left.code or 0))
         raise
     except ValueError as error:
-        if loop.iteration:
-            raise RuntimeError(f"after iteration {loop.iteration}: {error}") from error  # no user's mistake any more
+        if run.iteration:
+            raise RuntimeError(f"after iteration {run.iteration}: {error}") from error  # no user's mistake any more
         raise
-    loop.end(0)
+    run.end(0)

@@ -1,9 +1,9 @@
-"""A run that goes on with other learning rates than its checkpoint's.
+"""Resume with learning rates that differ from the checkpoint's.
 
-megatron-core 0.19.2 finds a checkpoint's parameter groups by their rates, among other things
-(`param_group_identifier_keys` in megatron/core/optimizer/optimizer.py), and takes over the rates that were saved in
-them. So a run with another rate finds none of its groups, whatever --override-opt_param-scheduler says. Here each group
-has the rates of the checkpoint's while it is loaded; those of the flags come back afterwards, if the flag says so.
+megatron-core 0.19.2 identifies a checkpoint's parameter groups by their rates, among other things
+(`param_group_identifier_keys` in megatron/core/optimizer/optimizer.py), and loads the rates that were saved in them. So
+a run with another rate finds none of its groups, whatever --override-opt_param-scheduler says. Here each group has the
+checkpoint's rates while it is loaded; the rates of the flags are restored afterwards, if that flag says so.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ from typing import Any
 from yoco_megatron.checkpoint.common_state import common_state, param_groups
 
 RATES = ("max_lr", "min_lr")
-# What tells one group of a model from another: weights or norms, the rest or what --decoupled-lr is for.
+# What distinguishes the groups of a model: weights or norms, decoupled by --decoupled-lr or not.
 SAME = ("default_config", "wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 @contextlib.contextmanager
-def taken_from(checkpoint: Path, options: Namespace, optimizer: Any, scheduler: Any) -> Iterator[None]:
+def checkpoint_rates_while_loading(
+    checkpoint: Path, options: Namespace, optimizer: Any, scheduler: Any
+) -> Iterator[None]:
     """Around loading `checkpoint` (a folder of format torch_dist) into `optimizer` and `scheduler`.
 
-    Without --override-opt_param-scheduler or --use-checkpoint-opt_param-scheduler nothing is done: Megatron refuses
+    Does nothing without --override-opt_param-scheduler or --use-checkpoint-opt_param-scheduler: Megatron then refuses
     other rates.
     """
     override = options.override_opt_param_scheduler
@@ -38,7 +40,7 @@ def taken_from(checkpoint: Path, options: Namespace, optimizer: Any, scheduler: 
     flags = [{rate: group.get(rate) for rate in RATES} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         rates = saved[_kind(group)]
-        if len(rates) == 1:  # else Megatron finds it by its own, or refuses
+        if len(rates) == 1:  # else Megatron finds it by its own rates, or refuses
             group.update(zip(RATES, *rates))
     yield
     if override:

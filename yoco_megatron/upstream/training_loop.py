@@ -1,11 +1,4 @@
-"""The places where a door is missing in Megatron's training loop, `megatron/training/training.py`.
-
-It calls `num_floating_point_operations` for its throughput line and for the total that it saves, and
-`report_theoretical_memory` after the first iterations; both know GPT alone. It asks `get_forward_backward_func` for a
-schedule, and has no way to hand that schedule a communicator per call. It leaves out --iterations-to-skip with
-`dummy_train_step`, which takes the data for those of pretrain_gpt.py. In `set_jit_fusion_options` it
-compiles what a YOCO does not call. Ours take their place under the same names.
-"""
+"""Changes to Megatron's training loop, megatron/training/training.py, where it has no door."""
 
 import os
 from argparse import Namespace
@@ -15,32 +8,33 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import unwrap_model
-from megatron.training import training
 
 from yoco_megatron.costs.flops import forward_flops_per_token, train_flops
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.communicator import SharedKVCommunicator
 from yoco_megatron.parallel.pipeline.stages import StagePlan
-from yoco_megatron.upstream.deferred_nan_check import validation_at_the_end
+from yoco_megatron.upstream.deferred_nan_check import deferred_result_checks
+from yoco_megatron.upstream.registry import replaces
 
-_get_forward_backward_func = training.get_forward_backward_func
-
-
-def schedule_steps() -> None:
-    """Validate results at the end of each schedule's call, and give it a communicator that knows each boundary's shape.
-
-    The loop asks `get_forward_backward_func` for its schedule, in training and in evaluation; only there, call by call,
-    are the number of micro-batches (it changes in a batch-size ramp-up) and the direction known.
-    """
-    training.get_forward_backward_func = get_forward_backward_func
+TRAINING = "megatron.training.training"
 
 
+@replaces(
+    TRAINING,
+    "get_forward_backward_func",
+    digest="f28b8cf90a8985fa",
+    calls=2,
+    why="a schedule needs a communicator for each call: only there are the number of micro-batches, which changes in a "
+    "batch-size ramp-up, and the direction known",
+)
 def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
-    """Megatron's schedule; for a YOCO over several pipeline stages, with `SharedKVCommunicator`."""
-    schedule = _get_forward_backward_func(*args, **kwargs)
+    """Megatron's schedule, in training and evaluation, which checks for NaN and Inf at the end of each call; for a YOCO
+    over several pipeline stages with `SharedKVCommunicator`.
+    """
+    schedule = get_forward_backward_func.original(*args, **kwargs)
 
-    @validation_at_the_end()
+    @deferred_result_checks()
     def run(**call: Any) -> Any:
         chunks = call["model"] if isinstance(call["model"], list) else [call["model"]]
         model = unwrap_model(chunks[0])
@@ -62,15 +56,16 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
     return run
 
 
-def skip_batches() -> None:
-    """Have --iterations-to-skip leave out what `training.batch` would read."""
-    training.dummy_train_step = skip_step
-
-
+@replaces(
+    TRAINING,
+    "dummy_train_step",
+    digest="4491804a3c585d58",
+    calls=1,
+    why="with --iterations-to-skip it reads data as pretrain_gpt.py does, and broadcasts each batch, which fails with "
+    "tensor parallelism, as our data have no attention mask",
+)
 def skip_step(data_iterator: Any) -> None:
-    """Read the micro-batches of one step on the processes that have them. Megatron broadcasts each besides, which fails
-    with tensor parallelism, as our data have no attention mask.
-    """
+    """Read the micro-batches of one step, on the processes that have them."""
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     while get_rerun_state_machine().should_run_forward_backward(data_iterator):
         for iterator in filter(None, iterators):
@@ -78,39 +73,25 @@ def skip_step(data_iterator: Any) -> None:
                 next(iterator)
 
 
-def compile_what_is_called() -> None:
-    """Leave out Megatron's warm-up of compiled functions, with which each start on a GPU compiles two of them twice.
-
-    They are SwiGLU with a bias, and the residual's addition with a bias and a dropout of 0.1, each for an input with
-    and without gradient. Without biases, by default, others are called; what is called is compiled in the first step.
-    """
-    training.set_jit_fusion_options = compile_nothing
-
-
-def compile_nothing(tp_size: int | None = None) -> None:
-    """Megatron's `set_jit_fusion_options` is this and the warm-up since torch 2.2."""
-
-
-def take_norms_of_cudnn(args: Namespace) -> None:
-    """Have Transformer Engine compute its norms with cuDNN, unless the environment says otherwise.
-
-    Its own kernels are tuned for some widths only; at others, 3072 among them, cuDNN's take half the time. Only for
-    training, where all inputs have one shape: cuDNN prepares itself anew for each. And not for so many values that 32
-    bits do not count them, which has not been tried.
-    """
-    values = args.seq_length * args.micro_batch_size // args.context_parallel_size * args.hidden_size
-    if values >= 2**31:
-        return
-    for direction in ("FWD", "BWD"):
-        os.environ.setdefault(f"NVTE_NORM_{direction}_USE_CUDNN", "1")
+@replaces(
+    TRAINING,
+    "set_jit_fusion_options",
+    digest="cf75a41b608209ef",
+    calls=1,
+    why="since torch 2.2 it only warms up compiled functions that a model without biases does not call: SwiGLU with a "
+    "bias, and a residual's addition with a bias and dropout, each compiled twice at each start",
+)
+def skip_jit_warmup(tp_size: int | None = None) -> None:
+    """Nothing: what is called is compiled in the first step."""
 
 
-def count_yoco() -> None:
-    """Make Megatron's throughput and size figures those of the model that is trained."""
-    training.num_floating_point_operations = num_floating_point_operations
-    training.report_theoretical_memory = report_model
-
-
+@replaces(
+    TRAINING,
+    "num_floating_point_operations",
+    digest="3dc3dc6ef8f8f6d6",
+    calls=2,
+    why="it counts those of a GPT, for the throughput line and the total that a checkpoint saves",
+)
 def num_floating_point_operations(args: Namespace, batch_size: int, **_: Any) -> float:
     """FLOPs of one training iteration on `batch_size` sequences."""
     return train_flops(ModelShape.from_args(args), batch_size)
@@ -119,8 +100,15 @@ def num_floating_point_operations(args: Namespace, batch_size: int, **_: Any) ->
 _reported = False
 
 
+@replaces(
+    TRAINING,
+    "report_theoretical_memory",
+    digest="42626c10d5a71500",
+    calls=1,
+    why="it prints the memory of a GPT, at every log line",
+)
 def report_model(args: Namespace, num_microbatches: int | None = None, verbose: bool = False) -> None:
-    """Print parameters and training FLOPs a token by part, once. (Megatron prints a GPT's memory every time.)"""
+    """Print parameters and training FLOPs per token by part, once."""
     global _reported
     if _reported:
         return
@@ -133,3 +121,17 @@ def report_model(args: Namespace, num_microbatches: int | None = None, verbose: 
     print(f"{3 * sum(flops.values()) / 1e9:.3f} GFLOP a token to train, causal, at --seq-length {args.seq_length}:")
     for part, count in flops.items():
         print(f"  {part:<22}{3 * count / 1e9:>16.3f} GFLOP")
+
+
+def prefer_cudnn_norms(args: Namespace) -> None:
+    """Have Transformer Engine compute its norms with cuDNN, unless the environment says otherwise. A door of its own.
+
+    Its own kernels are tuned for some widths only; at others, 3072 among them, cuDNN's take half the time. Only for
+    training, where all inputs have one shape: cuDNN prepares itself anew for each. And not for so many values that 32
+    bits do not count them, which has not been tried.
+    """
+    values = args.seq_length * args.micro_batch_size // args.context_parallel_size * args.hidden_size
+    if values >= 2**31:
+        return
+    for direction in ("FWD", "BWD"):
+        os.environ.setdefault(f"NVTE_NORM_{direction}_USE_CUDNN", "1")
