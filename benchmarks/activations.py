@@ -1,10 +1,10 @@
-"""What autograd keeps of a forward pass, by layer and module: bytes a token.
+"""What autograd saves in a forward pass, by layer and module: bytes per token.
 
     python benchmarks/activations.py --config configs/model/yoco_3b.yaml --bf16         # one GPU, under a minute
     python benchmarks/activations.py --config configs/model/yoco_tiny.yaml              # plain torch on a CPU
 
 Flags are those of pretrain_yoco.py; two layers are built, one of each half. Every storage counts once, whole, where it
-is first kept; weights and what is freed again before the forward pass ends do not count. The last lines put the model
+is first saved; weights and what is freed again before the forward pass ends do not count. The last lines put the model
 together: what a token costs in all its layers, and on a GPU what torch had allocated for these two.
 """
 
@@ -28,15 +28,15 @@ from megatron.training.initialize import initialize_megatron
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
-from yoco_megatron.startup.load_run import alone
+from yoco_megatron.startup.load_run import set_environment_of_one_process
 
 # Without Megatron's wrapper there is no buffer for gradients that Transformer Engine could add to.
 FLAGS = "--no-gradient-accumulation-fusion "
 FLAGS += "--mock-data --tokenizer-type NullTokenizer --vocab-size 100350 --micro-batch-size 1 --lr 1e-4"
 
 
-class Kept:
-    """What autograd keeps while `watch` runs: (module's path, shape, dtype) of each storage, in order."""
+class SavedTensors:
+    """What autograd saves while `watch` runs: (module's path, shape, dtype) of each storage, in order."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._path = [""]
@@ -75,7 +75,7 @@ def part_of(path: str, last_self: int) -> str:
 
 
 def main() -> None:
-    alone()
+    set_environment_of_one_process()
     args = arguments.parse([*FLAGS.split(), *sys.argv[1:]])
     shape = ModelShape.from_args(args)
     args.num_layers, args.num_self_decoder_layers = (2, 1) if args.architecture == "yoco" else (2, None)
@@ -93,13 +93,13 @@ def main() -> None:
     model(inputs, positions, None, labels=labels).sum().backward()  # kernels compile, workspaces appear
     model.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated() if runtime.has_gpu() else 0
-    kept = Kept(model)
-    with kept.watch():
+    saved = SavedTensors(model)
+    with saved.watch():
         loss = model(inputs, positions, None, labels=labels).sum()
     allocated = torch.cuda.memory_allocated() - before if runtime.has_gpu() else 0
     last_self = 0 if args.architecture == "yoco" else 1
     totals: dict[str, float] = defaultdict(float)
-    for path, what, size in kept.rows():
+    for path, what, size in saved.rows():
         part = part_of(path, last_self)
         totals[part] += size / tokens
         print(f"{part:<26}{size / tokens:>12,.1f}  {path or 'model'}: {what}")

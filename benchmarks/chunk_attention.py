@@ -5,8 +5,8 @@
 
 Of a sequence over two ranks, rank by rank: Transformer Engine's attention, one call for each chunk with a bottom-right
 causal mask, beside one causal square and an unmasked rectangle, merged (zigzag_attention.py). With a window,
-of a rank's two chunks and the keys before them: such calls, beside squares, for which queries of nobody stand before
-the chunk's own; each also with one key of nobody, which makes their number a multiple of 128. Both beside the whole
+of a rank's two chunks and the keys before them: such calls, beside squares, for which padding queries precede the
+chunk's own; each also with one padding key, which makes their number a multiple of 128. Both beside the whole
 sequence on one GPU, of which a rank has half. TFLOP/s count what the masks let through, forward twice and backward 2.5
 times, as under full recompute; bf16, heads of the 3B model, which has no groups in its windows.
 """
@@ -44,13 +44,13 @@ def tensors(queries: int, keys: int, groups: int = GROUPS) -> list[Tensor]:
 def transformer_engine(
     queries: int, keys: int, window: int | None = None, surplus: int = 0, square: bool = False
 ) -> tuple[float, float]:
-    """Milliseconds of forward, of backward; the queries stand at the end of the keys.
+    """Milliseconds of forward, of backward; the queries are the last positions of the keys.
 
-    With `surplus` keys of nobody in front, and as a `square` with queries of nobody.
+    With `surplus` padding keys in front, and as a `square` with padding queries.
     """
     from transformer_engine.pytorch import DotProductAttention
 
-    groups, reach = (HEADS, (window - 1, 0)) if window else (GROUPS, None)
+    groups, window_size = (HEADS, (window - 1, 0)) if window else (GROUPS, None)
     attention = DotProductAttention(
         HEADS,
         WIDTH,
@@ -58,7 +58,7 @@ def transformer_engine(
         attention_dropout=0.0,
         qkv_format="sbhd",
         attention_type="self" if window else "cross",
-        window_size=reach,
+        window_size=window_size,
     )
     q, k, v = (x.requires_grad_() for x in tensors(queries, keys, groups))
     missing = keys + surplus - queries if square else 0
@@ -83,9 +83,9 @@ def _fill(x: Tensor, rows: int) -> Tensor:
 def torch_part(queries: int, keys: int, causal: bool) -> tuple[float, float]:
     """Milliseconds of forward, of backward of one part of the keys."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in tensors(queries, keys))
-    o, lse, seen = partial.forward(q, k, v, causal, SCALE)
+    o, lse, rng_state = partial.forward(q, k, v, causal, SCALE)
     forward = do_bench(lambda: partial.forward(q, k, v, causal, SCALE))
-    return forward, do_bench(lambda: partial.backward(o, q, k, v, o, lse, seen, causal, SCALE))
+    return forward, do_bench(lambda: partial.backward(o, q, k, v, o, lse, rng_state, causal, SCALE))
 
 
 class Table:
@@ -133,7 +133,7 @@ def cross(tokens: int, table: Table) -> None:
         table.add(f"rank {rank}, square and rectangle, not yet joined", parts)
     q = tensors(2 * chunk, 1)[0].permute(1, 2, 0, 3)
     lse = torch.randn(q.shape[:3], device="cuda")
-    print(f"{'to join all rows of a rank':<52} {do_bench(lambda: partial.join(q, lse, q, lse)):8.2f}")
+    print(f"{'to merge all rows of a rank':<52} {do_bench(lambda: partial.merge_(q, lse, q, lse)):8.2f}")
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def main() -> None:
         "Megatron, fused loss": megatron_step(fused_vocab_parallel_cross_entropy, group),
     }
     for tokens in options.tokens:
-        print(f"\n{tokens} tokens, hidden {options.hidden_size}, {options.vocab_size} words, bf16, {device}")
+        print(f"\n{tokens} tokens, hidden {options.hidden_size}, vocabulary {options.vocab_size}, bf16, {device}")
         x = torch.randn(tokens, options.hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
         weight = torch.randn(options.vocab_size, options.hidden_size, device="cuda", dtype=torch.bfloat16)
         weight = weight.mul_(0.02).requires_grad_()

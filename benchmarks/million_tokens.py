@@ -72,12 +72,12 @@ def config_of(options: argparse.Namespace, ranks: int) -> YOCOConfig:
 def estimate(config: YOCOConfig, length: int, ranks: int, parameters: int) -> dict[str, float]:
     """Bytes of the parts of a rank's memory that the design decides (docs/context_parallel.md)."""
     tokens, width = length // ranks, 2 * config.num_query_groups * config.kv_channels
-    kept = config.num_cross_decoder_layers * config.num_attention_heads * (2 * config.kv_channels + 4)
+    stored = config.num_cross_decoder_layers * config.num_attention_heads * (2 * config.kv_channels + 4)
     projected = {"gated_retention": 4, "sliding_window": 3}[config.self_decoder] * config.hidden_size
     return {
         "parameters and gradients, bf16": parameters * 4,
         "inputs of layers, kept": config.num_layers * tokens * config.hidden_size * 2,
-        "outputs of cross attention, kept": kept * tokens if config.keep_cross_attention else 0,
+        "outputs of cross attention, kept": stored * tokens if config.keep_cross_attention else 0,
         "shared K,V of the whole sequence": length * width * 2,
         "their gradient, fp32": length * width * 4,
         "a self-decoder layer's projection and its gradient": 2 * projected * tokens * 2,

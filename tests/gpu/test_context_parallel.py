@@ -16,8 +16,8 @@ from megatron.core import parallel_state as mpu
 from support.models import (
     BF16,
     FULL_RECOMPUTE,
-    KEPT_ATTENTION,
     SELF_DECODERS,
+    STORED_ATTENTION,
     TE,
     WIDE_HEADS,
     plain_name,
@@ -41,9 +41,9 @@ PATHS = {
     "bf16 torch": (BF16, 5e-3, 6e-2),
     "bf16 transformer engine": (BF16 | TE, 5e-3, 6e-2),
     "bf16 transformer engine, recompute": (BF16 | TE | FULL_RECOMPUTE, 5e-3, 6e-2),
-    "bf16 transformer engine, recompute all but attention": (BF16 | TE | KEPT_ATTENTION, 5e-3, 6e-2),
+    "bf16 transformer engine, recompute all but attention": (BF16 | TE | STORED_ATTENTION, 5e-3, 6e-2),
 }
-LONG = {"plain": {}, "all but attention": KEPT_ATTENTION}
+LONG = {"plain": {}, "all but attention": STORED_ATTENTION}
 FP8_RECIPES = ("delayed", "tensorwise")
 CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS[kind]]
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
@@ -65,20 +65,20 @@ def long_step(kind: str, documents: bool, recompute: str) -> dict:
     """4096 tokens a sequence: chunks of 1024, larger than any kernel's tile, with a window of 512."""
     from support import models, pipeline
 
-    was = models.SEQ, models.BORDERS
+    was = models.SEQ, models.DOCUMENT_STARTS
     models.SEQ = pipeline.SEQ = 4096
-    models.BORDERS = ([1024, 3072], [1023, 1025, 2500])
+    models.DOCUMENT_STARTS = ([1024, 3072], [1023, 1025, 2500])
     try:
         model = WIDE_HEADS | PATHS["bf16 transformer engine"][0]
         model |= dict(self_decoder=kind, self_decoder_window=512, num_layers=4) | LONG[recompute]
         with pytest.MonkeyPatch.context() as monkeypatch:
             calls = count_calls(monkeypatch)
             result = pipeline_step(model, None, False, 1, False, documents)
-        joined = mpu.get_context_parallel_world_size() > 1 and not documents
-        assert len(calls) == (4 if joined else 0), "two calls in each of two cross-decoder layers"
+        zigzag = mpu.get_context_parallel_world_size() > 1 and not documents
+        assert len(calls) == (4 if zigzag else 0), "two calls in each of two cross-decoder layers"
         return result
     finally:
-        models.SEQ, models.BORDERS = was
+        models.SEQ, models.DOCUMENT_STARTS = was
         pipeline.SEQ = models.SEQ
 
 

@@ -77,14 +77,14 @@ def test_another_document_changes_nothing(kind: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", SELF_DECODERS)
-def test_no_gradient_crosses_a_border(kind: str, path: str, generator: torch.Generator) -> None:
+def test_no_gradient_crosses_a_document_boundary(kind: str, path: str, generator: torch.Generator) -> None:
     """Exactly zero, whatever the kernels' order: logits of a document, embeddings of another. Unmasked not."""
     model = build(tiny_config(self_decoder=kind, **WIDE_HEADS, **PATHS[path])).bfloat16()
     tokens, ids = batch(1)[0], document_batch(1)
     causal = torch.ones(SEQ, SEQ, dtype=torch.bool, device=ids.device).tril()
     within = causal & (ids[0][:, None] == ids[0][None])
-    seen = model_influence(model, tokens, generator, ids)
-    assert not (seen & ~within).any()
-    assert seen.diagonal().all() and (seen & within).sum() > within.sum() / 2
+    influenced = model_influence(model, tokens, generator, ids)
+    assert not (influenced & ~within).any()
+    assert influenced.diagonal().all() and (influenced & within).sum() > within.sum() / 2
     unmasked = model_influence(model, tokens, generator)
     assert (unmasked & ~within).any() and not (unmasked & ~causal).any()

@@ -9,8 +9,8 @@ import torch
 from support.models import (
     BF16,
     FULL_RECOMPUTE,
-    KEPT_ATTENTION,
     SELF_DECODERS,
+    STORED_ATTENTION,
     TE,
     WIDE_HEADS,
     plain_name,
@@ -33,7 +33,7 @@ def _in_one_process(one_process):
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 @pytest.mark.parametrize(
     "recompute",
-    [{}, FULL_RECOMPUTE, KEPT_ATTENTION, SELECTIVE, ELEMENTWISE],
+    [{}, FULL_RECOMPUTE, STORED_ATTENTION, SELECTIVE, ELEMENTWISE],
     ids=["plain", "full", "all but attention", "selective", "elementwise"],
 )
 def test_bf16_equals_float32_torch(kind: str, recompute: dict) -> None:
@@ -63,8 +63,8 @@ def test_fp8_recompute_that_keeps_attention(recipe: str) -> None:
     """Against recompute of whole layers in FP8. Both round alike; cuDNN's backward adds in any order."""
     model = WIDE_HEADS | BF16 | TE | dict(self_decoder="gated_retention", ffn_hidden_size=384)
     model |= dict(fp8="hybrid", fp8_recipe=recipe)
-    whole, kept = (train_step(model | recompute) for recompute in (FULL_RECOMPUTE, KEPT_ATTENTION))
-    assert torch.equal(whole["loss"], kept["loss"])
+    whole, stored = (train_step(model | recompute) for recompute in (FULL_RECOMPUTE, STORED_ATTENTION))
+    assert torch.equal(whole["loss"], stored["loss"])
     for name in whole:
         if name.startswith("grad/"):
-            assert relative_error(kept[name], whole[name]) < GRAD_BF16, name
+            assert relative_error(stored[name], whole[name]) < GRAD_BF16, name

@@ -1,4 +1,4 @@
-"""Packed documents do not see each other: not a bit of one changes the logits or the gradients of another.
+"""Packed documents do not influence each other: not a bit of one changes the logits or the gradients of another.
 
 Float64. What must be zero is compared with zero; what must be equal up to the order of sums, to 1e-12.
 """

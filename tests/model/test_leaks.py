@@ -1,4 +1,4 @@
-"""Who sees whom in the model, told by gradients (support/influence.py), in float64 and without a tolerance."""
+"""Which tokens influence which in the model, by gradients (support/influence.py), in float64, without a tolerance."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def test_every_earlier_token_and_no_later_one(kind, split, generator):
     config = tiny_config(
         self_decoder=kind, num_self_decoder_layers=split, self_decoder_window=WINDOW, params_dtype=torch.float64
     )
-    seen = model_influence(build(config), tokens(generator), generator)
-    assert torch.equal(seen, torch.ones_like(seen).tril())
+    influenced = model_influence(build(config), tokens(generator), generator)
+    assert torch.equal(influenced, torch.ones_like(influenced).tril())
 
 
 def test_full_recompute_leaks_nothing(generator):
@@ -84,17 +84,17 @@ def self_decoder_influence(layers: int, window: int, kind: str, generator: torch
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 2, WINDOW, TOKENS, TOKENS + 4])
-def test_windowed_layers_see_exactly_their_window(window, layers, generator):
+def test_windowed_layers_attend_to_exactly_their_window(window, layers, generator):
     """C keys, the query's own included; each further layer reaches C - 1 farther."""
-    seen = self_decoder_influence(layers, window, "sliding_window", generator)
+    influenced = self_decoder_influence(layers, window, "sliding_window", generator)
     reach = layers * (window - 1) + 1
-    assert torch.equal(seen, torch.ones_like(seen).tril().triu(1 - reach))
-    assert torch.equal(seen.sum(1), torch.arange(1, TOKENS + 1).clamp(max=reach))
+    assert torch.equal(influenced, torch.ones_like(influenced).tril().triu(1 - reach))
+    assert torch.equal(influenced.sum(1), torch.arange(1, TOKENS + 1).clamp(max=reach))
 
 
-def test_one_retention_layer_sees_everything_earlier(generator):
-    seen = self_decoder_influence(1, WINDOW, "gated_retention", generator)
-    assert torch.equal(seen, torch.ones_like(seen).tril())
+def test_one_retention_layer_reads_everything_earlier(generator):
+    influenced = self_decoder_influence(1, WINDOW, "gated_retention", generator)
+    assert torch.equal(influenced, torch.ones_like(influenced).tril())
 
 
 def test_the_shared_kv_come_from_the_self_decoder_alone(generator):
@@ -106,14 +106,14 @@ def test_the_shared_kv_come_from_the_self_decoder_alone(generator):
     model.decoder.shared_kv.register_forward_hook(lambda module, args, output: shared.append(output))
     model(tokens(generator))
     assert len(shared) == 1, "one K,V for the whole model"
-    seen = influence(embedded[0], shared[0][:, 0], generator)
+    influenced = influence(embedded[0], shared[0][:, 0], generator)
     reach = config.num_self_decoder_layers * (WINDOW - 1) + 1
-    assert torch.equal(seen, torch.ones_like(seen).tril().triu(1 - reach))
+    assert torch.equal(influenced, torch.ones_like(influenced).tril().triu(1 - reach))
 
 
 def test_the_probe_finds_a_leak(generator):
-    """A key one too late would be seen."""
+    """A key one position too late would be found."""
     inputs = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
     leaking = inputs.cumsum(0) + inputs.roll(-1, 0) * 1e-30
-    seen = influence(inputs, leaking, generator)
-    assert torch.equal(seen[:-1], torch.ones(5, 5, dtype=torch.bool).tril(1)[:-1])
+    influenced = influence(inputs, leaking, generator)
+    assert torch.equal(influenced[:-1], torch.ones(5, 5, dtype=torch.bool).tril(1)[:-1])

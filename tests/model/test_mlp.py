@@ -9,21 +9,21 @@ TOKENS, CHUNKS = 23, 4
 
 
 def run(generator_seed: int = 4, **overrides) -> tuple[list[torch.Tensor], list[int]]:
-    """(logits and gradients, tokens of each wide activation that autograd kept)."""
+    """(logits and gradients, tokens of each wide activation that autograd saved)."""
     config = tiny_config(params_dtype=torch.float64, **overrides)
     model = build(config).train()
     ids = torch.randint(0, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(generator_seed))
-    kept = []
+    saved = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 3 and tensor.shape[-1] == config.ffn_hidden_size:
-            kept.append(tensor.shape[0])
+            saved.append(tensor.shape[0])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         logits = model(ids)
     logits.square().sum().backward()
-    return [logits.detach(), *(param.grad for param in model.parameters())], kept
+    return [logits.detach(), *(param.grad for param in model.parameters())], saved
 
 
 @pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["", "recompute full"])
@@ -35,7 +35,7 @@ def test_chunks_change_nothing(recompute: dict) -> None:
 
 
 def test_forward_keeps_nothing_wide() -> None:
-    _, kept = run()
-    assert TOKENS in kept
-    _, kept = run(mlp_chunks_for_training=CHUNKS)
-    assert kept == []
+    _, saved = run()
+    assert TOKENS in saved
+    _, saved = run(mlp_chunks_for_training=CHUNKS)
+    assert saved == []

@@ -118,9 +118,9 @@ def test_a_window_costs_memory_linear_in_the_sequence(generator):
 
     def largest(tokens: int) -> int:
         q, k, v = (t.requires_grad_() for t in inputs(generator, 2, 2, torch.float32, tokens))
-        with LargestTensor() as seen:
+        with LargestTensor() as largest_tensor:
             causal_attention(q, k, v, window=8).sum().backward()
-        return seen.elements
+        return largest_tensor.elements
 
     assert largest(2048) == 2 * largest(1024) < 2048**2 / 4
 
@@ -133,7 +133,7 @@ def test_the_comparison_can_fail(generator):
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 3)])
 def test_parts_of_one_softmax(heads: int, groups: int) -> None:
-    """A causal square and a rectangle before it, joined: output and gradients of causal attention over both."""
+    """A causal square and a rectangle before it, merged: output and gradients of causal attention over both."""
     torch.manual_seed(heads)
     queries, before, scale = 7, 5, 8**-0.5
     q = torch.randn(2, heads, queries, 8, dtype=torch.float64, requires_grad=True)
@@ -143,11 +143,11 @@ def test_parts_of_one_softmax(heads: int, groups: int) -> None:
     dq, dk, dv = torch.autograd.grad(wanted, (q, k, v), do)
     with torch.no_grad():
         own, earlier = ([x[:, :, at] for x in (k, v)] for at in (slice(before, None), slice(before)))
-        o, lse, seen = partial.forward(q, *own, True, scale)
-        more, lse_of_more, seen_of_more = partial.forward(q, *earlier, False, scale)
-        partial.join(o, lse, more, lse_of_more)
-        gradients = partial.backward(do, q, *own, o, lse, seen, True, scale)
-        of_earlier = partial.backward(do, q, *earlier, o, lse, seen_of_more, False, scale)
+        o, lse, rng_state = partial.forward(q, *own, True, scale)
+        other_out, other_lse, other_rng_state = partial.forward(q, *earlier, False, scale)
+        partial.merge_(o, lse, other_out, other_lse)
+        gradients = partial.backward(do, q, *own, o, lse, rng_state, True, scale)
+        of_earlier = partial.backward(do, q, *earlier, o, lse, other_rng_state, False, scale)
     torch.testing.assert_close(o, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients[0] + of_earlier[0], dq, rtol=1e-12, atol=1e-12)
     for at, expected in ((1, dk), (2, dv)):

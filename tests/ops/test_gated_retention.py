@@ -165,7 +165,7 @@ def test_float32(gate_logit):
 def test_bfloat16_inputs(gate_logit):
     # The reference reads the same rounded q, k, v, and all arithmetic is float32: what is left is the one
     # rounding of o and of the gradients to bfloat16 (half an ulp is 2^-9 = 2e-3 of a value, 1.7e-3 in the
-    # mean), twice for a gradient, whose cotangent is rounded on its way in. The final state sees neither. The
+    # mean), twice for a gradient, whose cotangent is rounded on its way in. Neither concerns the final state. The
     # decay's gradient is a sum of terms that cancel, so the rounded cotangent weighs more in it.
     inputs = make_inputs(12, T=300, K=16, V=24, dtype=torch.bfloat16, gate_logit=gate_logit)
     got = run(chunkwise, inputs)

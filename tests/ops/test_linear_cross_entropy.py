@@ -14,13 +14,13 @@ from support.worlds import run_world
 from yoco_megatron.ops.linear_cross_entropy import linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[2]
-N, HIDDEN, WORDS = 50, 12, 24
+N, HIDDEN, VOCAB = 50, 12, 24
 
 
 def inputs(dtype=torch.float64, scale=1.0):
     rng = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(n, HIDDEN, generator=rng, dtype=torch.float64) for n in (N, WORDS))
-    labels = torch.randint(0, WORDS, (N,), generator=rng)
+    x, weight = (torch.randn(n, HIDDEN, generator=rng, dtype=torch.float64) for n in (N, VOCAB))
+    labels = torch.randint(0, VOCAB, (N,), generator=rng)
     dloss = torch.rand(N, generator=rng, dtype=torch.float64)
     dloss[::5] = 0.0  # as a loss mask does
     return (scale * x).to(dtype), weight.to(dtype), labels, dloss
@@ -62,14 +62,14 @@ def test_narrow_inputs(dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_into_a_buffer(dtype, shared, monkeypatch):
     """The weight's gradient is added to `main_grad`, unrounded. Where another's gradient of the same weight is summed
-    with what autograd gets, that is zeros; else no time goes into memory that nobody reads."""
+    with what autograd gets, that is zeros; else the tensor is never read and stays uninitialised."""
     zeros = []
     zeros_like = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda *args, **more: zeros.append(args) or zeros_like(*args, **more))
     x, weight, labels, dloss = inputs(dtype)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     weight.zero_out_wgrad = shared
-    before = torch.randn(WORDS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    before = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(2))
     buffer = before.clone()
     linear_cross_entropy(x, weight, labels, 16, main_grad=buffer).backward(dloss.float())
     assert len(zeros) == shared and (not shared or weight.grad.count_nonzero() == 0)
@@ -85,7 +85,7 @@ def products_of_logits(monkeypatch) -> list[int]:
     matmul = torch.Tensor.__matmul__
 
     def counting(a, b):
-        if b.shape == (HIDDEN, WORDS):
+        if b.shape == (HIDDEN, VOCAB):
             made.append(len(a))
         return matmul(a, b)
 
@@ -95,7 +95,7 @@ def products_of_logits(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize(("chunk_size", "products"), [(64, [50]), (30, [25, 25, 25]), (20, [17, 17, 16, 17, 17])])
 def test_the_last_chunks_logits_are_made_once(chunk_size, products, monkeypatch):
-    """Chunks are alike, so that the last one is no crumb. A second backward makes its logits again."""
+    """Chunks are of equal size, so that the last one is not tiny. A second backward recomputes its logits."""
     x, weight, labels, dloss = inputs()
     x, weight = x.requires_grad_(), weight.requires_grad_()
     made = products_of_logits(monkeypatch)
@@ -147,8 +147,8 @@ def test_gradient_by_differences():
 
 def on_ranks():
     x, weight, labels, dloss = inputs()
-    words = WORDS // dist.get_world_size()
-    part = weight[dist.get_rank() * words :][:words]
+    entries = VOCAB // dist.get_world_size()
+    part = weight[dist.get_rank() * entries :][:entries]
     loss, dx, dweight = chunked(x, part, labels, dloss, 7, dist.group.WORLD)
     dist.all_reduce(dx)
     return {"loss": loss, "dx": dx, "dweight": dweight}
@@ -177,7 +177,7 @@ def test_memory_is_that_of_a_chunk(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     chunked(*inputs(), 8)
-    assert largest == 8 * WORDS
+    assert largest == 8 * VOCAB
 
 
 def test_wrong_shapes_are_refused():

@@ -92,10 +92,10 @@ def test_segments_forget_their_beginning(seed, documents):
 
 @interpreted
 @pytest.mark.parametrize("reverse", [False, True])
-def test_what_is_forgotten_is_not_read(reverse):
+def test_negligible_chunks_are_not_read(reverse):
     """A head loses 13 bits a chunk, so 4 of a segment's chunks are above 2^-40; another head loses nothing.
 
-    NaN shows who reads what: in the first head beyond these four nobody, in the fourth and in the other head all.
+    NaN shows what is read: in the first head nothing beyond these four chunks, in the fourth and in the other head all.
     """
     T, H, heads = 1100, 2, torch.arange(2)  # three segments of 6 chunks
     y, z = (torch.randn(1, T, H, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
@@ -108,8 +108,8 @@ def test_what_is_forgotten_is_not_read(reverse):
         poisoned = torch.where(where[:, None, None], torch.tensor(filling), y)
         return op.entering_states(poisoned, z, sums, None, None, launch, reverse=reverse)[:, 1:]
 
-    forgotten = distance >= 4 * 64
-    clean, poisoned = states(forgotten, 0.0), states(forgotten, float("nan"))
+    negligible = distance >= 4 * 64
+    clean, poisoned = states(negligible, 0.0), states(negligible, float("nan"))
     assert clean.abs().amax((2, 3)).min() > 0
     assert torch.equal(poisoned[0], clean[0])
     assert poisoned[1].isnan().all()
@@ -178,10 +178,10 @@ def test_fused_mixer_equals_its_parts(case):
     for in_place in (True, False):
         for got, expected in zip(gradients(fused_mix, torch.float32, in_place=in_place), want, strict=True):
             assert (got - expected).norm() / expected.norm() < 1e-5
-    remakes: list = []
-    y = fused_mix(qkvg.clone().requires_grad_(), logits, angles, **options, remakes=remakes)
+    recompute_fns: list = []
+    y = fused_mix(qkvg.clone().requires_grad_(), logits, angles, **options, recompute_fns=recompute_fns)
     again = torch.full_like(y, float("nan"))
-    remakes[0](again)
+    recompute_fns[0](again)
     assert torch.equal(again, y)
 
 

@@ -1,4 +1,4 @@
-"""What crosses a boundary comes out as it went in, gradients too; the K,V's gradient is the sum over its readers; the
+"""A boundary tensor restores what was joined, gradients too; the gradient of the K,V is the sum over their readers; the
 communicator expects what Megatron's schedules send."""
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from support.models import relative_error
 
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
-from yoco_megatron.parallel.pipeline.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_columns, split_boundary_tensor
 from yoco_megatron.parallel.pipeline.communicator import arriving_stages
 
 S, B, H, G, D = 12, 2, 10, 3, 4
@@ -14,24 +14,24 @@ S, B, H, G, D = 12, 2, 10, 3, 4
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("fp32", [False, True])
-def test_unpack_inverts_pack(tp: int, fp32: bool, generator: torch.Generator) -> None:
+def test_splitting_inverts_joining(tp: int, fp32: bool, generator: torch.Generator) -> None:
     hidden = torch.randn(S // tp, B, H, generator=generator).bfloat16().requires_grad_()
     kv = torch.randn(S, B, G, 2, D, generator=generator)
     kv = (kv if fp32 else kv.bfloat16()).requires_grad_()
-    packed = pack(hidden, kv, fp32)
-    assert packed.dtype == torch.bfloat16
-    assert packed.shape == (S // tp, B, H + kv_columns(G, D, S // tp, S, fp32))
-    assert packed._base is None  # Megatron frees its storage after sending
+    boundary_tensor = join_boundary_tensor(hidden, kv, fp32)
+    assert boundary_tensor.dtype == torch.bfloat16
+    assert boundary_tensor.shape == (S // tp, B, H + kv_columns(G, D, S // tp, S, fp32))
+    assert boundary_tensor._base is None  # Megatron frees its storage after sending
     # The next stage gets a copy, as over the wire.
-    received = packed.detach().clone().requires_grad_()
-    hidden_out, kv_out = unpack(received, H, S, G, fp32)
+    received = boundary_tensor.detach().clone().requires_grad_()
+    hidden_out, kv_out = split_boundary_tensor(received, H, S, G, fp32)
     assert torch.equal(hidden_out, hidden)
     assert torch.equal(kv_out, kv)
     assert kv_out.is_contiguous()
     grad_hidden = torch.randn(hidden.shape, generator=generator).bfloat16()
     grad_kv = torch.randn(kv.shape, generator=generator).to(kv.dtype)
     torch.autograd.backward((hidden_out, kv_out), (grad_hidden, grad_kv))
-    packed.backward(received.grad)
+    boundary_tensor.backward(received.grad)
     assert torch.equal(hidden.grad, grad_hidden)
     assert torch.equal(kv.grad, grad_kv), "the K,V's gradient was rounded on its way"
 
@@ -55,13 +55,13 @@ def test_gradient_is_the_sum_over_readers(layers: int, generator: torch.Generato
     for _ in range(2):  # a second micro-batch starts from nothing
         hidden, reader = SharedKVReader.enter(start, kv, kv.dtype)
         out = readers(kv, hidden, layers, weight, reader.read)
-        ours = torch.autograd.grad(out.square().sum() + (reader.read_packed() ** 3).sum(), (kv, start))
+        ours = torch.autograd.grad(out.square().sum() + (reader.read_stacked() ** 3).sum(), (kv, start))
         for value, reference in zip(ours, expected):
             assert relative_error(value, reference) < 1e-12
 
 
 def test_bf16_gradients_are_summed_in_fp32(generator: torch.Generator) -> None:
-    """64 readers of bf16 K,V: one rounding in the end, not one a reader."""
+    """64 readers of bf16 K,V: one rounding in the end, not one per reader."""
     kv = torch.randn(S, B, G, 2, D, generator=generator).bfloat16().requires_grad_()
     start = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
     factors = torch.randn(64, generator=generator).bfloat16()

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
-from support.models import FULL_RECOMPUTE, KEPT_ATTENTION, SELF_DECODERS, relative_error, tiny_config
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, STORED_ATTENTION, relative_error, tiny_config
 from support.pipeline import pipeline_step
 from support.worlds import run_world
 
-from yoco_megatron.model.cross_decoder.zigzag_attention import fits
+from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported
 from yoco_megatron.ops.attention import partial
 
 FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
@@ -23,20 +23,20 @@ SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_att
 SP = dict(sequence_parallel=True)
 PP1 = "EttttttttL"
 
-# name -> (layout of 8 layers with the border at 4, pipeline ranks, tensor parallel, context parallel, config)
+# name -> (layout of 8 layers, cross-decoder from layer 4 on, pipeline ranks, tensor parallel, context parallel, config)
 QUICK = {
     "CP2": (PP1, 1, 1, 2, {}),
     "CP4": (PP1, 1, 1, 4, {}),
     "TP2 CP2 SP": (PP1, 1, 2, 2, SP),
     "PP2 CP2 uneven": ("Ett|ttttttL", 2, 1, 2, {}),
     "CP2 recompute full": (PP1, 1, 1, 2, FULL_RECOMPUTE),
-    "CP2 recompute all but attention": (PP1, 1, 1, 2, KEPT_ATTENTION),
+    "CP2 recompute all but attention": (PP1, 1, 1, 2, STORED_ATTENTION),
 }
 FULL = {
     "TP2 CP2": (PP1, 1, 2, 2, {}),
-    "PP2 CP2 late border": ("Etttttt|ttL", 2, 1, 2, {}),
+    "PP2 CP2 late split": ("Etttttt|ttL", 2, 1, 2, {}),
     "PP2 CP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, 2, FULL_RECOMPUTE),
-    "PP2 CP2 VP2 recompute all but attention": ("Ett|tt|tt|ttL", 2, 1, 2, KEPT_ATTENTION),
+    "PP2 CP2 VP2 recompute all but attention": ("Ett|tt|tt|ttL", 2, 1, 2, STORED_ATTENTION),
     "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
 }
 WINDOWS = {"short": 5, "long": 17, "longest": 100}
@@ -104,7 +104,7 @@ def test_float32(kind: str, one_process) -> None:
 
 
 def test_a_call_for_each_chunk(one_process) -> None:
-    """The cross-decoder where attention in parts does not fit."""
+    """The cross-decoder where zig-zag attention is not supported."""
     kernel = dict(attention_backend=AttnBackend.unfused)
     check("CP2", FLOAT64 | dict(self_decoder="gated_retention") | kernel, False, one_process)
 
@@ -136,7 +136,7 @@ def test_the_cross_decoder_masks_only_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "fitting"),
+    ("options", "supported"),
     [
         ({}, True),
         (dict(attention_backend=AttnBackend.fused), True),
@@ -146,10 +146,10 @@ def test_the_cross_decoder_masks_only_squares() -> None:
         (dict(fp8_dot_product_attention=True), False),
     ],
 )
-def test_what_only_transformer_engine_can_do_stays_there(wish: dict, fitting: bool) -> None:
-    """Attention in parts has no dropout, no FP8, no other kernel."""
+def test_what_only_transformer_engine_can_do_stays_there(options: dict, supported: bool) -> None:
+    """Zig-zag attention has no dropout, no FP8, no other kernel."""
     shard = SimpleNamespace(ranks=2, document_ids=None, chunk_length=6)
-    assert fits(tiny_config(**wish), torch.zeros(12, 1, 4, 8), shard) == fitting
+    assert is_supported(tiny_config(**options), torch.zeros(12, 1, 4, 8), shard) == supported
 
 
 @pytest.mark.slow

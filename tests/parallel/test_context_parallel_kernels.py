@@ -22,16 +22,16 @@ CASES = {
     "CP2 core recompute": (2, False, SELECTIVE),
 }
 # (tokens, segments, packed documents)
-STRETCHES = [(64, None, False), (130, 2, False), (300, 3, True), (300, 5, False), (20, None, True), (256, 4, True)]
+SPANS = [(64, None, False), (130, 2, False), (300, 3, True), (300, 5, False), (20, None, True), (256, 4, True)]
 
 
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, len(CASES) + len(STRETCHES))
+    run_interpreted(__file__, len(CASES) + len(SPANS))
 
 
 if INTERPRETED:
     from yoco_megatron.ops.gated_retention import triton as triton_ops
-    from yoco_megatron.ops.gated_retention.chunk_state import state_gradient, state_written
+    from yoco_megatron.ops.gated_retention.chunk_state import state_gradient, state_update
 
     @pytest.mark.parametrize("case", CASES)
     def test_equals_one_process_in_torch(case: str) -> None:
@@ -46,9 +46,9 @@ if INTERPRETED:
                 error = relative_error(result[name], value)
                 assert error < 2e-5, f"{name}: relative error {error:.1e}"
 
-    @pytest.mark.parametrize(("tokens", "segments", "documents"), STRETCHES)
-    def test_states_of_a_stretch(tokens: int, segments: int | None, documents: bool) -> None:
-        """What the kernels make of a whole stretch, against float64."""
+    @pytest.mark.parametrize(("tokens", "segments", "documents"), SPANS)
+    def test_states_of_a_span(tokens: int, segments: int | None, documents: bool) -> None:
+        """What the kernels make of a whole span, against float64."""
         generator = torch.Generator().manual_seed(tokens)
         shape = (2, tokens, 3, 16)
         q, k, v, do = (torch.randn(shape, generator=generator) for _ in range(4))
@@ -60,13 +60,13 @@ if INTERPRETED:
         padded = triton_ops.pad_ids(ids, launch)
         sums = triton_ops.decay_sums(log_decay, padded, launch)
         wide = [t.double() for t in (q, k, v, do, log_decay)]
-        written, kept = state_written(wide[1], wide[2], masked(wide[4], ids), ids)
+        update, decay = state_update(wide[1], wide[2], masked(wide[4], ids), ids)
         gradient = state_gradient(wide[0], wide[3], masked(wide[4], ids), ids)
-        got = triton_ops.stretch_state(k, v, sums, padded, launch, reverse=False, segments=segments)
-        torch.testing.assert_close(got.double(), written, rtol=1e-5, atol=1e-5)
-        got = triton_ops.stretch_state(q, do, sums, padded, launch, reverse=True, segments=segments)
+        got = triton_ops.span_state(k, v, sums, padded, launch, reverse=False, segments=segments)
+        torch.testing.assert_close(got.double(), update, rtol=1e-5, atol=1e-5)
+        got = triton_ops.span_state(q, do, sums, padded, launch, reverse=True, segments=segments)
         torch.testing.assert_close(got.double(), gradient, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(triton_ops.stretch_kept(sums, padded, launch).double(), kept, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(triton_ops.span_decay(sums, padded, launch).double(), decay, rtol=1e-5, atol=1e-9)
 
     def masked(log_decay: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         """Nothing decays into a document's first token."""

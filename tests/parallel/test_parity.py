@@ -7,7 +7,7 @@ the sign of the gradient, so tiny gradients of either sign make them the coarser
 
 import pytest
 import torch
-from support.models import FULL_RECOMPUTE, KEPT_ATTENTION, SELF_DECODERS, relative_error, train_step
+from support.models import FULL_RECOMPUTE, SELF_DECODERS, STORED_ATTENTION, relative_error, train_step
 from support.worlds import run_world
 
 LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
@@ -24,8 +24,8 @@ MESHES = {
     "recompute full": (1, 1, False, FULL_RECOMPUTE),
     "recompute selective": (1, 1, False, SELECTIVE),
     "TP2 SP recompute full": (2, 2, False, dict(sequence_parallel=True, **FULL_RECOMPUTE)),
-    "recompute all but attention": (1, 1, False, KEPT_ATTENTION),
-    "TP2 SP recompute all but attention": (2, 2, False, dict(sequence_parallel=True, **KEPT_ATTENTION)),
+    "recompute all but attention": (1, 1, False, STORED_ATTENTION),
+    "TP2 SP recompute all but attention": (2, 2, False, dict(sequence_parallel=True, **STORED_ATTENTION)),
     "recompute elementwise": (1, 1, False, dict(recompute_elementwise=True)),
     "TP2 SP recompute elementwise": (2, 2, False, dict(sequence_parallel=True, recompute_elementwise=True)),
     "loss in chunks": (1, 1, False, dict(loss_chunk_size=17)),

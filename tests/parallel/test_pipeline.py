@@ -14,11 +14,11 @@ from support.worlds import run_world
 LOSS, GRAD, GRAD_TP = 1e-6, 2e-6, 2e-5
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
 
-# name -> (layout of 8 layers with the border at 4, ranks, tensor parallel, config)
+# name -> (layout of 8 layers, cross-decoder from layer 4 on, ranks, tensor parallel, config)
 QUICK = {
     "PP2": ("Etttt|ttttL", 2, 1, {}),
-    "PP2 border inside a stage": ("Ett|ttttttL", 2, 1, {}),
-    "PP2 late border, K,V sent from the last self layer's stage": ("Etttttt|ttL", 2, 1, {}),
+    "PP2 split inside a stage": ("Ett|ttttttL", 2, 1, {}),
+    "PP2 late split, K,V sent from the last self layer's stage": ("Etttttt|ttL", 2, 1, {}),
     "PP4": ("Ett|tt|tt|ttL", 4, 1, {}),
     "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, {}),
     "TP2 PP2 SP": ("Etttt|ttttL", 2, 2, dict(sequence_parallel=True)),

@@ -1,7 +1,7 @@
-"""Who sees whom, told by gradients: d(logits at position t) / d(embedding of token j).
+"""Which tokens influence which, measured by gradients: d(logits at position t) / d(embedding of token j).
 
-A gradient that has no path is exactly zero, in whatever order and precision its zeros are added; one that has a path is
-not, along random directions.
+A gradient without a path is exactly zero, in whatever order and precision its zeros are added; with a path it is not,
+along random directions.
 """
 
 import torch
@@ -23,9 +23,9 @@ def influence(inputs: torch.Tensor, outputs: torch.Tensor, generator: torch.Gene
 def model_influence(
     model: YOCOModel, ids: torch.Tensor, generator: torch.Generator, document_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of the logits of one sequence, ids [1, tokens], on the embeddings of its tokens.
+    """Which embeddings influence the logits of one sequence, ids [1, tokens]: bool [position t, token j].
 
-    A forward pass for each position: Transformer Engine frees what it saved, so a second backward is not to be had.
+    One forward pass per position: Transformer Engine frees what it saved, so a second backward is impossible.
     """
     embedded = []
     hook = model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))

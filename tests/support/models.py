@@ -12,20 +12,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from yoco_megatron import runtime
+from yoco_megatron.mixers import BUILT_IN
 from yoco_megatron.model.init import initialize, named_parameters
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.stages import Stage
 
 VOCAB, SEQ = 256, 48
-SELF_DECODERS = ("gated_retention", "sliding_window")
+SELF_DECODERS = tuple(mixer.name for mixer in BUILT_IN)
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-KEPT_ATTENTION = FULL_RECOMPUTE | dict(keep_cross_attention=True)
+STORED_ATTENTION = FULL_RECOMPUTE | dict(keep_cross_attention=True)
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
 # Heads of width 64, which every kernel takes.
 WIDE_HEADS = dict(hidden_size=256, num_attention_heads=4, num_query_groups=2, self_decoder_heads=4)
-# A norm that Transformer Engine fuses into the linear that it feeds, and where it stands apart.
+# Norms that Transformer Engine fuses into the next linear layer, and their names where they are separate.
 FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -35,7 +36,7 @@ FUSED_NORMS = {
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter in a model whose norms stand apart."""
+    """The name of a parameter in a model whose norms are separate."""
     for fused, apart in FUSED_NORMS.items():
         name = name.replace(fused, apart)
     return name
@@ -101,16 +102,16 @@ def batch(size: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-# Where documents begin. The chunks of context parallelism begin at multiples of 12 and of 6: on these edges, just
-# before and after them; in one sample nowhere, so that windows and states cross every edge.
-BORDERS = ([12, 36], [11, 13, 30], [], [23, 24, 25], [1, 41, 47], [18], [5, 6, 7], [35, 37])
+# Where documents start. The chunks of context parallelism begin at multiples of 12 and of 6: on these edges, just before
+# and after them; in one sample nowhere, so that windows and states cross every edge.
+DOCUMENT_STARTS = ([12, 36], [11, 13, 30], [], [23, 24, 25], [1, 41, 47], [18], [5, 6, 7], [35, 37])
 
 
 def document_batch(size: int = 4) -> torch.Tensor:
     """Documents of `batch`, int32 [size, SEQ]."""
     starts = torch.zeros(size, SEQ, dtype=torch.int32)
     for sample, row in enumerate(starts):
-        row[BORDERS[sample % len(BORDERS)]] = 1
+        row[DOCUMENT_STARTS[sample % len(DOCUMENT_STARTS)]] = 1
     return starts.cumsum(1).int().to(runtime.device())
 
 

@@ -68,13 +68,13 @@ def heads(x_BTN: Tensor, number: int) -> Tensor:
 
 
 def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int | None) -> Tensor:
-    """Query i sees keys i - window < j <= i; query head h reads K,V head floor(h G / H). Returns [B, T, H D]."""
+    """Query i attends to keys i - window < j <= i; query head h reads K,V head floor(h G / H). Returns [B, T, H D]."""
     T, H, D = q_BTHD.shape[1:]
     of_head = [h * k_BTGD.shape[2] // H for h in range(H)]
     scores = torch.einsum("bihd,bjhd->bhij", q_BTHD, k_BTGD[:, :, of_head]) / D**0.5
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
-    seen = (j <= i) & (i - j < (window or T))
-    probabilities = torch.where(seen, scores, -torch.inf).softmax(-1)
+    visible = (j <= i) & (i - j < (window or T))
+    probabilities = torch.where(visible, scores, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", probabilities, v_BTGD[:, :, of_head]).flatten(2)
 
 

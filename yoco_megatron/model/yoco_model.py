@@ -20,7 +20,7 @@ from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
-from yoco_megatron.parallel.pipeline.boundary import kv_columns, pack, unpack
+from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_columns, split_boundary_tensor
 from yoco_megatron.parallel.pipeline.stages import Stage
 
 
@@ -29,6 +29,8 @@ class YOCOModel(LanguageModule):
 
     Args:
         vocab_size: padded vocabulary, a multiple of the tensor-parallel size.
+        max_sequence_length: passed to Megatron's embedding; rotary angles have no limit.
+        rotary_base: theta of the rotary frequencies.
         stage: what this part holds; None for the whole model.
         share_embeddings_and_output_weights: one matrix for both (the sqrt(h) scale applies to the input alone).
         parallel_output: leave logits split over tensor-parallel ranks, as the parallel cross entropy wants them.
@@ -69,7 +71,7 @@ class YOCOModel(LanguageModule):
         self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
         self.rows_per_row = self.tp_group.size() if config.sequence_parallel else 1
-        # Only 16-bit boundaries can gain from it.
+        # It makes a difference only if boundaries are in 16 bits.
         self.fp32_transport = config.fp32_kv_transport and config.pipeline_dtype.itemsize == 2
         if self.post_process:
             # The head is Megatron's linear, not Transformer Engine's, and fuses gradients with Apex alone.
@@ -95,7 +97,7 @@ class YOCOModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """What the previous pipeline stage sent (Megatron's schedules call this)."""
+        """Take what the previous pipeline stage sent, in place of an embedding (called by Megatron's schedules)."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
@@ -117,34 +119,34 @@ class YOCOModel(LanguageModule):
             position_ids, attention_mask, packed_seq_params: ignored; attention is always causal, positions are counted
                 in each document.
             labels: int64 [b, s]; None asks for logits.
-            document_ids: integers [b, whole sequence], equal within a document and never falling, read by every stage:
-                documents do not see each other. None for one document.
+            document_ids: integers [b, whole sequence], equal within a document and non-decreasing, read by every stage:
+                a token attends to its own document alone. None for one document.
         Returns:
             fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`).
         """
-        shared_kv = None
+        kv = None
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         length = hidden_states.shape[0] * self.rows_per_row
         if self.stage.kv_in:
-            hidden_states, shared_kv = unpack(
+            hidden_states, kv = split_boundary_tensor(
                 hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
             )
         ranks, batch = self.cp_group.size(), hidden_states.shape[1]
         group = self.cp_group if ranks > 1 else None
         shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
         positions = shard.positions()
-        hidden_states, reader = self.decoder(
-            hidden_states, shared_kv, self.self_rotary(positions), self.cross_rotary(positions), shard
+        hidden_states, kv_reader = self.decoder(
+            hidden_states, kv, self.self_rotary(positions), self.cross_rotary(positions), shard
         )
         if self.post_process:
             return self.head(hidden_states, labels)
         if not self.stage.kv_out:
             return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
-        kv = reader.read_packed(torch.float32 if self.fp32_transport else None)
-        return pack(hidden_states, kv, self.fp32_transport)
+        kv = kv_reader.read_stacked(torch.float32 if self.fp32_transport else None)
+        return join_boundary_tensor(hidden_states, kv, self.fp32_transport)
 
     def boundary_shape(self, stage: Stage, micro_batch_size: int, length: int) -> tuple[int, int, int]:
-        """Shape of the tensor that enters `stage` on this rank; `length` is that of a whole sequence."""
+        """Shape of the boundary tensor that enters `stage` on this rank; `length` is that of a whole sequence."""
         length //= self.cp_group.size()
         rows, width = length // self.rows_per_row, self.config.hidden_size
         if stage.kv_in:
@@ -157,7 +159,7 @@ class YOCOModel(LanguageModule):
         return hidden_states * math.sqrt(self.config.hidden_size) if self.config.scale_embedding else hidden_states
 
     def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
-        """RMSNorm(X^L) W_vocab, and the cross entropy where there are labels."""
+        """Logits RMSNorm(X^L) W_vocab [b, s, vocabulary/tp], or with labels their cross entropy, fp32 [b, s]."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         hidden_states = self.final_layernorm(hidden_states)
         if labels is not None and self.config.loss_chunk_size:

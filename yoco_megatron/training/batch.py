@@ -1,4 +1,4 @@
-"""One micro-batch on this process: read on tensor-parallel rank 0, broadcast to the others; then this rank's tokens."""
+"""One micro-batch: read on tensor-parallel rank 0, broadcast to the others, cut to the tokens of this CP rank."""
 
 from collections.abc import Iterator
 
@@ -12,10 +12,10 @@ from torch import Tensor
 def get_batch(
     data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
 ) -> dict[str, Tensor | None]:
-    """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None where this stage needs none).
+    """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None if this stage does not need them).
 
-    s are the tokens of this context-parallel rank. With --dataloader-inter-document-masking also document_ids int32
-    [b, whole sequence], which every stage and rank needs (else None).
+    s is the number of tokens of this context-parallel rank. With --dataloader-inter-document-masking also document_ids
+    int32 [b, whole sequence], which every stage and rank needs (else None).
     """
     args = get_args()
     documents = args.dataloader_inter_document_masking
@@ -32,7 +32,7 @@ def get_batch(
         batch,
         has_cu_seqlens=documents,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,  # attention is causal everywhere; no mask travels
+        create_attention_mask_in_dataloader=False,  # attention is causal everywhere; no mask is sent
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
@@ -44,7 +44,7 @@ def get_batch(
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    # Zig-zag over whole sequences, wherever documents end.
+    # Zig-zag over whole sequences, regardless of documents.
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group(), use_per_sequence_balancing=True
     )
@@ -53,10 +53,11 @@ def get_batch(
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The number of each token's document in its sequence, int32 [b, length].
+    """Number of each token's document in its sequence, int32 [b, length].
 
     Args:
-        cu_seqlens: int32 [b, any]: 0, the documents' ends, and `length` repeated to the end (GPTDataset's padding).
+        cu_seqlens: int32 [b, any]: 0, the ends of the documents, then `length` repeated (GPTDataset's padding).
+        length: tokens of a sequence.
     """
     positions = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device).expand(len(cu_seqlens), -1)
     return torch.searchsorted(cu_seqlens[:, 1:].contiguous(), positions.contiguous(), right=True, out_int32=True)

@@ -1,4 +1,4 @@
-"""`forward_step`: what Megatron's schedules call for each micro-batch, and the loss that they reduce."""
+"""`forward_step`, which Megatron's schedules call for each micro-batch, and the loss that they reduce."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from yoco_megatron.training.batch import get_batch
 
-SPIKY_LOSS_FACTOR = 10  # a loss this many times the largest recent one is reported by --check-for-spiky-loss
+SPIKY_LOSS_FACTOR = 10  # --check-for-spiky-loss reports a loss of this many times the largest recent one
 straggler = StragglerDetector()
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses that count.
+    """Sum of the losses of unmasked tokens.
 
     Args:
         loss_mask: fp32 [b, s]; losses: fp32 [b, s].
     Returns:
-        (summed loss, number of counted tokens int32, {"lm loss": [sum, tokens]}); Megatron divides by the tokens. With
-        context parallelism such that the mean over its ranks of that quotient is the loss.
+        (summed loss, number of unmasked tokens int32, {"lm loss": [sum, tokens]}); Megatron divides by the tokens. With
+        CP, scaled so that the mean of loss / num_tokens over CP ranks is the global mean.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
@@ -32,14 +32,14 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     report = {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
     ranks = mpu.get_context_parallel_world_size()
     if ranks > 1 and not get_args().calculate_per_token_loss:
-        # Megatron takes the mean over this rank's tokens, then over ranks; what counts is the mean over the sequences.
+        # Megatron takes the mean over this rank's tokens, then over ranks; the mean over whole sequences is wanted.
         torch.distributed.all_reduce(num_tokens, group=mpu.get_context_parallel_group())
         loss = loss * ranks
     return loss, num_tokens, report
 
 
 def _validate(loss: Tensor) -> None:
-    """NaN, Inf and spikes go to the rerun state machine, which tells a bad GPU from a bad batch."""
+    """Report NaN, Inf and spikes to the rerun state machine, which distinguishes a bad GPU from a bad batch."""
     args, machine = get_args(), get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
         for name, rejects in (("NaN", torch.isnan), ("Inf", torch.isinf)):
@@ -63,7 +63,14 @@ def _validate(loss: Tensor) -> None:
 def forward_step(
     data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    """Run one micro-batch: (losses [b, s], the function that reduces them)."""
+    """Run one micro-batch.
+
+    Args:
+        data_iterator: batches as the dataset makes them; read on tensor-parallel rank 0 alone.
+        model: a model chunk, wrapped as Megatron wraps it.
+    Returns:
+        (losses fp32 [b, s], or the boundary tensor before the last stage; the function that reduces losses).
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with straggler(bdata=True):

@@ -1,6 +1,6 @@
 """Queries of one cross-decoder layer over the shared K,V (paper equation 3).
 
-Y = X + Attn(RoPE(RMSNorm(X) W_Q), K^, V^) W_O, causal, scale D^-1/2. Position i sees K^,V^ of positions 0..i.
+Y = X + Attn(RoPE(RMSNorm(X) W_Q), K^, V^) W_O, causal, scale D^-1/2. Position i attends to K^,V^ of positions 0..i.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
-from yoco_megatron.model.cross_decoder.zigzag_attention import fits, two_chunk_attention
+from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported, zigzag_attention
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
@@ -40,7 +40,7 @@ class SharedKVAttention(ChunkedAttention):
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
-        super().__init__(config, submodules, layer_number, pg_collection, attention_type="cross", reach=None)
+        super().__init__(config, submodules, layer_number, pg_collection, attention_type="cross", left_window=None)
         self.linear_q = input_projection(
             submodules.linear_q, config, config.num_attention_heads * self.head_dim, pg_collection.tp
         )
@@ -57,20 +57,18 @@ class SharedKVAttention(ChunkedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias).
 
-        `attention_bias` carries the shared K,V; K is rotated already, so only q is here. TransformerLayer, and
-        Megatron's full recompute, hand it to the attention untouched. YOCO has no bias, so the K,V ride there, and a
-        cross-decoder layer needs no layer class of its own.
+        K is rotated already, so only q is rotated here. YOCOBlock says what the two borrowed arguments carry.
         """
+        kv_reader, shard = attention_bias, packed_seq_params
         query, _ = self.linear_q(hidden_states)
         query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
-        reader = attention_bias.inside_checkpoint() if self.recompute_core and self.training else attention_bias
-        shard = packed_seq_params
+        core_reader = kv_reader.inside_checkpoint() if self.recompute_core and self.training else kv_reader
 
         def attention(query: Tensor) -> Tensor:
-            if fits(self.config, query, shard):
+            if is_supported(self.config, query, shard):
                 scale = self.config.softmax_scale or self.head_dim**-0.5
-                return self.keep_or_recompute(lambda query: two_chunk_attention(query, reader, shard, scale), query)
-            return self.attend(query, lambda _, chunk, first: reader.read(first, chunk.stop), shard)
+                return self.checkpoint_core(lambda query: zigzag_attention(query, core_reader, shard, scale), query)
+            return self.attend(query, lambda _, cp_chunk, first: core_reader.read(first, cp_chunk.stop), shard)
 
-        kept = attention_bias.kept
-        return self.linear_proj(kept(self.layer_number, attention, query) if kept else attention(query))
+        store = kv_reader.attention_outputs
+        return self.linear_proj(store(self.layer_number, attention, query) if store else attention(query))

@@ -23,7 +23,7 @@ from yoco_megatron.model.yoco_config import YOCOConfig
 
 @dataclass
 class SharedKVSubmodules:
-    """`linear_kv` with its norm: fused into it (`layernorm` is then the identity), or apart."""
+    """`linear_kv` and its norm, which is fused into it (`layernorm` is then the identity) or separate."""
 
     linear_kv: type
     layernorm: type = IdentityOp
@@ -33,7 +33,7 @@ class SharedKV(MegatronModule):
     """Projects the self-decoder's output [s, b, h] to the shared K,V [s, b, G, 2, D].
 
     The rows of W are ordered by head, K before V inside one head, so that tensor parallelism cuts between heads and a
-    checkpoint means the same at every mesh. With sequence parallelism the input is [s/tp, b, h].
+    checkpoint fits every mesh. With sequence parallelism the input is [s/tp, b, h].
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SharedKV(MegatronModule):
         )
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        """hidden_states [s, b, h], angles [s, 1, 1, D] -> K,V [s, b, G, 2, D], K rotated."""
+        """hidden_states [s, b, h], angles [s, 1 or b, 1, D] -> K,V [s, b, G, 2, D], K rotated."""
         kv, _ = self.linear_kv(self.layernorm(hidden_states))
         key_SBGD, value_SBGD = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
         return torch.stack((rotate(key_SBGD, rotary_pos_emb, self.config), value_SBGD), dim=3)
@@ -57,7 +57,7 @@ class SharedKV(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The norm under the name that the fused layer gives it, so that a checkpoint fits both."""
+        """The norm has the key that the fused layer gives it, so that a checkpoint fits both."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         apply_prefix_mapping(state, {f"{prefix}layernorm.": f"{prefix}linear_kv.layer_norm_"})
         return state

@@ -1,13 +1,15 @@
-"""Causal attention of a rank's two chunks without a masked rectangle.
+"""Causal attention of a rank's two zig-zag chunks without a masked rectangle.
 
-Queries of chunk c see the keys before it and, causally, its own. One call for each chunk would put a causal mask into
-the lower right corner of a rectangle. Instead, with rank r's chunks r and N - 1 - r, masked calls are square:
+Queries of chunk c attend to the keys before it and, causally, to its own. One call for each chunk would put a causal
+mask into the lower right corner of a rectangle. Instead, with rank r's chunks r and N - 1 - r, masked calls are square:
 
-    own      both chunks' queries, both chunks' keys: one causal square, whose second chunk sees the whole first one
+    own      both chunks' queries, both chunks' keys: one causal square, in which the second chunk attends to all of the
+             first
     early    both chunks' queries, keys of chunks 0 .. r - 1: no mask
     middle   the second chunk's queries, keys of chunks r + 1 .. N - 2 - r: no mask
 
-In squares of a chunk these are 2, 2 r and N - 2 - 2 r: as much on every rank.
+In units of chunk_length^2 they cost 2, 2r and N - 2 - 2r: as much on every rank. The parts are merged by their
+log-sum-exp.
 """
 
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ class _Part:
     causal: bool
 
 
-def fits(config: YOCOConfig, query: Tensor, shard: SequenceShard) -> bool:
-    """Whether `two_chunk_attention` can serve query [s, b, H, D], and is all that the configuration asks for."""
+def is_supported(config: YOCOConfig, query: Tensor, shard: SequenceShard) -> bool:
+    """True if `zigzag_attention` can compute attention of query [s, b, H, D] and do all that the config asks for."""
     asks_for_more = (
         config.deterministic_mode
         or config.attention_dropout > 0
@@ -40,20 +42,20 @@ def fits(config: YOCOConfig, query: Tensor, shard: SequenceShard) -> bool:
     )
     if asks_for_more or shard.ranks == 1 or shard.document_ids is not None:
         return False
-    return partial.serves(query.permute(1, 2, 0, 3), shard.chunk_length)
+    return partial.is_supported(query.permute(1, 2, 0, 3), shard.chunk_length)
 
 
-def two_chunk_attention(query: Tensor, reader: SharedKVReader, shard: SequenceShard, scale: float) -> Tensor:
+def zigzag_attention(query: Tensor, kv_reader: SharedKVReader, shard: SequenceShard, scale: float) -> Tensor:
     """query [s, b, H, D] of this rank over the shared K,V of the whole sequence -> [s, b, H * D]."""
     first, second = shard.chunks
-    parts, keys_and_values = [_Part(0, True)], [*reader.read_own()]
+    parts, keys_and_values = [_Part(0, True)], [*kv_reader.read_own()]
     if first.start > 0:
         parts.append(_Part(0, False))
-        keys_and_values += reader.read(0, first.start)
+        keys_and_values += kv_reader.read(0, first.start)
     if first.stop < second.start:
         parts.append(_Part(shard.chunk_length, False))
-        keys_and_values += reader.read(first.stop, second.start)
-    return _Joined.apply(query, scale, parts, *keys_and_values).flatten(2)
+        keys_and_values += kv_reader.read(first.stop, second.start)
+    return _MergedAttention.apply(query, scale, parts, *keys_and_values).flatten(2)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -61,22 +63,27 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.permute(1, 2, 0, 3) for x in tensors]
 
 
-class _Joined(torch.autograd.Function):
-    """Parts of one softmax. The first part has all queries."""
+def _sequence_first(*tensors: Tensor) -> list[Tensor]:
+    """The inverse of `_heads_first`."""
+    return [x.permute(2, 0, 1, 3) for x in tensors]
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Parts of one softmax, merged. The first part has all queries."""
 
     @staticmethod
     def forward(ctx, query, scale, parts, *keys_and_values):
         q, *kv = _heads_first(query, *keys_and_values)
-        ctx.scale, ctx.parts, ctx.seen = scale, parts, []
+        ctx.scale, ctx.parts, ctx.rng_states = scale, parts, []
         for index, part in enumerate(parts):
-            found, lse_found, seen = partial.forward(
+            part_o, part_lse, rng_state = partial.forward(
                 q[:, :, part.first_query :], *kv[2 * index : 2 * index + 2], part.causal, scale
             )
-            ctx.seen.append(seen)
+            ctx.rng_states.append(rng_state)
             if index == 0:
-                o, lse = found, lse_found
+                o, lse = part_o, part_lse
             else:
-                partial.join(o[:, :, part.first_query :], lse[..., part.first_query :], found, lse_found)
+                partial.merge_(o[:, :, part.first_query :], lse[..., part.first_query :], part_o, part_lse)
         ctx.save_for_backward(query, o, lse, *keys_and_values)
         return o.permute(2, 0, 1, 3).contiguous()
 
@@ -85,11 +92,11 @@ class _Joined(torch.autograd.Function):
         query, o, lse, *keys_and_values = ctx.saved_tensors
         q, do, *kv = _heads_first(query, do.contiguous(), *keys_and_values)
         gradients = []
-        for index, (part, seen) in enumerate(zip(ctx.parts, ctx.seen)):
+        for index, (part, rng_state) in enumerate(zip(ctx.parts, ctx.rng_states)):
             at = part.first_query
             rows = [x[:, :, at:] for x in (do, q)]
             dq_part, dk, dv = partial.backward(
-                *rows, *kv[2 * index : 2 * index + 2], o[:, :, at:], lse[..., at:], seen, part.causal, ctx.scale
+                *rows, *kv[2 * index : 2 * index + 2], o[:, :, at:], lse[..., at:], rng_state, part.causal, ctx.scale
             )
             gradients += _sequence_first(dk, dv)
             if index == 0:
@@ -97,7 +104,3 @@ class _Joined(torch.autograd.Function):
             else:
                 dq[:, :, at:].add_(dq_part)
         return *_sequence_first(dq), None, None, *gradients
-
-
-def _sequence_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.permute(2, 0, 1, 3) for x in tensors]

@@ -1,4 +1,4 @@
-"""The plain-torch `core_attention` of Megatron's attention layers: what Transformer Engine's does, on any device."""
+"""The plain-torch `core_attention` of Megatron's attention layers, on any device, like Transformer Engine's."""
 
 from typing import Any
 
@@ -11,16 +11,20 @@ from yoco_megatron.ops.attention import causal_attention, packed_causal_attentio
 
 
 class TorchAttention(MegatronModule):
-    """Causal attention [s, b, heads, D] -> [s, b, heads * D], windowed when `config.window_size` says so.
+    """Causal attention [s, b, heads, D] -> [s, b, heads * D], windowed if `config.window_size` is set.
 
-    Where there are fewer queries than keys they are the last ones (Transformer Engine's bottom-right masks).
+    If there are fewer queries than keys, they are the last ones (Transformer Engine's bottom-right masks).
+
+    Raises:
+        ValueError: attention dropout or a softmax scale.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         if softmax_scale is not None or config.attention_dropout:
             raise ValueError(
-                "--attention-dropout and a softmax scale need Transformer Engine: --transformer-impl transformer_engine"
+                "--attention-dropout and a softmax scale need Transformer Engine: use --transformer-impl "
+                "transformer_engine"
             )
         self.window = config.window_size[0] + 1 if config.window_size else None
 
@@ -34,7 +38,7 @@ class TorchAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, H, D], key and value [s', b, G, D]; the mask is causal whatever is passed.
+        """query [s, b, H, D], key and value [s', b, G, D] -> [s, b, H * D]; always causal, `attention_mask` is ignored.
 
         With `packed_seq_params`: query [t, H, D], key and value [t', G, D] -> [t, H * D].
         """

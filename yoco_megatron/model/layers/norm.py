@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm with weight [hidden_size]; Megatron's own `WrappedTorchNorm` refuses sequence parallelism."""
+    """RMSNorm with weight [hidden_size]; Megatron's own `WrappedTorchNorm` does not allow sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -16,7 +16,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        # With sequence parallelism every rank sees other tokens, so the gradient is summed over ranks.
+        # With sequence parallelism every rank has other tokens, so the gradient is summed over ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -25,10 +25,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class StandaloneRMSNorm(RMSNorm):
-    """RMSNorm where Transformer Engine has a norm of its own, not one fused into a linear layer.
+    """RMSNorm in the place of Transformer Engine's standalone norm (the others are fused into a linear layer).
 
-    That norm saves an (empty) extra state; having one too keeps checkpoints interchangeable, as Megatron's own linear
-    layers do it.
+    That norm saves an (empty) extra state. This one has it, too, so that checkpoints fit both, like Megatron's own
+    linear layers.
     """
 
     def get_extra_state(self) -> None:
@@ -39,6 +39,6 @@ class StandaloneRMSNorm(RMSNorm):
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS over the last dimension without a weight: the arithmetic in fp32 (or wider), the result in x's dtype."""
+    """x / RMS(x) over the last dimension, without a weight; arithmetic in fp32 or wider, result in x's dtype."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

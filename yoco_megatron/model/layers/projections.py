@@ -1,4 +1,4 @@
-"""The large linear layers of the mixers, made alike: heads are split over tensor-parallel ranks, nothing has a bias."""
+"""The large linear layers of the mixers: heads are split over tensor-parallel ranks, and there is no bias."""
 
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
@@ -7,7 +7,7 @@ from yoco_megatron.model.yoco_config import YOCOConfig
 
 
 def input_projection(linear: type, config: YOCOConfig, width: int, tp_group: ProcessGroup) -> MegatronModule:
-    """From hidden states to `width` values a token, of all ranks; each rank holds the rows of its heads."""
+    """Column-parallel linear from hidden states to `width` values per token; each rank holds the rows of its heads."""
     return linear(
         config.hidden_size,
         width,
@@ -23,7 +23,7 @@ def input_projection(linear: type, config: YOCOConfig, width: int, tp_group: Pro
 
 
 def output_projection(linear: type, config: YOCOConfig, width: int, tp_group: ProcessGroup) -> MegatronModule:
-    """From all heads' `width` values a token, split over the ranks, to hidden states."""
+    """Row-parallel linear from all heads' `width` values per token to hidden states."""
     return linear(
         width,
         config.hidden_size,
@@ -39,7 +39,7 @@ def output_projection(linear: type, config: YOCOConfig, width: int, tp_group: Pr
 
 
 def save_original_input(linear: MegatronModule) -> None:
-    """FP8: keep a linear's input for backward instead of its quantised copy."""
+    """FP8: save a linear layer's input for backward instead of its quantised copy (Transformer Engine only)."""
     from megatron.core.extensions.transformer_engine import set_save_original_input
 
     set_save_original_input(linear)

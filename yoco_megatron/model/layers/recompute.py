@@ -1,8 +1,11 @@
-"""Outputs that are made again in backward instead of kept.
+"""Activations recomputed in backward, beyond what Megatron's checkpoints can do.
 
-A linear layer keeps its input for its weight's gradient. Where that input is a cheap function of what is kept anyway,
-its memory is given back after the layer has run, and filled again when the gradient of the layer's output is there.
-Autograd is not involved: the operation that made the input must not need its own output, as SwiGLU does not.
+1. `recompute_in_backward` (--recompute-elementwise). A linear layer saves its input for the weight gradient. If that is
+   cheap to recompute from what is saved anyway, free it after forward and refill it when the gradient of the layer's
+   output arrives. Autograd is not involved: the operation that made the input must not need its own output, as SwiGLU
+   does not.
+2. `AttentionOutputStore` (--keep-cross-attention). Full activation recompute that stores cross-attention outputs: in
+   the second pass of a checkpointed layer the attention is not computed again.
 """
 
 from collections.abc import Callable
@@ -14,55 +17,57 @@ from torch import Tensor
 
 
 def check_whole(value: Tensor) -> None:
-    """AssertionError for a part of a storage."""
+    """AssertionError if `value` is a view of a larger storage."""
     assert value.untyped_storage().nbytes() == value.nbytes, "a view cannot be freed"
 
 
-def give_back(value: Tensor) -> None:
-    """Free the memory of `value`, a whole storage of its own, until `fill_again`."""
+def free_storage(value: Tensor) -> None:
+    """Free the memory of `value`, a whole storage of its own, until `refill_storage`."""
     check_whole(value)
     value.untyped_storage().resize_(0)
 
 
-def fill_again(value: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Give `value` its memory again, and let `write` put the values there."""
+def refill_storage(value: Tensor, write: Callable[[Tensor], None]) -> None:
+    """Allocate the memory of `value` again, and let `write` put the values there."""
     value.untyped_storage().resize_(value.nbytes)
     with torch.no_grad():
         write(value.data)  # .data: autograd must not take it for a change of a saved tensor
 
 
-def remake_in_backward(value: Tensor, reader_output: Tensor, remake: Callable[[Tensor], None]) -> None:
+def recompute_in_backward(value: Tensor, reader_output: Tensor, recompute_into: Callable[[Tensor], None]) -> None:
     """Free the memory of `value` until backward needs it.
 
     Args:
-        value: what the reader was given; a whole storage of its own, that nothing but the reader needs.
-        reader_output: the reader's output. Its gradient comes right before the reader's backward.
-        remake: writes the values into a tensor like `value`, by the same operations, so that they are the same bits.
+        value: the reader's input; a whole storage of its own, which nothing but the reader needs.
+        reader_output: the reader's output. Its gradient arrives right before the reader's backward runs.
+        recompute_into: writes the values into a tensor like `value`, by the same operations, so bit for bit.
+    Raises:
+        AssertionError: `value` is a view.
     """
     check_whole(value)
     if not reader_output.requires_grad:
         return
-    give_back(value)
-    held = [(value, remake)]
+    free_storage(value)
+    freed = [(value, recompute_into)]
 
     def restore(_: Tensor) -> None:
-        if not held:  # a second backward of a kept graph
+        if not freed:  # a second backward through a retained graph
             return
-        fill_again(*held.pop())
+        refill_storage(*freed.pop())
 
     reader_output.register_hook(restore)
 
 
 @dataclass
-class _Kept:
-    """A graph from `query`, whose memory may be given back, to `output`."""
+class _Stored:
+    """A graph from `query`, whose memory may be freed, to `output`."""
 
     query: Tensor
     output: Tensor
 
 
-class KeptAttention:
-    """What the attention of each layer gave, of one micro-batch.
+class AttentionOutputStore:
+    """The attention outputs of the layers of one micro-batch.
 
     Args:
         fp8: the layers run inside Transformer Engine's FP8 context. Attention is not in FP8, but would leave its scales
@@ -71,30 +76,30 @@ class KeptAttention:
 
     def __init__(self, fp8: bool = False) -> None:
         self._fp8 = fp8
-        self._of_layer: dict[int, _Kept] = {}
+        self._by_layer: dict[int, _Stored] = {}
 
     def __call__(self, layer: int, attention: Callable[[Tensor], Tensor], query: Tensor) -> Tensor:
-        """attention(query), computed once.
+        """attention(query), computed once: stored in the first pass of a checkpoint, returned in the second.
 
         Args:
             layer: its number.
-            attention: what else it reads must take its gradient by itself. It may move the random generator, as fused
-                attention does even without dropout, so nothing after it may draw from that in the second pass.
+            attention: what else it reads must collect its gradient by itself. It may advance the random generator, as
+                fused attention does even without dropout, so nothing after it may draw from it in the second pass.
             query: its own whole storage, which nothing else reads in the first pass.
         """
         if not torch.is_grad_enabled():
-            self._of_layer[layer] = kept = self._record(attention, query)
-            return kept.output.detach()
-        kept = self._of_layer.pop(layer, None)
-        # Nothing is kept where the layer is in no checkpoint, or the graph runs backward again.
-        return attention(query) if kept is None else _Replay.apply(query, kept)
+            self._by_layer[layer] = stored = self._record(attention, query)
+            return stored.output.detach()
+        stored = self._by_layer.pop(layer, None)
+        # Nothing is stored if the layer is in no checkpoint, or if the graph runs backward again.
+        return attention(query) if stored is None else _Replay.apply(query, stored)
 
-    def _record(self, attention: Callable[[Tensor], Tensor], query: Tensor) -> _Kept:
+    def _record(self, attention: Callable[[Tensor], Tensor], query: Tensor) -> _Stored:
         query = query.detach().requires_grad_()
         with torch.enable_grad(), _without_fp8() if self._fp8 else nullcontext():
             output = attention(query)
-        give_back(query)
-        return _Kept(query, output)
+        free_storage(query)
+        return _Stored(query, output)
 
 
 def _without_fp8() -> AbstractContextManager:
@@ -104,16 +109,17 @@ def _without_fp8() -> AbstractContextManager:
 
 
 class _Replay(torch.autograd.Function):
-    """The recorded graph as one node: the kept output; backward through the graph, with its queries filled again."""
+    """The recorded graph as one node: forward returns the stored output, backward runs through the graph, whose
+    queries are refilled."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, kept: _Kept) -> Tensor:
-        fill_again(kept.query, lambda memory: memory.copy_(query))
-        ctx.kept = kept
-        return kept.output.detach()
+    def forward(ctx, query: Tensor, stored: _Stored) -> Tensor:
+        refill_storage(stored.query, lambda memory: memory.copy_(query))
+        ctx.stored = stored
+        return stored.output.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        kept, ctx.kept = ctx.kept, None  # freed before the layers below it run backward
-        torch.autograd.backward(kept.output, gradient)
-        return kept.query.grad, None
+        stored, ctx.stored = ctx.stored, None  # freed before the layers below run backward
+        torch.autograd.backward(stored.output, gradient)
+        return stored.query.grad, None

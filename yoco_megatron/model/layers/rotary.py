@@ -14,7 +14,7 @@ from yoco_megatron.model.yoco_config import YOCOConfig
 
 
 def inverse_frequencies(head_dim: int, base: float, variant: str) -> Tensor:
-    """Angles per position, fp32 [head_dim / 2]; `variant` as --rope-variant."""
+    """Angle per position of each pair, fp32 [head_dim / 2]; `variant` is --rope-variant (yoco or standard)."""
     if variant == "yoco":
         exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
     else:
@@ -39,7 +39,7 @@ class YOCORotaryEmbedding(RotaryEmbedding):
         """Angles, fp32 [s, 1, 1, head_dim], or [s, b, 1, head_dim] where positions differ between samples.
 
         Args:
-            positions: integers [s] or [s, b]; a number s stands for 0..s-1.
+            positions: integers [s] or [s, b]; a number s means 0..s-1.
         """
         if isinstance(positions, int):
             positions = torch.arange(positions, device=torch.cuda.current_device())
@@ -57,12 +57,12 @@ def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
         from yoco_megatron.ops.fused.rotary import rotate as fused
 
         return fused(x_SBHD, angles)
-    if angles.shape[1] > 1:  # the kernel takes one angle per row: make samples rows
+    if angles.shape[1] > 1:  # the kernel takes one angle per row: turn samples into rows
         rows = rotate(x_SBHD.flatten(0, 1).unsqueeze(1), angles.flatten(0, 1).unsqueeze(1), config)
         return rows.view(x_SBHD.shape)
     if config.apply_rope_fusion:
-        # Transformer Engine's kernel works in fp32, and counts elements in 32 bits: queries that are columns of a
-        # projection of a million tokens go through it in parts.
+        # Transformer Engine's kernel computes in fp32 and indexes with 32 bits: queries that are columns of a
+        # projection of a million tokens are rotated in parts.
         rows = (2**31 - 1) // max(1, x_SBHD.stride(0))
         if rows < x_SBHD.shape[0]:
             parts = zip(x_SBHD.split(rows), angles.split(rows))

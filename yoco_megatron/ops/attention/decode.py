@@ -1,11 +1,11 @@
-"""One query a sequence over a K,V cache that lies in blocks: split-KV attention whose length lives on the device.
+"""One query per sequence over a K,V cache in blocks: split-KV attention, with the length on the device.
 
-The cache is a table of where its blocks lie, so that it grows without being copied, and a step that was captured as a
-CUDA graph goes on reading it: new blocks enter the table, the length is read when the kernel runs. Places are counted
-in elements from an anchor, because the compiler knows the alignment of a pointer that it was given, not of a number.
+The cache is a table of the addresses of its blocks, so that it grows without being copied, and a step that was captured
+as a CUDA graph still reads it: new blocks enter the table, and the kernel reads the length when it runs. Addresses are
+offsets in elements from a base, because the compiler knows the alignment of a pointer argument, not of a number.
 
 Shapes: B sequences, H query heads, G K,V heads, D head width. K and V of a block are read at
-place + b * batch_stride + g * head_stride + t * D + d, for tokens t of the block.
+offset + b * batch_stride + g * head_stride + t * D + d, for tokens t of the block.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ TILE = 64
 
 @dataclass(frozen=True)
 class BlockTable:
-    """Where K and V lie: int64 places [blocks] each (`place`), tokens per block, element strides inside a block."""
+    """Where K and V are: int64 offsets [blocks] each (`offset_of`), tokens per block, element strides in a block."""
 
-    anchor: Tensor
+    base: Tensor
     keys: Tensor
     values: Tensor
     capacity: int
@@ -33,16 +33,16 @@ class BlockTable:
     head_stride: int
 
 
-def place(block: Tensor, anchor: Tensor) -> int:
-    """Where a block starts, in elements from the anchor; both are aligned to 16 bytes and more."""
-    distance = block.data_ptr() - anchor.data_ptr()
+def offset_of(block: Tensor, base: Tensor) -> int:
+    """Offset of a block in elements from `base`; both are aligned to 16 bytes or more."""
+    distance = block.data_ptr() - base.data_ptr()
     assert distance % (8 * block.element_size()) == 0
     return distance // block.element_size()
 
 
 @triton.jit
 def _partial(
-    q, anchor, keys, values, length, out, stats, scale, batch_stride, head_stride,
+    q, base, keys, values, length, out, stats, scale, batch_stride, head_stride,
     CAPACITY: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -61,19 +61,19 @@ def _partial(
     o_RD = tl.zeros((ROWS, D), tl.float32)
     for at in range(start, end, TILE):
         block, first = at // CAPACITY, at % CAPACITY
-        k_base = anchor + tl.multiple_of(tl.load(keys + block), [8]) + inside
-        v_base = anchor + tl.multiple_of(tl.load(values + block), [8]) + inside
-        seen = at + t < end
+        k_base = base + tl.multiple_of(tl.load(keys + block), [8]) + inside
+        v_base = base + tl.multiple_of(tl.load(values + block), [8]) + inside
+        valid = at + t < end
         token = (first + t).to(tl.int64)[:, None] * D + d[None, :]
-        k_TD = tl.load(k_base + token, mask=seen[:, None], other=0.0)
-        v_TD = tl.load(v_base + token, mask=seen[:, None], other=0.0)
+        k_TD = tl.load(k_base + token, mask=valid[:, None], other=0.0)
+        v_TD = tl.load(v_base + token, mask=valid[:, None], other=0.0)
         s_RT = tl.dot(q_RD, tl.trans(k_TD), input_precision="ieee") * scale
-        s_RT = tl.where(seen[None, :], s_RT, float("-inf"))
+        s_RT = tl.where(valid[None, :], s_RT, float("-inf"))
         new_R = tl.maximum(m_R, tl.max(s_RT, axis=1))
-        kept_R = tl.exp2(m_R - new_R)
+        rescale_R = tl.exp2(m_R - new_R)
         p_RT = tl.exp2(s_RT - new_R[:, None])
-        l_R = l_R * kept_R + tl.sum(p_RT, axis=1)
-        o_RD = o_RD * kept_R[:, None] + tl.dot(p_RT.to(v_TD.dtype), v_TD, input_precision="ieee")
+        l_R = l_R * rescale_R + tl.sum(p_RT, axis=1)
+        o_RD = o_RD * rescale_R[:, None] + tl.dot(p_RT.to(v_TD.dtype), v_TD, input_precision="ieee")
         m_R = new_R
     at = row * SPLITS + split
     tl.store(out + at[:, None] * D + d[None, :], o_RD, mask=own[:, None])
@@ -96,7 +96,7 @@ def _combine(out, stats, result, D: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def _append(
-    k, v, anchor, keys, values, position, batch_stride, head_stride,
+    k, v, base, keys, values, position, batch_stride, head_stride,
     CAPACITY: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Write one token's K and V of one head at `position`."""
@@ -105,8 +105,8 @@ def _append(
     p = tl.load(position)
     inside = b.to(tl.int64) * batch_stride + g.to(tl.int64) * head_stride + (p % CAPACITY) * D + d
     source = tl.program_id(0) * D + d
-    tl.store(anchor + tl.load(keys + p // CAPACITY) + inside, tl.load(k + source))
-    tl.store(anchor + tl.load(values + p // CAPACITY) + inside, tl.load(v + source))
+    tl.store(base + tl.load(keys + p // CAPACITY) + inside, tl.load(k + source))
+    tl.store(base + tl.load(values + p // CAPACITY) + inside, tl.load(v + source))
 
 
 def splits_for(batch: int, groups: int, device: torch.device) -> int:
@@ -132,7 +132,7 @@ def decode_attention(q: Tensor, table: BlockTable, length: Tensor, groups: int, 
     stats = q.new_empty(B * H, splits, 2, dtype=torch.float32)
     result = torch.empty_like(q)
     _partial[(B * groups, splits)](
-        q, table.anchor, table.keys, table.values, length, out, stats, scale * 1.4426950408889634, table.batch_stride,
+        q, table.base, table.keys, table.values, length, out, stats, scale * 1.4426950408889634, table.batch_stride,
         table.head_stride, CAPACITY=table.capacity, GROUPS=groups, PER_GROUP=H // groups,
         ROWS=max(16, next_power_of_2(H // groups)), D=D, TILE=TILE, SPLITS=splits, num_warps=4,
     )  # fmt: skip
@@ -144,6 +144,6 @@ def append(k: Tensor, v: Tensor, table: BlockTable, position: Tensor) -> None:
     """Write k, v [B, G, D] as the cache's token number `position` (integer [1] on the device)."""
     B, G, D = k.shape
     _append[(B * G,)](
-        k.contiguous(), v.contiguous(), table.anchor, table.keys, table.values, position, table.batch_stride,
+        k.contiguous(), v.contiguous(), table.base, table.keys, table.values, position, table.batch_stride,
         table.head_stride, CAPACITY=table.capacity, GROUPS=G, D=D,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 def causal_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None = None) -> Tensor:
     """softmax(q k^T D^-1/2) v over keys j with i - window < j <= i (paper equation 4); float64 [B, H, T, D].
 
-    Queries stand at the end of the keys: query 0 is at position i = S - T.
+    Queries are the last positions of the keys: query 0 is at position i = S - T.
     """
     q, k, v = (t.double() for t in (q_BHTD, k_BGSD, v_BGSD))
     groups = q.shape[1] // k.shape[1]

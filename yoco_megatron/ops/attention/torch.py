@@ -1,6 +1,6 @@
 """Causal attention with torch's scaled_dot_product_attention; a window costs memory linear in the sequence.
 
-Queries stand at the end of the keys: of T queries and S >= T keys, query i is at position S - T + i.
+Queries are the last positions of the keys: of T queries and S >= T keys, query i is at position S - T + i.
 
 Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head width, W window.
 """
@@ -17,13 +17,13 @@ def causal_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int
 
     Args:
         q_BHTD: [B, H, T, D]; k_BGSD, v_BGSD: [B, G, S, D], H a multiple of G, S >= T; any float dtype.
-        window: keys a query sees, itself included; None for all earlier ones.
+        window: keys that a query attends to, itself included; None for all earlier ones.
     Returns:
         [B, H, T, D] in q's dtype.
     """
     queries, keys = q_BHTD.shape[2], k_BGSD.shape[2]
     if window is not None and window < keys:
-        # Queries at the positions of all keys; there are at most a window more keys than queries where it matters.
+        # Pad the queries to the positions of all keys; in training there are at most a window more keys than queries.
         q_BHSD = F.pad(q_BHTD, (0, 0, keys - queries, 0))
         return _windowed(q_BHSD, k_BGSD, v_BGSD, window)[:, :, keys - queries :]
     if queries == keys:
@@ -49,14 +49,14 @@ def packed_causal_attention(
     Args:
         q_THD: [T, H, D]; k_SGD, v_SGD: [S, G, D]; all documents' tokens.
         cu_seqlens_q, cu_seqlens_kv: int32 [documents + 1]; no document has more queries than keys.
-        max_seqlen_q, max_seqlen_kv: the longest document's.
+        max_seqlen_q, max_seqlen_kv: those of the longest document.
     Returns:
         [T, H, D] in q's dtype.
     """
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
-        reach = (-1 if window is None else window - 1, 0)
+        window_size = (-1 if window is None else window - 1, 0)
         return varlen_attn(
-            q_THD, k_SGD, v_SGD, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, window_size=reach
+            q_THD, k_SGD, v_SGD, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, window_size=window_size
         )
     # Document by document, so that no rounding of one depends on another.
     outputs = [
@@ -70,7 +70,7 @@ def packed_causal_attention(
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Blocks of W queries see their own block and the one before: a [W, 2W] band instead of a [T, T] mask."""
+    """Blocks of W queries attend to their own block and the one before: a [W, 2W] band instead of a [T, T] mask."""
     batch, tokens = q.shape[0], q.shape[2]
     pad = -tokens % window
     q, k, v = (F.pad(t, (0, 0, 0, pad)).unflatten(2, (-1, window)) for t in (q, k, v))
@@ -79,11 +79,11 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def with_previous(t: Tensor) -> Tensor:
         return torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t), dim=3)
 
-    # Query r of a block stands at r + W among its 2W keys. In the first block the keys before W do not exist.
+    # Query r of a block is at position r + W of its 2W keys. In the first block the keys before W do not exist.
     distance = torch.arange(window, 2 * window, device=q.device)[:, None] - torch.arange(2 * window, device=q.device)
-    seen = (distance >= 0) & (distance < window)
-    first = seen & (torch.arange(2 * window, device=q.device) >= window)
-    mask = torch.cat((first[None], seen.expand(blocks - 1, -1, -1)))
+    visible = (distance >= 0) & (distance < window)
+    first = visible & (torch.arange(2 * window, device=q.device) >= window)
+    mask = torch.cat((first[None], visible.expand(blocks - 1, -1, -1)))
 
     def fold(t: Tensor) -> Tensor:  # [B, heads, blocks, rows, D] -> [B * blocks, heads, rows, D]
         return t.transpose(1, 2).flatten(0, 1)

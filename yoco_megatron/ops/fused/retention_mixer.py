@@ -1,11 +1,13 @@
-"""The retention mixer in four kernels each way, on views of the fused projection: nothing is split or concatenated.
+"""The retention mixer, all between a layer's two projections, on views of the fused projection, without split or cat.
 
-Forward:   rotate q, k; decay sums; retention; norm times gate.
+Forward:   rotate q, k; decay sums; retention; norm times gate: four kernels.
 Backward:  norm and gate; retention, whose gradients land in their places of one buffer; gradient of the gate logits;
            rotate dq, dk back.
 
-q and k are rotated in place unless asked otherwise: nothing else reads the projection's output, and a copy would be as
-large as a layer's input. Tensor legend: S sequence, B batch, H heads, D head width.
+q and k are rotated in place by default: nothing else reads the projection's output, and a copy would be as large as a
+layer's input. tests/support/retention_mixer.py is the same chain in plain torch.
+
+Tensor legend: S sequence, B batch, H heads, D head width.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
 
 
 def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Each chunk's rows of tensors [S, B, ...], as [B, chunk, ...]."""
+    """For each of `count` context-parallel chunks: its rows of tensors [S, B, ...], as views [B, chunk, ...]."""
     if count == 1:
         return iter([[x.transpose(0, 1) for x in tensors]])
     return zip(*([part.transpose(0, 1) for part in x.chunk(count)] for x in tensors))
@@ -36,7 +38,7 @@ def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange, remakes):
+    def forward(ctx, qkvg, logits, angles, document_ids, tau, eps, in_place, count, make_exchange, recompute_fns):
         S, B, width = qkvg.shape
         D = angles.shape[-1]
         x = qkvg.contiguous().view(S, B, width // (4 * D), 4, D)
@@ -53,10 +55,10 @@ class _Mix(torch.autograd.Function):
         exchange, starts = None, [None] * count
         if make_exchange:
             each = list(zip(chunks, sums_of, ids_of))
-            written = [retention.stretch_state(c[1], c[2], sums, ids, launch, reverse=False) for c, sums, ids in each]
-            kept = [retention.stretch_kept(sums, ids, launch) for _, sums, ids in each]
-            exchange = make_exchange(torch.cat(written), torch.cat(kept))
-            starts = exchange.entering().chunk(count)
+            update = [retention.span_state(c[1], c[2], sums, ids, launch, reverse=False) for c, sums, ids in each]
+            decay = [retention.span_decay(sums, ids, launch) for _, sums, ids in each]
+            exchange = make_exchange(torch.cat(update), torch.cat(decay))
+            starts = exchange.initial_states().chunk(count)
         saved = []
         for (q_c, k_c, v_c, _, o_c), ids, sums, start in zip(chunks, ids_of, sums_of, starts):
             final, entering, anchors = retention.run_forward(
@@ -68,8 +70,8 @@ class _Mix(torch.autograd.Function):
         _norm_gate(o, x[..., 3, :], eps, y)
         ctx.save_for_backward(x, rotated, logits, angles, o, *saved)
         ctx.launch, ctx.exchange, ctx.tau, ctx.eps, ctx.count = launch, exchange, tau, eps, count
-        if remakes is not None:
-            remakes.append(lambda out: _norm_gate(o, x[..., 3, :], eps, out.view_as(o)))
+        if recompute_fns is not None:
+            recompute_fns.append(lambda out: _norm_gate(o, x[..., 3, :], eps, out.view_as(o)))
         return y.flatten(2)
 
     @staticmethod
@@ -87,11 +89,11 @@ class _Mix(torch.autograd.Function):
         chunks = list(_chunks(ctx.count, q, k, v, do, logits, *gradients))
         dfinals = [None] * ctx.count
         if ctx.exchange:
-            given = [
-                retention.stretch_state(chunk[0], chunk[3], saved[at], saved[at + 1], ctx.launch, reverse=True)
+            state_gradients = [
+                retention.span_state(chunk[0], chunk[3], saved[at], saved[at + 1], ctx.launch, reverse=True)
                 for chunk, at in zip(chunks, range(0, len(saved), 5))
             ]
-            dfinals = ctx.exchange.mirror(torch.cat(given)).chunk(ctx.count)
+            dfinals = ctx.exchange.exchange_gradients(torch.cat(state_gradients)).chunk(ctx.count)
         for chunk, dfinal, at in zip(chunks, dfinals, range(0, len(saved), 5)):
             q_c, k_c, v_c, do_c, g_c, dq, dk, dv, dg = chunk
             sums, ids, entering, anchors, final = saved[at : at + 5]
@@ -112,22 +114,22 @@ def mix(
     eps: float,
     document_ids: Tensor | None = None,
     in_place: bool = True,
-    chunks: int = 1,
+    cp_chunks: int = 1,
     exchange: Callable | None = None,
-    remakes: list[Callable[[Tensor], None]] | None = None,
+    recompute_fns: list[Callable[[Tensor], None]] | None = None,
 ) -> Tensor:
-    """Projections of a layer to what its output projection reads, in bfloat16 or float32.
+    """From a layer's input projection to its output projection, in bfloat16 or float32.
 
     Shapes: qkvg [S, B, H * 4 * D], a head's q, k, v and gate side by side; logits [S, B, H]; angles fp32
     [S, 1 or B, 1, D], equal in pairs (2j, 2j+1), which are rotated together; document_ids [B, S] or None. Returns
     [S, B, H * D] in qkvg's dtype. `tau` is the decay's temperature, `eps` the norm's.
 
-    With `in_place`, q and k inside qkvg are overwritten by their rotation: right where qkvg is a projection's fresh
-    output, wrong where it is kept to run this again (recomputation of the core).
+    With `in_place`, q and k inside qkvg are overwritten by their rotation: right if qkvg is a projection's fresh
+    output, wrong if it is saved to run this again (recompute of the core).
 
-    Context parallelism: S are equal `chunks` from different places of a sequence, document_ids [chunks * B, chunk], and
-    `exchange` makes what parallel.retention.StateExchange is, of what they write and keep.
+    Context parallelism: S are `cp_chunks` chunks of equal length from different places of a sequence, document_ids
+    [cp_chunks * B, chunk], and `exchange(update, decay)` makes a StateExchange (parallel/context/state_exchange.py).
 
-    `remakes` gets a function that writes the result once more into a tensor like it, from what is kept for backward.
+    `recompute_fns` gets a function that recomputes the result into a tensor like it, from what backward saves.
     """
-    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, chunks, exchange, remakes)
+    return _Mix.apply(qkvg, logits, angles, document_ids, tau, eps, in_place, cp_chunks, exchange, recompute_fns)

@@ -37,7 +37,7 @@ def rotate_pairs(
 def rotate_into(x: Tensor, out: Tensor, angles: Tensor, parts: int, backwards: bool = False) -> None:
     """Rotate the first `parts` parts of each head of x [S, B, H, >= parts, D] into those of `out`, which may be x.
 
-    angles: fp32 [S, 1 or B, 1, D], equal in pairs. D is a power of two. The parts' values lie side by side.
+    angles: fp32 [S, 1 or B, 1, D], equal in pairs. D is a power of two; the last dimension is contiguous.
     """
     S, B, H, _, D = x.shape
     cos, sin = _cos_sin(angles)
@@ -49,7 +49,7 @@ def rotate_into(x: Tensor, out: Tensor, angles: Tensor, parts: int, backwards: b
 
 
 def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each pair, [S, 1 or B, D / 2]; kept with the angles, which the layers of a half share."""
+    """cos and sin of each pair, [S, 1 or B, D / 2]; cached on the angles, which all layers of a half share."""
     if not hasattr(angles, "_cos_sin"):
         pairs = angles[:, :, 0, ::2].contiguous()
         angles._cos_sin = pairs.cos(), pairs.sin()
@@ -57,9 +57,9 @@ def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_stride(x: Tensor) -> int:
-    """From one of the S * B tokens to the next. A dimension of one, such as a single sample's, has any stride."""
+    """Stride from one of the S * B tokens to the next. (A dimension of length one may have any stride.)"""
     S, B = x.shape[:2]
-    assert S == 1 or B == 1 or x.stride(0) == B * x.stride(1), "samples of a position lie apart"
+    assert S == 1 or B == 1 or x.stride(0) == B * x.stride(1), "the samples of a position must be neighbours"
     return x.stride(1) if B > 1 else x.stride(0)
 
 
@@ -82,5 +82,5 @@ def _rotated(x: Tensor, angles: Tensor, backwards: bool) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [S, B, H, D] of 16 or 32 bits a value, heads at any stride, rotated by `angles` (see `rotate_into`)."""
+    """x [S, B, H, D], a 16-bit or fp32 dtype, heads at any stride, rotated by `angles` (see `rotate_into`)."""
     return _Rotate.apply(x, angles)

@@ -1,4 +1,4 @@
-"""Fused SwiGLU, silu(a) b rounded once: on a GPU our kernels (triton.py), elsewhere Megatron's compiled function."""
+"""Fused SwiGLU, silu(a) b rounded once: swiglu_triton.py on a GPU, Megatron's compiled function elsewhere."""
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, swiglu

@@ -1,9 +1,9 @@
 """SwiGLU, y = silu(a) b of [..., a and b side by side]: one kernel each way, which reads and writes every value once.
 
-Megatron's fused backward joins both halves of the gradient with `cat`. The compiler makes of that one kernel over the
-joined tensor, which loads a, b and dy for each half. An H100's memory keeps up with no more (docs/performance.md); the
-faster one of an H200 does. Its forward has no such fault, but each call goes through torch.compile's guards, which
-costs the host more than a launch.
+Megatron's fused backward concatenates the two halves of the gradient. torch.compile turns that into one kernel over
+both halves, which loads a, b and dy for each of them: too many loads for an H100's memory (docs/performance.md), but
+not for the faster memory of an H200. Megatron's forward has no such flaw, but each call passes torch.compile's guards,
+which costs the host more than a launch.
 """
 
 import torch
@@ -49,7 +49,7 @@ def _grid(narrow: Tensor) -> tuple[int, int]:
 
 
 def swiglu_into(wide: Tensor, out: Tensor) -> None:
-    """Write swiglu(wide) into `out` [..., F], contiguous."""
+    """Write swiglu(wide) into `out` [..., F], contiguous; without a gradient."""
     _forward[_grid(out)](wide.contiguous(), out, out.shape[-1], BLOCK=BLOCK, num_warps=4)
 
 
@@ -71,5 +71,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(wide: Tensor) -> Tensor:
-    """wide [..., 2 F], 16 or 32 bits a value -> [..., F], rounded once."""
+    """wide [..., 2 F], a 16-bit dtype or fp32 -> [..., F] in the same dtype, rounded once."""
     return _SwiGLU.apply(wide)

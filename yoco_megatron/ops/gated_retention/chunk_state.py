@@ -1,12 +1,12 @@
-"""What a stretch of tokens does to the state of gated retention, without its outputs.
+"""What a span of tokens does to the state of gated retention, without the span's outputs.
 
-With G_t the log decay summed from the start of the stretch to token t, and T its last token:
+With G_t the log decay summed from the start of the span to token t, and T its last token:
 
-    written    sum_t exp(G_T - G_t) k_t^T v_t      over the tokens of the last token's document
-    kept       exp(G_T)                            if the stretch is one document, else 0
+    update     sum_t exp(G_T - G_t) k_t^T v_t      over the tokens of the last token's document
+    decay      exp(G_T)                            if the span is one document, else 0
     gradient   sum_t exp(G_t) q_t^T do_t           over the tokens of the first token's document
 
-so that the state after it is kept S + written, and `gradient` is what its outputs give to the state S before it.
+so that the state after it is decay S + update, and `gradient` is what its outputs send to the state S before it.
 Context parallelism exchanges these before the op runs. A sum from either end is exact where its weights are not tiny.
 
 Tensor legend: B batch, T time, H heads, K key width, V value width.
@@ -17,22 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def state_written(
+def state_update(
     k: Tensor, v: Tensor, log_decay: Tensor, document_ids: Tensor | None = None, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(written [B, H, K, V], kept [B, H]), float32, or float64 if k is.
+    """(update [B, H, K, V], decay [B, H]), float32, or float64 if k is.
 
     Shapes: k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H]; document_ids [B, T] as in the op. `scale` multiplies k,
     default K ** -0.5.
     """
     g = log_decay.to(_wide(k))
-    # Sum over the tokens after t: what the state written at t still goes through.
+    # Sum over the tokens after t: the decay that the update of token t still passes through.
     weights = F.pad(g[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1).exp()
-    kept = g.sum(1).exp()
+    decay = g.sum(1).exp()
     if document_ids is not None:
         weights = weights.masked_fill((document_ids != document_ids[:, -1:])[..., None], 0.0)
-        kept = kept.masked_fill((document_ids[:, 0] != document_ids[:, -1])[:, None], 0.0)
-    return _outer(k, v, weights * (k.shape[-1] ** -0.5 if scale is None else scale)), kept
+        decay = decay.masked_fill((document_ids[:, 0] != document_ids[:, -1])[:, None], 0.0)
+    return _outer(k, v, weights * (k.shape[-1] ** -0.5 if scale is None else scale)), decay
 
 
 def state_gradient(q: Tensor, do: Tensor, log_decay: Tensor, document_ids: Tensor | None = None) -> Tensor:

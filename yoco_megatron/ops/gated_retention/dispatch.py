@@ -1,7 +1,6 @@
-"""One door to gated retention: pick the fastest backend that can run here, and say why the others cannot.
+"""Dispatch of gated retention: pick the fastest backend that can run here, and say why the others cannot.
 
-A backend is one entry of `BACKENDS`, best first. Adding a kernel is adding its entry; nothing else in the
-project names it.
+A backend is one entry of `BACKENDS`, best first. A new kernel needs its entry here and nothing else.
 """
 
 import os
@@ -54,7 +53,7 @@ def _triton_run(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return triton.gated_retention(*args, **options)
 
 
-# Best first: "auto" takes the first that has no objection.
+# Best first: "auto" takes the first that can run.
 BACKENDS: list[Backend] = [
     Backend("triton", _triton_why_not, _triton_run),
     Backend("torch", _torch_why_not, chunkwise),
@@ -107,12 +106,12 @@ def gated_retention(
     """Gated retention (paper 2405.05254, Eq. 5 and following) over [B, T, H, K] tensors, by the best backend.
 
     Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] or None; document_ids integers [B, T], equal within a document and never falling
-    along T, or None for one document: no state crosses a border, the initial state continues the first token's
-    document, the final state is that of the last token's. `scale` multiplies k, default K ** -0.5. Strided views
-    are welcome.
+    initial_state [B, H, K, V] or None; document_ids integers [B, T], equal within a document and non-decreasing along
+    T, or None for one document: no state crosses a document boundary, the initial state continues the first token's
+    document, the final state is that of the last token's. `scale` multiplies k, default K ** -0.5. Strided views are
+    accepted.
     Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V], float32 (float64 for float64 inputs).
-    Raises ValueError for another layout, or naming `--retention-backend` if that backend cannot serve.
+    Raises ValueError for another layout, or naming `--retention-backend` if that backend cannot run.
     """
     check_layout(q, k, v, log_decay, initial_state, document_ids)
     chosen = resolve_backend(backend, device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
@@ -140,8 +139,8 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, for decoding, by the best backend; arguments and results are `torch.step`'s.
 
-    With `in_place` a kernel may overwrite the state, and return it. Gradients flow on the torch path alone, which
-    serves whenever one is asked for.
+    With `in_place` a kernel may overwrite the state, and return it. Only the torch backend has gradients; it runs
+    whenever one is required.
     """
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
     where = dict(device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
@@ -156,7 +155,7 @@ def log_decay_from_logits(logits: Tensor, temperature: float = 16.0) -> Tensor:
     """g = logsigmoid(logits) / temperature: the natural logarithm of the decay (paper Eq. 5).
 
     The paper leaves the temperature unnamed; 16 is the authors' code. Any shape and floating dtype; the
-    result is float32 (float64 for float64), because in bfloat16 slow heads would round to no decay at all.
+    result is float32 (float64 for float64), because in bfloat16 the decay of slow heads would round to 1.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.logsigmoid(wide) / temperature

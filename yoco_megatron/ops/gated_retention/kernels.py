@@ -11,7 +11,7 @@ and is used four times: o = scan(q, k, v), dq = scan(do, v, k), dk = reverse(v, 
 exponents are <= 0 (exp2 of log2 decays, summed inside a chunk and a document), so nothing overflows at any decay. No
 accumulator is ever transposed: Triton 3.4 to 3.7.0 miscompiles that on Hopper (flash-linear-attention issue 640).
 
-Packed documents: entry and exit of the state are masked by document, so no value of one document reaches another.
+Packed documents: reads and writes of the state are masked by document, so no value of one reaches another.
 
 Legend: B batch, T time (TP: rounded up to whole chunks), H heads, DIN and DOUT widths of x, y and of z, out.
 Descriptors show a tensor as [B, H, T, D]. Decay sums b are [B * H, TP], ids [B, TP]; states [B * H, ..., DIN, DOUT].
@@ -20,14 +20,14 @@ Descriptors show a tensor as [B, H, T, D]. Decay sums b are [B * H, TP], ids [B,
 import triton
 import triton.language as tl
 
-# log2 of the decay after which nothing is left of what was written: 2^-40 of a state is 2^-16 of its fp32 rounding. To
-# change the last bit of a state, what was written before must have been 65,536 times what was written since.
-FORGOTTEN = tl.constexpr(-40.0)
+# log2 of the decay below which earlier updates of a state are neglected: 2^-40 of a state is 2^-16 of its fp32
+# rounding. To change the last bit of a state, the earlier updates must be 65,536 times as large as those since.
+NEGLIGIBLE_LOG2 = tl.constexpr(-40.0)
 
 
 @triton.jit
 def _segmented_add(a, a_start, b, b_start):
-    """Associative: running sums that begin anew where a start flag is set."""
+    """Associative: running sums that restart where a start flag is set."""
     return tl.where(b_start != 0, b, a + b), a_start | b_start
 
 
@@ -100,7 +100,7 @@ def _scan(
             decay = (b + log2_scale)[:, None] - b[None, :]
             reads = tl.exp2(b)
             writes = tl.exp2(b_last - b + log2_scale)
-        keep = tl.exp2(b_last)
+        chunk_decay = tl.exp2(b_last)
         if DOCS:
             ids = tl.load(IDS + t0 + rt)
             visible = visible & (ids[:, None] == ids[None, :])
@@ -115,7 +115,7 @@ def _scan(
                 goes = last
             reads = tl.where(ids == comes, reads, 0.0)
             writes = tl.where(ids == goes, writes, 0.0)
-            keep = tl.where(comes == goes, keep, 0.0)
+            chunk_decay = tl.where(comes == goes, chunk_decay, 0.0)
 
         z = Z.load([i_b, i_h, t0, i_slice * BV]).reshape(BT, BV)
         zs = (z.to(tl.float32) * writes[:, None]).to(z.dtype)
@@ -127,7 +127,7 @@ def _scan(
         x = X.load([i_b, i_h, t0, 0]).reshape(BT, DIN)
         acc = tl.dot(x, S_low, input_precision=PRECISION)
         y = Y.load([i_b, i_h, t0, 0]).reshape(BT, DIN)
-        S = tl.dot(y.T, zs, S * keep, input_precision=PRECISION)
+        S = tl.dot(y.T, zs, S * chunk_decay, input_precision=PRECISION)
         a = tl.dot(x, y.T, input_precision=PRECISION)
         # The mask goes into the exponent, whose unmasked half is positive.
         p = a * tl.exp2(tl.where(visible, decay, -float("inf")))
@@ -200,34 +200,34 @@ def backward(
 
 
 @triton.jit
-def _remembered_chunks(
+def _relevant_chunks(
     SUMS, IDS, begin, chunks, BT: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr
 ):
-    """How many chunks of a segment, counted from where the state leaves it, still count there."""
+    """How many chunks of a segment, counted from where the state leaves it, still matter there."""
     n = tl.arange(0, CHUNKS)
-    # What the n-th of them writes goes through those nearer to the exit, the (n - 1)-th and so on. Their decays are
+    # The update of the n-th of them passes through those nearer to the exit, the (n - 1)-th and so on. Their decays are
     # summed without its own: subtracting it from a sum would cancel where decay is fast.
     nearer = n if REVERSE else chunks - n + 1
     passed = tl.cumsum(tl.load(SUMS + begin + nearer * BT - 1, mask=(n > 0) & (n < chunks), other=0.0), 0)
-    remembered = (n < chunks) & (passed >= FORGOTTEN)
+    relevant = (n < chunks) & (passed >= NEGLIGIBLE_LOG2)
     if DOCS:
         # It writes into the document at its own exit.
         exits = n * BT if REVERSE else (chunks - n) * BT - 1
         goes = tl.load(IDS + begin + (0 if REVERSE else chunks * BT - 1))
-        remembered = remembered & (tl.load(IDS + begin + exits, mask=n < chunks, other=0) == goes)
-    return tl.sum(remembered.to(tl.int32), 0)
+        relevant = relevant & (tl.load(IDS + begin + exits, mask=n < chunks, other=0) == goes)
+    return tl.sum(relevant.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["log2_scale"])
 def segment_states(
-    Y, Z, SUMS, IDS, STATES, KEPT, T, TP, SEG, NSEG, log2_scale,
+    Y, Z, SUMS, IDS, STATES, DECAYS, T, TP, SEG, NSEG, log2_scale,
     H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one segment alone writes into the state, fp32, and the share that it keeps of the state that comes in.
+    """The state update of one segment alone, fp32, and its decay of the state that comes in.
 
     Segment j in the order of the state's walk (the second grid axis: the first n of the NSEG, at most CHUNKS chunks
-    each) writes STATES[bh, j + 1] of n + 1 and KEPT[bh, j] of n. Only chunks that still count at its end are read.
+    each) writes STATES[bh, j + 1] of n + 1 and DECAYS[bh, j] of n. Only chunks that still matter at its end are read.
     """
     NV: tl.constexpr = DV // BV
     i_k = tl.program_id(0) // NV
@@ -242,42 +242,42 @@ def segment_states(
     S = tl.zeros([BK, BV], tl.float32)
     begin = (NSEG - 1 - j if REVERSE else j) * SEG
     chunks = tl.cdiv(tl.minimum(SEG, T - begin), BT)
-    remembered = _remembered_chunks(SUMS, IDS, begin, chunks, BT, CHUNKS, REVERSE, DOCS)
-    for i in tl.range(chunks - remembered, chunks, num_stages=STAGES):
+    relevant = _relevant_chunks(SUMS, IDS, begin, chunks, BT, CHUNKS, REVERSE, DOCS)
+    for i in tl.range(chunks - relevant, chunks, num_stages=STAGES):
         t0 = begin + (chunks - 1 - i if REVERSE else i) * BT
         b = tl.load(SUMS + t0 + rt)
         b_last = tl.load(SUMS + t0 + BT - 1)
         writes = tl.exp2(b if REVERSE else b_last - b + log2_scale)
-        keep = tl.exp2(b_last)
+        chunk_decay = tl.exp2(b_last)
         if DOCS:
             first = tl.load(IDS + t0)
             last = tl.load(IDS + t0 + BT - 1)
             comes = tl.load(IDS + (tl.minimum(t0 + BT, TP - 1) if REVERSE else tl.maximum(t0 - 1, 0)))
             goes = first if REVERSE else last
             writes = tl.where(tl.load(IDS + t0 + rt) == goes, writes, 0.0)
-            keep = tl.where(comes == goes, keep, 0.0)
+            chunk_decay = tl.where(comes == goes, chunk_decay, 0.0)
         y = Y.load([i_b, i_bh % H, t0, i_k * BK]).reshape(BT, BK)
         z = Z.load([i_b, i_bh % H, t0, i_v * BV]).reshape(BT, BV)
         zs = (z.to(tl.float32) * writes[:, None]).to(z.dtype)
-        S = tl.dot(y.T, zs, S * keep, input_precision=PRECISION)
+        S = tl.dot(y.T, zs, S * chunk_decay, input_precision=PRECISION)
     rows = i_k * BK + tl.arange(0, BK)
     cols = i_v * BV + tl.arange(0, BV)
     state = (i_bh * (n + 1) + j + 1).to(tl.int64) * DK * DV
     tl.store(STATES + state + rows[:, None] * DV + cols[None, :], S)
     if tl.program_id(0) == 0:
         c = tl.arange(0, CHUNKS)
-        kept = tl.exp2(tl.sum(tl.load(SUMS + begin + (c + 1) * BT - 1, mask=c < chunks, other=0.0), 0))
+        decay = tl.exp2(tl.sum(tl.load(SUMS + begin + (c + 1) * BT - 1, mask=c < chunks, other=0.0), 0))
         if DOCS:
             end = begin + chunks * BT
             comes = tl.load(IDS + (tl.minimum(end, TP - 1) if REVERSE else tl.maximum(begin - 1, 0)))
             goes = tl.load(IDS + (begin if REVERSE else end - 1))
-            kept = tl.where(comes == goes, kept, 0.0)
-        tl.store(KEPT + i_bh * n + j, kept)
+            decay = tl.where(comes == goes, decay, 0.0)
+        tl.store(DECAYS + i_bh * n + j, decay)
 
 
 @triton.jit
-def chain_segments(STATES, KEPT, START, N, KV, BLOCK: tl.constexpr, HAS_START: tl.constexpr):
-    """STATES[bh, j], which holds what segment j - 1 alone writes, becomes the state that enters segment j, 0 <= j <= N.
+def chain_segments(STATES, DECAYS, START, N, KV, BLOCK: tl.constexpr, HAS_START: tl.constexpr):
+    """STATES[bh, j], the update of segment j - 1 alone, becomes the state that enters segment j, 0 <= j <= N.
 
     A scan over segments in the order of the state's walk, in place, fp32, BLOCK elements of the state a program.
     """
@@ -288,7 +288,7 @@ def chain_segments(STATES, KEPT, START, N, KV, BLOCK: tl.constexpr, HAS_START: t
     tl.store(STATES, S)
     for j in range(N):
         STATES += KV
-        S = S * tl.load(KEPT + bh * N + j) + tl.load(STATES)
+        S = S * tl.load(DECAYS + bh * N + j) + tl.load(STATES)
         tl.store(STATES, S)
 
 

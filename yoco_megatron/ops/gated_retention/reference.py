@@ -8,8 +8,8 @@ with keys scaled by K^-1/2 (the authors' code; the equations leave it out). Both
 they are given, and autograd goes through both. The paper prints the decay matrix transposed and its appendix
 mixes up the gate variables; this is the consistent reading, on which the two forms agree to 1e-15.
 
-Packed documents: `document_ids` [B, T] names the document of each token. A state never crosses a border; the
-initial state continues the document of the first token, the final state is that of the last token's document.
+Packed documents: `document_ids` [B, T] names the document of each token. A state never crosses a document boundary;
+the initial state continues the document of the first token, the final state is that of the last token's document.
 
 Tensor legend: B batch, T time, H heads, K key width, V value width. A state is [B, H, K, V], rows = keys.
 """
@@ -26,7 +26,7 @@ def check_layout(
     initial_state: Tensor | None,
     document_ids: Tensor | None = None,
 ) -> None:
-    """Refuse tensors that are not in the layout shared by every backend of this op.
+    """Check that tensors have the layout shared by every backend of this op.
 
     T >= 1; q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H]; initial_state [B, H, K, V] or None;
     document_ids integers [B, T] or None.
@@ -67,7 +67,7 @@ def recurrent(
     """The definition, one token at a time (the paper's recurrent representation).
 
     Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] (zeros if None); document_ids [B, T], equal within a document and never falling
+    initial_state [B, H, K, V] (zeros if None); document_ids [B, T], equal within a document and non-decreasing
     along T (None: one document). `scale` multiplies k, default K ** -0.5.
     Returns o [B, T, H, V] and the final state [B, H, K, V], both float64.
     Raises ValueError for another layout.

@@ -8,7 +8,7 @@ decay summed from the start of a chunk of C tokens to its token j:
 
 Every exponent is <= 0, so nothing overflows and no second level of chunks is needed. Sums of log decay are
 taken inside a chunk only: over a long sequence they reach the thousands, where one float32 rounding already
-costs 2e-4 in a decay. Sums also start anew at each document, so that no rounding depends on another document.
+costs 2e-4 in a decay. Sums also restart at each document, so that no rounding depends on another document.
 
 Tensor legend: B batch, T time, H heads, K key width, V value width, N chunks, C chunk size.
 """
@@ -54,7 +54,7 @@ def chunkwise(
         """[B, T, H, ...] of any strides -> contiguous [B, H, N, C, ...] in the computing dtype."""
         x = x.transpose(1, 2)
         if pad:
-            # Zeros at the end: such keys write nothing and such a log decay keeps the state as it is.
+            # Zeros at the end: such keys write nothing, and such a log decay leaves the state unchanged.
             x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad))
         return x.unflatten(2, (-1, C)).contiguous().to(compute)
 
@@ -78,16 +78,16 @@ def chunkwise(
     decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~visible_B1NCC, -torch.inf).exp()
     o_BHNCV = (q_BHNCK @ k_BHNCK.transpose(-1, -2) * decay_BHNCC) @ v_BHNCV
 
-    # Between the chunks: what each one writes, then the scan that carries it, the only loop.
+    # Between the chunks: each one's state update, then the scan that carries the state, the only loop.
     to_end_BHNC1 = (b_last_BHN1 - b_BHNC).masked_fill(ids_B1NC != ids_B1NC[..., -1:], -torch.inf).exp()[..., None]
     from_start_BHNC1 = b_BHNC.masked_fill(ids_B1NC != before_B1N1, -torch.inf).exp()[..., None]
-    written_BHNKV = (k_BHNCK * to_end_BHNC1).transpose(-1, -2) @ v_BHNCV
-    kept_BHN11 = from_start_BHNC1[..., -1:, :]
+    update_BHNKV = (k_BHNCK * to_end_BHNC1).transpose(-1, -2) @ v_BHNCV
+    chunk_decay_BHN11 = from_start_BHNC1[..., -1:, :]
     S_BHKV = q.new_zeros(B, H, K, V, dtype=compute) if initial_state is None else initial_state.to(compute)
     entering = []
-    for kept_BH11, new_BHKV in zip(kept_BHN11.unbind(2), written_BHNKV.unbind(2), strict=True):
+    for decay_BH11, update_BHKV in zip(chunk_decay_BHN11.unbind(2), update_BHNKV.unbind(2), strict=True):
         entering.append(S_BHKV)
-        S_BHKV = kept_BH11 * S_BHKV + new_BHKV
+        S_BHKV = decay_BH11 * S_BHKV + update_BHKV
     o_BHNCV = o_BHNCV + (q_BHNCK * from_start_BHNC1) @ torch.stack(entering, dim=2)
 
     o_BTHV = o_BHNCV.flatten(2, 3)[:, :, :T].transpose(1, 2).to(q.dtype).contiguous()
@@ -115,7 +115,7 @@ def step(
 
 
 def _cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
-    """Inclusive sums within each chunk that start anew at each document: log2(C) shifted additions."""
+    """Inclusive sums within each chunk that restart at each document: log2(C) shifted additions."""
     shift = 1
     while shift < x_BHNC.shape[-1]:
         same = ids_B1NC[..., shift:] == ids_B1NC[..., :-shift]

@@ -1,8 +1,8 @@
-"""Gated retention on the Triton kernels of kernels.py: what to launch, what to keep for the backward pass.
+"""Gated retention on the Triton kernels of kernels.py: what to launch, what to save for the backward pass.
 
 Forward:   decay sums, [segment states, chain,] o and rounded states every ANCHOR_TOKENS.
 Backward:  [segment states, chain,] dq, dk, dv in one launch, products of the saved states, gradient of the decay.
-The bracketed steps run only where heads alone cannot fill the GPU (tensor parallelism, long sequences).
+The bracketed steps run only if heads alone cannot fill the GPU (tensor parallelism, long sequences).
 
 Tensor legend: B batch, T time, H heads, K key width, V value width.
 """
@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yoco_megatron.ops.gated_retention import kernels
 from yoco_megatron.ops.gated_retention.reference import check_layout
-from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, stretch_segments
+from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, span_segments
 from yoco_megatron.ops.integers import cdiv, next_power_of_2
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
@@ -102,7 +102,7 @@ def _plan(
 
 
 def _filled(segments: int, chunks: int) -> int:
-    """Rounding segments up to whole chunks may leave none for the last ones: the number of those that hold tokens."""
+    """The number of segments that hold tokens: rounding segments up to whole chunks may leave the last ones empty."""
     return cdiv(chunks, cdiv(chunks, segments))
 
 
@@ -110,7 +110,7 @@ def describe(x_BTHD: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks [rows, columns] of the [T, D] planes of x, for the tensor memory accelerator."""
     B, T, H, D = x_BTHD.shape
     b, t, h, _ = x_BTHD.stride()
-    # An axis of length one may have any stride, also one that the accelerator refuses.
+    # A dimension of length one may have any stride, even one that the accelerator refuses.
     whole = D * T * H
     strides = [b if B > 1 else whole, h if H > 1 else whole, t if T > 1 else whole, 1]
     return TensorDescriptor(x_BTHD, [B, H, T, D], strides, [1, 1, rows, columns])
@@ -120,8 +120,8 @@ def loadable(x_BTHD: Tensor) -> Tensor:
     """x itself if the tensor memory accelerator can read it (16-byte strides and address), else a copy."""
     size = x_BTHD.element_size()
     strides = [x_BTHD.stride(i) for i in range(3) if x_BTHD.shape[i] > 1]
-    fits = x_BTHD.stride(3) == 1 and all(s > 0 and s * size % 16 == 0 for s in strides) and x_BTHD.data_ptr() % 16 == 0
-    return x_BTHD if fits else x_BTHD.contiguous()
+    aligned = x_BTHD.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides)
+    return x_BTHD if aligned and x_BTHD.stride(3) == 1 else x_BTHD.contiguous()
 
 
 def describe_sums(sums: Tensor) -> TensorDescriptor:
@@ -163,16 +163,16 @@ def _chained_states(
     bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
     heads, size = launch.B * launch.H, launch.K * launch.V
     states = torch.empty(heads, n + 1, launch.K, launch.V, device=y.device, dtype=torch.float32)
-    kept = torch.empty(heads, n, device=y.device, dtype=torch.float32)
+    decays = torch.empty(heads, n, device=y.device, dtype=torch.float32)
     kernels.segment_states[(config.tiles(launch.K, launch.V), n, heads)](
-        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, states, kept,
+        describe(y, CHUNK, bk), describe(z, CHUNK, bv), sums, ids if launch.docs else sums, states, decays,
         launch.T, launch.padded, launch.segment, launch.segments, 0.0 if reverse else log2(launch.scale),
         DK=launch.K, DV=launch.V, BK=bk, BV=bv, CHUNKS=next_power_of_2(launch.segment // CHUNK),
         REVERSE=reverse, **launch.common, **config.options,
     )  # fmt: skip
     block = min(1024, size)
     kernels.chain_segments[(size // block, heads)](
-        states, kept, states if start is None else start, n, size, BLOCK=block, HAS_START=start is not None
+        states, decays, states if start is None else start, n, size, BLOCK=block, HAS_START=start is not None
     )
     return states
 
@@ -182,15 +182,15 @@ def entering_states(
 ) -> Tensor | None:
     """fp32 [B * H, segments, K, V]: the state that enters each segment, `start` [B, H, K, V] before the first one.
 
-    In the order of the state's walk, see `_chained_states`. What the last segment writes nobody asks for here: the
-    scan that starts from these states knows it at its end. With one segment this is `start` itself.
+    In the order of the state's walk, see `_chained_states`. The last segment's update is not needed: the scan that
+    starts from these states computes it. With one segment this is `start` itself.
     """
     if launch.segments == 1:
         return start
     return _chained_states(y, z, sums, ids, start, launch, reverse, launch.segments - 1)
 
 
-def stretch_state(
+def span_state(
     y: Tensor,
     z: Tensor,
     sums: Tensor,
@@ -200,25 +200,25 @@ def stretch_state(
     reverse: bool,
     segments: int | None = None,
 ) -> Tensor:
-    """fp32 [B, H, K, V]: what the whole of y, z writes into the state after it; `reverse`: into the one before it.
+    """fp32 [B, H, K, V]: the update of the state after the whole span; `reverse`: the gradient of the state before it.
 
-    Without outputs, for context parallelism (chunk_state.py says what these are). y, z are k, v; reversed q, do.
+    Without outputs, for context parallelism (chunk_state.py has the equations). y, z are k, v; reversed q, do.
     """
     config = config_for("segment", max(launch.K, launch.V), launch.dtype)
     programs = launch.B * launch.H * config.tiles(launch.K, launch.V)
     chunks = launch.padded // CHUNK
     if segments is None and y.is_cuda:
         sms = torch.cuda.get_device_properties(y.device).multi_processor_count
-        segments = stretch_segments(programs, chunks, sms)
+        segments = span_segments(programs, chunks, sms)
     launch = replace(launch, segments=_filled(segments or 1, chunks))
     states = _chained_states(y, z, sums, ids, None, launch, reverse, launch.segments)
     return states[:, -1].unflatten(0, (launch.B, launch.H))
 
 
-def stretch_kept(sums: Tensor, ids: Tensor | None, launch: Launch) -> Tensor:
-    """fp32 [B, H]: the share of a state before the whole that is left after it; 0 if it ends in another document."""
-    kept = sums[:, CHUNK - 1 :: CHUNK].sum(1).exp2().unflatten(0, (launch.B, launch.H))
-    return kept.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0) if launch.docs else kept
+def span_decay(sums: Tensor, ids: Tensor | None, launch: Launch) -> Tensor:
+    """fp32 [B, H]: the decay of a state over the whole span; 0 if the span ends in another document."""
+    decay = sums[:, CHUNK - 1 :: CHUNK].sum(1).exp2().unflatten(0, (launch.B, launch.H))
+    return decay.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0) if launch.docs else decay
 
 
 def _anchor_states(launch: Launch, device: torch.device) -> Tensor:

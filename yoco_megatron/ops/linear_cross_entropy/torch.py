@@ -2,16 +2,17 @@
 
     loss_t = log sum_v exp(x_t . w_v) - x_t . w_label
 
-The logits of 32,768 tokens and 100,352 words take 13 GB in fp32; those of a chunk of 8192, 1.6 GB in bf16, are all that
-exists at a time. Forward keeps one number a token, the logarithm of its sum, and the last chunk's logits, with which
-backward begins. It makes the other chunks' again: a fourth matrix product where three would do, in exchange for a
-gradient that is exact for any weights of the losses.
+The logits of 32,768 tokens and a vocabulary of 100,352 take 13 GB in fp32; those of a chunk of 8192, 1.6 GB in bf16, are all that
+exists at a time. Forward saves one number per token, the logarithm of its sum, and the last chunk's logits, with which
+backward begins. Backward recomputes the other chunks' logits: a fourth matrix product where three would do, in exchange
+for a gradient that is exact for any weights of the losses.
 
     dx_t = dloss_t (softmax(x_t W^T) - onehot) W            dW = sum_t dloss_t (softmax - onehot)^T x_t
 
 Matrix products run in the dtype of x, everything between them in fp32 (float64 for float64); dW is summed over chunks
 in fp32. On a GPU what lies between the products is one fused kernel each way: forward reads the logits, backward
-replaces them by their gradient. Tensor legend: N tokens, n tokens of a chunk, h hidden, V words of this rank.
+replaces them by their gradient. Tensor legend: N tokens, n tokens of a chunk, h hidden, V vocabulary entries of
+this rank.
 """
 
 import functools
@@ -34,12 +35,12 @@ def linear_cross_entropy(
 
     Args:
         x: [N, h], the same on all ranks of `group`. Its gradient is this rank's part of a sum over `group`.
-        weight: [V, h]; rank r holds the words r V to (r + 1) V - 1.
-        labels: int64 [N], words of the whole vocabulary.
+        weight: [V, h]; rank r holds the vocabulary entries r V to (r + 1) V - 1.
+        labels: int64 [N], token ids of the whole vocabulary.
         chunk_size: most tokens whose logits exist at a time; the chunks are as equal as they can be.
-        main_grad: [V, h] of x's dtype or fp32, to which backward adds the weight's gradient. Autograd then
-            gets, as Megatron has it, memory that nobody reads, or zeros where `weight.zero_out_wgrad` says that another
-            gradient is added to them.
+        main_grad: [V, h] of x's dtype or fp32, to which backward adds the weight's gradient. Autograd then gets an
+            uninitialised tensor, as in Megatron (never read), or zeros if `weight.zero_out_wgrad` says that another
+            gradient is added to it.
     Raises:
         ValueError: shapes that do not fit, or chunk_size < 1.
     """
@@ -60,31 +61,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, labels, chunk_size, group, main_grad):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         ranks = dist.get_world_size(group) if group is not None else 1
-        first_word = weight.shape[0] * (dist.get_rank(group) if ranks > 1 else 0)
-        local = labels - first_word
-        local = torch.where((local >= 0) & (local < weight.shape[0]), local, -1)
+        first_entry = weight.shape[0] * (dist.get_rank(group) if ranks > 1 else 0)
+        local_labels = labels - first_entry
+        local_labels = torch.where((local_labels >= 0) & (local_labels < weight.shape[0]), local_labels, -1)
         log_sum, at_label = x.new_empty(2, len(x), dtype=wide)
         summarize = _fused(_summarize, x.is_cuda)
         logits_nV = None
         for part in _parts(len(x), chunk_size):
             del logits_nV  # before the next ones are made
             logits_nV = x[part] @ weight.t()
-            log_sum[part], at_label[part] = summarize(logits_nV, local[part], wide)
+            log_sum[part], at_label[part] = summarize(logits_nV, local_labels[part], wide)
         if ranks > 1:
-            # The sum of all words from the sums of each rank's: two small all-reduces for all chunks.
+            # The sum over the vocabulary from each rank's sum: two small all-reduces for all chunks.
             largest = log_sum.clone()
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
             sums = torch.stack(((log_sum - largest).exp(), at_label))
             dist.all_reduce(sums, group=group)
             log_sum, at_label = sums[0].log() + largest, sums[1]
-        ctx.save_for_backward(x, weight, local, log_sum)
+        ctx.save_for_backward(x, weight, local_labels, log_sum)
         ctx.chunk_size, ctx.main_grad = chunk_size, main_grad
         ctx.last_logits = logits_nV if any(ctx.needs_input_grad) else None
         return log_sum - at_label
 
     @staticmethod
     def backward(ctx, dloss):
-        x, weight, local, log_sum = ctx.saved_tensors
+        x, weight, local_labels, log_sum = ctx.saved_tensors
         dx = torch.empty_like(x)
         total = torch.zeros_like(weight, dtype=log_sum.dtype) if ctx.main_grad is None else ctx.main_grad
         differentiate = _fused(_differentiate, x.is_cuda)
@@ -92,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in reversed(_parts(len(x), ctx.chunk_size)):
             if d_nV is None:
                 d_nV = x[part] @ weight.t()
-            differentiate(d_nV, local[part], log_sum[part], dloss[part])
+            differentiate(d_nV, local_labels[part], log_sum[part], dloss[part])
             torch.mm(d_nV, weight, out=dx[part])
             _add_product(total, d_nV.t(), x[part])
             d_nV = None  # before the next one is made
@@ -103,17 +104,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dweight, None, None, None, None
 
 
-def _summarize(logits_nV: Tensor, local: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(logarithm of the sum of exponentials, logit of the label or 0 where `local` is -1), each [n] in `wide`."""
+def _summarize(logits_nV: Tensor, local_labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(logarithm of the sum of exponentials, logit of the label or 0 where that is -1), each [n] in `wide`."""
     logits_nV = logits_nV.to(wide)
-    at_label = logits_nV.gather(1, local.clamp(min=0)[:, None]).squeeze(1)
-    return logits_nV.logsumexp(1), torch.where(local >= 0, at_label, 0.0)
+    at_label = logits_nV.gather(1, local_labels.clamp(min=0)[:, None]).squeeze(1)
+    return logits_nV.logsumexp(1), torch.where(local_labels >= 0, at_label, 0.0)
 
 
-def _differentiate(logits_nV: Tensor, local: Tensor, log_sum: Tensor, dloss: Tensor) -> None:
+def _differentiate(logits_nV: Tensor, local_labels: Tensor, log_sum: Tensor, dloss: Tensor) -> None:
     """Replace logits by their gradient, dloss (softmax - onehot)."""
     probability = (logits_nV.to(log_sum.dtype) - log_sum[:, None]).exp()
-    onehot = torch.arange(logits_nV.shape[1], device=local.device) == local[:, None]
+    onehot = torch.arange(logits_nV.shape[1], device=local_labels.device) == local_labels[:, None]
     logits_nV.copy_((probability - onehot.to(probability.dtype)) * dloss[:, None])
 
 
@@ -123,17 +124,17 @@ def _fused(function: Callable, on_gpu: bool) -> Callable:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # For the first chunk's length; another one, of a last and shorter chunk, makes a second kernel, for any length.
+    # For the first chunk's length; a shorter last chunk makes torch compile a second kernel, for any length.
     return torch.compile(function)
 
 
 def _parts(length: int, size: int) -> list[slice]:
-    size = -(-length // max(1, -(-length // size)))  # as many parts, but alike
+    size = -(-length // max(1, -(-length // size)))  # as many parts, but of equal size
     return [slice(start, min(start + size, length)) for start in range(0, length, size)] if length else []
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with a wide total of narrow factors, in one product on a GPU."""
+    """total += a @ b, where `total` may be wider than the factors; one product on a GPU."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

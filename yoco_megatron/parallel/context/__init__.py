@@ -1,1 +1,4 @@
-"""Sequences over context-parallel ranks, zig-zag: halos, states, and the shared K,V."""
+"""Sequences spread over context-parallel ranks, zig-zag: halos of windows, retention states, the gathered shared K,V.
+
+"Chunk" in this room always means one of the 2 C equal parts of a sequence over C ranks (sequence_shard.py).
+"""

@@ -1,10 +1,7 @@
-"""What context-parallel ranks exchange for attention (docs/context_parallel.md has the bytes; retention.py the states).
+"""Windows across context-parallel ranks: each chunk's halo, the last keys and values before it.
 
-    window    the last keys and values before each chunk: `keys_with_halo`
-    cross     the shared K,V, once a stage: `gather_chunks`, and their gradient back: `reduce_scatter_chunks`
-
-Each exchange is one collective that every rank joins, forward and backward, whatever it has to give or to get: a rank
-that autograd let skip one would leave the others waiting. Chunks are those of `SequenceShard`.
+One all-to-all each way (docs/context_parallel.md has the bytes). Every rank joins it, forward and backward, even with
+nothing to send or to receive: a skipped collective on one rank would deadlock the others.
 """
 
 from dataclasses import dataclass
@@ -16,100 +13,128 @@ from torch import Tensor
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
-def keys_with_halo(key: Tensor, value: Tensor, reach: int, shard: SequenceShard) -> tuple[Tensor, ...]:
-    """For each chunk held here the `reach` keys that precede it, then its own; and its values likewise.
+def keys_with_halo(key: Tensor, value: Tensor, left_window: int, shard: SequenceShard) -> tuple[Tensor, ...]:
+    """For each chunk held here the `left_window` keys that precede it, then its own; and its values likewise.
 
     Args:
         key, value: [s, b, G, D].
     Returns:
         (keys, values of the first chunk, keys, values of the second), [halo + chunk, b, G, D] each; at the sequence's
-        start the halo is shorter, or none.
+        start the halo is shorter, or empty.
     """
-    return _KeysWithHalo.apply(key, value, reach, shard)
+    return _KeysWithHalo.apply(key, value, shard, _plan(shard, left_window))
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows of a halo that lie in one chunk.
+class HaloSpan:
+    """`num_rows` neighbouring rows of a halo, which lie in one chunk of their owner.
 
-    They go to row `place` of the halo of a rank's chunk number `slot`, and come from row `row` of rank `source`.
+    They come from row `src_row` of what rank `src_rank` holds, and go to row `halo_offset` in the halo of the
+    receiver's first or second chunk (`chunk` 0 or 1).
     """
 
-    slot: int
-    place: int
-    source: int
-    row: int
-    rows: int
+    chunk: int
+    halo_offset: int
+    src_rank: int
+    src_row: int
+    num_rows: int
 
 
-def _pieces(shard: SequenceShard, reach: int, rank: int) -> list[_Piece]:
-    """All pieces of the halos of `rank`."""
-    pieces = []
-    for slot, index in enumerate(shard.chunks_of(rank)):
+@dataclass(frozen=True)
+class HaloPlan:
+    """What one rank sends and receives in forward, spans ordered by the other rank; and the two halos' lengths."""
+
+    sent: list[HaloSpan]
+    sent_rows: list[int]
+    """Rows to each rank."""
+    received: list[HaloSpan]
+    received_rows: list[int]
+    """Rows from each rank."""
+    halo_lengths: list[int]
+
+
+def _plan(shard: SequenceShard, left_window: int) -> HaloPlan:
+    """This rank's plan, made by the first layer of a micro-batch."""
+    if left_window not in shard.halo_plans:
+        ranks = range(shard.ranks)
+        halos = [_spans(shard, left_window, rank) for rank in ranks]
+        sent = [[span for span in halos[rank] if span.src_rank == shard.rank] for rank in ranks]
+        received = [[span for span in halos[shard.rank] if span.src_rank == rank] for rank in ranks]
+        own = [[span for span in halos[shard.rank] if span.chunk == chunk] for chunk in (0, 1)]
+        shard.halo_plans[left_window] = HaloPlan(
+            sent=[span for spans in sent for span in spans],
+            sent_rows=_count_rows(sent),
+            received=[span for spans in received for span in spans],
+            received_rows=_count_rows(received),
+            halo_lengths=_count_rows(own),
+        )
+    return shard.halo_plans[left_window]
+
+
+def _spans(shard: SequenceShard, left_window: int, rank: int) -> list[HaloSpan]:
+    """All spans of the halos of `rank`."""
+    spans = []
+    for chunk, index in enumerate(shard.chunks_of(rank)):
         start = shard.chunk(index).start
-        for held, place, rows in shard.spans(max(0, start - reach), start):
-            source, row = divmod(held, shard.local_length)
-            pieces.append(_Piece(slot, place, source, row, rows))
-    return pieces
+        for row, offset, num_rows in shard.held_spans(max(0, start - left_window), start):
+            src_rank, src_row = divmod(row, shard.local_length)
+            spans.append(HaloSpan(chunk, offset, src_rank, src_row, num_rows))
+    return spans
 
 
-def _pairs(key: Tensor, value: Tensor) -> Tensor:
+def _count_rows(groups: list[list[HaloSpan]]) -> list[int]:
+    return [sum(span.num_rows for span in spans) for spans in groups]
+
+
+def _stack_kv(key: Tensor, value: Tensor) -> Tensor:
     return torch.stack((key, value), dim=3)
 
 
 class _KeysWithHalo(torch.autograd.Function):
-    """One all-to-all each way; chunks' own rows are copied while it runs."""
+    """One all-to-all each way; each chunk's own rows are copied while it runs."""
 
     @staticmethod
-    def forward(ctx, key, value, reach, shard):
-        ranks = range(shard.ranks)
-        wanted = [_pieces(shard, reach, rank) for rank in ranks]
-        sent = [[piece for piece in wanted[rank] if piece.source == shard.rank] for rank in ranks]
-        received = [[piece for piece in wanted[shard.rank] if piece.source == rank] for rank in ranks]
-        sizes = [sum(piece.rows for piece in wanted[shard.rank] if piece.slot == slot) for slot in (0, 1)]
-        ctx.shard, ctx.sent, ctx.received, ctx.sizes = shard, sent, received, sizes
-
-        rows = [
-            _pairs(*(x.narrow(0, piece.row, piece.rows) for x in (key, value))) for pieces in sent for piece in pieces
-        ]
-        arrived, work = _exchange(rows or [_pairs(key[:0], value[:0])], sent, received, shard)
+    def forward(ctx, key, value, shard, plan):
+        ctx.shard, ctx.plan = shard, plan
+        parts = [_stack_kv(*(x.narrow(0, span.src_row, span.num_rows) for x in (key, value))) for span in plan.sent]
+        parts = parts or [_stack_kv(key[:0], value[:0])]
+        arrived, work = _exchange(parts, plan.sent_rows, plan.received_rows, shard)
         chunks = []
-        for size, *own in zip(sizes, key.chunk(2), value.chunk(2)):
-            chunks.append([torch.cat((x.new_empty(size, *x.shape[1:]), x)) for x in own])
+        for length, *own in zip(plan.halo_lengths, key.chunk(2), value.chunk(2)):
+            chunks.append([torch.cat((x.new_empty(length, *x.shape[1:]), x)) for x in own])
         work.wait()
-        for piece, pairs in _split(arrived, received):
-            for x, part in zip(chunks[piece.slot], pairs.unbind(3)):
-                x.narrow(0, piece.place, piece.rows).copy_(part)
+        for span, kv in _split(arrived, plan.received):
+            for x, part in zip(chunks[span.chunk], kv.unbind(3)):
+                x.narrow(0, span.halo_offset, span.num_rows).copy_(part)
         return (*chunks[0], *chunks[1])
 
     @staticmethod
     def backward(ctx, *gradients):
+        plan = ctx.plan
         chunks = gradients[:2], gradients[2:]
-        rows = [
-            _pairs(*(x.narrow(0, piece.place, piece.rows) for x in chunks[piece.slot]))
-            for pieces in ctx.received
-            for piece in pieces
+        parts = [
+            _stack_kv(*(x.narrow(0, span.halo_offset, span.num_rows) for x in chunks[span.chunk]))
+            for span in plan.received
         ]
-        empty = _pairs(*(x[:0] for x in chunks[0]))
-        arrived, work = _exchange(rows or [empty], ctx.received, ctx.sent, ctx.shard)
-        own = [torch.cat([chunk[part][size:] for chunk, size in zip(chunks, ctx.sizes)]) for part in (0, 1)]
+        parts = parts or [_stack_kv(*(x[:0] for x in chunks[0]))]
+        arrived, work = _exchange(parts, plan.received_rows, plan.sent_rows, ctx.shard)
+        own = [torch.cat([chunk[part][length:] for chunk, length in zip(chunks, plan.halo_lengths)]) for part in (0, 1)]
         work.wait()
-        for piece, pairs in _split(arrived, ctx.sent):
-            for x, part in zip(own, pairs.unbind(3)):
-                x.narrow(0, piece.row, piece.rows).add_(part)
+        for span, kv in _split(arrived, plan.sent):
+            for x, part in zip(own, kv.unbind(3)):
+                x.narrow(0, span.src_row, span.num_rows).add_(part)
         return *own, None, None
 
 
 def _exchange(
-    parts: list[Tensor], sent: list[list[_Piece]], received: list[list[_Piece]], shard: SequenceShard
+    parts: list[Tensor], sent_rows: list[int], received_rows: list[int], shard: SequenceShard
 ) -> tuple[Tensor, dist.Work]:
-    """Start the all-to-all of rows, ordered by the rank that they go to."""
+    """Start the all-to-all of `parts`, ordered by the rank that they go to; `sent_rows` go to each rank."""
     rows = torch.cat(parts)
-    send, receive = ([sum(piece.rows for piece in pieces) for pieces in by_rank] for by_rank in (sent, received))
-    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-    return arrived, dist.all_to_all_single(arrived, rows, receive, send, group=shard.group, async_op=True)
+    arrived = rows.new_empty(sum(received_rows), *rows.shape[1:])
+    work = dist.all_to_all_single(arrived, rows, received_rows, sent_rows, group=shard.group, async_op=True)
+    return arrived, work
 
 
-def _split(rows: Tensor, by_rank: list[list[_Piece]]) -> list[tuple[_Piece, Tensor]]:
-    pieces = [piece for pieces in by_rank for piece in pieces]
-    return list(zip(pieces, rows.split([piece.rows for piece in pieces])))
+def _split(rows: Tensor, spans: list[HaloSpan]) -> list[tuple[HaloSpan, Tensor]]:
+    return list(zip(spans, rows.split([span.num_rows for span in spans])))

@@ -1,6 +1,6 @@
-"""The shared K,V of context-parallel ranks: gathered once a stage, and their gradient back.
+"""The shared K,V of context-parallel ranks, gathered once per stage, and the reduce-scatter of their gradient.
 
-Every rank joins both collectives, forward and backward. Chunks are those of `SequenceShard`.
+Every rank joins both collectives, forward and backward.
 """
 
 import torch.distributed as dist
@@ -10,14 +10,14 @@ from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
 def gather_chunks(x: Tensor, shard: SequenceShard) -> Tensor:
-    """[s, ...] of every rank -> [length, ...], tokens in their order: one all-gather and one copy."""
-    held = x.new_empty(shard.length, *x.shape[1:])
-    dist.all_gather_into_tensor(held, x.contiguous(), group=shard.group)
-    return shard.in_order(held)
+    """[s, ...] of every rank -> [length, ...] in sequence order: one all-gather and one copy."""
+    rank_major = x.new_empty(shard.length, *x.shape[1:])
+    dist.all_gather_into_tensor(rank_major, x.contiguous(), group=shard.group)
+    return shard.to_sequence_order(rank_major)
 
 
-def reduce_scatter_chunks(held: Tensor, shard: SequenceShard) -> Tensor:
-    """Sum over ranks of [length, ...], chunks in the order in which ranks hold them -> this rank's [s, ...]."""
-    x = held.new_empty(shard.local_length, *held.shape[1:])
-    dist.reduce_scatter_tensor(x, held, group=shard.group)
+def reduce_scatter_chunks(rank_major: Tensor, shard: SequenceShard) -> Tensor:
+    """Sum [length, ...] over ranks, chunks in rank-major order -> this rank's [s, ...], in the same dtype."""
+    x = rank_major.new_empty(shard.local_length, *rank_major.shape[1:])
+    dist.reduce_scatter_tensor(x, rank_major, group=shard.group)
     return x

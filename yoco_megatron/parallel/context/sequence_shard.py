@@ -3,7 +3,7 @@
 Context parallelism over C ranks cuts a sequence into 2 C chunks and gives rank r the chunks r and 2 C - 1 - r (zig-zag,
 Megatron's data path), so that causal attention costs every rank the same. Without it there is one chunk.
 
-Packed documents: a token sees nothing of another document, and positions start at 0 in each.
+Packed documents: a token attends to nothing of another document, and positions start at 0 in each.
 """
 
 from bisect import bisect_right
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Chunk:
+class CPChunk:
     """Tokens [start, stop) of the whole sequence."""
 
     start: int
@@ -26,13 +27,13 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the queries of one chunk see of the keys before its end.
+class VisibleKeys:
+    """The keys that the queries of one chunk attend to; the last of them is the chunk's last token.
 
-    first: for each sample of the batch, the position of the first key that any of its queries sees.
-    packed: with documents, cu_seqlens over the samples' queries and keys, laid end to end; else None. In either case
-    the last query of a run sees its last key, the one before it one key less, and so on. With a window both count
-    keys: before the chunk's queries stand as many of nobody's (`ChunkedAttention`).
+    first: for each sample of the batch, the position of the first key that any of the queries attends to.
+    packed: with documents, cu_seqlens over the samples' queries and keys, laid end to end; else None. The mask is
+        bottom-right causal per segment; with a window both cu_seqlens count keys, because `ChunkedAttention` pads the
+        queries on the left to as many.
     """
 
     first: tuple[int, ...]
@@ -40,12 +41,12 @@ class Sight:
 
 
 class SequenceShard:
-    """The part of a batch of sequences that one context-parallel rank holds.
+    """The part of a batch of sequences that one context-parallel rank holds; one object per micro-batch.
 
     Args:
         length: tokens of a whole sequence.
         batch: sequences.
-        document_ids: integers [b, length], the same on all ranks, equal within a document and never falling; None for
+        document_ids: integers [b, length], the same on all ranks, equal within a document and non-decreasing; None for
             one document.
         group: the context-parallel group; None for one rank.
         device: where the tokens are.
@@ -68,60 +69,62 @@ class SequenceShard:
         if length % self.num_chunks:
             raise ValueError(f"{length} tokens do not divide into {self.num_chunks} chunks, two for each rank")
         self.local_length, self.chunk_length = length // self.ranks, length // self.num_chunks
-        self.held_order = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
-        """Numbers of all chunks, as the ranks hold them, one rank after the other."""
+        self.rank_major_chunks = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
+        """Numbers of all chunks in the order of an all-gather: those of rank 0, those of rank 1, ..."""
         self.chunk_ids = self.chunks_of(self.rank)
         self.chunks = tuple(self.chunk(index) for index in self.chunk_ids)
-        self._sights: dict[tuple[Chunk, int | None], Sight] = {}
+        self._visible_keys: dict[tuple[CPChunk, int | None], VisibleKeys] = {}
+        self.halo_plans: dict[int, Any] = {}
+        """halo.py's `HaloPlan` by width of the window, which all layers of a micro-batch share."""
         if document_ids is None:
             return
         if document_ids.shape != (batch, length):
             raise ValueError(f"document_ids must be of shape [{batch}, {length}], not {list(document_ids.shape)}")
-        self._starts = torch.ones_like(document_ids, dtype=torch.bool)
-        self._starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        # On the host as well, for the sake of kernels that want sizes: the one wait for the device in a micro-batch.
-        self._borders: list[list[int]] = [[] for _ in range(batch)]
-        for sample, position in self._starts.nonzero().tolist():
-            self._borders[sample].append(position)
+        self._is_start = torch.ones_like(document_ids, dtype=torch.bool)
+        self._is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        # On the host as well, because kernels take sizes from there: the only wait for the device in a micro-batch.
+        self._document_starts: list[list[int]] = [[] for _ in range(batch)]
+        for sample, position in self._is_start.nonzero().tolist():
+            self._document_starts[sample].append(position)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """Numbers of the chunks that a rank holds, in the order in which it holds them."""
         return (rank, self.num_chunks - 1 - rank) if self.ranks > 1 else (0,)
 
-    def chunk(self, index: int) -> Chunk:
+    def chunk(self, index: int) -> CPChunk:
         """Chunk `index` of the sequence."""
-        return Chunk(index * self.chunk_length, (index + 1) * self.chunk_length)
+        return CPChunk(index * self.chunk_length, (index + 1) * self.chunk_length)
 
-    def in_order(self, held: Tensor) -> Tensor:
-        """Chunks as the ranks hold them, one rank after the other, put in their order.
+    def to_sequence_order(self, rank_major: Tensor) -> Tensor:
+        """Chunks in rank-major order (`rank_major_chunks`) -> a copy in sequence order.
 
-        `held` is [length, ...], or [chunks, ...] with something of each chunk.
+        `rank_major` is [length, ...], or [chunks, ...] with one row per chunk.
         """
-        return held.unflatten(0, (self.num_chunks, -1)).index_select(0, self._places).view_as(held)
+        return rank_major.unflatten(0, (self.num_chunks, -1)).index_select(0, self._gather_index).view_as(rank_major)
 
     @cached_property
-    def _places(self) -> Tensor:
-        places = [self.held_order.index(index) for index in range(self.num_chunks)]
-        return torch.tensor(places, device=self.device)
+    def _gather_index(self) -> Tensor:
+        rows = [self.rank_major_chunks.index(index) for index in range(self.num_chunks)]
+        return torch.tensor(rows, device=self.device)
 
-    def spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def held_spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where ranks hold tokens first..stop-1: (row, offset, rows) for each chunk that has some of them.
 
-        `row` counts through the ranks' parts, one rank after the other; `offset` from `first`.
+        `row` counts in rank-major order, `offset` from `first`.
         """
         for index in range(self.num_chunks):
             chunk = self.chunk(index)
             begin, end = max(first, chunk.start), min(stop, chunk.stop)
             if begin < end:
-                row = self.held_order.index(index) * self.chunk_length + begin - chunk.start
+                row = self.rank_major_chunks.index(index) * self.chunk_length + begin - chunk.start
                 yield row, begin - first, end - begin
 
     def fold(self, x_SB: Tensor) -> Tensor:
-        """[s, b, ...] held here -> [chunks * b, chunk, ...], for layers that see chunks as samples."""
+        """[s, b, ...] held here -> [chunks * b, chunk, ...], for layers that take chunks as samples."""
         return x_SB.unflatten(0, (len(self.chunks), -1)).transpose(1, 2).flatten(0, 1)
 
     def unfold(self, x: Tensor) -> Tensor:
-        """`fold` undone."""
+        """The inverse of `fold`."""
         return x.unflatten(0, (len(self.chunks), -1)).transpose(1, 2).flatten(0, 1)
 
     @cached_property
@@ -133,10 +136,10 @@ class SequenceShard:
 
     @cached_property
     def continues(self) -> Tensor | None:
-        """Whether a document goes on from the chunk before into each chunk of the sequence, bool [chunks, b]."""
+        """Whether each chunk of the sequence begins inside a document of the chunk before, bool [chunks, b]."""
         if self.document_ids is None:
             return None
-        return ~self._starts[:, :: self.chunk_length].t()
+        return ~self._is_start[:, :: self.chunk_length].t()
 
     def local(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor whose dimension `dim` runs over the whole sequence."""
@@ -148,27 +151,27 @@ class SequenceShard:
         positions = torch.arange(self.length, device=self.device)
         if self.document_ids is None:
             return self.local(positions, 0)
-        starts = torch.where(self._starts, positions, 0).cummax(1).values
+        starts = torch.where(self._is_start, positions, 0).cummax(1).values
         return self.local(positions - starts, 1).t()
 
-    def sight(self, chunk: Chunk, reach: int | None) -> Sight:
-        """What the queries of `chunk` see; `reach` earlier keys and their own, or all earlier ones if None."""
-        if (chunk, reach) not in self._sights:
-            self._sights[chunk, reach] = self._sight(chunk, reach)
-        return self._sights[chunk, reach]
+    def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
+        """What the queries of `chunk` attend to: themselves and `left_window` earlier keys, or all earlier if None."""
+        if (chunk, left_window) not in self._visible_keys:
+            self._visible_keys[chunk, left_window] = self._find_visible_keys(chunk, left_window)
+        return self._visible_keys[chunk, left_window]
 
-    def _sight(self, chunk: Chunk, reach: int | None) -> Sight:
-        first = 0 if reach is None else max(0, chunk.start - reach)
+    def _find_visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
+        first = 0 if left_window is None else max(0, chunk.start - left_window)
         if self.document_ids is None:
-            return Sight((first,) * self.batch, None)
+            return VisibleKeys((first,) * self.batch, None)
         firsts, queries, keys = [], [0], [0]
-        for borders in self._borders:
-            firsts.append(max(first, borders[bisect_right(borders, chunk.start) - 1]))
-            cuts = [border for border in borders if chunk.start < border < chunk.stop] + [chunk.stop]
+        for starts in self._document_starts:
+            firsts.append(max(first, starts[bisect_right(starts, chunk.start) - 1]))
+            ends = [start for start in starts if chunk.start < start < chunk.stop] + [chunk.stop]
             query_offset, key_offset = queries[-1] - chunk.start, keys[-1] - firsts[-1]
-            queries += [cut + query_offset for cut in cuts]
-            keys += [cut + key_offset for cut in cuts]
-        return Sight(tuple(firsts), self._packed(queries if reach is None else keys, keys))
+            queries += [end + query_offset for end in ends]
+            keys += [end + key_offset for end in ends]
+        return VisibleKeys(tuple(firsts), self._packed(queries if left_window is None else keys, keys))
 
     def _packed(self, queries: list[int], keys: list[int]) -> PackedSeqParams:
         def on_device(sums: list[int]) -> Tensor:

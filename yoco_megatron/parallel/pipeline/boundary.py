@@ -1,6 +1,6 @@
-"""What crosses a pipeline boundary: hidden states, and from the K,V's stage on the shared K,V, in one packed tensor.
+"""The boundary tensor of two pipeline stages: hidden states, and once they are made the shared K,V, in one tensor.
 
-    [s, b, h]              before the shared K,V exist
+    [s, b, h]              before the shared K,V are made
     [s, b, h + 2 G D]      after; G K,V heads of this tensor-parallel rank, D head width
 
 With sequence parallelism hidden states are [s/tp, b, h], while each rank holds its K,V heads for all s tokens: their
@@ -17,7 +17,7 @@ def kv_columns(groups: int, head_dim: int, rows: int, length: int, fp32: bool) -
     return 2 * groups * head_dim * (length // rows) * (2 if fp32 else 1)
 
 
-def pack(hidden_states: Tensor, kv: Tensor, fp32: bool = False) -> Tensor:
+def join_boundary_tensor(hidden_states: Tensor, kv: Tensor, fp32: bool = False) -> Tensor:
     """hidden [rows, b, h] and K,V [s, b, G, 2, D] (fp32 if `fp32`) -> a fresh tensor [rows, b, h + columns].
 
     The result shares no memory with its inputs, so Megatron may free its storage after sending it.
@@ -25,9 +25,11 @@ def pack(hidden_states: Tensor, kv: Tensor, fp32: bool = False) -> Tensor:
     return torch.cat((hidden_states, _ToColumns.apply(kv, hidden_states.shape[0], hidden_states.dtype, fp32)), dim=-1)
 
 
-def unpack(packed: Tensor, hidden_size: int, length: int, groups: int, fp32: bool = False) -> tuple[Tensor, Tensor]:
+def split_boundary_tensor(
+    boundary_tensor: Tensor, hidden_size: int, length: int, groups: int, fp32: bool = False
+) -> tuple[Tensor, Tensor]:
     """[rows, b, h + columns] -> hidden [rows, b, h] and K,V [length, b, G, 2, D] (fp32 if `fp32`), each contiguous."""
-    hidden_states, columns = packed.split((hidden_size, packed.shape[-1] - hidden_size), dim=-1)
+    hidden_states, columns = boundary_tensor.split((hidden_size, boundary_tensor.shape[-1] - hidden_size), dim=-1)
     return hidden_states.contiguous(), _FromColumns.apply(columns, length, groups, fp32)
 
 
@@ -46,7 +48,7 @@ def _from_columns(columns: Tensor, length: int, groups: int, fp32: bool) -> Tens
 
 
 class _ToColumns(torch.autograd.Function):
-    """The two layouts are each other's inverse, for values and for gradients; fp32 gradients stay fp32 on the way."""
+    """The inverse of `_FromColumns`, for values and for gradients; fp32 gradients stay fp32."""
 
     @staticmethod
     def forward(ctx, kv, rows, dtype, fp32):

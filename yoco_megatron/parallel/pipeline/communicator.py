@@ -1,8 +1,8 @@
-"""Pipeline transport of hidden states and shared K,V: the exact shape at each boundary, and no message about shapes.
+"""Pipeline transport of boundary tensors: each with the exact width of its boundary, and no message about shapes.
 
-Megatron's schedules send one tensor per boundary and take all boundaries for equally wide. They accept a communicator,
-and theirs asks `_communicate_shapes` for the shapes to receive when lengths vary. The answer here is computed: which
-stage's tensor arrives next follows from the schedule, which is deterministic.
+Megatron's schedules send one tensor per boundary and assume that all boundaries are equally wide. They accept a
+communicator, and theirs asks `_communicate_shapes` for the shapes to receive when lengths vary. Here the answer is
+computed: which stage's tensor arrives next follows from the schedule, which is deterministic.
 """
 
 import copy
@@ -22,7 +22,7 @@ class SharedKVCommunicator(P2PCommunicator):
     """A communicator for one call of a schedule.
 
     Args:
-        shape_into: shape of the tensor that enters stage g (counted as in `parallel.stages`).
+        shape_into: shape of the tensor that enters stage g (counted as in stages.py).
         num_microbatches, forward_only: as the schedule is called.
     """
 
@@ -34,9 +34,9 @@ class SharedKVCommunicator(P2PCommunicator):
         num_microbatches: int,
         forward_only: bool,
     ) -> None:
-        own = copy.copy(config)  # the schedules go on with the real one
-        own.variable_seq_lengths = True
-        super().__init__(pp_group, own)
+        own_config = copy.copy(config)  # the schedules use the real one
+        own_config.variable_seq_lengths = True
+        super().__init__(pp_group, own_config)
         forward, backward = arriving_stages(
             pp_group.rank(),
             pp_group.size(),
@@ -56,26 +56,29 @@ class SharedKVCommunicator(P2PCommunicator):
         )
 
     def finish(self) -> None:
-        """Every planned tensor must have come; anything else means that Megatron's schedule has changed."""
+        """Assert that every planned tensor has arrived; else Megatron's schedule has changed."""
         left = len(self._from_previous) + len(self._from_next)
         assert left == 0, f"{left} planned pipeline receives did not happen"
 
 
 def arriving_stages(
-    rank: int, ranks: int, chunks: int, num_microbatches: int, group: int | None
+    rank: int, ranks: int, model_chunks: int, num_microbatches: int, group: int | None
 ) -> tuple[list[int], list[int]]:
     """Order of arrivals on a pipeline rank.
 
+    Args:
+        model_chunks: per rank, more than one if stages are interleaved.
+        group: micro-batches per group of the interleaved schedule; None for `ranks`.
     Returns:
         (g of each activation that arrives: it enters stage g; g of each gradient that arrives: that of the tensor which
-        entered stage g). The first rank gets activations of its later chunks from the last rank.
+        entered stage g). The first rank receives activations of its later model chunks from the last rank.
     """
     order = [0] * num_microbatches
-    if chunks > 1:
-        order = [chunk for _, chunk in get_schedule_table(num_microbatches, chunks, group or ranks)]
-    last = chunks * ranks - 1
+    if model_chunks > 1:
+        order = [chunk for _, chunk in get_schedule_table(num_microbatches, model_chunks, group or ranks)]
+    last = model_chunks * ranks - 1
     forward = [chunk * ranks + rank for chunk in order] if rank > 0 else [(chunk + 1) * ranks for chunk in order]
-    stage = [(chunks - 1 - chunk) * ranks + rank for chunk in order]
+    stage = [(model_chunks - 1 - chunk) * ranks + rank for chunk in order]
     if rank == 0:
         forward = [g for g in forward if g <= last]
     return forward, [g + 1 for g in stage if g < last]
