@@ -102,8 +102,8 @@ def batch(size: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-# Where documents start. The chunks of context parallelism begin at multiples of 12 and of 6: on these edges, just before
-# and after them; in one sample nowhere, so that windows and states cross every edge.
+# Where documents start. The chunks of context parallelism begin at multiples of 12 and of 6: on these edges, just
+# before and after them; in one sample nowhere, so that windows and states cross every edge.
 DOCUMENT_STARTS = ([12, 36], [11, 13, 30], [], [23, 24, 25], [1, 41, 47], [18], [5, 6, 7], [35, 37])
 
 

@@ -184,6 +184,8 @@ def check_mesh(args: Namespace) -> None:
         f"--context-parallel-size {cp} of --architecture transformer is Transformer Engine's: set --transformer-impl "
         "transformer_engine, or use --sequence-parallel with --tensor-model-parallel-size",
     )
+    if cp > 1 and args.architecture == "yoco":
+        get_mixer(args.self_decoder).require("received_bytes")
     if args.seq_length is not None:
         if cp > 1:
             two_chunks = "each rank holds two chunks of it"

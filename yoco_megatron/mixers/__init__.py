@@ -8,8 +8,9 @@ from yoco_megatron.mixers.record import Mixer, Sizes
 from yoco_megatron.mixers.sliding_window import SLIDING_WINDOW
 from yoco_megatron.utils.errors import nearest
 
-__all__ = ["GATED_RETENTION", "MIXERS", "SLIDING_WINDOW", "Mixer", "Sizes", "get_mixer", "register"]
+__all__ = ["BUILT_IN", "GATED_RETENTION", "MIXERS", "SLIDING_WINDOW", "Mixer", "Sizes", "get_mixer", "register"]
 
+BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW)
 MIXERS: dict[str, Mixer] = {}
 
 
@@ -27,5 +28,5 @@ def get_mixer(name: str) -> Mixer:
     return MIXERS[name]
 
 
-for mixer in (GATED_RETENTION, SLIDING_WINDOW):
+for mixer in BUILT_IN:
     register(mixer)

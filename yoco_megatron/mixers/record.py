@@ -98,22 +98,30 @@ class Mixer:
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) is None and field.name not in ("fused_norm", "fla_type"):
-                object.__setattr__(self, field.name, _not_built(self.name, field.name))
+                object.__setattr__(self, field.name, _NotBuilt(self.name, field.name))
+
+    def require(self, field: str) -> Any:
+        """The value of `field`. Raises ValueError where the record has none."""
+        value = getattr(self, field)
+        if isinstance(value, _NotBuilt):
+            value()
+        return value
 
     def load(self, field: str) -> Any:
         """What the path in `field` names. Raises ValueError where the record has none."""
-        path = getattr(self, field)
-        if not isinstance(path, str):
-            path()
-        module, _, attribute = path.partition(":")
+        module, _, attribute = self.require(field).partition(":")
         return getattr(importlib.import_module(module), attribute)
 
 
-def _not_built(mixer: str, field: str) -> Callable[..., NoReturn]:
-    def refuse(*_: Any) -> NoReturn:
-        raise ValueError(
-            f"--self-decoder {mixer} has no {field}: this part is not built for it (its record, yoco_megatron/mixers); "
-            "use another --self-decoder, or add it"
-        )
+@dataclass(frozen=True)
+class _NotBuilt:
+    """Stands for a part that a record leaves out, and refuses to be called."""
 
-    return refuse
+    mixer: str
+    field: str
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            f"--self-decoder {self.mixer} has no {self.field}: this part is not built for it (see its record of "
+            "yoco_megatron.mixers); use another --self-decoder, or add it"
+        )
