@@ -186,7 +186,7 @@ def prefill(engine: Engine, length: int, numbers: list[int], device: torch.devic
     """Seconds for `length` random tokens; from the pieces of these `numbers`, where they are not all (`sample`).
 
     Leaves the engine ready to decode."""
-    parts = torch.randint(0, VOCAB, (1, length), device=device).split(engine.piece, dim=1)
+    parts = torch.randint(0, VOCAB, (1, length), device=device).split(engine.prefill_chunk, dim=1)
     last = len(parts) - 1
     if len(numbers) == len(parts):
         started = sync(device)
@@ -198,7 +198,7 @@ def prefill(engine: Engine, length: int, numbers: list[int], device: torch.devic
         fill(engine, length)
         times = []
         for number in numbers:
-            engine.cache.length = number * engine.piece
+            engine.cache.length = number * engine.prefill_chunk
             started = sync(device)
             engine.take(parts[number], last=number == last)
             times.append(sync(device) - started)
@@ -255,7 +255,7 @@ def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Ro
     total = torch.cuda.get_device_properties(device).total_memory if cuda else options.memory
 
     def engine() -> Engine:
-        return Engine(model, row.length + NEW + 64, reserve=row.twin, piece=options.piece)
+        return Engine(model, row.length + NEW + 64, reserve=row.twin, prefill_chunk=options.piece)
 
     clear(cuda)
     expected = predict(row.model, row.twin, row.length)[1] / ASSUMED_FLOPS
@@ -346,7 +346,7 @@ def main() -> None:
         if not options.no_fuse:
             fuse(model)
         # Compiles, chooses kernels: a first piece and one that looks back at it.
-        rehearsal = Engine(model, 3 * options.piece, reserve=twin, piece=options.piece)
+        rehearsal = Engine(model, 3 * options.piece, reserve=twin, prefill_chunk=options.piece)
         prefill(rehearsal, 2 * options.piece, [0, 1], options.device)
         del rehearsal
         print(f"{time.perf_counter() - begun:.0f} s: {'Transformer' if twin else 'YOCO'} is ready", flush=True)

@@ -3,7 +3,7 @@
     tools/convert_checkpoint.py --from megatron --input RUN/checkpoints --to hf --output MODEL
     tools/convert_checkpoint.py --from hf --input MODEL --to megatron --output NEW/checkpoints
 
-A tensor at a time, so that a model larger than memory converts. Success means that both models were run and their
+Works tensor by tensor, so that a model may be larger than memory. Success means that both models were run and their
 logits agree; otherwise nothing is written. No GPU is used.
 """
 
@@ -15,7 +15,7 @@ import sys
 
 from yoco_megatron.convert import SOURCES, TARGETS
 
-# Both models are compared in fp32, which Transformer Engine would round to TF32; and they need not fit into a GPU.
+# The models are compared in fp32, which Transformer Engine would round to TF32, and need not fit into a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--iteration", type=int, help="which training checkpoint (default: the latest)")
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship, where the input has none")
-    parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB a safetensors file, default 2")
+    parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB per safetensors file (default 2)")
     options = parser.parse_args()
-    # Seconds of imports, which --help and a mistyped flag do without.
+    # Slow imports, after --help and after mistyped flags.
     from yoco_megatron.startup.prepare import prepare
 
     prepare()

@@ -12,13 +12,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    pieces, choices = examine()
+    components, choices = examine()
     if args.json:
-        content = {"healthy": is_healthy(pieces), "installed": pieces, "uses": choices}
+        content = {"healthy": is_healthy(components), "installed": components, "uses": choices}
         print(json.dumps(content, default=asdict, indent=1))
     else:
-        print(as_text(pieces, choices))
-    sys.exit(0 if is_healthy(pieces) else 1)
+        print(as_text(components, choices))
+    sys.exit(0 if is_healthy(components) else 1)
 
 
 if __name__ == "__main__":

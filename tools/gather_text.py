@@ -13,7 +13,7 @@ def main() -> None:
     source.add_argument("--python-stdlib", action="store_true", help="source of this Python's standard library")
     parser.add_argument("--glob", nargs="+", default=["*"], help="file names to take from --input, such as '*.py'")
     parser.add_argument("--output", type=Path, required=True, help="corpus to write, such as corpus.jsonl")
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of the documents")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the shuffle")
     args = parser.parse_args()
     if args.python_stdlib and args.glob != parser.get_default("glob"):
         parser.error("--glob goes with --input: the standard library's sources are *.py")

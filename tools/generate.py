@@ -5,7 +5,7 @@
     cat long.txt | tools/generate.py --load MODEL                                 # all of it as one prompt
 
 The text streams to standard output; tokens/s and the size of the cache go to standard error. Several prompts are
-printed when all are done.
+printed at the end.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, of --prompt-file (a line each), or the whole of standard input."""
+    """The prompts from --prompt, from --prompt-file (one a line), or standard input as one prompt."""
     if options.prompt:
         return options.prompt
     if options.prompt_file is None:
@@ -37,32 +37,31 @@ def main() -> None:
     parser.add_argument("--prompt-file", help="file of prompts, one a line")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total mass")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt that run at a time")
+    parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt per forward pass")
     options = parser.parse_args()
     if options.prompt and options.prompt_file:
-        parser.error("--prompt and --prompt-file contradict each other: keep one of them")
+        parser.error("--prompt and --prompt-file: use only one of them")
     for name in ("max_new_tokens", "prefill_piece"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     try:
         run(options)
     except ValueError as error:
-        # The readers of checkpoints are those of tools/convert_checkpoint.py, and name its flag.
-        sys.exit(f"generate.py: error: {str(error).replace('--input ', '--load ', 1)}")
+        sys.exit(f"generate.py: error: {error}")
 
 
 def run(options: argparse.Namespace) -> None:
     """Load, generate, print."""
-    # Seconds of imports, which --help and a mistyped flag do without.
+    # Slow imports, after --help and after mistyped flags.
     from yoco_megatron import runtime
     from yoco_megatron.startup.prepare import prepare
 
     prepare()
     from yoco_megatron.inference.generation import Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
-    from yoco_megatron.inference.uncached import Rerun
+    from yoco_megatron.inference.uncached import UncachedDecoder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     texts = read_prompts(options)
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = replace(sampling, vocab_size=len(tokenizer))
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if baseline:
-        decoder = Rerun(model, max_length)
+        decoder = UncachedDecoder(model, max_length)
     else:
         decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
     steps = generate(decoder, prompts, options.max_new_tokens, sampling, end=tokenizer.eos_token_id)

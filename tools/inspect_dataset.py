@@ -1,4 +1,4 @@
-"""What an indexed dataset (PREFIX.bin, PREFIX.idx) holds: counts, lengths, entropy, documents; and is it whole?"""
+"""Show what an indexed dataset (PREFIX.bin, PREFIX.idx) holds: counts, lengths, entropy, documents; verify it."""
 
 import argparse
 import json
@@ -23,13 +23,13 @@ def main() -> None:
     parser.add_argument("--part", choices=["train", "valid", "test"], help="part of --split")
     parser.add_argument("--verify", action="store_true", help="read all of it and compare with its checksums")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N random documents, decoded")
-    parser.add_argument("--sample-tokens", type=int, default=200, help="at most so many tokens of each")
+    parser.add_argument("--sample-tokens", type=int, default=200, help="print at most this many tokens of each")
     parser.add_argument("--sample-seed", type=int, default=1234, help="of the choice of documents")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of the documents")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_tokenizer_arguments(parser)
     args = parser.parse_args()
-    logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers tell each step, on the standard output
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers log each step to standard output
     try:
         check_data_prefixes([args.data_path])
         checksums = report.verify(args.data_path) if args.verify else None
@@ -38,11 +38,14 @@ def main() -> None:
         nats = unigram_entropy(args.data_path, args.split, args.part)
     except ValueError as error:
         parser.error(str(error))
-    lengths = report.document_lengths(args.data_path) if args.histogram or not args.json else None
+    lengths = report.document_lengths(args.data_path)
     if args.histogram:
         try:
             report.save_histogram(lengths, args.histogram, Path(args.data_path).name)
-        except (OSError, ValueError) as error:  # no such folder, or a kind of picture that matplotlib does not know
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # no such folder, or an unknown image format
             parser.error(f"--histogram {args.histogram}: {error}")
     if args.json:
         part = {"split": args.split, "part": args.part}
@@ -52,7 +55,7 @@ def main() -> None:
     where = f" of part {args.part} of {args.split}" if args.part else ""
     print(f"{args.data_path}: {documents:,} documents, {tokens:,} tokens")
     print(report.describe_lengths(lengths))
-    print(f"unigram entropy{where}: {nats:.4f} nats a token (perplexity {math.exp(nats):,.1f})")
+    print(f"unigram entropy{where}: {nats:.4f} nats per token (perplexity {math.exp(nats):,.1f})")
     for suffix, sha256 in (checksums or {}).items():
         print(f".{suffix} is whole: sha256 {sha256}")
     if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Merge indexed datasets (PREFIX.bin, PREFIX.idx) of one tokenizer into one, in the order given."""
+"""Merge indexed datasets (PREFIX.bin, PREFIX.idx) of one tokenizer into one, in the given order."""
 
 import argparse
 import warnings
@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="prefixes, or folders: all datasets in one, by name")
     parser.add_argument("--output-prefix", required=True, help="prefix of the merged .bin, .idx and .json")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
     try:
         prefixes = find_prefixes(args.input)

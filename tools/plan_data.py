@@ -16,7 +16,7 @@ def token_count(text: str) -> int:
     try:
         return round(float(number) * scale)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number of tokens such as 300B") from None
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens such as 300B") from None
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=token_count, help="tokens to train on; by default what the flags say")
     parser.add_argument("--json", action="store_true", help="print JSON")
     own, argv = parser.parse_known_args()
-    # Seconds of imports, which --help does without.
+    # Slow imports, after --help.
     from yoco_megatron.startup.prepare import prepare
 
     prepare()  # before anything imports megatron

@@ -1,7 +1,7 @@
-"""Build the index caches of a run off the cluster. Takes the flags and configs of pretrain_yoco.py, exactly as there.
+"""Build the index caches of a run off the cluster. Takes exactly the flags and configs of pretrain_yoco.py.
 
-Training finds them in --data-cache-path, which both must name. Their names are hashes of the data flags, of the flags
-of the tokenizer (its path as it is written) and of --seq-length: other flags build others.
+Training finds them in --data-cache-path, which both must name. File names are hashes of the data flags, the tokenizer
+flags (its path as written) and --seq-length: other flags build other caches.
 """
 
 import logging
@@ -14,7 +14,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv):
         print(__doc__.strip())
         return
-    # Seconds of imports, which --help does without.
+    # Slow imports, after --help.
     from yoco_megatron.startup.prepare import prepare
 
     prepare()  # before anything imports megatron

@@ -1,6 +1,6 @@
 """Tokenize a corpus into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report .json.
 
-JSON lines, parquet and plain text, also packed (.gz, .bz2, .xz, .zst). A run that was killed goes on when repeated.
+JSON lines, parquet and plain text, also compressed (.gz, .bz2, .xz, .zst). A killed run resumes when repeated.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from yoco_megatron.corpus.readers import expand_inputs
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
 
-# Bad records that are shown on the screen.
+# Bad records that are printed.
 SHOWN = 10
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         type=int,
         default=MAX_BAD_LINES,
         metavar="N",
-        help="bad records are left out and listed; stop at one more than N (default: %(default)s)",
+        help="skip and list up to N bad records; one more stops the run (default: %(default)s)",
     )
     parser.add_argument(
         "--tokenizer-backend", choices=BACKENDS, default="auto", help="library that encodes; the ids are the same"
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--split-sentences", action="store_true", help="encode each sentence of a document by itself")
     parser.add_argument("--keep-newlines", action="store_true", help="keep the white space between sentences")
     parser.add_argument("--lang", default="english", help="language of --split-sentences")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist, start anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs, start over")
     add_tokenizer_arguments(parser)
     args = parser.parse_args()
     if not args.split_sentences and (args.keep_newlines or args.lang != parser.get_default("lang")):
@@ -77,7 +77,7 @@ def main() -> None:
         parser.error(str(error))
     except OSError as error:  # a full disk, no permission
         parser.error(
-            f"--output-prefix {args.output_prefix}: {error}. Repeat the command when that is mended; it goes on from "
+            f"--output-prefix {args.output_prefix}: {error}. Repeat the command when that is fixed; it resumes from "
             "what it saved"
         )
     for key, report in reports.items():
@@ -87,13 +87,13 @@ def main() -> None:
             f"{report.empty_documents} empty, {report.documents_with_nul} with NUL; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
-    tell_problems(next(iter(reports.values())))
+    print_problems(next(iter(reports.values())))
 
 
-def tell_problems(report: Report) -> None:
-    """Say how many records are bad, and where the list is; show the first."""
+def print_problems(report: Report) -> None:
+    """Print the number of bad records, the first of them, and where all are listed."""
     if report.bad_lines:
-        print(f"WARNING: {report.bad_lines:,} bad records are left out:", file=sys.stderr)
+        print(f"WARNING: {report.bad_lines:,} bad records are skipped:", file=sys.stderr)
         with open(report.problems, encoding="utf-8") as stream:
             bad = (entry for entry in map(json.loads, stream) if entry["kind"] == "bad")
             for entry in itertools.islice(bad, SHOWN):
@@ -101,7 +101,7 @@ def tell_problems(report: Report) -> None:
         if report.bad_lines > SHOWN:
             print("  ...", file=sys.stderr)
     if report.problems:
-        print(f"each bad, empty or odd record is listed in {report.problems}", file=sys.stderr)
+        print(f"each bad, empty or suspicious record is listed in {report.problems}", file=sys.stderr)
 
 
 if __name__ == "__main__":

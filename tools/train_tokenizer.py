@@ -1,7 +1,7 @@
-"""Train a byte-level BPE tokenizer on a corpus, or make one of bytes alone, as a Hugging Face folder.
+"""Train a byte-level BPE tokenizer on a corpus, or make one of bytes, as a Hugging Face folder.
 
 tools/train_tokenizer.py --input corpus.jsonl --vocab-size 32000 --output TOKENIZER
-tools/train_tokenizer.py --bytes --output TOKENIZER                    # a byte is a token; nothing to train
+tools/train_tokenizer.py --bytes --output TOKENIZER                    # one token per byte; no training
 """
 
 import argparse
@@ -15,7 +15,7 @@ from yoco_megatron.data.tokenizer import tokenizer_sha256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--bytes", action="store_true", help="a byte is a token, without --input and --vocab-size")
+    kind.add_argument("--bytes", action="store_true", help="one token per byte; without --input and --vocab-size")
     kind.add_argument(
         "--input", nargs="+", help="files, folders or quoted globs, as tools/preprocess_data.py takes them"
     )
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     if args.bytes and args.vocab_size is not None:
-        parser.error("--vocab-size goes with --input: a tokenizer of --bytes has the size that it has")
+        parser.error("--vocab-size goes with --input: --bytes has a fixed size")
     if not args.bytes and args.vocab_size is None:
         parser.error("--vocab-size is missing: how many tokens, special ones included?")
     try:

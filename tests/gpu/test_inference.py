@@ -48,13 +48,13 @@ def test_engine_equals_transformers(kind, dtype):
     model = build(kind, dtype)
     tokens = torch.randint(0, 512, (3, 700), generator=torch.Generator().manual_seed(1)).cuda()
     expected = model(tokens, use_cache=False).logits[:, 599:]
-    for piece in (1000, 256, 100):
-        engine = Engine(model, 1000, capacity=128, reserve=kind == "llama", piece=piece)
+    for chunk in (1000, 256, 100):
+        engine = Engine(model, 1000, capacity=128, reserve=kind == "llama", prefill_chunk=chunk)
         found = [engine.prefill(tokens[:, :600])]
         found += [engine.step(tokens[:, 600 + i]).clone() for i in range(100)]
         assert engine.graph is not None
         error = relative_error(torch.stack(found, dim=1), expected)
-        print(f"{kind} {dtype} pieces of {piece}: {error:.1e}")
+        print(f"{kind} {dtype} chunks of {chunk}: {error:.1e}")
         assert error < TOLERANCE[dtype]
         model.set_attn_implementation("sdpa")
 

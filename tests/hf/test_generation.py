@@ -45,8 +45,8 @@ def greedy(model: YocoForCausalLM, tokens: torch.Tensor, **options) -> torch.Ten
 
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
-PIECES = {"prefill_chunk_size": 7}
-CACHES = {"dynamic": {}, "static": STATIC, "in pieces": PIECES, "static, in pieces": STATIC | PIECES}
+CHUNKS = {"prefill_chunk_size": 7}
+CACHES = {"dynamic": {}, "static": STATIC, "in chunks": CHUNKS, "static, in chunks": STATIC | CHUNKS}
 
 
 def caches(model: YocoForCausalLM) -> list[DynamicCache]:
@@ -70,13 +70,13 @@ def cache_elements(cache: DynamicCache) -> list[int]:
 
 @torch.no_grad()
 def test_steps_equal_one_forward(model):
-    """A prefill and then one token at a time, and pieces of any length, give the logits of a single forward."""
+    """A prefill and then one token at a time, and chunks of any length, give the logits of a single forward."""
     tokens = prompts(length=60)
     expected = model(tokens, use_cache=False).logits
-    for pieces in ([20] + [1] * 40, [7, 1, 13, 9, 1, 29], [60]):
+    for chunks in ([20] + [1] * 40, [7, 1, 13, 9, 1, 29], [60]):
         for cache in caches(model):
-            found = [model(piece, past_key_values=cache).logits for piece in tokens.split(pieces, dim=1)]
-            assert relative_error(torch.cat(found, dim=1), expected) < CLOSE, (pieces, type(cache))
+            found = [model(chunk, past_key_values=cache).logits for chunk in tokens.split(chunks, dim=1)]
+            assert relative_error(torch.cat(found, dim=1), expected) < CLOSE, (chunks, type(cache))
 
 
 @torch.no_grad()
@@ -176,15 +176,15 @@ def test_cached_is_uncached(model, beams, options):
     assert_same(model, prompts(), {"num_beams": beams, **options}, {"num_beams": beams, "use_cache": False})
 
 
-@pytest.mark.parametrize("pieces", [{}, PIECES], ids=["at once", "in pieces"])
-def test_compiled_is_not_compiled(model, pieces):
-    """generate() compiles steps with a static cache on a GPU, and pieces of the prompt; here it is made to on a CPU."""
+@pytest.mark.parametrize("chunks", [{}, CHUNKS], ids=["at once", "in chunks"])
+def test_compiled_is_not_compiled(model, chunks):
+    """generate() compiles steps with a static cache on a GPU, and chunks of the prompt; here it is made to on a CPU."""
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[0, :5] = 0
     compiled = CompileConfig(fullgraph=True, mode=None, backend="eager")
     compiled._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiled, "attention_mask": mask}
-    assert_same(model, prompts(), static | pieces, {"attention_mask": mask})
+    assert_same(model, prompts(), static | chunks, {"attention_mask": mask})
     torch._dynamo.reset()
 
 

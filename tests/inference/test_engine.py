@@ -15,11 +15,11 @@ from yoco_megatron.inference.engine import Engine
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 5, 8, 64, 130])
-@pytest.mark.parametrize("piece", [1000, 7])
-def test_equals_transformers(model, length, piece):  # noqa: F811
+@pytest.mark.parametrize("chunk", [1000, 7])
+def test_equals_transformers(model, length, chunk):  # noqa: F811
     tokens = prompts(2, length + NEW, seed=length)
     expected = model(tokens, use_cache=False).logits[:, length - 1 :]
-    engine = Engine(model, 1000, capacity=64, piece=piece)
+    engine = Engine(model, 1000, capacity=64, prefill_chunk=chunk)
     found = [engine.prefill(tokens[:, :length])]
     blocks = engine.cache.layers[3].blocks
     first = blocks[0][0].data_ptr()
@@ -44,7 +44,7 @@ def test_transformer():
     ).eval()
     tokens = prompts(2, 60)
     expected = llama(tokens, use_cache=False).logits[:, 39:]
-    engine = Engine(llama, 100, capacity=64, reserve=True, piece=13)
+    engine = Engine(llama, 100, capacity=64, reserve=True, prefill_chunk=13)
     found = [engine.prefill(tokens[:, :40])] + [engine.step(tokens[:, 40 + i]).clone() for i in range(20)]
     assert relative_error(torch.stack(found, dim=1), expected) < CLOSE
     assert engine.cache.nbytes() == 3 * 2 * 2 * 2 * 128 * 16 * 4  # layers, K and V, batch, groups, tokens, width, fp32

@@ -1,4 +1,4 @@
-"""Our loop generates what transformers' generates, from any cache, batch and piece of the prompt."""
+"""Our loop generates what transformers' generates, from any cache, batch and chunk of the prompt."""
 
 from functools import partial
 
@@ -17,11 +17,11 @@ def rows(steps) -> list[list[int]]:
     return [[token for token in row if token is not None] for row in zip(*steps)]
 
 
-@pytest.mark.parametrize("piece", [1000, 10])
-def test_equals_transformers(model, piece):  # noqa: F811
+@pytest.mark.parametrize("chunk", [1000, 10])
+def test_equals_transformers(model, chunk):  # noqa: F811
     expected = greedy(model, prompts())[:, PROMPT:].tolist()
-    assert rows(generate(CachedModel(model, piece), prompts().tolist(), NEW, GREEDY)) == expected
-    engine = Engine(model, 100, capacity=64, piece=piece)
+    assert rows(generate(CachedModel(model, chunk), prompts().tolist(), NEW, GREEDY)) == expected
+    engine = Engine(model, 100, capacity=64, prefill_chunk=chunk)
     assert rows(generate(engine, prompts().tolist(), NEW, GREEDY)) == expected
 
 
@@ -40,7 +40,7 @@ def test_ragged_batch(model):  # noqa: F811
 def test_one_position_of_a_prompt_enters_the_cross_decoder(model, decoder):  # noqa: F811
     rows = []
     model.model.cross_layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
-    decoder(model, piece=10).prefill(prompts())
+    decoder(model, prefill_chunk=10).prefill(prompts())
     assert rows == [1] and PROMPT > 10
 
 

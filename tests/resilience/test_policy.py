@@ -24,7 +24,7 @@ def said(run: Path, attempt: int, monkeypatch, *outcomes: Outcome) -> None:
 
 FINISHED, REQUEUE = Outcome("finished", 0, "all"), Outcome("requeue", 0, "signal")
 CRASH = Outcome("crash", 1, "RuntimeError: boom")
-ECHO = Outcome("crash", 1, "RuntimeError: NCCL error: remote process exited")
+SECONDARY = Outcome("crash", 1, "RuntimeError: NCCL error: remote process exited")
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,10 @@ ECHO = Outcome("crash", 1, "RuntimeError: NCCL error: remote process exited")
         ([FINISHED, FINISHED], 0, "done", "finished"),
         ([REQUEUE, REQUEUE], 0, "requeue", "requeue"),
         ([Outcome("stopped", 0, "trigger")] * 2, 0, "done", "stopped"),
-        ([Outcome("user_error", 2, "--lr is missing"), ECHO], 1, "stop", "user_error"),
-        ([ECHO, Outcome("storage", 74, "No space left on device")], 1, "stop", "storage"),
+        ([Outcome("user_error", 2, "--lr is missing"), SECONDARY], 1, "stop", "user_error"),
+        ([SECONDARY, Outcome("storage", 74, "No space left on device")], 1, "stop", "storage"),
         ([Outcome("rolled_back", 0, "back to 10")] * 2, 0, "requeue", "rolled_back"),
-        ([ECHO, CRASH], 1, "requeue", "crash"),
+        ([SECONDARY, CRASH], 1, "requeue", "crash"),
         ([], 137, "requeue", "crash"),
         ([FINISHED], 137, "requeue", "crash"),  # the other process was killed
         ([FINISHED, CRASH], 1, "requeue", "crash"),
@@ -50,9 +50,9 @@ def test_verdict(tmp_path, monkeypatch, outcomes, exit_code, verdict, kind):
     assert found.exclude == []
 
 
-def test_cause_is_not_an_echo(tmp_path, monkeypatch):
+def test_cause_is_not_a_secondary_failure(tmp_path, monkeypatch):
     policy.begin(tmp_path, 3)
-    said(tmp_path, 0, monkeypatch, ECHO, CRASH)
+    said(tmp_path, 0, monkeypatch, SECONDARY, CRASH)
     assert policy.end(tmp_path, 1).reason == "RuntimeError: boom (rank 1 on node1)"
 
 
@@ -137,7 +137,7 @@ def test_outcomes_hold_no_more_than_json(tmp_path, monkeypatch):
     assert found["host"] == "node0" and found["rank"] == 0 and found["reason"] == "RuntimeError: boom"
 
 
-def test_last_words_from_before_a_new_beginning_do_not_count(tmp_path, monkeypatch):
+def test_records_of_an_earlier_attempt_with_the_same_number_do_not_count(tmp_path, monkeypatch):
     """Attempts are counted from 0 again when attempts.jsonl was removed, as the policy itself advises."""
     policy.begin(tmp_path, 3)
     said(tmp_path, 0, monkeypatch, FINISHED, Outcome("user_error", 2, "--lr is missing"))

@@ -18,24 +18,24 @@ def gpu(index: int, used: str = "4", errors: str = "0") -> dict[str, str]:
 
 
 def test_gpus():
-    assert preflight.judge_gpus([gpu(0), gpu(1, errors="[N/A]")], 2, 2048) == []
-    assert preflight.judge_gpus([gpu(0)], 2, 2048) == ["1 GPUs instead of 2"]
-    assert "uncorrected memory errors" in preflight.judge_gpus([gpu(0, errors="3")], 1, 2048)[0]
-    assert "in use by something else" in preflight.judge_gpus([gpu(0, used="40000")], 1, 2048)[0]
+    assert preflight.gpu_faults([gpu(0), gpu(1, errors="[N/A]")], 2, 2048) == []
+    assert preflight.gpu_faults([gpu(0)], 2, 2048) == ["1 GPUs instead of 2"]
+    assert "uncorrected memory errors" in preflight.gpu_faults([gpu(0, errors="3")], 1, 2048)[0]
+    assert "in use by something else" in preflight.gpu_faults([gpu(0, used="40000")], 1, 2048)[0]
 
 
 def test_speed():
     speeds = [{"tflops": 600, "allreduce_gbps": 400}, {"tflops": 300, "allreduce_gbps": 390}]
-    assert preflight.judge_speed(speeds, 200, 100) == []
-    assert preflight.judge_speed(speeds, 500, 100) == ["GPU 1 multiplies at 300 TFLOP/s, below 500"]
-    assert preflight.judge_speed(speeds, 0, 395) == ["all-reduce in the node at 390 GB/s, below 395"]
-    assert preflight.judge_speed(speeds[:1], 0, 999) == [], "one GPU reduces over nothing"
+    assert preflight.speed_faults(speeds, 200, 100) == []
+    assert preflight.speed_faults(speeds, 500, 100) == ["GPU 1 multiplies at 300 TFLOP/s, below 500"]
+    assert preflight.speed_faults(speeds, 0, 395) == ["all-reduce in the node at 390 GB/s, below 395"]
+    assert preflight.speed_faults(speeds[:1], 0, 999) == [], "one GPU reduces over nothing"
 
 
 def test_disk_must_hold_one_more_checkpoint(tmp_path, monkeypatch):
-    assert preflight.judge_disk(tmp_path, 0) == []
+    assert preflight.disk_faults(tmp_path, 0) == []
     monkeypatch.setattr(preflight, "checkpoint_bytes", lambda folder: 1 << 60)
-    assert "a checkpoint needs" in preflight.judge_disk(tmp_path, 0)[0]
+    assert "a checkpoint needs" in preflight.disk_faults(tmp_path, 0)[0]
 
 
 QUICK = ["--cpu", "--gpus", "2", "--seconds", "0.05", "--order", "32", "--min-free-gib", "0.001"]

@@ -50,10 +50,10 @@ def test_apex_of_pypi_is_not_nvidia_apex(
 ) -> None:
     install(tmp_path, "apex", "0.9.10.dev0", {} if found_elsewhere else PYPI_APEX)
     monkeypatch.syspath_prepend(tmp_path)
-    piece = check_apex()
-    assert (piece.state, piece.version) == ("wrong", "0.9.10.dev0")
-    assert "another project" in piece.note
-    assert "pip uninstall apex" in piece.fix
+    component = check_apex()
+    assert (component.state, component.version) == ("wrong", "0.9.10.dev0")
+    assert "another project" in component.note
+    assert "pip uninstall apex" in component.fix
 
 
 def test_nvidia_apex_needs_its_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,17 +73,17 @@ def test_old_resiliency_extension_is_harmful_and_not_imported(tmp_path: Path, mo
         install(site, "nvidia-resiliency-ext", version, {"nvidia_resiliency_ext/__init__.py": POISON})
         with monkeypatch.context() as context:
             context.syspath_prepend(site)
-            piece = check_package(package)
-        assert (piece.version, piece.state) == (version, state)
-        assert ("import megatron.core" in piece.note) == (state == "wrong")
+            component = check_package(package)
+        assert (component.version, component.state) == (version, state)
+        assert ("import megatron.core" in component.note) == (state == "wrong")
 
 
 def test_absent_packages_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "version_of", lambda distribution: None)
-    monkeypatch.setattr(module, "folder_of", lambda name: None)
+    monkeypatch.setattr(module, "package_dir", lambda name: None)
     absent = [check_apex(), check_transformer_engine("12.8"), *map(check_package, PACKAGES)]
-    assert {piece.state for piece in absent} == {"missing"}
-    assert all(piece.note and piece.fix for piece in absent)
+    assert {component.state for component in absent} == {"missing"}
+    assert all(component.note and component.fix for component in absent)
     assert "core_cu12" in absent[1].fix
     assert absent[0].fix in as_text(absent, [])
 
@@ -104,11 +104,11 @@ def test_whole_machine_as_json_with_a_harmful_package(tmp_path: Path) -> None:
     done = doctor("--json", site=tmp_path)
     assert done.returncode == 1, done.stderr
     content = json.loads(done.stdout)
-    pieces = {piece["name"]: piece for piece in content["installed"]}
-    wrong = {name for name, piece in pieces.items() if piece["state"] == "wrong"}
+    components = {component["name"]: component for component in content["installed"]}
+    wrong = {name for name, component in components.items() if component["state"] == "wrong"}
     assert {"NVIDIA Apex", "nvidia-resiliency-ext"} <= wrong
     assert content["healthy"] is False
-    assert pieces["megatron-core"]["version"] == importlib.metadata.version("megatron-core")
+    assert components["megatron-core"]["version"] == importlib.metadata.version("megatron-core")
     uses = {choice["part"]: choice for choice in content["uses"]}
     assert {"linear layers, norms", "attention", "gated retention", "optimizer"} <= uses.keys()
     assert all(choice["uses"] and choice["why"] for choice in uses.values())

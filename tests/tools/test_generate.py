@@ -99,7 +99,7 @@ def test_bad_input(flags, said, folders):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file contradict each other"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file: use only one of them"),
         (["--prompt", "a", "--prefill-piece", "0"], "--prefill-piece 0 must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "-3"], "--max-new-tokens -3 must be at least 1"),
     ],

@@ -1,4 +1,4 @@
-"""Which model a checkpoint folder holds, told without unpickling anything: a small JSON beside the checkpoints.
+"""Which model a checkpoint folder holds, in a small JSON beside the checkpoints: nothing needs to be unpickled.
 
 Loading a checkpoint of another shape fails deep inside the distributed loader, after the GPUs are busy. The shape is
 therefore written when training starts, and compared before it starts again.
@@ -14,9 +14,9 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.utils.files import write_atomically
 
 FILE_NAME = "architecture.json"
-# Switches that change the function but not the parameter shapes.
+# Flags that change the function but not the parameter shapes.
 SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
-# What may differ between a run and the checkpoint that it continues.
+# What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
 
 
@@ -26,12 +26,12 @@ def describe(args: Namespace) -> dict[str, object]:
 
 
 def save(args: Namespace, folder: str) -> Path:
-    """Write architecture.json into `folder`, in one step."""
+    """Write architecture.json into `folder`, atomically."""
     return write_atomically(Path(folder) / FILE_NAME, json.dumps(describe(args), indent=1) + "\n")
 
 
 def check_loadable(args: Namespace) -> None:
-    """Compare --load with the model that the flags describe.
+    """Compare the model of the --load checkpoint with the flags.
 
     Raises:
         ValueError: every field that differs, with both values. A folder without architecture.json (another program's
@@ -57,11 +57,11 @@ def check_loadable(args: Namespace) -> None:
         )
 
 
-def check_there(args: Namespace) -> None:
-    """Megatron trains from the start where --load is empty: right for the folder of --save, else a wrong path.
+def check_checkpoint_exists(args: Namespace) -> None:
+    """Reject a --load without a checkpoint, unless it is the folder of --save: Megatron would train from scratch.
 
     Raises:
-        ValueError: --load, another folder than --save, or --pretrained-checkpoint that holds no checkpoint.
+        ValueError: no checkpoint in --load (another folder than --save) or --pretrained-checkpoint.
     """
 
     def empty(folder: str) -> bool:

@@ -1,6 +1,7 @@
-"""A folder of checkpoints as a launcher sees it: which iterations are there, and which one Megatron's tracker names.
+"""Names in a checkpoint folder: complete iterations, and the one that Megatron's tracker names.
 
-Needs nothing but Python. Megatron writes `iter_0001000/`, ending with `metadata.json`, and then the tracker.
+Plain Python, so that launchers can use it. Megatron writes `iter_0001000/`, ending with `metadata.json`, then the
+tracker.
 """
 
 import re
@@ -11,15 +12,16 @@ RESOLVED = "resolved_config.yaml"  # the run's flags
 COMPLETE = "metadata.json"
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 
-ANSWERED = "rerun_answered"  # beside what Megatron saved to run a step again elsewhere: that has been done
+ANSWERED = "rerun_answered"  # marker beside what Megatron saved to rerun a step on other hardware: that is done
 
 
 def path_of(folder: Path, iteration: int) -> Path:
+    """The folder of one checkpoint."""
     return folder / f"iter_{iteration:07d}"
 
 
 def iterations(folder: Path) -> list[int]:
-    """Iterations whose checkpoint was written to the end, newest first; whether it still is whole, `integrity` says."""
+    """Iterations whose checkpoint was completed, newest first; `integrity` checks whether it is still whole."""
     names = [path.name for path in folder.glob("iter_*") if (path / COMPLETE).exists()]
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name)), reverse=True)
 
@@ -30,7 +32,7 @@ def size_of(path: Path) -> int:
 
 
 def tracked_iteration(folder: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None where there is none, or where it was cut short by a crash."""
+    """The iteration that Megatron's tracker names; None if the file is missing or was cut short by a crash."""
     try:
         text = (folder / TRACKER).read_text().strip()
     except OSError:
@@ -39,7 +41,7 @@ def tracked_iteration(folder: Path) -> int | None:
 
 
 def write_tracker(folder: Path, iteration: int) -> None:
-    """Name `iteration` as the one to load. Raises OSError."""
+    """Set the iteration to load. Raises OSError."""
     aside = folder / f".{TRACKER}"
     aside.write_text(str(iteration))
     aside.replace(folder / TRACKER)

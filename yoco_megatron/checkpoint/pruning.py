@@ -1,6 +1,6 @@
-"""Which old checkpoints go: --keep-checkpoints newest stay, and those that are multiples of --keep-every.
+"""Pruning: removes all but the newest --keep-checkpoints checkpoints and the multiples of --keep-every.
 
-Megatron's --save-retain-interval keeps a single newest one, so that a fall-back would lose a whole retain interval.
+Megatron's --save-retain-interval keeps only one newest checkpoint, so that a fall-back would lose a whole interval.
 """
 
 import shutil
@@ -10,15 +10,15 @@ from yoco_megatron.checkpoint import layout as checkpoints
 
 
 def surplus(iterations: list[int], newest: int, keep: int, keep_every: int | None) -> list[int]:
-    """The iterations to remove, given all that are complete and the `newest` one; never newer ones than that."""
+    """The iterations to remove, given all complete ones; none newer than `newest`, the tracked one."""
     old = sorted((one for one in iterations if one <= newest), reverse=True)[keep:]
     return [one for one in old if not (keep_every and one % keep_every == 0)]
 
 
 def remove_surplus(folder: Path | str, keep: int, keep_every: int | None) -> list[int]:
-    """Remove what is no longer to be kept; the iterations that were removed. Called by one process.
+    """Remove surplus checkpoints; returns their iterations. Called by one rank.
 
-    Nothing is removed unless the newest one has its manifest. A file that cannot be removed stays, with a warning.
+    Nothing is removed unless the newest checkpoint has its manifest. What cannot be removed stays, with a warning.
     """
     folder = Path(folder)
     newest = checkpoints.tracked_iteration(folder)

@@ -1,4 +1,4 @@
-"""From one format to another: read, write aside, compare, and only then give the result its name."""
+"""Converts one format to another: read, write to a hidden folder, compare, and only then rename."""
 
 import logging
 import os
@@ -26,15 +26,15 @@ def convert(
     tokenizer: str | None = None,
     shard_bytes: int = 2 * 1024**3,
 ) -> str:
-    """Convert the model in `folder` (one of formats.SOURCES) to `output` (one of TARGETS), and prove it.
+    """Convert the model in `folder` (format `kind`, of convert.SOURCES) to `output` (`to`, of TARGETS), and verify it.
 
     Args:
         tokenizer: folder of a tokenizer to ship, where the source has none.
-        shard_bytes: largest safetensors file; also what is held in memory, beside the largest tensors.
+        shard_bytes: size limit of a safetensors file; one such shard and the largest tensors are in memory.
     Returns:
         a sentence about the comparison of the two models.
     Raises:
-        ValueError: bad input, no room, or a result that differs; `output` does not exist then, the source is untouched.
+        ValueError: bad input, no disk space, or a result that differs; `output` is not made, the source is untouched.
     """
     require(
         (kind, to) != ("megatron", "megatron"),
@@ -90,7 +90,7 @@ def _check_tokenizer(source: Source) -> None:
 
 
 def _final_tokenizer_path(aside: Path, final: Path) -> None:
-    """The config named the tokenizer where it lay while the folder was being made."""
+    """Replace the path of the hidden folder in the config by that of the final one."""
     path = aside / RESOLVED
     flags = yaml.safe_load(path.read_text())
     if "tokenizer-model" in flags:

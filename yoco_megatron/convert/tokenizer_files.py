@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a model: its files, and loading them without the model's code."""
+"""Copies and loads the tokenizer files of a model, without running the model's code."""
 
 import shutil
 from pathlib import Path
@@ -19,8 +19,7 @@ FILES = (
 def load(folder: Path) -> Any:
     """The Hugging Face tokenizer in `folder`.
 
-    AutoTokenizer would read the model's config first, and ask whether to run the code beside it.
-    Raises ValueError where there is no tokenizer.json.
+    AutoTokenizer would read the model's config first and ask whether to run its code. Raises ValueError.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -33,7 +32,7 @@ def load(folder: Path) -> Any:
 
 
 def copy(source: Path, folder: Path) -> Any:
-    """Copy the files, and return the tokenizer that they make."""
+    """Copy the files; returns the tokenizer loaded from the copy."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (source / name).exists():

@@ -1,6 +1,6 @@
-"""Writing a YOCO in any of its formats, one tensor (or one shard) in memory at a time.
+"""Writes a YOCO in any of its formats, with one tensor (or one shard) in memory at a time.
 
-Each writer fills a folder that does not exist yet; convert.py gives it a hidden one and renames it when all is well.
+Each writer fills an empty folder: convert.py passes a hidden one and renames it after verification.
 """
 
 import json
@@ -64,7 +64,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     _write_json(folder / "config.json", config_json)
     generation: dict[str, Any] = {"do_sample": False, **special}
     if tokenizer is not None and len(tokenizer) < config.vocab_size:
-        # Rows that pad the vocabulary were never trained; no text may come of them.
+        # Padding of the vocabulary was never trained: its ids must not be generated.
         generation["suppress_tokens"] = list(range(len(tokenizer), config.vocab_size))
     _write_json(folder / "generation_config.json", generation)
     for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
@@ -106,7 +106,7 @@ def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Calla
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             tensors = {}
             for name in shard:
-                # A piece of a mapped file must not keep the whole file.
+                # A slice of a memory-mapped file would keep the whole mapping.
                 tensors[rename(name)] = checked(source, name).clone(memory_format=torch.contiguous_format)
                 progress.update(tensors[rename(name)].nbytes)
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -140,7 +140,7 @@ def write_megatron(source: Source, folder: Path) -> None:
     }
     resolved = folder / RESOLVED
     resolved.write_text(yaml.safe_dump(flags, sort_keys=True))
-    args = parse_run(str(folder))  # whatever is wrong with these flags shows here
+    args = parse_run(str(folder))  # validates the flags
     architecture.save(args, str(folder))
     common = {
         "args": args,
@@ -190,11 +190,11 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
     with _progress(source) as progress, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         planner = OneByOne(flatten_state_dict=False)
-        # torch's writer keeps all tensors of a file until the file is closed: so a file a tensor.
+        # torch's writer holds all tensors of a file until it is closed: hence one file per tensor.
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
-        except dcp.CheckpointException as wrapped:  # no Exception, so that few catch it
+        except dcp.CheckpointException as wrapped:  # not an Exception, so most handlers miss it
             raise next(iter(wrapped.failures.values()))[0] from None
 
 

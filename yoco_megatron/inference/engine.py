@@ -1,10 +1,10 @@
-"""Decoding at the speed of the memory: a prompt in pieces, then one CUDA graph a token.
+"""Decoding limited by memory bandwidth: a prompt in chunks, then one CUDA graph replay per token.
 
     engine = Engine(model, batch=4, max_length=1_050_000)
     logits = engine.prefill(ids)                    # [b, vocabulary]
     logits = engine.step(logits.argmax(-1))         # and again
 
-Works for YocoForCausalLM and for transformers' Transformers alike; on a CPU without the graph.
+Works for YocoForCausalLM and for transformers' decoder-only models; on a CPU without the graph.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache, RetentionState
 
-PIECE = 32768
+PREFILL_CHUNK = 32768
 
 
 def has_kernels(config: Any) -> bool:
-    """Whether the decoding kernel knows the model's heads: widths that are powers of two, from 16."""
+    """Whether the decoding kernel supports the model's head widths: powers of two, at least 16."""
     widths = {getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         widths.add(getattr(config, "self_decoder_head_dim", 16))
@@ -27,9 +27,9 @@ def has_kernels(config: Any) -> bool:
 
 
 def forward(model: torch.nn.Module, ids: Tensor, last: bool = True, **inputs: Any) -> Tensor | None:
-    """Take tokens [b, s] into the cache; logits [b, vocabulary] after them, if they are the prompt's last.
+    """Run tokens [b, s] into the cache; returns logits [b, vocabulary] after them if `last`, else None.
 
-    Other pieces end before a YOCO's cross-decoder, and before any model's head.
+    All but the last chunk of a prompt skip a YOCO's cross-decoder, and any model's head.
     """
     if last:
         return model(ids, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
@@ -44,8 +44,8 @@ class Engine:
     Args:
         model: a causal language model of transformers', in evaluation mode; its attention implementation is set.
         max_length: tokens of prompt and continuation together.
-        capacity, reserve: see BlockCache; `reserve` is what a model needs whose every layer looks back at all pieces.
-        piece: tokens of the prompt that run at a time.
+        capacity, reserve: see BlockCache; set `reserve` for models in which every layer attends to earlier chunks.
+        prefill_chunk: tokens of the prompt per forward pass.
     """
 
     def __init__(
@@ -55,39 +55,39 @@ class Engine:
         *,
         capacity: int = 4096,
         reserve: bool = False,
-        piece: int = PIECE,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
-        self.model, self.piece = model, piece
+        self.model, self.prefill_chunk = model, prefill_chunk
         self.cache = BlockCache(model.config, max_length, capacity, reserve)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: None = None) -> Tensor:
-        """Take prompts [b, T]; logits [b, vocabulary] after the last token."""
+        """Run prompts [b, T]; returns logits [b, vocabulary] after the last token. Raises ValueError for a mask."""
         if mask is not None:
-            raise ValueError("the engine takes prompts of one length: use CachedModel for others")
+            raise ValueError("the engine needs prompts of one length: use CachedModel for others")
         if ids.shape[1] == 0:
             raise ValueError("a prompt needs at least one token")
-        *parts, last = ids.split(self.piece, dim=1)
-        for part in parts:
-            self.take(part, last=False)
+        *chunks, last = ids.split(self.prefill_chunk, dim=1)
+        for chunk in chunks:
+            self.take(chunk, last=False)
         logits = self.take(last)
         self.cache.start_decoding(ids.device)
         return logits
 
     @torch.no_grad()
-    def take(self, part: Tensor, last: bool = True) -> Tensor | None:
-        """Take a piece [b, s] of a prompt; logits [b, vocabulary] if it is the last one."""
-        start, end = self.cache.length, self.cache.length + part.shape[1]
-        positions = torch.arange(start, end, device=part.device)[None]
-        logits = forward(self.model, part, last, position_ids=positions, past_key_values=self.cache)
-        self.cache.advance(part.shape[1])
+    def take(self, chunk: Tensor, last: bool = True) -> Tensor | None:
+        """Run a chunk [b, s] of a prompt; returns logits [b, vocabulary] if it is the last one."""
+        start, end = self.cache.length, self.cache.length + chunk.shape[1]
+        positions = torch.arange(start, end, device=chunk.device)[None]
+        logits = forward(self.model, chunk, last, position_ids=positions, past_key_values=self.cache)
+        self.cache.advance(chunk.shape[1])
         return logits
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Take one token [b] of every sequence; logits [b, vocabulary] after it. The result is reused by the next."""
+        """Run one token [b] of every sequence; returns logits [b, vocabulary], which the next step overwrites."""
         self.cache.make_room()
         if not tokens.is_cuda:
             logits = self._one(tokens)
@@ -111,14 +111,14 @@ class Engine:
         return logits
 
     def _capture(self, tokens: Tensor) -> None:
-        """Record a step. What the rehearsal leaves behind is overwritten by the step itself, but for the states."""
+        """Record a step. Warm-up steps write K,V that the real step overwrites; states are restored."""
         self.tokens = tokens.clone()
         states = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
         saved, position = [layer.state.clone() for layer in states], self.cache.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, fills workspaces
+            for _ in range(2):  # compiles kernels, allocates workspaces
                 self._one(self.tokens)
                 self.cache.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)

@@ -1,6 +1,6 @@
-"""Text from a trained model: the prompt once, in pieces and without the cross-decoder, then one token at a time.
+"""Text generation: the prompt in chunks, without the cross-decoder, then one token at a time.
 
-On a GPU and for prompts of one length by the engine, elsewhere by transformers' own caches.
+The engine serves prompts of one length on a GPU; elsewhere transformers' own caches do.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from yoco_megatron.inference.engine import PIECE, Engine, forward, has_kernels
+from yoco_megatron.inference.engine import PREFILL_CHUNK, Engine, forward, has_kernels
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature 0 takes the most likely one.
+    """How a token is sampled. Temperature 0 takes the most likely one.
 
-    `top_p` keeps the smallest set of likeliest tokens whose probabilities sum to at least top_p; ids from `vocab_size`
-    on (rows that pad the vocabulary) are never drawn.
+    `top_p` restricts sampling to the smallest set of likeliest tokens whose probabilities sum to at least top_p; ids
+    from `vocab_size` on (padding of the vocabulary) are never sampled.
     """
 
     temperature: float = 1.0
@@ -30,7 +30,7 @@ class Sampling:
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature} must not be negative; 0 takes the most likely token")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p {self.top_p} must lie above 0 and at most at 1")
+            raise ValueError(f"--top-p {self.top_p} must be above 0 and at most 1")
 
     def draw(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
         """Token ids [B] from logits [B, vocabulary]."""
@@ -44,7 +44,7 @@ class Sampling:
 
 
 def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), int64 [B, longest]; mask is 0 where a shorter prompt was filled up in front."""
+    """(ids, mask), int64 [B, longest]; mask is 0 on the left padding of shorter prompts."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -54,25 +54,25 @@ def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
 class CachedModel:
     """A model with transformers' own cache: any device, prompts of different lengths in one batch."""
 
-    def __init__(self, model: torch.nn.Module, piece: int = PIECE) -> None:
-        self.model, self.piece = model, piece
+    def __init__(self, model: torch.nn.Module, prefill_chunk: int = PREFILL_CHUNK) -> None:
+        self.model, self.prefill_chunk = model, prefill_chunk
         self.cache = DynamicCache(config=model.config)
         self.mask: Tensor | None = None
         self.length = 0
 
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Take prompts [B, T], `piece` tokens at a time; logits [B, vocabulary] after the last one.
+        """Run prompts [B, T], `prefill_chunk` tokens at a time; returns logits [B, vocabulary] after the last one.
 
-        All but the last position leave the model before the cross-decoder. `mask` is 0 on padding.
+        All but the last position skip the cross-decoder. `mask` [B, T] is 0 on padding.
         """
         self.mask = mask
-        *parts, last = ids.split(self.piece, dim=1)
-        for part in parts:
-            self._forward(part, last=False)
+        *chunks, last = ids.split(self.prefill_chunk, dim=1)
+        for chunk in chunks:
+            self._forward(chunk, last=False)
         return self._forward(last)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Take one token [B] of every sequence; logits [B, vocabulary] after it."""
+        """Run one token [B] of every sequence; returns logits [B, vocabulary] after it."""
         if self.mask is not None:
             self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), dim=1)
         return self._forward(tokens[:, None])
@@ -100,13 +100,13 @@ class CachedModel:
 
 
 def decoder_for(
-    model: torch.nn.Module, prompts: list[list[int]], max_new_tokens: int, piece: int = PIECE
+    model: torch.nn.Module, prompts: list[list[int]], max_new_tokens: int, prefill_chunk: int = PREFILL_CHUNK
 ) -> CachedModel | Engine:
-    """The engine where it can serve: on a GPU, for prompts of one length; else transformers' own caches."""
+    """The engine where it applies (on a GPU, prompts of one length, supported heads); else transformers' own caches."""
     lengths = set(map(len, prompts))
     if next(model.parameters()).is_cuda and len(lengths) == 1 and has_kernels(model.config):
-        return Engine(model, max(lengths) + max_new_tokens, piece=piece)
-    return CachedModel(model, piece)
+        return Engine(model, max(lengths) + max_new_tokens, prefill_chunk=prefill_chunk)
+    return CachedModel(model, prefill_chunk)
 
 
 def generate(
@@ -119,8 +119,8 @@ def generate(
     """Yield the next token of every prompt, step by step; None for one that has ended.
 
     Args:
-        decoder: a fresh one (`decoder_for`).
-        prompts: token ids, each at least one; lengths may differ.
+        decoder: an unused one (`decoder_for`).
+        prompts: token ids, at least one each; lengths may differ.
         end: the id that ends a text (it is not yielded).
     Raises:
         ValueError: an empty prompt.

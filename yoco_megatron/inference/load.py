@@ -19,7 +19,7 @@ def is_baseline(folder: str) -> bool:
 
 
 def load_baseline(folder: str, iteration: int | None = None) -> tuple[torch.nn.Module, Any, int]:
-    """(Megatron's model, its tokenizer or None, the longest sequence it may see), for `Rerun`."""
+    """(Megatron's model, its tokenizer or None, its longest sequence), for `UncachedDecoder`."""
     from yoco_megatron.startup.load_run import load_model
 
     model, args, _ = load_model(folder, iteration)
@@ -41,7 +41,7 @@ def load_for_generation(
         ValueError: no model there.
     """
     exported = (Path(folder) / "config.json").exists()
-    source = open_source("hf" if exported else "megatron", folder, iteration)
+    source = open_source("hf" if exported else "megatron", folder, iteration, flag="--load")
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
     state = {name: source.load(name).to(device, dtype) for name in tensor_names.shapes(source.config)}

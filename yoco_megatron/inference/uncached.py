@@ -1,12 +1,14 @@
-"""The Transformer baseline generates by running its whole sequence again for each token: it is Megatron's own GPT, and
-what can cache here is the YOCO."""
+"""Decoding for the Transformer baseline: the whole sequence again for each token.
+
+No KV cache is implemented for Megatron's own GPT; only YOCO has one here.
+"""
 
 import torch
 from torch import Tensor
 
 
-class Rerun:
-    """A decoder for `generate` around a trainer's model; prompts of one length."""
+class UncachedDecoder:
+    """A decoder for `generate` around a training model (Megatron's); all prompts have one length."""
 
     def __init__(self, model: torch.nn.Module, max_length: int) -> None:
         self.model, self.max_length = model, max_length
@@ -28,5 +30,5 @@ class Rerun:
         return self.model(self.ids[:, -self.max_length :], None, None)[:, -1]
 
     def nbytes(self) -> int:
-        """Bytes of cache: none."""
+        """Bytes that the cache holds: 0."""
         return 0

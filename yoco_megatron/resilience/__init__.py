@@ -1,4 +1,4 @@
-"""What lets a run outlive the machines it runs on: the run folder, exit policy, guards, and hooks into Megatron's loop.
+"""Runs that survive faults: run folder, exit records and policy, preflight, divergence guard, hang watchdog, triggers.
 
-`run_folder`, `outcome` and `policy` need nothing but Python, so that launchers can ask them on a login node.
+`run_folder`, `exit_record` and `policy` are plain Python, so that launchers can use them on a login node.
 """

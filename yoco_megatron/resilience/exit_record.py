@@ -1,7 +1,7 @@
-"""How a process ended, in a code and in a file.
+"""Exit codes, and a JSON record per process of how it ended.
 
-torchrun ends with 1 and srun with the first task's code whatever the reason was, so each process that can still say
-something leaves `RUN/outcomes/ATTEMPT/RANK.json`; `policy` reads them together.
+torchrun exits with 1 and srun with the first task's code whatever the reason was, so each process that still can writes
+`RUN/outcomes/ATTEMPT/RANK.json`; `policy` reads all of them.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from yoco_megatron.utils.files import write_json
 
 FINISHED = 0
 USER_ERROR = 2
-RERUN_TO_DISAMBIGUATE = 16  # megatron/core/rerun_state_machine.py: transient or persistent? run the step once more
-RERUN_FAILED = 17  # the same file: this hardware computes wrong results
+RERUN_TO_DISAMBIGUATE = 16  # megatron/core/rerun_state_machine.py: rerun the step to see if the error is persistent
+RERUN_FAILED = 17  # same file: this hardware computes wrong results
 STORAGE = 74  # sysexits' EX_IOERR
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -27,18 +27,18 @@ STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One process's last word; `kind` is one of `policy.PRECEDENCE`."""
+    """How one process ended; `kind` is one of `policy.PRECEDENCE`."""
 
     kind: str
     code: int
     reason: str
     iteration: int | None = None
     suspect: bool = False
-    """Whether this process's own hardware is the one that computed a wrong result."""
+    """True: this process's own hardware computed a wrong result."""
 
 
 def record(folder: str | Path | None, outcome: Outcome) -> None:
-    """Leave `outcome` in the run folder, if there is one; a full disk must not hide the error it caused."""
+    """Write `outcome` into the run folder, if any. OSErrors are ignored: a full disk must not hide its cause."""
     if folder is None:
         return
     path = Path(folder) / "outcomes" / run_folder.attempt() / f"{run_folder.rank()}.json"
@@ -48,12 +48,12 @@ def record(folder: str | Path | None, outcome: Outcome) -> None:
 
 
 def host() -> str:
-    """This node by the name that SLURM knows it by."""
+    """SLURM's name of this node, or its hostname."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def record_exception(argv: list[str], error: Exception) -> Outcome:
-    """Record what ended a process, in the run folder that its command line names; what that means."""
+    """Record the exception that ended a process, in the run folder of its command line; returns its outcome."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--run-folder")
     how = of_exception(error)
@@ -62,7 +62,7 @@ def record_exception(argv: list[str], error: Exception) -> Outcome:
 
 
 def of_exception(error: BaseException) -> Outcome:
-    """The outcome that an exception means."""
+    """The outcome of a process that an exception ended."""
     reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
     if storage_error(error):
         return Outcome("storage", STORAGE, reason)
@@ -72,7 +72,7 @@ def of_exception(error: BaseException) -> Outcome:
 
 
 def storage_error(error: BaseException | None) -> bool:
-    """Whether a full, read-only or over-quota file system is behind `error`, however it was wrapped."""
+    """Whether a full, read-only or over-quota file system caused `error`, however it is wrapped."""
     seen: set[int] = set()
     queue = [error]
     while queue:

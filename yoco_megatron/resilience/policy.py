@@ -1,13 +1,13 @@
-"""What happens after an attempt, and whether another may start: asked by every launcher, before and after training.
+"""Exit policy: whether an attempt may start, and what happens after one. Launchers ask before and after training.
 
     python -m yoco_megatron.resilience.policy begin RUN [--max-restarts 3]
     python -m yoco_megatron.resilience.policy end RUN --exit-code 1
 
 Prints one line, `VERDICT reason`, and for `end` the hosts to exclude on a second one:
   done     finished, or stopped on purpose: never start again
-  stop     an error that another attempt would repeat, or too many attempts in a row without a new checkpoint
-  go       (begin) start; the attempt's number follows
-  requeue  (end) start again
+  stop     an error that another attempt would repeat, or too many attempts without a new checkpoint
+  go       (begin) start; the number of the attempt follows
+  requeue  (end) start another attempt
 """
 
 import argparse
@@ -24,15 +24,17 @@ from typing import Any
 
 from yoco_megatron.checkpoint.layout import tracked_iteration
 
-# Whoever says one of these decides for all; the first in this list that any process said.
+# Kinds of outcome; the first in this list that any process recorded decides for the attempt.
 PRECEDENCE = ["user_error", "storage", "hardware", "rolled_back", "stopped", "finished", "requeue", "crash"]
-# What a process says when another one is gone.
-ECHO = re.compile(r"NCCL|DistBackend|DistNetwork|gloo|Connection (closed|reset)|Broken pipe|store", re.IGNORECASE)
+# Errors that only report another process's death.
+SECONDARY_FAILURE = re.compile(
+    r"NCCL|DistBackend|DistNetwork|gloo|Connection (closed|reset)|Broken pipe|store", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`what` is done, stop, go or requeue."""
+    """`what` is done, stop, go or requeue; `exclude` names hosts to exclude from the next attempt."""
 
     what: str
     reason: str
@@ -40,7 +42,7 @@ class Verdict:
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """All lines of attempts.jsonl, oldest first; a line cut short by a crash is left out."""
+    """All lines of attempts.jsonl, oldest first; lines cut short by a crash are skipped."""
     path = folder / "attempts.jsonl"
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -55,8 +57,8 @@ def _append(folder: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def fruitless(lines: list[dict[str, Any]], checkpoint: int | None) -> int:
-    """How many attempts in a row, up to the newest, started from `checkpoint` and brought no newer one."""
+def attempts_without_progress(lines: list[dict[str, Any]], checkpoint: int | None) -> int:
+    """How many attempts in a row, up to the newest, started from `checkpoint` and saved no newer one."""
     count = 0
     for line in reversed([line for line in lines if line["event"] == "begin"]):
         if line["checkpoint"] != checkpoint:
@@ -66,26 +68,26 @@ def fruitless(lines: list[dict[str, Any]], checkpoint: int | None) -> int:
 
 
 def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
-    """Whether an attempt may start, and its number. Notes its start."""
+    """Whether an attempt may start, and its number. Records its start."""
     lines = attempts(folder)
     ends = [line for line in lines if line["event"] == "end"]
     number = sum(line["event"] == "begin" for line in lines)
     checkpoint = tracked_iteration(folder / "checkpoints")
-    # Rolling back is progress although the newest checkpoint gets older; it has its own limit.
     if ends and ends[-1]["verdict"] == "done" and ends[-1].get("kind") == "finished":
         return Verdict("done", f"the run has finished; to train longer, remove {folder / 'attempts.jsonl'}"), number
-    tries = fruitless(lines, checkpoint)
-    if tries > max_restarts:
-        reasons = [line["reason"] for line in ends[-tries:]] or ["the nodes were lost"]
+    # A roll-back counts as progress although the newest checkpoint gets older; it has its own limit.
+    failed = attempts_without_progress(lines, checkpoint)
+    if failed > max_restarts:
+        reasons = [line["reason"] for line in ends[-failed:]] or ["the nodes were lost"]
         return (
             Verdict(
                 "stop",
-                f"{tries} attempts in a row ended without a new checkpoint (newest: iteration {checkpoint}); "
+                f"{failed} attempts in a row ended without a new checkpoint (newest: iteration {checkpoint}); "
                 f"the last reason: {reasons[-1]}. Repair it, then remove {folder / 'attempts.jsonl'} and start again",
             ),
             number,
         )
-    # Of an attempt with this number, from before attempts.jsonl was removed: not this one's last words.
+    # Records of an earlier attempt with this number, from before attempts.jsonl was removed.
     for old in ("outcomes", "stacks", "preflight"):
         shutil.rmtree(folder / old / str(number), ignore_errors=True)
     line = {"event": "begin", "attempt": number, "checkpoint": checkpoint, "time": time.time()}
@@ -94,47 +96,49 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
 
 
 def end(folder: Path, exit_code: int) -> Verdict:
-    """What to do after the newest attempt, whose launcher ended with `exit_code`. Notes its end."""
+    """What to do after the newest attempt, whose launcher exited with `exit_code`. Records its end."""
     lines = attempts(folder)
     number = sum(line["event"] == "begin" for line in lines) - 1
-    said = [json.loads(path.read_text()) for path in sorted((folder / "outcomes" / str(number)).glob("[0-9]*.json"))]
+    records = sorted((folder / "outcomes" / str(number)).glob("[0-9]*.json"))
+    outcomes = [json.loads(path.read_text()) for path in records]
     hung = [path for path in sorted((folder / "stacks" / str(number)).glob("*.txt")) if path.stat().st_size]
-    verdict, kind = judge(said, [str(path) for path in hung], exit_code)
+    verdict, kind = decide(outcomes, [str(path) for path in hung], exit_code)
     checkpoint = tracked_iteration(folder / "checkpoints")
     line = {"event": "end", "attempt": number, "verdict": verdict.what, "kind": kind, "reason": verdict.reason}
     _append(folder, line | {"exit_code": exit_code, "checkpoint": checkpoint, "time": time.time()})
     return verdict
 
 
-def judge(said: list[dict[str, Any]], hung: list[str], exit_code: int) -> tuple[Verdict, str]:
-    """The verdict on one attempt and the kind of its outcome, from what its processes said.
+def decide(outcomes: list[dict[str, Any]], hung: list[str], exit_code: int) -> tuple[Verdict, str]:
+    """The verdict on one attempt and the kind of its outcome, from the records of its processes.
 
-    Processes that want to go on exit with 0, because torchrun and srun kill the others at the first that does not.
+    Processes that want a requeue exit with 0, because torchrun and srun kill all others at the first non-zero code.
 
     Args:
-        said: outcomes of the processes that could say something.
-        hung: files with stacks of processes that the watchdog found hanging.
+        outcomes: records of the processes that could write one.
+        hung: stack files of processes that the watchdog ended.
         exit_code: of srun or torchrun.
     """
-    kinds = {one["kind"] for one in said}
+    kinds = {one["kind"] for one in outcomes}
     kind = next((kind for kind in PRECEDENCE if kind in kinds), "crash")
     if kind in ("finished", "stopped", "requeue") and (exit_code or "crash" in kinds):
-        kind = "crash"  # some processes left as they should, another did not
-    reason = _first_cause([one for one in said if one["kind"] == kind]) or f"no process left a reason, exit {exit_code}"
+        kind = "crash"  # some processes ended as they should, another did not
+    cause = _first_cause([one for one in outcomes if one["kind"] == kind])
+    reason = cause or f"no process left a reason, exit {exit_code}"
     if kind == "crash" and hung:
         kind, reason = "hang", f"{len(hung)} processes hung; their Python stacks: {hung[0]}"
     if kind in ("finished", "stopped"):
         return Verdict("done", reason), kind
     if kind in ("user_error", "storage"):
         return Verdict("stop", reason), kind
-    suspects = sorted({one["host"] for one in said if one["kind"] == "hardware" and one["suspect"]})
+    suspects = sorted({one["host"] for one in outcomes if one["kind"] == "hardware" and one["suspect"]})
     return Verdict("requeue", reason, suspects), kind
 
 
-def _first_cause(said: list[dict[str, Any]]) -> str | None:
-    """The earliest reason that is no echo of another process's end."""
-    said = sorted(said, key=lambda one: one["time"])
-    causes = [one for one in said if not ECHO.search(one["reason"])] or said
+def _first_cause(outcomes: list[dict[str, Any]]) -> str | None:
+    """The earliest reason that is not a secondary failure."""
+    outcomes = sorted(outcomes, key=lambda one: one["time"])
+    causes = [one for one in outcomes if not SECONDARY_FAILURE.search(one["reason"])] or outcomes
     return f"{causes[0]['reason']} (rank {causes[0]['rank']} on {causes[0]['host']})" if causes else None
 
 

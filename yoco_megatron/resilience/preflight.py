@@ -1,11 +1,11 @@
-"""Is this node fit to train on? Run once per node before training:
+"""Checks whether a node is fit for training. Run once per node, before training:
 
     python -m yoco_megatron.resilience.preflight RUN --gpus 8 --min-tflops 400 --min-allreduce-gbps 100
 
-Counts and asks the GPUs (uncorrected memory errors, memory in use), checks the disk for one checkpoint, then multiplies
-matrices on each GPU and reduces over all GPUs of the node, so that a slow one shows. Writes
+Queries the GPUs (number, uncorrected memory errors, memory in use), checks the disk space for one checkpoint, then
+times a matmul on each GPU and an all-reduce over all GPUs of the node, to find slow ones. Writes
 RUN/preflight/ATTEMPT/NODE.json, and NODE.bad with the node's name if it is unfit. Without a GPU the same runs on the
-CPU. Exit code 3 means unfit.
+CPU. Exit code 3: unfit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GIB = 1 << 30
 
 
 def nvidia_smi() -> list[dict[str, str]]:
-    """name, memory and errors of each GPU; nothing where there is no driver."""
+    """Index, name, memory and errors of each GPU; [] without a driver."""
     fields = ["index", "name", "memory.used", "memory.total", "ecc.errors.uncorrected.volatile.total"]
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
@@ -38,8 +38,8 @@ def nvidia_smi() -> list[dict[str, str]]:
     return [dict(zip(fields, map(str.strip, line.split(",")))) for line in done.stdout.splitlines() if line.strip()]
 
 
-def judge_gpus(gpus: list[dict[str, str]], expected: int, max_used_mib: float) -> list[str]:
-    """What is wrong with the GPUs that nvidia-smi reports."""
+def gpu_faults(gpus: list[dict[str, str]], expected: int, max_used_mib: float) -> list[str]:
+    """What is wrong with the GPUs, from nvidia-smi's report."""
     faults = [f"{len(gpus)} GPUs instead of {expected}"] if len(gpus) != expected else []
     for gpu in gpus:
         errors = gpu["ecc.errors.uncorrected.volatile.total"]
@@ -51,13 +51,13 @@ def judge_gpus(gpus: list[dict[str, str]], expected: int, max_used_mib: float) -
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Size of the newest checkpoint, 0 if there is none."""
+    """Size of the newest checkpoint in bytes, 0 if there is none."""
     newest = checkpoints.iterations(folder / "checkpoints")[:1]
     return sum(checkpoints.size_of(checkpoints.path_of(folder / "checkpoints", one)) for one in newest)
 
 
-def judge_disk(folder: Path, min_free_gib: float) -> list[str]:
-    """Whether one more checkpoint fits."""
+def disk_faults(folder: Path, min_free_gib: float) -> list[str]:
+    """What is wrong with the disk: [] if one more checkpoint fits."""
     state = os.statvfs(folder)
     free, needed = state.f_bavail * state.f_frsize, max(min_free_gib * GIB, 1.1 * checkpoint_bytes(folder))
     if free >= needed:
@@ -77,7 +77,7 @@ def _probe(rank: int, size: int, store: str, out: str, order: int, seconds: floa
     a, b = (torch.randn(order, order, device=device, dtype=dtype) for _ in range(2))
 
     def rate(work, amount: float) -> float:
-        """amount/s of the best of several calls of `work`."""
+        """`amount` per second in the fastest of several calls of `work`."""
         best, end = float("inf"), time.monotonic() + seconds
         work()
         while True:
@@ -93,7 +93,7 @@ def _probe(rank: int, size: int, store: str, out: str, order: int, seconds: floa
     dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     flat = a.view(-1)
     gbps = []
-    for _ in range(5):  # a fixed number: all have to take part
+    for _ in range(5):  # a fixed number, because all ranks must take part
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(flat)
@@ -105,7 +105,7 @@ def _probe(rank: int, size: int, store: str, out: str, order: int, seconds: floa
 
 
 def measure(processes: int, order: int, seconds: float, timeout_s: float) -> list[dict[str, float]]:
-    """TFLOP/s and all-reduce GB/s (bus bandwidth) seen by each process. Raises RuntimeError when one fails or hangs."""
+    """TFLOP/s and all-reduce GB/s (bus bandwidth) of each process. Raises RuntimeError if one fails or hangs."""
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as out:
@@ -123,8 +123,8 @@ def measure(processes: int, order: int, seconds: float, timeout_s: float) -> lis
         return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(processes)]
 
 
-def judge_speed(speeds: list[dict[str, float]], min_tflops: float, min_gbps: float) -> list[str]:
-    """Which processes are below the thresholds."""
+def speed_faults(speeds: list[dict[str, float]], min_tflops: float, min_gbps: float) -> list[str]:
+    """Which GPUs, or the all-reduce, are below the thresholds."""
     faults = []
     for rank, speed in enumerate(speeds):
         if speed["tflops"] < min_tflops:
@@ -141,9 +141,9 @@ def parser(**options: Any) -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
     )
     p.add_argument("folder", type=Path, help="the run folder")
-    p.add_argument("--gpus", type=int, default=8, help="GPUs that must be there, or processes on a CPU")
-    p.add_argument("--cpu", action="store_true", help="the node is meant to have no GPU")
-    p.add_argument("--max-used-mib", type=float, default=2048, help="memory of a GPU that may be in use before")
+    p.add_argument("--gpus", type=int, default=8, help="expected GPUs, or processes on a CPU")
+    p.add_argument("--cpu", action="store_true", help="the node has no GPU")
+    p.add_argument("--max-used-mib", type=float, default=2048, help="memory of a GPU that may already be in use")
     p.add_argument("--min-free-gib", type=float, default=1, help="disk space that must be free in the run folder")
     p.add_argument("--min-tflops", type=float, default=0, help="matmul of each GPU")
     p.add_argument("--min-allreduce-gbps", type=float, default=0, help="bus bandwidth within the node, GB/s")
@@ -158,14 +158,14 @@ def main(argv: list[str]) -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     node = exit_record.host()
     gpus = [] if args.cpu else nvidia_smi()
-    faults = ([] if args.cpu else judge_gpus(gpus, args.gpus, args.max_used_mib)) + judge_disk(
+    faults = ([] if args.cpu else gpu_faults(gpus, args.gpus, args.max_used_mib)) + disk_faults(
         args.folder, args.min_free_gib
     )
     speeds: list[dict[str, float]] = []
     if not faults:
         try:
             speeds = measure(args.gpus, args.order or (512 if args.cpu else 8192), args.seconds, args.timeout)
-            faults = judge_speed(speeds, args.min_tflops, args.min_allreduce_gbps)
+            faults = speed_faults(speeds, args.min_tflops, args.min_allreduce_gbps)
         except Exception as error:
             faults = [f"matmul and all-reduce failed: {str(error).strip().splitlines()[-1]}"]
     report = {"node": node, "machine": socket.gethostname(), "faults": faults, "gpus": gpus, "speeds": speeds}

@@ -1,14 +1,14 @@
-"""The run folder: where everything that a run leaves behind lies, and the records that make it repeatable.
+"""The run folder: everything that a run writes, and the records needed to repeat it.
 
 RUN/checkpoints, tensorboard   Megatron's
 RUN/records/ATTEMPT/           command, resolved config, git commit and diff, packages, environment without secrets
 RUN/logs/ATTEMPT/              one log per process
 RUN/attempts.jsonl             one line when an attempt starts and one when it ends (see `policy`)
-RUN/outcomes/ATTEMPT/          how each process ended that could say so (see `outcome`)
-RUN/stacks/ATTEMPT/            Python stacks of processes that hung; empty files of those that did not
+RUN/outcomes/ATTEMPT/          how each process ended, if it could record it (see `exit_record`)
+RUN/stacks/ATTEMPT/            Python stacks of processes that hung; empty files of the others
 RUN/heartbeat.json             step, loss, tokens/s, written at each log interval
-RUN/triggers/                  make a file `save`, `exit` or `profile` here to have it done
-RUN/profile/                   traces that were asked for
+RUN/triggers/                  create a file `save`, `exit`, `requeue` or `profile` here to request that
+RUN/profile/                   requested traces
 """
 
 import json
@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-# Flags that take a secret, and names of variables whose values never leave the process. Long random-looking values are
-# hidden whatever their name.
+# Flags that take a secret, and variables whose values are never recorded. Values that look like a credential or a long
+# hash are hidden whatever the name.
 SECRET_FLAG = re.compile(r"api[-_]key|token$|secret|password", re.IGNORECASE)
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
 CREDENTIAL = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}"
 SECRET_VALUE = re.compile(CREDENTIAL + r"|[0-9a-fA-F]{32,}")
 URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
-# Only variables that can change what a run computes are written at all.
+# Only variables that can change what a run computes are recorded.
 RECORDED = re.compile(
     r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|NVIDIA|TRITON|GLOO|UCX|FI|OMP|MKL|OPENBLAS|SLURM|CUBLAS|CUDNN|YOCO|MASTER|PYTHON|"
     r"TORCHDYNAMO|TORCHINDUCTOR)(_|$)|(PATH|LD_LIBRARY_PATH|LD_PRELOAD|WORLD_SIZE|RANK|LOCAL_RANK|HOSTNAME|VIRTUAL_ENV)$"
@@ -37,12 +37,12 @@ HIDDEN = "<hidden>"
 
 
 def attempt() -> str:
-    """Which attempt of the run this process belongs to; launchers count them in YOCO_ATTEMPT."""
+    """The attempt that this process belongs to; launchers count them in YOCO_ATTEMPT."""
     return os.environ.get("YOCO_ATTEMPT", "0")
 
 
 def rank() -> int:
-    """Rank of this process, as torchrun or srun says it."""
+    """Rank of this process, from torchrun or srun."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
@@ -59,7 +59,7 @@ def make(folder: Path) -> None:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that a run's record may hold."""
+    """The variables that a run's record may hold, with secrets hidden."""
     return {
         name: HIDDEN if SECRET_NAME.search(name) else redact(value)
         for name, value in sorted(environment.items())
@@ -68,12 +68,12 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def redact(text: str) -> str:
-    """`text` without what looks like a credential."""
+    """`text` with everything that looks like a credential hidden."""
     return URL_PASSWORD.sub(rf"\1:{HIDDEN}@", SECRET_VALUE.sub(HIDDEN, text))
 
 
 def redact_command(argv: list[str]) -> list[str]:
-    """A command line without the values of flags that name a secret (`--wandb-api-key X`, `--token=X`)."""
+    """A command line with the values of secret flags hidden (`--wandb-api-key X`, `--token=X`)."""
     plain, hide = [], False
     for word in argv:
         flag, equals, _ = word.partition("=")
@@ -84,7 +84,7 @@ def redact_command(argv: list[str]) -> list[str]:
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a flag or variable surely holds a credential; a hash, which a path may hold, is none."""
+    """Whether a flag or variable surely holds a credential. A hash does not count: a path may contain one."""
     return bool((value and SECRET_FLAG.search(name)) or re.search(CREDENTIAL, value) or URL_PASSWORD.search(value))
 
 
@@ -95,7 +95,7 @@ def _git(*command: str) -> str:
 
 
 def write_records(folder: Path, argv: list[str], resolved_config: str) -> Path:
-    """Write what is needed to repeat this attempt; the folder of the records. Called by one process. Raises OSError."""
+    """Write what is needed to repeat this attempt; returns the folder. Called by one process. Raises OSError."""
     records = folder / "records" / attempt()
     records.mkdir(parents=True, exist_ok=True)
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})

@@ -1,6 +1,7 @@
-"""Trigger files: `touch RUN/triggers/save` (exit, requeue, profile) has it done at the next step; then the file goes.
+"""Trigger files: `touch RUN/triggers/save` (or exit, requeue, profile) requests it for the next step.
 
-Only the first process looks, at most every few seconds; `loop` tells the others together with the signals that came.
+Only rank 0 looks, at most every few seconds; upstream/resilience_hooks.py shares the requests with the other ranks,
+together with signals. A file is removed when its request has been served.
 """
 
 import time
@@ -10,7 +11,7 @@ import torch
 
 from yoco_megatron import runtime
 
-SIGNAL, SAVE, EXIT = 1, 2, 4  # what is agreed on; Megatron's own flag is 1
+SIGNAL, SAVE, EXIT = 1, 2, 4  # bits that all ranks agree on; Megatron's own signal flag is 1
 REQUESTS = {"requeue": SIGNAL, "save": SAVE, "exit": EXIT}
 PROFILED_STEPS = 3
 
@@ -27,7 +28,7 @@ class Triggers:
         self.steps_left = 0
 
     def poll(self) -> int:
-        """Look: all requests, or-ed. A profile concerns this process alone and starts here."""
+        """All pending requests, or-ed. A profile is of this process only, and starts here."""
         if self.profiler is not None:
             self._profile_step()
         now = time.monotonic()
@@ -41,7 +42,7 @@ class Triggers:
         return sum(REQUESTS[path.name] for path in self.pending)
 
     def done(self, leaves: bool) -> None:
-        """What was asked for has been done (an `exit` saves too)."""
+        """Remove the files of served requests; `leaves`: the run is about to exit (having saved)."""
         for path in self.pending:
             if path.name == "save" or leaves:
                 path.unlink(missing_ok=True)

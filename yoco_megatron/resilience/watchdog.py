@@ -1,8 +1,8 @@
-"""The hang watchdog: a process that makes no step for too long writes its Python stacks, then dies.
+"""The hang watchdog: a process that makes no step for too long writes its Python stacks, then is killed.
 
-Both halves work while Python is stuck: the stacks come from faulthandler's own thread, the end from the kernel's timer.
-The processes of a job wait for one another, so all of them time out within a step; the delay between the two halves
-lets each write its stacks before the launcher kills the others.
+Both work while Python is stuck: faulthandler's own thread writes the stacks, a kernel timer sends SIGALRM. The
+processes of a job wait for one another, so all time out within a step; the delay between stacks and SIGALRM lets each
+write its stacks before the launcher kills the others.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import IO
 
 GRACE_S = 10.0
-SLOW = 6  # start-up and saving may take this many times longer
+SLOW = 6  # factor on the timeout during start-up and saving
 
 
 class Watchdog:
-    """Write stacks after `timeout_s` without `tick`, and end with SIGALRM `GRACE_S` later.
+    """Write stacks after `timeout_s` without `tick`, and kill the process with SIGALRM `grace_s` later.
 
-    SIGUSR2 writes the stacks at any time, without an end.
+    SIGUSR2 writes the stacks at any time, without killing.
     """
 
     def __init__(self, timeout_s: float, file: Path, grace_s: float = GRACE_S) -> None:
@@ -31,18 +31,18 @@ class Watchdog:
         os.register_at_fork(after_in_child=self.stop)
 
     def tick(self, patience: float = 1.0) -> None:
-        """Progress was made; the next may take `patience` times the timeout."""
+        """Restart the timer; the next tick may take `patience` times the timeout."""
         faulthandler.dump_traceback_later(self.timeout_s * patience, file=self.file)
         signal.setitimer(signal.ITIMER_REAL, self.timeout_s * patience + self.grace_s)
 
     def stop(self) -> None:
-        """Nothing is expected any more."""
+        """Stop the timer."""
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextlib.contextmanager
     def slow(self):
-        """Inside, progress may take `SLOW` times the timeout."""
+        """Context in which a step may take `SLOW` times the timeout."""
         self.tick(SLOW)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that names the flag or file and the fix."""
+"""Helpers for user errors: one line that names the flag or file, and the fix."""
 
 import difflib
 from collections.abc import Iterable

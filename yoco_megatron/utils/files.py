@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all."""
+"""Atomic writes: readers see a file whole or not at all."""
 
 import contextlib
 import json
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str, durable: bool = True) -> Path:
-    """Write `text` beside `path` and rename it into place, making the folder if need be: readers see all or nothing.
+    """Write `text` to a temporary file and rename it to `path`, whose folder is created if missing.
 
-    durable: wait for the disk, so that a crash after the rename cannot leave an empty file.
+    durable: sync to disk first, so that a crash after the rename cannot leave an empty file. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -22,14 +22,14 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> Path:
                 os.fsync(stream.fileno())
         return aside.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):  # the first error says what is wrong
+        with contextlib.suppress(OSError):  # the first error is the one to report
             aside.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that a reader sees all of it or what was there before. Raises OSError.
+    """Write `content` as JSON, atomically. Raises OSError.
 
-    It does not wait for the disk: the heartbeat is written while training goes on.
+    Not synced to disk: the heartbeat must not slow training down.
     """
     write_atomically(path, json.dumps(content, indent=1) + "\n", durable=False)
