@@ -13,7 +13,7 @@ K,V heads of width D, V vocabulary):
 """
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 from yoco_megatron.config.resolve import resolved
@@ -86,16 +86,10 @@ class ModelShape:
         What is None gets its default (`config.resolve`); the vocabulary may still be unknown.
         Raises ValueError for another size that is missing.
         """
-        sizes = resolved(args)
-        own = ("num_self_decoder_layers", "self_decoder_heads", "self_decoder_query_groups", "self_decoder_window")
-        shared = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        return cls(
-            **{name: getattr(sizes, name) for name in ("architecture", "self_decoder", "kv_channels", "seq_length")},
-            **{name: getattr(sizes, name) for name in shared},
-            **{name: getattr(sizes, name) if args.architecture == "yoco" else 0 for name in own},
-            padded_vocab_size=getattr(args, "padded_vocab_size", None),
-            tied=not args.untie_embeddings_and_output_weights,
-        )
+        sizes = vars(resolved(args)) | {"tied": not args.untie_embeddings_and_output_weights}
+        if args.architecture == "transformer":
+            sizes |= {field.name: 0 for field in fields(cls) if "self_decoder_" in field.name}
+        return cls(**{field.name: sizes.get(field.name) for field in fields(cls)})
 
 
 def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
