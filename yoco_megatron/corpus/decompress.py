@@ -7,7 +7,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Buffer, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,14 +68,15 @@ class _BlockStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
         while not self.rest:
             block = next(self.blocks, None)
             if block is None:
                 return 0
             self.rest = block
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        size = min(len(view), len(self.rest))
+        view[:size], self.rest = self.rest[:size], self.rest[size:]
         return size
 
 

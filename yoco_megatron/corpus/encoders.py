@@ -65,11 +65,12 @@ def choose_encoder(tokenizer: Any, backend: str = "auto") -> tuple[str, Encoder]
         return name, library
     fast = gigatoken_encoder(tokenizer)
     problem = fast if isinstance(fast, str) else _disagreement(fast, library, _hard_texts(tokenizer))
-    if problem:
-        if backend == "gigatoken":
-            raise ValueError(f"--tokenizer-backend gigatoken: {problem}; remove the flag to use {name}")
-        return name, library
-    return "gigatoken", compared(fast, library)
+    if problem is None:
+        assert not isinstance(fast, str)
+        return "gigatoken", compared(fast, library)
+    if backend == "gigatoken":
+        raise ValueError(f"--tokenizer-backend gigatoken: {problem}; remove the flag to use {name}")
+    return name, library
 
 
 def _hard_texts(tokenizer: Any) -> list[bytes]:

@@ -215,10 +215,11 @@ def preprocess(
         prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
         if not finished:
             _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, eod))
+        assert resume.state is not None
         reports = {key: Report(**saved) for key, saved in resume.state["reports"].items()}
         for key, prefix in prefixes.items():
-            aside = (resume.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
-            move_into_place(*aside, prefix, asdict(reports[key]))
+            binary, index = (resume.folder / f"{key}.{suffix}" for suffix in ("bin", "idx"))
+            move_into_place(binary, index, prefix, asdict(reports[key]))
         _move_problems(resume.folder / PROBLEMS, Path(base.problems))
         complete = True
     finally:

@@ -8,7 +8,7 @@ A text file is one record. JSON lines and text may be compressed with gzip, bzip
 import codecs
 import contextlib
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -47,7 +47,7 @@ class Batch:
     Args:
         path: the file.
         first: number of the first record in it, from 1.
-        records: lines, rows of a parquet file, or paths of text files.
+        records: lines, rows of a parquet file, or paths of text files; all of one kind.
         size: their bytes in memory.
         end: where the next batch begins.
         done: bytes of all files that were read up to there, as they are on disk.
@@ -55,7 +55,7 @@ class Batch:
 
     path: Path
     first: int
-    records: list[bytes] | list[tuple[Any, ...]] | list[Path]
+    records: Sequence[bytes | tuple[Any, ...] | Path]
     size: int
     end: Position
     done: int

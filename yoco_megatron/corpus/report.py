@@ -85,7 +85,7 @@ def save_histogram(lengths: np.ndarray, path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    edges = np.unique(np.geomspace(1, max(int(lengths.max()), 1) + 1, 61).astype(np.int64))
+    edges = np.unique(np.geomspace(1, max(int(lengths.max()), 1) + 1, 61).astype(np.int64)).tolist()
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     axes.hist(lengths, bins=edges, color="tab:blue", alpha=0.6)
     axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=title)
