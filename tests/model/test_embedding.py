@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.models import BF16, VOCAB, batch, build, relative_error, tiny_config, train_step
 
-from yoco_megatron.model.layers import embedding as embedding_module
+from yoco_megatron.model import yoco_model
+from yoco_megatron.model.layers.embedding import GradAccumulatingEmbedding, can_accumulate_in_place
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -23,7 +24,7 @@ def test_gradients_and_weights(more: dict, monkeypatch: pytest.MonkeyPatch) -> N
         return index_add(buffer, *args)
 
     monkeypatch.setattr(torch.Tensor, "index_add_", noted)
-    monkeypatch.setattr(embedding_module, "fits", lambda config, tied: not tied)
+    monkeypatch.setattr(yoco_model, "can_accumulate_in_place", lambda config, tied: not tied)
     ours = train_step(more)
     assert buffers == [(VOCAB, tiny_config().hidden_size)]
     for name, want in plain.items():
@@ -32,18 +33,19 @@ def test_gradients_and_weights(more: dict, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_micro_batches_add_up() -> None:
-    """A word more than once, and in both."""
+    """A token id more than once, and in both."""
     model = build(tiny_config()).train()
     table = model.embedding.word_embeddings
-    words = [torch.tensor([[3, 5, 3]]), torch.tensor([[5, 7, 7]])]
-    dy = [torch.randn(1, 3, tiny_config().hidden_size) for _ in words]
+    tokens = [torch.tensor([[3, 5, 3]]), torch.tensor([[5, 7, 7]])]
+    dy = [torch.randn(1, 3, tiny_config().hidden_size) for _ in tokens]
     want = torch.zeros_like(table.weight)
-    for rows, gradient in zip(words, dy):
-        for word, row in zip(rows[0], gradient[0]):
-            want[word] += row
-    embedding_module.add_rows_to_buffer(table)
+    for rows, gradient in zip(tokens, dy):
+        for token, row in zip(rows[0], gradient[0]):
+            want[token] += row
+    GradAccumulatingEmbedding.convert(table)
+    assert "(word_embeddings): GradAccumulatingEmbedding" in repr(model)
     table.weight.main_grad = torch.zeros_like(table.weight)
-    for rows, gradient in zip(words, dy):
+    for rows, gradient in zip(tokens, dy):
         table(rows).backward(gradient)
     assert table.weight.grad_added_to_main_grad
     torch.testing.assert_close(table.weight.main_grad, want)
@@ -54,7 +56,7 @@ def test_without_a_buffer_or_gradients_it_is_megatrons() -> None:
     table = model.embedding.word_embeddings
     tokens, _ = batch(2)
     before = table(tokens)
-    embedding_module.add_rows_to_buffer(table)
+    GradAccumulatingEmbedding.convert(table)
     after = table(tokens)
     assert torch.equal(before, after) and type(after.grad_fn) is type(before.grad_fn)
     table.weight.main_grad = torch.zeros_like(table.weight)
@@ -73,8 +75,8 @@ def test_without_a_buffer_or_gradients_it_is_megatrons() -> None:
         (dict(deterministic_mode=True), False, False),
     ],
 )
-def test_where_it_fits(change: dict, tied: bool, fits: bool) -> None:
+def test_where_it_accumulates_in_place(change: dict, tied: bool, fits: bool) -> None:
     config = tiny_config(**change)
-    assert not embedding_module.fits(config, tied), "only with fused gradients"
+    assert not can_accumulate_in_place(config, tied), "only with fused gradients"
     config.gradient_accumulation_fusion = True
-    assert embedding_module.fits(config, tied) == fits
+    assert can_accumulate_in_place(config, tied) == fits

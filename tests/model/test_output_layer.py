@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support.cli import train
-from support.models import train_step
+from support.models import build, tiny_config, train_step
 
-from yoco_megatron.model.layers import output_layer as loss_module
+from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
 
 
 @pytest.mark.usefixtures("one_process")
@@ -13,19 +13,29 @@ from yoco_megatron.model.layers import output_layer as loss_module
 def test_weight_gradient_straight_into_megatrons_buffer(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with --gradient-accumulation-fusion: the same gradients and weights; tied, the embedding's part included."""
     plain = train_step(dict(loss_chunk_size=17), tied)
-    real, buffers = loss_module.chunked_loss, []
+    real, buffers = ChunkedLossOutputLayer.forward, []
 
-    def fused(hidden_states, weight, *rest):
-        buffers.append(weight.main_grad)
-        return real(hidden_states, weight, *rest[:-1], True)
+    def fused(self, hidden_states, weight, labels):
+        buffers.append((self.weight if weight is None else weight).main_grad)
+        self.fuse_weight_gradient = True
+        return real(self, hidden_states, weight, labels)
 
-    monkeypatch.setattr(loss_module, "chunked_loss", fused)
+    monkeypatch.setattr(ChunkedLossOutputLayer, "forward", fused)
     ours = train_step(dict(loss_chunk_size=17), tied)
     assert len(buffers) == 1
     for name, want in plain.items():
         torch.testing.assert_close(
             ours[name], want, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_it_shows_in_the_model() -> None:
+    """And the parameter has the name that checkpoints know."""
+    model = build(tiny_config(loss_chunk_size=17))
+    assert "(output_layer): ChunkedLossOutputLayer" in repr(model)
+    assert "output_layer.weight" in dict(model.named_parameters())
+    assert "ChunkedLoss" not in repr(build(tiny_config(loss_chunk_size=0)))
 
 
 @pytest.mark.parametrize("tying", [[], ["--untie-embeddings-and-output-weights"]], ids=["tied", "untied"])

@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -17,7 +17,7 @@ from yoco_megatron import runtime
 from yoco_megatron.model.init import initialize
 from yoco_megatron.model.layers.core_attention import TorchAttention
 from yoco_megatron.model.layers.norm import RMSNorm, StandaloneRMSNorm
-from yoco_megatron.model.layers.output_layer import compute_loss_in_chunks
+from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.stages import StagePlan
@@ -75,9 +75,27 @@ class YOCOModelBuilder(GPTModelBuilder):
         return _initialized(model, config, pg_collection)
 
 
+class ChunkedLossGPTModel(GPTModel):
+    """Megatron's GPTModel, whose output layer is a `ChunkedLossOutputLayer`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Losses, fp32 [b, s], or, without labels, logits [b, s, V/tp]."""
+        return super().forward(*args, output_processor=self._head, **kwargs)
+
+    @staticmethod
+    def _head(
+        *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None, **_: Any
+    ) -> Tensor:
+        """What GPTModel calls instead of its own output layer and loss."""
+        if labels is None:
+            logits, _ = output_layer(hidden_states, weight=output_weight)
+            return logits.transpose(0, 1).contiguous()
+        return output_layer(hidden_states, weight=output_weight, labels=labels)
+
+
 class TransformerModelBuilder(GPTModelBuilder):
-    """Builds Megatron's GPTModel, with our initialisation, where asked for our loss in chunks, and, without Transformer
-    Engine, our norm and attention."""
+    """Builds Megatron's GPTModel with our initialisation; optionally the chunked loss; plain-torch norm and attention
+    without Transformer Engine."""
 
     def build_model(
         self,
@@ -95,21 +113,14 @@ class TransformerModelBuilder(GPTModelBuilder):
                 if hasattr(module, "fuse_wgrad_accumulation"):
                     module.fuse_wgrad_accumulation = True
         if config.loss_chunk_size and model.post_process:
-            compute_loss_in_chunks(
-                model.output_layer, config.loss_chunk_size, pg_collection.tp, config.fuse_weight_gradients
-            )
-            model.forward = partial(model.forward, output_processor=_chunked_gpt_loss)
+            if config.transformer.fp8_output_proj:
+                raise ValueError(
+                    f"--loss-chunk-size {config.loss_chunk_size} computes the output layer without FP8: "
+                    "remove --fp8-output-proj, or set --loss-chunk-size 0"
+                )
+            ChunkedLossOutputLayer.convert(model.output_layer, config.loss_chunk_size, config.fuse_weight_gradients)
+            model.__class__ = ChunkedLossGPTModel  # GPTModelBuilder has no door for the class
         return _initialized(model, config, pg_collection)
-
-
-def _chunked_gpt_loss(
-    *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None, **_: Any
-) -> Tensor:
-    """What GPTModel calls on its last stage instead of its own output layer and loss."""
-    if labels is None:
-        logits, _ = output_layer(hidden_states, weight=output_weight)
-        return logits.transpose(0, 1).contiguous()
-    return output_layer(hidden_states, weight=output_weight, labels=labels)
 
 
 def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupCollection):

@@ -1,7 +1,7 @@
 """The gradient of the embedding, added row by row to the buffer in which Megatron sums gradients.
 
 Autograd makes a gradient of the whole table, zero but for the rows of this micro-batch's tokens, and Megatron adds all
-of it to its buffer: with 100,352 words of width 3072, 2 ms a micro-batch on an H200. Here only rows that were read
+of it to its buffer: with 100,352 rows of width 3072, 2 ms per micro-batch on an H200. Here only rows that were read
 change.
 """
 
@@ -10,42 +10,42 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor
 
-from yoco_megatron.model.layers.main_grad import buffer_of
+from yoco_megatron.model.layers.main_grad import claim_main_grad
 from yoco_megatron.model.yoco_config import YOCOConfig
 
 
-def fits(config: YOCOConfig, tied: bool) -> bool:
-    """Whether the embedding may do that: not where its weight has another gradient, another rank has part of it, or
-    sums in a fixed order are asked for.
-    """
-    alone = not tied and config.tensor_model_parallel_size == 1
-    return config.gradient_accumulation_fusion and alone and not config.deterministic_mode
+def can_accumulate_in_place(config: YOCOConfig, tied: bool) -> bool:
+    """True if gradients may be accumulated in place: fused, untied, unsharded, and not in deterministic mode."""
+    is_whole = not tied and config.tensor_model_parallel_size == 1
+    return config.gradient_accumulation_fusion and is_whole and not config.deterministic_mode
 
 
-def add_rows_to_buffer(embedding: VocabParallelEmbedding) -> None:
-    """Make `embedding(words)` send its weight's gradient to `weight.main_grad`, where Megatron has made that.
+class GradAccumulatingEmbedding(VocabParallelEmbedding):
+    """An embedding that adds its weight's gradient to `weight.main_grad`, once Megatron has made that."""
 
-    It remains a call of the module, on which Megatron hangs its wait for gathered weights.
-    """
-    lookup, weight = embedding.forward, embedding.weight
+    @classmethod
+    def convert(cls, embedding: VocabParallelEmbedding) -> None:
+        """Make an embedding that Megatron has built one of these, in place: it has no door for the class."""
+        assert type(embedding) is VocabParallelEmbedding
+        embedding.__class__ = cls
 
-    def forward(words: Tensor) -> Tensor:
-        wide = getattr(weight, "main_grad", weight).dtype == torch.float32  # 16 bits would lose rows in the sum
-        buffer = buffer_of(weight) if wide else None
-        return lookup(words) if buffer is None else _Lookup.apply(weight, words, buffer)
-
-    embedding.forward = forward
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rows of the weight, [b, s, h], of token ids, int64 [b, s]."""
+        weight = self.weight
+        is_fp32 = getattr(weight, "main_grad", weight).dtype == torch.float32  # a 16-bit sum would lose rows
+        buffer = claim_main_grad(weight) if is_fp32 else None
+        return super().forward(tokens) if buffer is None else _Lookup.apply(weight, tokens, buffer)
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, words: Tensor, buffer: Tensor) -> Tensor:
-        ctx.save_for_backward(words)
+    def forward(ctx, weight: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
         ctx.weight, ctx.buffer = weight, buffer
-        return F.embedding(words, weight)
+        return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        (words,) = ctx.saved_tensors
-        ctx.buffer.index_add_(0, words.flatten(), dy.flatten(0, -2).to(ctx.buffer.dtype))
-        return torch.empty_like(ctx.weight), None, None  # which nobody reads
+        (tokens,) = ctx.saved_tensors
+        ctx.buffer.index_add_(0, tokens.flatten(), dy.flatten(0, -2).to(ctx.buffer.dtype))
+        return torch.empty_like(ctx.weight), None, None  # uninitialised: never read

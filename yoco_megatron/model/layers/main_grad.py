@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def buffer_of(weight: Tensor) -> Tensor | None:
-    """`weight.main_grad`, claimed: Megatron's gradient hook then leaves alone what autograd gets for the weight.
+def claim_main_grad(weight: Tensor) -> Tensor | None:
+    """`weight.main_grad`, claimed: Megatron's gradient hook then ignores the gradient that autograd gets.
 
     None where Megatron has made none, or no gradient will come.
     """
