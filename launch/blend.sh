@@ -32,7 +32,7 @@ done
 "$python" tools/inspect_dataset.py --data-path "$run/packages_text_document" --verify --samples 1 --sample-tokens 60 \
     --histogram "$run/packages_lengths.png"
 
-step "4. The blend, and what the run will read of it"
+step "4. The blend, and the plan of what the run will read"
 cat >"$run/blend.yaml" <<EOF
 data-path:
   $run/stdlib_text_document: 0.7

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About five minutes.
+# All steps once, on a CPU: corpus, tokenizer, data, training, resume, evaluation, text. About five minutes.
 #
 #   launch/demo.sh [FOLDER]        writes everything into FOLDER (default runs/demo), which must hold no run
 set -euo pipefail
@@ -51,7 +51,7 @@ step "6. Result"
 entropy=$("$python" tools/inspect_dataset.py --data-path "$run/data_text_document" --split 98,2,0 --part valid --json \
     2>/dev/null | "$python" -c 'import json, sys; print(f"{json.load(sys.stdin)["unigram_entropy_nats"]:.3f}")')
 loss=$(grep "on validation set" "$run/train.log" | tail -n 1 | grep -oE "lm loss value: [0-9.E+]+" | grep -oE "[0-9.]+E[+-][0-9]+")
-printf 'unigram entropy of the validation text: %s nats a token\nvalidation loss:                        %.3f nats a token\n' \
+printf 'unigram entropy of the validation text: %s nats per token\nvalidation loss:                        %.3f nats per token\n' \
     "$entropy" "$loss"
 
 step "7. Text from the model"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine, with torchrun; starts again after a crash, under the same policy as under SLURM.
+# Train on this machine, with torchrun; restarts after a crash, with the same exit policy as under SLURM.
 #
 #   launch/local.sh RUN_FOLDER --nproc 8 -- --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml ...
 #
@@ -43,7 +43,7 @@ while true; do
     esac
     mkdir -p "$run/triggers" "$run/logs"
     trap 'echo "local.sh: saving, then stopping"; touch "$run/triggers/exit"' INT TERM
-    # Its own process group, and a request by file: Ctrl-C in the terminal must not reach torchrun, which would kill.
+    # Own process group, and a request by file: Ctrl-C must not reach torchrun, which would kill the processes.
     setsid "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" --log-dir "$run/logs" --tee 3 \
         "$here/pretrain_yoco.py" --run-folder "$run" "$@" &
     follow $!

@@ -1,4 +1,4 @@
-"""How runs are doing, from their run folders alone (and squeue, where there is one).
+"""Status of runs, from their run folders (and squeue, if available).
 
 python launch/slurm/status.py RUN [RUN ...] [--json] [--watch SECONDS]
 """
@@ -17,14 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy
 
-STALE_S = 600  # a heartbeat this old is worth a word
-
-
+STALE_S = 600  # a heartbeat older than this is reported
 GONE = "not in the queue"
 
 
 def squeue(job: str | None) -> tuple[str | None, str | None]:
-    """(state, time left) of a job, as SLURM says; `GONE` where it has ended, nothing where there is no SLURM to ask."""
+    """(state, time left) of a job from SLURM; state `GONE` if it has ended, (None, None) without SLURM."""
     if not job:
         return None, None
     try:
@@ -38,7 +36,7 @@ def squeue(job: str | None) -> tuple[str | None, str | None]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Everything that is shown of one run. Raises ValueError for a folder that is none."""
+    """The status of one run. Raises ValueError for a folder that is not a run folder."""
     lines = policy.attempts(run)
     if not lines and not (run / "heartbeat.json").exists():
         raise ValueError(f"{run}: no attempts.jsonl and no heartbeat.json there; give a --run-folder")
@@ -78,7 +76,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def table(status: dict[str, Any]) -> str:
-    """One run as a few lines of text."""
+    """The status of one run as a few lines of text."""
 
     def number(value: Any, form: str = ",") -> str:
         return "-" if value is None else format(value, form)
@@ -102,8 +100,8 @@ def table(status: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a --run-folder")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show again and again")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="repeat at this interval")
     args = parser.parse_args(argv)
     while True:
         all_of_them = [read(run) for run in args.runs]

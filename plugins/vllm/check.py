@@ -95,7 +95,7 @@ def main() -> None:
             max_model_len=512,
             max_num_batched_tokens=128,
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=2**30,  # not 92% of a memory that holds transformers' model too
+            kv_cache_memory_bytes=2**30,  # the default, 92%, leaves no memory for transformers' model
             kv_sharing_fast_prefill=fast,
         )
         greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)

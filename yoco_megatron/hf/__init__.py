@@ -1,1 +1,1 @@
-"""The YOCO that ships inside exported checkpoints: transformers alone, nothing of this package."""
+"""The YOCO that ships inside exported checkpoints: torch and transformers, optionally our kernels."""

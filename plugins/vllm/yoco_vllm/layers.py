@@ -54,7 +54,7 @@ class Rotary(nn.Module):
 
 
 class KVWriter(Attention):
-    """The one global K,V cache: an attention layer that is only ever written, and never asked."""
+    """The one global K,V cache: an attention layer whose cache is written and that is never called."""
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """k, v [t, heads * width] into the pages of this step's tokens."""

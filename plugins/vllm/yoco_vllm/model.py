@@ -2,7 +2,7 @@
 
 All cross layers share the cache of `SharedKV`'s writer, so they are the trailing run of sharing layers that
 `--kv-sharing-fast-prefill` knows: with it, prompt tokens never enter the cross-decoder, except those whose logits are
-asked for.
+needed.
 """
 
 import math
@@ -42,7 +42,7 @@ class YocoModel(nn.Module):
                 f"this plugin serves YOCO with a sliding-window self-decoder, the model has {config.self_decoder}; "
                 "gated retention needs a state cache and a kernel that vLLM does not have"
             )
-        border = config.num_self_decoder_layers
+        split_layer = config.num_self_decoder_layers
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
@@ -51,17 +51,19 @@ class YocoModel(nn.Module):
         def layer(name: str, mixer: type, *more: str) -> Layer:
             return Layer(config, vllm_config, name, mixer(config, vllm_config, f"{name}.mixer", *more))
 
-        # vLLM wants one number in a name, and different ones: the cache's owner counts as a layer.
-        writer = f"{prefix}.shared_kv.{border}"
-        self.self_layers = nn.ModuleList(layer(f"{prefix}.self_layers.{i}", SlidingAttention) for i in range(border))
+        # vLLM needs exactly one number in a name, all different: the owner of the cache counts as a layer.
+        writer = f"{prefix}.shared_kv.{split_layer}"
+        self.self_layers = nn.ModuleList(
+            layer(f"{prefix}.self_layers.{i}", SlidingAttention) for i in range(split_layer)
+        )
         self.shared_kv = SharedKV(config, vllm_config, writer)
         self.cross_layers = nn.ModuleList(
             layer(f"{prefix}.cross_layers.{i + 1}", CrossAttention, f"{writer}.attn")
-            for i in range(border, config.num_hidden_layers)
+            for i in range(split_layer, config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
-        self.rows = {"self": 0, "cross": 0}  # through each half so far; the check reads them
+        self.rows = {"self": 0, "cross": 0}  # rows through each half so far, for check.py
 
     def forward(
         self,
@@ -70,7 +72,7 @@ class YocoModel(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [t, h]; rows whose logits nobody asks for may be unfinished."""
+        """Hidden states [t, h]; with fast prefill, rows whose logits are not needed are not final."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x * self.scale
         for layer in self.self_layers:
@@ -90,7 +92,7 @@ class YocoModel(nn.Module):
         return self.norm(y)
 
     def _wanted_rows(self) -> tuple[Tensor | None, int]:
-        """(rows that need the cross-decoder, how many of them are no padding); None for all."""
+        """(rows that need the cross-decoder, or None for all; how many of them are not padding)."""
         metadata = get_forward_context().attn_metadata
         if not self.fast_prefill or metadata is None:
             return None, 0
@@ -114,11 +116,12 @@ class YocoForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        # Ids that pad the vocabulary; of a generation config vLLM itself reads the sampling parameters alone.
+        # Padding of the vocabulary. vLLM itself reads only sampling parameters from a generation config.
         forbidden = vllm_config.model_config.try_get_generation_config().get("suppress_tokens") or []
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [t, h], without the scale, of token ids [t]."""
         return self.model.embed_tokens(input_ids)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> Tensor:
@@ -129,7 +132,7 @@ class YocoForCausalLM(nn.Module):
         return None if logits is None else logits.index_fill_(-1, self.forbidden, -torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the checkpoint's tensors; the names of the parameters that were filled."""
+        """Load the checkpoint's tensors; returns the names of the parameters that were filled."""
         parameters, filled = dict(self.named_parameters()), set()
         for name, weight in weights:
             part = name.split(".")[-2]
