@@ -1,1 +1,1 @@
-"""The network, and nothing about how it is spread over processes."""
+"""The network. It asks for no rank beyond the stage, the sequence shard and the process groups that it is given."""

@@ -1,0 +1,1 @@
+"""Kernels, a folder each: a float64 reference, plain torch, Triton where it pays. No module, no rank."""

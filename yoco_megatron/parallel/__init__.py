@@ -1,1 +1,1 @@
-"""How a YOCO is spread over processes where Megatron alone cannot: the shared K,V between pipeline stages."""
+"""How a YOCO is spread over processes where Megatron alone cannot: pipeline stages, and sequences over ranks."""

@@ -1,0 +1,1 @@
+"""The shared K,V, and the cross-decoder's attention over them."""

@@ -1,0 +1,1 @@
+"""The parts of which both halves are made."""

@@ -22,7 +22,7 @@ from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segm
 from yoco_megatron.ops.integers import cdiv, next_power_of_2
 
 # Tokens between saved states: shorter blocks give a more accurate decay gradient and cost more memory (K * V values
-# a head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
+# per head and block). 512: 7e-3 against 1.1e-2 at 4096 (random inputs, bf16).
 ANCHOR_TOKENS = 512
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
@@ -60,19 +60,22 @@ class Launch:
 
     @cached_property
     def padded(self) -> int:
+        """T, rounded up to whole chunks."""
         return cdiv(self.T, CHUNK) * CHUNK
 
     @cached_property
     def segment(self) -> int:
-        """Tokens a segment: whole chunks, the last one may be shorter."""
+        """Tokens per segment: whole chunks; the last segment may be shorter."""
         return cdiv(cdiv(self.T, CHUNK), self.segments) * CHUNK
 
     @cached_property
     def blocks(self) -> int:
+        """Number of saved states."""
         return cdiv(self.T, ANCHOR_TOKENS)
 
     @cached_property
     def common(self) -> dict:
+        """Keyword arguments of all kernels."""
         # Three tf32 products keep float32's accuracy; bf16 operands ignore it.
         precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
         return dict(H=self.H, DOCS=self.docs, BT=CHUNK, PRECISION=precision)

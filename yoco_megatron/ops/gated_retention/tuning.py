@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# Tokens a chunk: 64 is the M of Hopper's matrix instructions.
+# Tokens per chunk: 64 is the M of Hopper's matrix instructions.
 CHUNK = 64
 TABLE = Path(__file__).with_name("tuning.json")
 # Shorter segments cost more in states written and read than they gain.
@@ -27,7 +27,7 @@ CHAIN_STEPS = 0.2
 
 @dataclass(frozen=True)
 class Config:
-    """`columns` of z a program holds state for, and Triton's launch options."""
+    """The `columns` of z for which one program holds the state, and Triton's launch options."""
 
     columns: int
     num_warps: int

@@ -2,10 +2,10 @@
 
     loss_t = log sum_v exp(x_t . w_v) - x_t . w_label
 
-The logits of 32,768 tokens and a vocabulary of 100,352 take 13 GB in fp32; those of a chunk of 8192, 1.6 GB in bf16, are all that
-exists at a time. Forward saves one number per token, the logarithm of its sum, and the last chunk's logits, with which
-backward begins. Backward recomputes the other chunks' logits: a fourth matrix product where three would do, in exchange
-for a gradient that is exact for any weights of the losses.
+The logits of 32,768 tokens and a vocabulary of 100,352 take 13 GB in fp32; those of a chunk of 8192, 1.6 GB in bf16,
+are all that exists at a time. Forward saves one number per token, the logarithm of its sum, and the last chunk's
+logits, with which backward begins. Backward recomputes the other chunks' logits: a fourth matrix product where three
+would do, in exchange for a gradient that is exact for any weights of the losses.
 
     dx_t = dloss_t (softmax(x_t W^T) - onehot) W            dW = sum_t dloss_t (softmax - onehot)^T x_t
 
