@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -59,13 +60,14 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.startup.prepare import prepare
 
     prepare()
-    from yoco_megatron.inference.generation import Sampling, decoder_for, generate
+    from yoco_megatron.inference.generation import Decoder, Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
     from yoco_megatron.inference.uncached import UncachedDecoder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     texts = read_prompts(options)
     baseline = is_baseline(options.load)
+    model: Any  # Megatron's or transformers'
     with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
         if baseline:
             model, tokenizer, max_length = load_baseline(options.load, options.iteration)
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = replace(sampling, vocab_size=len(tokenizer))
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if baseline:
-        decoder = UncachedDecoder(model, max_length)
+        decoder: Decoder = UncachedDecoder(model, max_length)
     else:
         decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
     steps = generate(decoder, prompts, options.max_new_tokens, sampling, end=tokenizer.eos_token_id)

@@ -11,6 +11,7 @@ Prompts come in chunks, of the same length in every row. The position of a decod
 that the step can be a CUDA graph (engine.py).
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,12 +32,25 @@ def attend(module: Any, query: Tensor, key: "KVLayer", value: Any, mask: None, s
 AttentionInterface.register(IMPLEMENTATION, attend)
 
 
-class KVLayer:
+class KVLayer(ABC):
     """Base of both kinds of K,V: a table of blocks that a decoding step reads and writes by position."""
 
     def __init__(self, cache: "BlockCache") -> None:
         self.cache = cache
-        self.new: tuple[Tensor, Tensor] | None = None
+        self.new: tuple[Tensor, ...] = ()
+        self.table: Any = None
+
+    @abstractmethod
+    def prepare(self, k: Tensor, v: Tensor) -> None: ...
+
+    @abstractmethod
+    def store(self, k: Tensor, v: Tensor) -> None: ...
+
+    @abstractmethod
+    def append(self, k: Tensor, v: Tensor) -> None: ...
+
+    @abstractmethod
+    def attend(self, q: Tensor, scaling: float) -> Tensor: ...
 
     def update(self, k: Tensor, v: Tensor) -> tuple["KVLayer", "KVLayer"]:
         """Store the K,V [b, G, s, D] of new tokens; returns (self, self) in place of K,V."""
@@ -54,8 +68,7 @@ class GlobalKV(KVLayer):
 
     def __init__(self, cache: "BlockCache") -> None:
         super().__init__(cache)
-        self.blocks: list[tuple[Tensor, Tensor]] = []
-        self.table: Any = None
+        self.blocks: list[tuple[Tensor, ...]] = []
 
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Allocate the block table on the first call; before decoding, also blocks for the new tokens."""
@@ -124,10 +137,12 @@ class GlobalKV(KVLayer):
             length = torch.tensor([end], device=q.device)
             return self.cache.attend_one(q, self.table, length, scaling, self._whole)
         if self.cache.length == 0:
-            return causal(q, *self.new, scaling, None)
-        return causal(q, *self._whole(end), scaling, None)
+            k, v = self.new
+        else:
+            k, v = self._whole(end)
+        return causal(q, k, v, scaling, None)
 
-    def _whole(self, end: int) -> tuple[Tensor, Tensor]:
+    def _whole(self, end: int) -> tuple[Tensor, ...]:
         """K and V of the first `end` tokens: views of a reserved region, else copies of the blocks."""
         if self.cache.reserve:
             first = self.blocks[0]
@@ -146,17 +161,18 @@ class WindowKV(KVLayer):
     def __init__(self, cache: "BlockCache", window: int) -> None:
         super().__init__(cache)
         self.window = window
-        self.ring: tuple[Tensor, Tensor] | None = None
+        self.ring: tuple[Tensor, ...] = ()
+        self.visible: tuple[Tensor, ...] = ()
 
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Allocate the ring on the first call; its size is rounded up to the kernel's tile."""
-        if self.ring is None:
+        if not self.ring:
             capacity = -(-self.window // TILE) * TILE
             shape = (k.shape[0], k.shape[1], capacity, k.shape[3])
             self.ring = (k.new_zeros(shape), k.new_zeros(shape))
-            offsets = [torch.tensor([offset_of(t, self.ring[0])], device=k.device) for t in self.ring]
+            keys, values = (torch.tensor([offset_of(t, self.ring[0])], device=k.device) for t in self.ring)
             strides = (shape[1] * capacity * shape[3], capacity * shape[3])
-            self.table = self.cache.table(self.ring[0], *offsets, *strides, capacity=capacity)
+            self.table = self.cache.table(self.ring[0], keys, values, *strides, capacity=capacity)
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep the chunk's K,V with the window before it for `attend`; copy the last W tokens into the ring."""
@@ -178,12 +194,12 @@ class WindowKV(KVLayer):
         if self.cache.decoding:
             length = (self.cache.position + 1).clamp(max=self.window)
             return self.cache.attend_one(q, self.table, length, scaling, lambda end: [t[:, :, :end] for t in self.ring])
-        visible, self.visible = self.visible, None
-        return causal(q, *visible, scaling, self.window)
+        (k, v), self.visible = self.visible, ()
+        return causal(q, k, v, scaling, self.window)
 
     def tensors(self) -> list[Tensor]:
         """K and V of the ring."""
-        return list(self.ring or ())
+        return list(self.ring)
 
 
 class RetentionState:
@@ -231,16 +247,18 @@ class BlockCache:
         ValueError: a capacity that is not a multiple of 64.
     """
 
+    position: Tensor
+    """int64 [1], of the token that a decoding step takes; from `start_decoding` on."""
+
     def __init__(self, config: Any, max_length: int, capacity: int = 4096, reserve: bool = False) -> None:
         if capacity % TILE:
             raise ValueError(f"a block of {capacity} tokens is not a multiple of {TILE}")
         self.capacity, self.max_blocks = capacity, -(-max_length // capacity)
         self.reserve = self.max_blocks * capacity if reserve else None
         self.length, self.decoding = 0, False
-        self.position: Tensor | None = None
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         modes = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
-        self.layers = [
+        self.layers: list[Any] = [
             SharedKVSlot() if mode == "reuse" else self._layer(kind, config) for kind, mode in zip(kinds, modes)
         ]
 
@@ -271,7 +289,7 @@ class BlockCache:
         self.position = torch.tensor([self.length], device=device)
         for layer in self.layers:
             if isinstance(layer, KVLayer):
-                layer.new = None
+                layer.new = ()
 
     def make_room(self) -> None:
         """Allocate room for one more token."""

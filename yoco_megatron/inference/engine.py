@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache, RetentionState
@@ -26,7 +27,7 @@ def has_kernels(config: Any) -> bool:
     return all(width >= 16 and width & (width - 1) == 0 for width in widths)
 
 
-def forward(model: torch.nn.Module, ids: Tensor, last: bool = True, **inputs: Any) -> Tensor | None:
+def forward(model: PreTrainedModel, ids: Tensor, last: bool = True, **inputs: Any) -> Any:
     """Run tokens [b, s] into the cache; returns logits [b, vocabulary] after them if `last`, else None.
 
     All but the last chunk of a prompt skip a YOCO's cross-decoder, and any model's head.
@@ -50,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         max_length: int,
         *,
         capacity: int = 4096,
@@ -63,7 +64,7 @@ class Engine:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, mask: None = None) -> Tensor:
+    def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run prompts [b, T]; returns logits [b, vocabulary] after the last token. Raises ValueError for a mask."""
         if mask is not None:
             raise ValueError("the engine needs prompts of one length: use CachedModel for others")
@@ -77,7 +78,7 @@ class Engine:
         return logits
 
     @torch.no_grad()
-    def take(self, chunk: Tensor, last: bool = True) -> Tensor | None:
+    def take(self, chunk: Tensor, last: bool = True) -> Any:
         """Run a chunk [b, s] of a prompt; returns logits [b, vocabulary] if it is the last one."""
         start, end = self.cache.length, self.cache.length + chunk.shape[1]
         positions = torch.arange(start, end, device=chunk.device)[None]
@@ -93,7 +94,7 @@ class Engine:
             logits = self._one(tokens)
         else:
             if self.graph is None:
-                self._capture(tokens)
+                self.graph = self._capture(tokens)
             self.tokens.copy_(tokens)
             self.graph.replay()
             logits = self.logits
@@ -110,11 +111,12 @@ class Engine:
         self.cache.position += 1
         return logits
 
-    def _capture(self, tokens: Tensor) -> None:
+    def _capture(self, tokens: Tensor) -> torch.cuda.CUDAGraph:
         """Record a step. Warm-up steps write K,V that the real step overwrites; states are restored."""
         self.tokens = tokens.clone()
-        states = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
-        saved, position = [layer.state.clone() for layer in states], self.cache.position.clone()
+        layers = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
+        states = [layer.state for layer in layers if layer.state is not None]
+        saved, position = [state.clone() for state in states], self.cache.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -122,9 +124,10 @@ class Engine:
                 self._one(self.tokens)
                 self.cache.position.copy_(position)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.logits = self._one(self.tokens)
-        for layer, state in zip(states, saved):
-            layer.state.copy_(state)
+        for state, before in zip(states, saved):
+            state.copy_(before)
         self.cache.position.copy_(position)
+        return graph

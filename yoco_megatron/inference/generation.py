@@ -5,12 +5,14 @@ The engine serves prompts of one length on a GPU; elsewhere transformers' own ca
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from yoco_megatron.inference.engine import PREFILL_CHUNK, Engine, forward, has_kernels
+from yoco_megatron.inference.uncached import UncachedDecoder
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
 class CachedModel:
     """A model with transformers' own cache: any device, prompts of different lengths in one batch."""
 
-    def __init__(self, model: torch.nn.Module, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: PreTrainedModel, prefill_chunk: int = PREFILL_CHUNK) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
         self.cache = DynamicCache(config=model.config)
         self.mask: Tensor | None = None
@@ -78,7 +80,7 @@ class CachedModel:
         return self._forward(tokens[:, None])
 
     @torch.no_grad()
-    def _forward(self, ids: Tensor, last: bool = True) -> Tensor | None:
+    def _forward(self, ids: Tensor, last: bool = True) -> Any:
         start, self.length = self.length, self.length + ids.shape[1]
         return forward(
             self.model,
@@ -99,8 +101,11 @@ class CachedModel:
         return sum(tensor.nbytes for tensor in tensors.values())
 
 
+Decoder = CachedModel | Engine | UncachedDecoder
+
+
 def decoder_for(
-    model: torch.nn.Module, prompts: list[list[int]], max_new_tokens: int, prefill_chunk: int = PREFILL_CHUNK
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, prefill_chunk: int = PREFILL_CHUNK
 ) -> CachedModel | Engine:
     """The engine where it applies (on a GPU, prompts of one length, supported heads); else transformers' own caches."""
     lengths = set(map(len, prompts))
@@ -110,7 +115,7 @@ def decoder_for(
 
 
 def generate(
-    decoder: CachedModel | Engine,
+    decoder: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,

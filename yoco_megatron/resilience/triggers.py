@@ -30,7 +30,7 @@ class Triggers:
     def poll(self) -> int:
         """All pending requests, or-ed. A profile is of this process only, and starts here."""
         if self.profiler is not None:
-            self._profile_step()
+            self._profile_step(self.profiler)
         now = time.monotonic()
         if now < self.next_look:
             return 0
@@ -56,10 +56,10 @@ class Triggers:
         self.profiler.start()
         self.steps_left = PROFILED_STEPS
 
-    def _profile_step(self) -> None:
+    def _profile_step(self, profiler: torch.profiler.profile) -> None:
         self.steps_left -= 1
         if self.steps_left == 0:
-            self.profiler.stop()
+            profiler.stop()
             self.traces.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(str(self.traces / f"{time.strftime('%Y%m%d-%H%M%S')}.json"))
+            profiler.export_chrome_trace(str(self.traces / f"{time.strftime('%Y%m%d-%H%M%S')}.json"))
             self.profiler = None
