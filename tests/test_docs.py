@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from yoco_megatron.startup.arguments import build_parser
+from yoco_megatron.startup.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

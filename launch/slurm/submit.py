@@ -156,32 +156,20 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
 
     prepare()
     from yoco_megatron.costs.memory import GIB, gpu_memory
-    from yoco_megatron.costs.shape import parameter_count
-    from yoco_megatron.parallel.pipeline.stages import StagePlan
-    from yoco_megatron.startup import arguments
+    from yoco_megatron.costs.shape import ModelShape, parameter_count
+    from yoco_megatron.startup.arguments import parse_for_job
 
     per_node = cluster.get("gpus-per-node", 8)
     processes = options.nodes * per_node
-    with arguments.world_of(processes):
-        args = arguments.parse(train_args)
-        arguments.check_run(args)
-        if args.padded_vocab_size is None:
-            arguments.build_tokenizer(args)
-    shape = arguments.ModelShape.from_args(args)
+    args, stages = parse_for_job(train_args, processes)
+    shape = ModelShape.from_args(args)
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     if tp > per_node:
         raise ValueError(
             f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and "
             "--pipeline-model-parallel-size for the rest"
         )
-    stages = None
-    if pp > 1 and args.architecture == "yoco":
-        from yoco_megatron.model.builder import model_config_from_args
-
-        with arguments.world_of(processes):
-            arguments.validate_args(args)
-        stages = StagePlan.from_config(model_config_from_args(args).transformer)
-    memory = gpu_memory(args, stages)
+    memory = gpu_memory(args, stages and stages.parts())
     data = processes // (tp * pp * cp)
     lines = [
         f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x "

@@ -11,7 +11,7 @@ from mesh import Mesh
 from runs import MOCK, Failure, Run, last_error
 
 from yoco_megatron import runtime
-from yoco_megatron.startup import arguments
+from yoco_megatron.startup import arguments, checks
 
 ONE = Mesh.of("1")
 
@@ -113,6 +113,6 @@ def test_flags_of_cuda_graphs_are_accepted(model: str, tmp_path: Path, monkeypat
     args = arguments.parse(flags)
     monkeypatch.setattr(runtime, "has_gpu", lambda: False)
     with pytest.raises(ValueError, match="--cuda-graph-impl full_iteration needs a GPU"):
-        arguments.check_machine(args)
+        checks.check_machine(args)
     assert args.cuda_graph_warmup_steps < options.steps // 2 and not args.check_for_nan_in_loss_and_grad
     assert "CUDA graph" in cases.title(model, 1024, "bf16", ONE, options)

@@ -7,7 +7,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_paddi
 
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.costs.shape import ModelShape, body_parameters, parameter_count
-from yoco_megatron.startup.arguments import build_parser
+from yoco_megatron.startup.parser import build_parser
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

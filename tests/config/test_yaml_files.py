@@ -6,7 +6,7 @@ import os
 import pytest
 
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
-from yoco_megatron.startup.arguments import build_parser
+from yoco_megatron.startup.parser import build_parser
 from yoco_megatron.utils.files import write_atomically
 
 

@@ -13,6 +13,7 @@ from support.cli import TINY
 
 from yoco_megatron.resilience.launch_environment import launch_environment
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.defaults import fill_in_padded_vocab_size
 
 ROOT = Path(__file__).parents[2]
 SUBMIT = ROOT / "launch/slurm/submit.py"
@@ -29,9 +30,8 @@ def submit(*words: str, nodes: int = 1, cluster: str = "cpu") -> subprocess.Comp
 
 
 def parsed(processes: int, *flags: str):
-    with arguments.world_of(processes):
-        args = arguments.parse([*FLAGS, *flags])
-        arguments.build_tokenizer(args)
+    args = arguments.parse([*FLAGS, *flags], processes)
+    fill_in_padded_vocab_size(args)
     return args
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from megatron.core import dist_checkpointing
 
-from yoco_megatron.checkpoint.architecture import check_there
+from yoco_megatron.checkpoint.architecture import check_checkpoint_exists
 from yoco_megatron.checkpoint.layout import path_of, write_tracker
-from yoco_megatron.startup import arguments, resume_schedule
+from yoco_megatron.startup import arguments, record, resume_schedule
 
 pytestmark = pytest.mark.usefixtures("one_process")
 RUN = [
@@ -58,7 +58,7 @@ def test_a_batch_that_is_another(tmp_path: Path) -> None:
 def test_the_checkpoint_counts_and_not_the_run_that_was_started_last(tmp_path: Path) -> None:
     """Its config lies beside, with another rate, if it crashed before its first save."""
     start(tmp_path)
-    arguments.save_resolved_config(arguments.parse([*RUN, "--lr", "2e-3"]), tmp_path)
+    record.save_resolved_config(arguments.parse([*RUN, "--lr", "2e-3"]), tmp_path)
     resume(tmp_path)
     with pytest.raises(ValueError, match=r"--lr was 0\.001, is 0\.002"):
         resume(tmp_path, "--lr", "2e-3")
@@ -110,6 +110,6 @@ def test_one_schedule_is_chosen() -> None:
 
 def test_a_fresh_start_names_one_folder(tmp_path: Path) -> None:
     """However its path is written; another one must hold a checkpoint."""
-    check_there(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}/"]))
+    check_checkpoint_exists(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}/"]))
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        check_there(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}2"]))
+        check_checkpoint_exists(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}2"]))

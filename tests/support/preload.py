@@ -9,7 +9,7 @@ import torch
 
 import pretrain_yoco  # noqa: F401
 from support import models  # noqa: F401
-from yoco_megatron.startup import arguments
+from yoco_megatron.startup.parser import build_parser
 
-arguments.build_parser()  # the help of nine hundred flags is read from Megatron's source once
+build_parser()  # the help of nine hundred flags is read from Megatron's source once
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Reading a YOCO in any of its formats, one tensor at a time: `open_source` checks everything, `Source.load` reads.
+"""Reads a YOCO in any of its formats, one tensor at a time: `open_source` checks everything, `Source.load` reads.
 
-Nothing is unpickled without restraint: safetensors holds no code, torch.load runs with `weights_only=True`, and a
-training checkpoint goes through `safe_load`.
+No code of a source runs: safetensors holds none, torch.load runs with `weights_only=True`, and a training checkpoint is
+unpickled by checkpoint/safe_unpickling.py.
 """
 
 import functools
@@ -22,16 +22,16 @@ from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of
 from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.utils.errors import nearest, require
+from yoco_megatron.utils.errors import nearest
 
 Found = dict[str, tuple[tensor_names.Shape, torch.dtype]]
-# What a model card tells of a run.
+# Flags of the run that the model card shows.
 TRAINING = ("train-iters", "global-batch-size", "lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "weight-decay")
 
 
 @dataclass
 class Source:
-    """A model on disk: its configuration, and `load(name)` for each of `names.shapes(config)`."""
+    """A model on disk: its configuration, and `load(name)` for each of `tensor_names.shapes(config)`."""
 
     kind: str
     folder: Path
@@ -51,31 +51,44 @@ class Source:
         )
 
 
-def open_source(kind: str, folder: str, iteration: int | None = None) -> Source:
-    """Open the checkpoint in `folder`.
+class BadSource(ValueError):
+    """What is wrong with a folder; the text begins with a path, before which `open_source` puts the flag."""
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise BadSource with `message` unless `condition` holds."""
+    if not condition:
+        raise BadSource(message)
+
+
+def open_source(kind: str, folder: str, iteration: int | None = None, flag: str = "--input") -> Source:
+    """Open the checkpoint in `folder`, which `flag` named.
 
     Args:
-        kind: one of formats.SOURCES.
+        kind: one of convert.SOURCES.
         iteration: which one of a training run's checkpoints; the latest by default.
     Raises:
         ValueError: no such checkpoint there, files missing or cut short, another architecture, wrong shapes.
     """
     path = Path(folder)
-    require(path.is_dir(), f"--input {folder}: no such folder")
-    return {"megatron": _megatron, "hf": _hf, "fla": _fla, "official": _official}[kind](path, iteration)
+    try:
+        _require(path.is_dir(), f"{folder}: no such folder")
+        return {"megatron": _megatron, "hf": _hf, "fla": _fla, "official": _official}[kind](path, iteration)
+    except BadSource as error:
+        raise ValueError(f"{flag} {error}") from error
 
 
 def check_shapes(where: str, found: Found, wanted: dict[str, tensor_names.Shape]) -> None:
     """Raises ValueError unless exactly the wanted tensors are there, with these shapes and a float dtype."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    require(not missing, f"{where}: {len(missing)} tensors are missing, first {missing[:1]}{_near(missing, found)}")
-    require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of this config, first {extra[:1]}")
+    _require(not missing, f"{where}: {len(missing)} tensors are missing, first {missing[:1]}{_near(missing, found)}")
+    _require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of this config, first {extra[:1]}")
     for name, shape in wanted.items():
-        require(
+        _require(
             tuple(found[name][0]) == tuple(shape),
             f"{where}: {name} is {list(found[name][0])}, its config asks for {list(shape)}",
         )
-        require(found[name][1].is_floating_point, f"{where}: {name} is {found[name][1]}, not a float type")
+        _require(found[name][1].is_floating_point, f"{where}: {name} is {found[name][1]}, not a float type")
 
 
 def _near(missing: list[str], found: Found) -> str:
@@ -88,19 +101,19 @@ def _near(missing: list[str], found: Found) -> str:
 def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
     """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
     tracker = folder / TRACKER
-    require(
+    _require(
         tracker.exists() and (folder / RESOLVED).exists(),
-        f"--input {folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
+        f"{folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
     )
     latest = tracker.read_text().strip()
-    require(
+    _require(
         latest == "release" or latest.isdigit() or iteration is not None,
-        f"--input {folder}: {TRACKER} holds {latest[:20]!r}, no iteration: name one with --iteration",
+        f"{folder}: {TRACKER} holds {latest[:20]!r}, no iteration: name one with --iteration",
     )
     name = "release" if latest == "release" and iteration is None else path_of(folder, int(iteration or latest)).name
-    require(
+    _require(
         (folder / name / ".metadata").exists(),
-        f"--input {folder}: {name} is no checkpoint in the torch_dist format; there are "
+        f"{folder}: {name} is no checkpoint in the torch_dist format; there are "
         f"{', '.join(sorted(p.name for p in folder.glob('iter_*'))) or 'none'}",
     )
     return folder / name
@@ -112,15 +125,15 @@ class TrainingTensors:
     def __init__(self, folder: Path) -> None:
         from torch.distributed.checkpoint import FileSystemReader
 
-        safe_unpickling.install()
+        safe_unpickling.check_installed()
         self.reader = FileSystemReader(folder)
         self.metadata = self.reader.read_metadata()
         self.reader.read_metadata = lambda *_, **__: self.metadata  # once, not for every tensor
         for info in self.metadata.storage_data.values():
             file = folder / info.relative_path
-            require(file.exists(), f"--input: {file} is missing: copy the checkpoint again")
+            _require(file.exists(), f"{file} is missing: copy the checkpoint again")
             whole = file.stat().st_size >= info.offset + info.length
-            require(whole, f"--input: {file} is cut short: copy the checkpoint again")
+            _require(whole, f"{file} is cut short: copy the checkpoint again")
 
     def found(self) -> Found:
         """The model's tensors: no optimizer, no random states."""
@@ -153,15 +166,15 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     tensors = TrainingTensors(checkpoint_folder(folder, iteration))
     args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.reader.path)
     embedding = found.get("embedding.word_embeddings.weight")
-    require(embedding is not None, f"--input {folder}: no embedding.word_embeddings.weight: no model of this project")
+    _require(embedding is not None, f"{folder}: no embedding.word_embeddings.weight: no model of this project")
     args.padded_vocab_size = embedding[0][0]
     config = config_fields.from_args(args)
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)
-    check_shapes(f"--input {tensors.reader.path}", found, {entry.name: entry.shape(shapes) for entry in entries})
+    check_shapes(f"{tensors.reader.path}", found, {entry.name: entry.shape(shapes) for entry in entries})
     of = {name: entry for entry in entries for name in entry.names}
 
-    @functools.lru_cache(maxsize=1)  # the pieces of one matrix are asked for one after the other
+    @functools.lru_cache(maxsize=1)  # the parts of one fused matrix are loaded one after another
     def split(entry: tensor_names.Fused) -> dict[str, Tensor]:
         return entry.split(tensors.load(entry.name))
 
@@ -197,11 +210,11 @@ class SafeTensors:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             of = _json(index, "an exported model").get("weight_map")
-            require(isinstance(of, dict), f"--input {index} has no weight_map: copy the folder again")
+            _require(isinstance(of, dict), f"{index} has no weight_map: copy the folder again")
             for tensor, file in of.items():
-                require(
+                _require(
                     isinstance(file, str) and file != "",
-                    f"--input {index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
+                    f"{index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
                 )
             listed = sorted(set(of.values()))
         else:
@@ -209,11 +222,11 @@ class SafeTensors:
         self.files: dict[str, Any] = {}
         for name in listed:
             file = folder / name
-            require(file.exists(), f"--input: {file} is missing: copy the folder again")
+            _require(file.exists(), f"{file} is missing: copy the folder again")
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"--input: {file} is no whole safetensors file ({error}): copy it again") from None
+                raise BadSource(f"{file} is no whole safetensors file ({error}): copy it again") from None
             self.files |= dict.fromkeys(opened.keys(), opened)
 
     def found(self) -> Found:
@@ -232,10 +245,10 @@ def _json(file: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except OSError:
-        raise ValueError(f"--input {file.parent}: no {file.name} there; give the folder of {what}") from None
+        raise BadSource(f"{file.parent}: no {file.name} there; give the folder of {what}") from None
     except ValueError as error:  # no text, or no JSON
-        raise ValueError(f"--input {file} is not JSON: {error}") from None
-    require(isinstance(content, dict), f"--input {file} is no JSON object: is it that of {what}?")
+        raise BadSource(f"{file} is not JSON: {error}") from None
+    _require(isinstance(content, dict), f"{file} is no JSON object: is it that of {what}?")
     return content
 
 
@@ -245,7 +258,7 @@ def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: 
         return read(*args, **more)
     except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         what = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ValueError(f"--input {file} describes no YOCO: {what}") from None
+        raise BadSource(f"{file} describes no YOCO: {what}") from None
 
 
 def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
@@ -253,7 +266,7 @@ def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Ca
     wanted = {rename(name): shape for name, shape in tensor_names.shapes(config).items()}
     if config.tie_word_embeddings:  # some writers repeat the embedding as the head
         found.pop(rename("lm_head.weight"), None)
-    check_shapes(f"--input {folder}", found, wanted)
+    check_shapes(f"{folder}", found, wanted)
     dtypes = {name: found[rename(name)][1] for name in tensor_names.shapes(config)}
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
     return Source(kind, folder, config, dtypes, lambda name: load(rename(name)), tokenizer)
@@ -263,9 +276,9 @@ def _hf(folder: Path, _: int | None) -> Source:
     file = folder / "config.json"
     config = _json(file, "an exported model")
     architecture = (config.get("architectures") or ["nothing"])[0]
-    require(
+    _require(
         architecture == "YocoForCausalLM",
-        f"--input {folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
+        f"{folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
         + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
     )
     tensors = SafeTensors(folder)
@@ -277,9 +290,9 @@ def _hf(folder: Path, _: int | None) -> Source:
 def _fla(folder: Path, _: int | None) -> Source:
     file = folder / "config.json"
     config = _json(file, "an exported model")
-    require(
+    _require(
         "self_decoder_attn" in config and "cross_decoder_attn" in config,
-        f"--input {folder}: its config.json is not that of flash-linear-attention's YOCOForCausalLM",
+        f"{folder}: its config.json is not that of flash-linear-attention's YOCOForCausalLM",
     )
     tensors = SafeTensors(folder)
     described = _described(file, config_fields.from_fla, config)
@@ -299,15 +312,15 @@ A_PART = (
 def _official(folder: Path, _: int | None) -> Source:
     params, weights = folder / "params.json", folder / "checkpoint.pth"
     for part in folder.glob("*-model_part-*"):  # fairseq's names
-        raise ValueError(f"--input {part} is {A_PART}")
+        raise BadSource(f"{part} is {A_PART}")
     for file in (params, weights):
-        require(file.exists(), f"--input {folder}: no {file.name} there; the authors' layout has params.json beside it")
+        _require(file.exists(), f"{folder}: no {file.name} there; the authors' layout has params.json beside it")
     try:
         state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a broken or hostile pickle raises
         what = str(error).splitlines()[0]
-        raise ValueError(f"--input {weights}: cannot be read as weights alone; no code of it was run: {what}") from None
-    require(isinstance(state, dict), f"--input {weights}: holds no state dict")
+        raise BadSource(f"{weights}: cannot be read as weights alone; no code of it was run: {what}") from None
+    _require(isinstance(state, dict), f"{weights}: holds no state dict")
     state = {name.removeprefix("model."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     tied = "output_projection.weight" not in state
     if not tied and "embed_tokens.weight" in state:
@@ -317,7 +330,5 @@ def _official(folder: Path, _: int | None) -> Source:
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     rows = found.get("embed_tokens.weight", ((0,), None))[0][0]
     split = 0 < rows < config.vocab_size and config.vocab_size % rows == 0
-    require(
-        not split, f"--input {weights}: {rows} of {config.vocab_size} rows of embed_tokens are there; it is {A_PART}"
-    )
+    _require(not split, f"{weights}: {rows} of {config.vocab_size} rows of embed_tokens are there; it is {A_PART}")
     return _renamed("official", folder, config, found, state.__getitem__, tensor_names.official)

@@ -1,4 +1,4 @@
-"""The flags of this package, and what they imply for Megatron's."""
+"""The flags of this package, their checks, and what they imply for Megatron's flags."""
 
 import argparse
 import json
@@ -36,12 +36,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def apply(args: argparse.Namespace) -> None:
-    """Check the flags and set those of Megatron that they imply, on parsed arguments.
-
-    Raises:
-        ValueError: a contradiction, or a folder that cannot be used.
-    """
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that contradict each other."""
     for dest in ("keep_checkpoints", "keep_every", "guard_sigmas", "guard_window", "guard_patience", "hang_timeout"):
         value = getattr(args, dest)
         require(value is None or value > 0, f"--{dest.replace('_', '-')} {value} must be positive")
@@ -55,20 +51,24 @@ def apply(args: argparse.Namespace) -> None:
         require(value is None or args.run_folder, f"{flag} needs --run-folder, where it writes")
     if args.guard_sigmas is not None:
         require(args.clip_grad > 0 or not args.fp16, "--guard-sigmas with --fp16 needs --clip-grad above 0")
+    if args.run_folder and args.save is not None:
+        folder = Path(args.run_folder)
+        require(
+            Path(args.save) == folder / "checkpoints",
+            f"--save {args.save} is not in --run-folder {folder}: remove --save, launchers look for checkpoints there",
+        )
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set, in place, Megatron's flags that these imply."""
+    if args.guard_sigmas is not None:
         args.check_for_nan_in_loss_and_grad = False  # it would end the run at the first NaN
-    if args.run_folder:
-        _apply_run_folder(args)
-
-
-def _apply_run_folder(args: argparse.Namespace) -> None:
+    if not args.run_folder:
+        return
     folder = Path(args.run_folder)
     for dest, name in (("save", "checkpoints"), ("load", "checkpoints"), ("tensorboard_dir", "tensorboard")):
         if getattr(args, dest) is None:
             setattr(args, dest, str(folder / name))
-    require(
-        Path(args.save) == folder / "checkpoints",
-        f"--save {args.save} is not in --run-folder {folder}: leave --save away, launchers look for checkpoints there",
-    )
     if not args.exit_signal_handler:
         args.exit_signal_handler = True
     skipped = folder / SKIPPED

@@ -90,9 +90,9 @@ def load_model(
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
     args = parse_run(folder, iteration, **more)
-    alone()
+    set_environment_of_one_process()
     args = arguments.finalize(args)
-    safe_unpickling.install()
+    safe_unpickling.check_installed()
     initialize_megatron()
     model_config = model_config_from_args(args)
     builder = model_config.get_builder_cls()(model_config)
@@ -103,7 +103,7 @@ def load_model(
     return unwrap_model(models)[0].eval(), args, get_tokenizer()
 
 
-def alone() -> None:
+def set_environment_of_one_process() -> None:
     """The environment that torchrun would set for one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The length of a run and its learning rate: what Megatron finds wrong only when the model stands or is loaded.
+"""The length of a run and its learning rate: what Megatron finds wrong only when the model is built or loaded.
 
 A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py).
 """
@@ -15,7 +15,7 @@ from yoco_megatron.utils.errors import require
 
 
 def check(args: Namespace) -> None:
-    """Raises ValueError for intervals, lengths and warm-ups that Megatron would stumble over later."""
+    """Raises ValueError for intervals, lengths and warm-ups that Megatron would only reject later."""
     require(
         not (args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler),
         "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler are both set: keep one",

@@ -1,0 +1,52 @@
+"""What checks find in arguments, which they leave as they are. Most mistakes are in tests/test_bad_input.py."""
+
+import copy
+
+import pytest
+
+from yoco_megatron import runtime
+from yoco_megatron.resilience import arguments as resilience
+from yoco_megatron.startup import arguments, checks, defaults, record
+from yoco_megatron.startup.load_run import parse_run
+from yoco_megatron.startup.parser import build_parser, parse_flags
+
+SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
+MINIMAL = [*SIZES.split(), "--mock-data"]
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_checks_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = ["--run-folder", str(tmp_path / "run"), "--guard-sigmas", "5", "--load", str(tmp_path), "--no-load-optim"]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    run += ["--pipeline-model-parallel-size", "2", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    parser = build_parser()
+    args = parse_flags([*MINIMAL, *run], parser)
+    defaults.fill_in_defaults(args)
+    before = copy.deepcopy(vars(args))
+    resilience.check(args)
+    checks.check_flags(args, parser)
+    checks.check_files(args)
+    checks.check_training(args)
+    checks.check_machine(args)
+    assert vars(args) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["latest_checkpointed_iteration.txt"]
+
+
+def test_transformer_engine_that_is_not_there():
+    if runtime.has_transformer_engine():
+        pytest.skip("it is there")
+    args = arguments.parse([*MINIMAL, "--transformer-impl", "transformer_engine"])  # as a login node does
+    with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine: .*doctor"):
+        checks.check_machine(args)
+
+
+def test_a_run_with_cuda_graphs_is_read_without_a_gpu(tmp_path):
+    flags = ["--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad"]
+    record.save_resolved_config(arguments.parse([*MINIMAL, *flags]), tmp_path)
+    assert parse_run(tmp_path).cuda_graph_impl == "none"
