@@ -1,0 +1,122 @@
+"""Everything about the arguments of a run that can be wrong and seen before anything is started.
+
+No check changes its input. `startup/arguments.py` calls them in order, between the steps of `startup/defaults.py`.
+"""
+
+import argparse
+import importlib.util
+import os
+
+from yoco_megatron import runtime
+from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_loadable
+from yoco_megatron.config import rules
+from yoco_megatron.config.resolve import resolved
+from yoco_megatron.data import fingerprint
+from yoco_megatron.data.check import check_data_prefixes, check_split, check_validation, data_prefixes_from_args
+from yoco_megatron.data.plan import DEFAULT_SPLIT
+from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
+from yoco_megatron.startup import resume_schedule
+from yoco_megatron.utils.errors import require
+
+DATA_FLAGS = ("--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path")
+
+
+def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Sizes and mesh: what can be seen in the flags alone.
+
+    Args:
+        parser: that parsed them, whose defaults tell what was set.
+    Raises:
+        ValueError: a size that is missing or does not divide, or a flag that would have no effect.
+    """
+    for dest in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        flag = "--" + dest.replace("_", "-")
+        require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
+        require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
+    rules.check_mesh(args)
+    rules.check_optimizer(args)
+    rules.check_ignored(args, parser)
+    require(
+        args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),
+        f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
+    )
+    if args.architecture == "yoco":
+        rules.check_model(resolved(args))
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """The files that the flags name.
+
+    Raises:
+        ValueError: no data, or data that are missing or damaged; a checkpoint of another model.
+    """
+    if args.mock_data:
+        named = [name for name in DATA_FLAGS if getattr(args, name[2:].replace("-", "_"))]
+        require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
+    else:
+        prefixes = data_prefixes_from_args(args)
+        require(
+            bool(prefixes) or args.skip_train,
+            "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
+        )
+        check_data_prefixes(prefixes)
+        if args.data_path is not None or (args.data_args_path is not None and args.split is not None):
+            check_split(prefixes, args.split or DEFAULT_SPLIT)
+    check_loadable(args)
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """What only training has to have: tools that read the flags of a run do without.
+
+    Raises:
+        ValueError: no tokenizer, or not that of the data; a length or warm-up that Megatron would only reject later;
+            nothing to evaluate on; no checkpoint where one must be, or one that was trained on other data or another
+            schedule.
+    """
+    check_tokenizer_flags(args)
+    resume_schedule.check(args)
+    if args.data_path is not None and not args.skip_train and (args.eval_iters > 0 or args.full_validation):
+        check_validation(args.split or DEFAULT_SPLIT)
+    fingerprint.check_tokenizer(args)
+    check_checkpoint_exists(args)
+    fingerprint.check_resumable(args)
+    resume_schedule.check_resumable(args)
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """What only the machine that trains has to have: a login node that submits the job may lack it.
+
+    Raises:
+        ValueError: Transformer Engine, a GPU or wandb is asked for, and missing.
+    """
+    require(
+        not args.wandb_project or importlib.util.find_spec("wandb") is not None,
+        f"--wandb-project {args.wandb_project} needs wandb, which is missing: pip install wandb",
+    )
+    for flag, wanted in (("--fp8-format", args.fp8), ("--tp-comm-overlap", args.tp_comm_overlap)):
+        require(
+            not (wanted and args.transformer_impl == "local"),
+            f"{flag} needs the layers of Transformer Engine, and plain torch is used here: see tools/doctor.py",
+        )
+    require(
+        args.transformer_impl != "transformer_engine" or runtime.has_transformer_engine(),
+        "--transformer-impl transformer_engine: Transformer Engine is not usable here; remove the flag for plain "
+        "torch, or see tools/doctor.py for how to install it",
+    )
+    require(
+        args.cuda_graph_impl == "none" or runtime.has_gpu(),
+        f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: remove it",
+    )
+
+
+def check_launched() -> None:
+    """A process must know where the others are, before anything is written for it.
+
+    Raises:
+        ValueError: nothing says where.
+    """
+    require(
+        {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
+        "MASTER_ADDR and MASTER_PORT are not set: start it by torchrun, for one GPU as "
+        "torchrun --nproc-per-node 1 pretrain_yoco.py ..., or on a cluster by launch/slurm/submit.py",
+    )

@@ -1,0 +1,59 @@
+"""Steps that fill in what the flags leave open, each in place on parsed arguments."""
+
+from argparse import Namespace
+
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+from yoco_megatron.config.resolve import resolve_loss_chunk
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
+from yoco_megatron.parallel.pipeline.layout import check_micro_batches, plan_stages, set_layout
+
+
+def fill_in_defaults(args: Namespace) -> None:
+    """Values that follow from other flags alone."""
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    resolve_loss_chunk(args)
+
+
+def fill_in_padded_vocab_size(args: Namespace) -> None:
+    """Build the tokenizer, if need be: Megatron derives `args.padded_vocab_size` from it.
+
+    Raises:
+        ValueError: flags that name none.
+    """
+    if args.padded_vocab_size is None:
+        check_tokenizer_flags(args)
+        build_tokenizer(args)
+
+
+def choose_pipeline_layout(args: Namespace) -> None:
+    """Cut a YOCO into pipeline stages, as the flags say or, where they say nothing, as the planner does.
+
+    Raises:
+        ValueError: flags that contradict each other, or a batch that the stages cannot share.
+    """
+    if args.architecture != "yoco":
+        return
+    if args.pipeline_model_parallel_size > 1:
+        fill_in_padded_vocab_size(args)  # the head's cost decides where the planner cuts
+    plan = plan_stages(args, ModelShape.from_args(args))
+    if plan is not None:
+        check_micro_batches(args, plan.count)
+        set_layout(args, plan)
+
+
+def reduce_host_overhead(args: Namespace) -> None:
+    """Turn off features that cost host time without helping the GPU. What Megatron would refuse is left to it."""
+    # Without another rank of data parallelism there is nothing to overlap, but the hooks for it still cost half a
+    # millisecond for every bucket.
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size == model and args.use_distributed_optimizer and not args.use_megatron_fsdp:
+        args.overlap_grad_reduce = args.overlap_param_gather = args.overlap_param_gather_with_optimizer_step = False
+    # Fused bias, dropout and addition are, without the first two, one addition behind torch.compile's guards.
+    if not args.add_bias_linear and not args.hidden_dropout:
+        args.bias_dropout_fusion = False
+    # In 1F1B the host waits for the GPU at each exchange, for a PyTorch that might free what is being sent. Today's
+    # keeps it until the stream has waited, and a host that does not wait has the next stage's work ready.
+    args.batch_p2p_sync = False

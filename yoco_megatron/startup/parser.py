@@ -1,0 +1,146 @@
+"""The command line: Megatron's parser with our flags, and the YAML configs merged below it.
+
+Order: our defaults, then every --config left to right, then the command line. Checked is only that each flag exists and
+that its value has the right type.
+"""
+
+import argparse
+import re
+import sys
+from typing import Any, NoReturn
+from unittest import mock
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import add_megatron_arguments, parse_args
+
+from yoco_megatron import runtime
+from yoco_megatron.config.yaml_files import load_config_files, to_argv
+from yoco_megatron.config.yoco_fields import YOCOFields
+from yoco_megatron.resilience import arguments as resilience
+from yoco_megatron.utils.errors import nearest, require
+
+# Megatron's defaults that are not a YOCO's (paper section 2 and the authors' code), by argparse destination.
+YOCO_DEFAULTS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "layernorm_epsilon": 1e-5,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "eval_interval": 1000,  # Megatron has none and then divides by it
+    "ckpt_format": "torch_dist",
+    # A checkpoint must load at any mesh, optimizer included.
+    "dist_ckpt_optim_fully_reshardable": True,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's parser with our group: every flag that pretrain_gpt.py users know, and ours."""
+    parser = argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False)
+    return add_yoco_arguments(add_megatron_arguments(parser))
+
+
+def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "YOCO", our defaults and our error messages to Megatron's parser."""
+    group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
+    group.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="continue a checkpoint that was trained on other data, or with another tokenizer",
+    )
+    group.add_argument(
+        "--config",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
+    )
+    resilience.add(parser)
+    for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(
+        **{dest: v for dest, v in (YOCO_DEFAULTS | runtime.argument_defaults()).items() if dest in known}
+    )
+
+    def error(message: str) -> NoReturn:
+        # argparse would print the usage of some nine hundred flags first.
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0]
+            message += nearest(flag, parser._option_string_actions)
+        raise ValueError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
+
+
+def parse_flags(argv: list[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Megatron's arguments as the command line and its configs give them, and nothing more.
+
+    Args:
+        parser: of `build_parser`.
+    Returns:
+        with one more attribute, `resolved_config`, the merged mapping of flags to values.
+    Raises:
+        ValueError: a flag that does not exist, a value of the wrong type, a config that cannot be read.
+    """
+    merged = _with_configs(argv, parser)
+    require(
+        all(token.partition("=")[0] != "--yaml-cfg" for token in merged),
+        "--yaml-cfg replaces every other flag in Megatron, and knows none of ours: use --config",
+    )
+    with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
+        args = parse_args(extra_args_provider=add_yoco_arguments)
+    args.resolved_config = explicit_flags(merged)
+    return args
+
+
+def smallest_world(argv: list[str]) -> int:
+    """Number of processes of one copy of the model, at the mesh that `argv` and its configs name."""
+    parser = build_parser()
+    args, _ = parser.parse_known_args(_with_configs(argv, parser))
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
+def _with_configs(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line with the flags of its configs before its own."""
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", action="append", nargs="+", default=[])
+    config_only.error = parser.error  # type: ignore[method-assign]
+    given, rest = config_only.parse_known_args(argv)
+    return [*to_argv(load_config_files([source for group in given.config for source in group]), parser), *rest]
+
+
+def explicit_flags(argv: list[str]) -> dict[str, Any]:
+    """The flags that `argv` sets, by name without --, in the form that `load_config_files` reads back."""
+    parser = build_parser()
+    parser._defaults.clear()
+    # argparse gives typed values; what a YAML file should hold is what was written.
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.type = None
+        action.choices = None
+    namespace = parser.parse_args(argv)
+    by_dest = {}
+    for flag in (token.partition("=")[0] for token in argv):  # --flag value, or --flag=value
+        if flag in parser._option_string_actions:
+            action = parser._option_string_actions[flag]
+            value = True if action.nargs == 0 else getattr(namespace, action.dest)
+            by_dest[action.dest] = (flag.lstrip("-").replace("_", "-"), value)
+    return {name: _plain(value) for name, value in by_dest.values()}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as numbers, so that the file reads as a person would write it; everything else as it came."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value) if str(kind(value)) == value else value
+            except ValueError:
+                continue
+    return value

@@ -1,0 +1,69 @@
+"""What a run says and writes before its first step."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import yaml
+from megatron.training.models.gpt import GPTModelConfig
+
+from yoco_megatron.checkpoint import architecture
+from yoco_megatron.checkpoint.layout import RESOLVED
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import part_seconds_of_run
+from yoco_megatron.data import fingerprint
+from yoco_megatron.parallel.pipeline import planner
+from yoco_megatron.parallel.pipeline.layout import sequences_at_a_time
+from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.resilience import run_folder
+from yoco_megatron.utils.files import write_atomically
+
+
+def make_folders(args: Namespace) -> None:
+    """Make the folders that the run writes into.
+
+    Raises:
+        ValueError: one that cannot be made or written.
+    """
+    if args.run_folder:
+        run_folder.make(Path(args.run_folder))
+    for flag, folder in (("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)):
+        if folder is None or "://" in folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{flag} {folder}: cannot write there ({error.strerror})") from error
+
+
+def record_run(args: Namespace, model: GPTModelConfig) -> None:
+    """Print the stages of a pipelined YOCO, and describe the run beside its checkpoints. The first rank does it.
+
+    `--load` compares the description with its flags; one process can read the run with it.
+    """
+    if args.rank != 0:
+        return
+    if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
+        print(pipeline_table(args, StagePlan.from_config(model.transformer)))
+    if args.save:
+        save_resolved_config(args, args.save)
+        architecture.save(args, args.save)
+        fingerprint.save(args, args.save)
+
+
+def pipeline_table(args: Namespace, plan: StagePlan) -> str:
+    """The stages of a pipelined YOCO, a line each: layers, parameters, FLOPs, bytes, expected bubble."""
+    shape = ModelShape.from_args(args)
+    return planner.table(
+        plan,
+        shape,
+        part_seconds_of_run(shape, args),
+        args.pipeline_model_parallel_size,
+        args.global_batch_size // sequences_at_a_time(args),
+        args.micro_batch_size,
+        args.params_dtype.itemsize,
+    )
+
+
+def save_resolved_config(args: Namespace, folder: str) -> Path:
+    """Write the merged flags beside the checkpoints; `--config` reads the file back."""
+    return write_atomically(Path(folder) / RESOLVED, yaml.safe_dump(args.resolved_config, sort_keys=True))
