@@ -80,7 +80,7 @@ def test_damaged_newest_checkpoint(undisturbed, tmp_path):
     assert (
         "falling back to the checkpoint of iteration 10: iteration 15: __0_0.distcp is not what was written" in log.text
     )
-    assert integrity.fault(checkpoints.path_of(run / "checkpoints", 15)) is None, "saved again, whole"
+    assert integrity.find_corruption(checkpoints.path_of(run / "checkpoints", 15)) is None, "saved again, whole"
 
 
 def test_no_whole_checkpoint_is_the_users_to_decide(undisturbed, tmp_path):
@@ -102,16 +102,16 @@ def _killed_at(place: str, flags: list[str]) -> None:
         return lambda path, *rest: die() if Path(path).name == "iter_0000010" else function(path, *rest)
 
     if place == "before the manifest":
-        checkpointing.integrity.seal = of_step_10(integrity.seal)
+        checkpointing.integrity.write_manifest = of_step_10(integrity.write_manifest)
     elif place == "before the tracker":
-        seal = integrity.seal
+        write_manifest = integrity.write_manifest
 
-        def seal_and_die(path, *rest):
-            seal(path, *rest)
+        def write_and_die(path, *rest):
+            write_manifest(path, *rest)
             if Path(path).name == "iter_0000010":
                 die()
 
-        checkpointing.integrity.seal = seal_and_die
+        checkpointing.integrity.write_manifest = write_and_die
     _main(flags)
 
 

@@ -1,4 +1,4 @@
-"""Manifest, verification, fall-back and retention on folders of files; in one process and in two."""
+"""Manifest, verification, fall-back and pruning on folders of files; in one process and in two."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from support.worlds import run_world
 from yoco_megatron.checkpoint import integrity, layout, pruning
 
 
-def write(run: Path, iteration: int, seal: bool = True, seed: int = 0) -> Path:
+def write(run: Path, iteration: int, manifest: bool = True, seed: int = 0) -> Path:
     """A checkpoint of random bytes, as Megatron leaves one."""
     path = layout.path_of(run, iteration)
     path.mkdir(parents=True)
@@ -19,8 +19,8 @@ def write(run: Path, iteration: int, seal: bool = True, seed: int = 0) -> Path:
         (path / f"__{rank}_0.distcp").write_bytes(rng.randbytes(10_000))
     (path / ".metadata").write_bytes(rng.randbytes(100))
     (path / "metadata.json").write_text("{}")
-    if seal:
-        integrity.seal(path)
+    if manifest:
+        integrity.write_manifest(path)
     layout.write_tracker(run, iteration)
     return path
 
@@ -92,7 +92,7 @@ def test_tracker_is_obeyed(tmp_path):
 
 
 def test_without_manifest_it_is_loaded_unchecked(tmp_path, caplog):
-    write(tmp_path, 10, seal=False)
+    write(tmp_path, 10, manifest=False)
     assert integrity.newest_good(tmp_path) == 10
     assert "no manifest" in caplog.text
 
@@ -108,12 +108,12 @@ def test_megatron_reads_our_manifest(tmp_path):
         verify_integrity_manifest(str(path))
 
 
-def test_extra_files_are_sealed_too(tmp_path):
-    path = write(tmp_path, 10, seal=False)
-    integrity.seal(path, {"guard.json": "{}"})
+def test_extra_files_are_in_the_manifest(tmp_path):
+    path = write(tmp_path, 10, manifest=False)
+    integrity.write_manifest(path, {"guard.json": "{}"})
     assert "guard.json" in json.loads((path / "integrity.json").read_text())["files"]
     (path / "guard.json").write_text("[]")
-    assert "guard.json" in integrity.fault(path)
+    assert "guard.json" in integrity.find_corruption(path)
 
 
 def _two_processes(run: str) -> tuple:
@@ -121,15 +121,15 @@ def _two_processes(run: str) -> tuple:
 
     path = layout.path_of(Path(run), 10)
     if dist.get_rank() == 0:
-        write(Path(run), 20, seal=False)
+        write(Path(run), 20, manifest=False)
     dist.barrier()
-    integrity.seal(layout.path_of(Path(run), 20))
+    integrity.write_manifest(layout.path_of(Path(run), 20))
     good = integrity.newest_good(run)
     dist.barrier()
     if dist.get_rank() == 1:
         flip_a_bit(layout.path_of(Path(run), 20) / "__2_0.distcp")
     dist.barrier()
-    return good, integrity.newest_good(run), integrity.fault(path)
+    return good, integrity.newest_good(run), integrity.find_corruption(path)
 
 
 def test_processes_share_the_work_and_agree(tmp_path):
@@ -152,18 +152,18 @@ def _unreadable(run: str) -> str:
 
 
 def test_error_of_one_process_reaches_all(tmp_path, monkeypatch):
-    path = write(tmp_path, 10, seal=False)
+    path = write(tmp_path, 10, manifest=False)
     assert _unreadable(str(tmp_path)) == "FileNotFoundError"
     real = integrity._hash_of
     monkeypatch.setattr(
         integrity, "_hash_of", lambda file: real(path / "gone") if file.name == "__1_0.distcp" else real(file)
     )
     with pytest.raises(OSError, match="cannot be read back"):
-        integrity.seal(path)
+        integrity.write_manifest(path)
     assert not (path / "integrity.json").exists()
 
 
-def test_retention(tmp_path):
+def test_pruning(tmp_path):
     assert pruning.surplus([10, 20, 30, 40], 40, keep=2, keep_every=None) == [20, 10]
     assert pruning.surplus([10, 20, 30, 40], 40, keep=1, keep_every=20) == [30, 10]
     assert pruning.surplus([10, 20, 30, 40], 30, keep=1, keep_every=None) == [20, 10], "newer ones are not ours"
@@ -173,10 +173,10 @@ def test_retention(tmp_path):
     assert layout.iterations(tmp_path) == [30, 20] and not layout.path_of(tmp_path, 10).exists()
 
 
-def test_nothing_is_removed_while_the_newest_is_not_sealed(tmp_path):
+def test_nothing_is_removed_while_the_newest_has_no_manifest(tmp_path):
     for iteration in (10, 20):
         write(tmp_path, iteration)
-    write(tmp_path, 30, seal=False)
+    write(tmp_path, 30, manifest=False)
     assert pruning.remove_surplus(tmp_path, 1, None) == []
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are known to be whole: a manifest written last, checked before anything is loaded.
+"""Integrity of checkpoints: a manifest of sizes and hashes, written last and verified before loading.
 
-Megatron can do both (--verify-integrity), one process hashing everything, and stops at a bad checkpoint. Here all
-processes share the work, sizes are kept beside the hashes, and a bad checkpoint is passed over for the newest good one.
-The file is Megatron's `integrity.json` with one more key, so its own check reads ours.
+Megatron's --verify-integrity hashes everything in one process and stops at a damaged checkpoint. Here all ranks share
+the work, sizes are stored beside the hashes, and a damaged checkpoint is skipped in favour of the newest whole one. The
+file is Megatron's `integrity.json` with one more key, so its own check reads ours.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from yoco_megatron.checkpoint import layout as checkpoints
 
 logger = logging.getLogger(__name__)
 ALGORITHM = "sha256"
-THREADS = 4  # a process reads this many files at a time; hashing releases the interpreter
+THREADS = 4  # files that a rank reads at a time; hashing releases the GIL
 
 
-def seal(path: Path | str, extras: dict[str, str] | None = None) -> None:
-    """Write the manifest of a checkpoint that all processes have finished writing, and make it durable. Collective.
+def write_manifest(path: Path | str, extras: dict[str, str] | None = None) -> None:
+    """Write the manifest of a checkpoint that all ranks have finished writing, and sync it to disk. Collective.
 
     Args:
         path: the checkpoint, `iter_0001000`.
-        extras: small text files to add to it, by name.
+        extras: small text files to add to the checkpoint, name -> text.
     Raises:
-        OSError: a file cannot be read or the manifest not be written, on every process.
+        OSError: a file cannot be read or the manifest cannot be written; raised on every rank.
     """
     path = Path(path)
     extras = extras or {}
@@ -36,10 +36,10 @@ def seal(path: Path | str, extras: dict[str, str] | None = None) -> None:
     def list_files() -> list[str]:
         for name, text in extras.items():
             (path / name).write_text(text)
-        return sorted(entry.name for entry in path.iterdir() if _counts(entry))
+        return sorted(entry.name for entry in path.iterdir() if _is_content(entry))
 
-    names = agree(list_files)
-    found = _shared({name: path / name for name in names}, _hash_of)
+    names = run_on_rank0(list_files)
+    found = map_over_ranks({name: path / name for name in names}, _hash_of)
     errors = [value for value in found.values() if isinstance(value, str)]
     if errors:
         raise OSError(f"checkpoint {path} cannot be read back after it was written: {errors[0]}")
@@ -52,19 +52,19 @@ def seal(path: Path | str, extras: dict[str, str] | None = None) -> None:
         }
         aside = path / f".{checkpoints.MANIFEST}"
         aside.write_text(json.dumps(manifest, indent=1) + "\n")
-        for written in (*(path / name for name in (checkpoints.COMPLETE, *extras)), aside):  # others are synced
-            _sync(written)
+        for file in (*(path / name for name in (checkpoints.COMPLETE, *extras)), aside):  # Megatron synced the others
+            _sync(file)
         aside.replace(path / checkpoints.MANIFEST)
         _sync(path)
         _sync(path.parent)
 
-    agree(write)
+    run_on_rank0(write)
 
 
-def fault(path: Path | str) -> str | None:
-    """What is wrong with a checkpoint, None if nothing. Collective: processes share the files and agree.
+def find_corruption(path: Path | str) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole. Collective: ranks share the files, all get the answer.
 
-    A checkpoint without a manifest, written by something else, is taken for good if it was written to its end.
+    A checkpoint without a manifest (from another program) counts as whole if its metadata.json exists.
     """
     path = Path(path)
 
@@ -80,7 +80,7 @@ def fault(path: Path | str) -> str | None:
         except (ValueError, KeyError, AttributeError, OSError) as error:
             return f"{checkpoints.MANIFEST} cannot be read: {error}"
 
-    wanted = agree(expected)
+    wanted = run_on_rank0(expected)
     if isinstance(wanted, str):
         return wanted
     if not wanted:
@@ -93,32 +93,32 @@ def fault(path: Path | str) -> str | None:
             return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
         return None if _hash_of(file)[0] == digest else f"{file.name} is not what was written (hash differs)"
 
-    faults = [value for value in _shared({name: path / name for name in wanted}, check).values() if value]
+    faults = [value for value in map_over_ranks({name: path / name for name in wanted}, check).values() if value]
     return faults[0] if faults else None
 
 
 def newest_good(folder: Path | str) -> int | None:
-    """The iteration to load: the one that Megatron's tracker names, or the newest before it that is whole. Collective.
+    """The iteration to load: the one in Megatron's tracker, or the newest whole one before it. Collective.
 
-    An unreadable tracker, as a crash can leave it, stands for the newest. The tracker is corrected.
+    With an unreadable tracker, as a crash can leave it, the newest whole one. The tracker is corrected.
 
     Returns:
-        None where no checkpoint was ever finished, or where the tracker says `release`.
+        None if no checkpoint was ever completed, or if the tracker says `release`.
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, but none is whole.
     """
     folder = Path(folder)
-    candidates, tracked = agree(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
+    candidates, tracked = run_on_rank0(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
     if candidates is None:
         return None
     faults = []
     for iteration in candidates:
-        wrong = fault(checkpoints.path_of(folder, iteration))
+        wrong = find_corruption(checkpoints.path_of(folder, iteration))
         if wrong is None:
             if faults or iteration != tracked:
-                agree(lambda: checkpoints.write_tracker(folder, iteration))  # noqa: B023
+                run_on_rank0(lambda: checkpoints.write_tracker(folder, iteration))  # noqa: B023
             if faults:
-                _say(f"falling back to the checkpoint of iteration {iteration}: {'; '.join(faults)}")
+                _warn(f"falling back to the checkpoint of iteration {iteration}: {'; '.join(faults)}")
             return iteration
         faults.append(f"iteration {iteration}: {wrong}")
     if not faults:
@@ -130,7 +130,7 @@ def newest_good(folder: Path | str) -> int | None:
 
 
 def _candidates(folder: Path) -> list[int] | None:
-    """Iterations to try, newest first; None where there is nothing for us to choose."""
+    """Iterations to try, newest first; None for a `release`, where there is nothing to choose."""
     tracker = folder / checkpoints.TRACKER
     tracked = checkpoints.tracked_iteration(folder)
     if tracker.exists() and tracked is None and tracker.read_text().strip() == "release":
@@ -141,7 +141,7 @@ def _candidates(folder: Path) -> list[int] | None:
     return [tracked, *(iteration for iteration in written if iteration < tracked)]
 
 
-def _counts(entry: Path) -> bool:
+def _is_content(entry: Path) -> bool:
     return entry.is_file() and entry.name.lstrip(".") != checkpoints.MANIFEST
 
 
@@ -158,7 +158,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _say(message: str) -> None:
+def _warn(message: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"WARNING: {message}", flush=True)
 
@@ -167,8 +167,8 @@ def _world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agree(function):
-    """What `function` returns on the first process, on all of them; its OSError too."""
+def run_on_rank0(function):
+    """Call `function` on rank 0; its result, or its OSError, is returned or raised on all ranks. Collective."""
     rank, size = _world()
     result = [None, None]
     if rank == 0:
@@ -183,11 +183,11 @@ def agree(function):
     return result[0]
 
 
-def _shared(files: dict[str, Path], function) -> dict:
-    """name -> function(path), each file read by one process; for a file that cannot be read, the error as text."""
+def map_over_ranks(files: dict[str, Path], function) -> dict:
+    """name -> function(path), each file on one rank; the error as text for an unreadable file. Collective."""
     rank, size = _world()
 
-    def tried(name: str):
+    def result_of(name: str):
         try:
             return function(files[name])
         except OSError as error:
@@ -195,7 +195,7 @@ def _shared(files: dict[str, Path], function) -> dict:
 
     mine = sorted(files)[rank::size]
     with ThreadPoolExecutor(THREADS) as pool:
-        own = dict(zip(mine, pool.map(tried, mine)))
+        own = dict(zip(mine, pool.map(result_of, mine)))
     everyone = [own]
     if size > 1:
         everyone = [None] * size
