@@ -128,6 +128,7 @@ class YOCOBlock(MegatronModule):
             store = AttentionOutputStore(bool(self.config.fp8)) if self.config.keep_cross_attention else None
             inner_reader = kv_reader and kv_reader.inside_checkpoint(store)
             return checkpointed_forward(block, hidden, None, None, None, angles, inner_reader, shard, inner_fp8)
+        layer: TransformerLayer
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
                 hidden, _ = layer(
@@ -151,6 +152,7 @@ class YOCOBlock(MegatronModule):
     ) -> ShardedStateDict:
         """Keys carry the layer's number in the whole model, so a checkpoint does not depend on the pipeline stages."""
         state: ShardedStateDict = {}
+        layer: TransformerLayer
         for index, layer in enumerate(self.layers):
             local, of_model = f"{prefix}layers.{index}.", f"{prefix}layers.{layer.layer_number - 1}."
             part = layer.sharded_state_dict(local, (), metadata)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from yoco_megatron import runtime
 from yoco_megatron.model import specs
-from yoco_megatron.model.layers import embedding
-from yoco_megatron.model.layers.output_layer import compute_loss_in_chunks
+from yoco_megatron.model.layers.embedding import GradAccumulatingEmbedding, can_accumulate_in_place
+from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
 from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.model.yoco_config import YOCOConfig
@@ -63,8 +63,8 @@ class YOCOModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=self.tp_group
             )
-            if embedding.fits(config, share_embeddings_and_output_weights):
-                embedding.add_rows_to_buffer(self.embedding.word_embeddings)
+            if can_accumulate_in_place(config, share_embeddings_and_output_weights):
+                GradAccumulatingEmbedding.convert(self.embedding.word_embeddings)
         self_head_dim = config.hidden_size // config.self_decoder_heads
         self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base)
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
@@ -92,7 +92,7 @@ class YOCOModel(LanguageModule):
                 tp_group=self.tp_group,
             )
             if size := config.loss_chunk_size:
-                compute_loss_in_chunks(self.output_layer, size, self.tp_group, config.gradient_accumulation_fusion)
+                ChunkedLossOutputLayer.convert(self.output_layer, size, config.gradient_accumulation_fusion)
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -126,6 +126,7 @@ class YOCOModel(LanguageModule):
         """
         kv = None
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
+        assert hidden_states is not None
         length = hidden_states.shape[0] * self.rows_per_row
         if self.stage.kv_in:
             hidden_states, kv = split_boundary_tensor(
@@ -153,7 +154,7 @@ class YOCOModel(LanguageModule):
             width += kv_columns(self.groups, self.config.kv_channels, rows, length, self.fp32_transport)
         return rows, micro_batch_size, width
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """X^0 = sqrt(h) E[tokens], [s, b, h] ([s/tp, b, h] with sequence parallelism)."""
         hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids)
         return hidden_states * math.sqrt(self.config.hidden_size) if self.config.scale_embedding else hidden_states

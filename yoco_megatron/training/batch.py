@@ -1,6 +1,7 @@
 """One micro-batch: read on tensor-parallel rank 0, broadcast to the others, cut to the tokens of this CP rank."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -23,8 +24,9 @@ def get_batch(
     last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     if not (first or last or documents):
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
-    batch: dict[str, Tensor] = {}
+    batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
         device = torch.cuda.current_device()
         batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
         batch["cu_seqlens_padded"] = None  # documents are packed without gaps

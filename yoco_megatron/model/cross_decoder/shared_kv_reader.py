@@ -105,6 +105,7 @@ class KVGradBuffer:
 
     def add_own(self, kv_shape: torch.Size, keys: Tensor, values: Tensor) -> None:
         """Add the gradient of the keys and values that this rank holds, which are neighbours in the buffer."""
+        assert self.gathered is not None
         part = self.buffer(kv_shape, keys).narrow(0, self.gathered.rank * len(keys), len(keys))
         part[..., 0, :].add_(keys)
         part[..., 1, :].add_(values)

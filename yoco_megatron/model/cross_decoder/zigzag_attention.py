@@ -76,9 +76,8 @@ class _MergedAttention(torch.autograd.Function):
         q, *kv = _heads_first(query, *keys_and_values)
         ctx.scale, ctx.parts, ctx.rng_states = scale, parts, []
         for index, part in enumerate(parts):
-            part_o, part_lse, rng_state = partial.forward(
-                q[:, :, part.first_query :], *kv[2 * index : 2 * index + 2], part.causal, scale
-            )
+            k, v = kv[2 * index : 2 * index + 2]
+            part_o, part_lse, rng_state = partial.forward(q[:, :, part.first_query :], k, v, part.causal, scale)
             ctx.rng_states.append(rng_state)
             if index == 0:
                 o, lse = part_o, part_lse
@@ -94,9 +93,10 @@ class _MergedAttention(torch.autograd.Function):
         gradients = []
         for index, (part, rng_state) in enumerate(zip(ctx.parts, ctx.rng_states)):
             at = part.first_query
-            rows = [x[:, :, at:] for x in (do, q)]
+            k, v = kv[2 * index : 2 * index + 2]
+            do_part, q_part, o_part, lse_part = do[:, :, at:], q[:, :, at:], o[:, :, at:], lse[..., at:]
             dq_part, dk, dv = partial.backward(
-                *rows, *kv[2 * index : 2 * index + 2], o[:, :, at:], lse[..., at:], rng_state, part.causal, ctx.scale
+                do_part, q_part, k, v, o_part, lse_part, rng_state, part.causal, ctx.scale
             )
             gradients += _sequence_first(dk, dv)
             if index == 0:

@@ -55,5 +55,6 @@ class TorchAttention(MegatronModule):
                 self.window,
             )
             return out.flatten(1)
-        out = causal_attention(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), window=self.window)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = causal_attention(q, k, v, self.window)
         return out.permute(2, 0, 1, 3).flatten(2)

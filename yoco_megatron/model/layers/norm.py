@@ -17,7 +17,7 @@ class RMSNorm(torch.nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         # With sequence parallelism every rank has other tokens, so the gradient is summed over ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden_size], any float dtype; the weight's dtype back (--fp32-residual-connection norms fp32)."""

@@ -27,14 +27,14 @@ def free_storage(value: Tensor) -> None:
     value.untyped_storage().resize_(0)
 
 
-def refill_storage(value: Tensor, write: Callable[[Tensor], None]) -> None:
+def refill_storage(value: Tensor, write: Callable[[Tensor], object]) -> None:
     """Allocate the memory of `value` again, and let `write` put the values there."""
     value.untyped_storage().resize_(value.nbytes)
     with torch.no_grad():
         write(value.data)  # .data: autograd must not take it for a change of a saved tensor
 
 
-def recompute_in_backward(value: Tensor, reader_output: Tensor, recompute_into: Callable[[Tensor], None]) -> None:
+def recompute_in_backward(value: Tensor, reader_output: Tensor, recompute_into: Callable[[Tensor], object]) -> None:
     """Free the memory of `value` until backward needs it.
 
     Args:
@@ -88,8 +88,8 @@ class AttentionOutputStore:
             query: its own whole storage, which nothing else reads in the first pass.
         """
         if not torch.is_grad_enabled():
-            self._by_layer[layer] = stored = self._record(attention, query)
-            return stored.output.detach()
+            recorded = self._by_layer[layer] = self._record(attention, query)
+            return recorded.output.detach()
         stored = self._by_layer.pop(layer, None)
         # Nothing is stored if the layer is in no checkpoint, or if the graph runs backward again.
         return attention(query) if stored is None else _Replay.apply(query, stored)

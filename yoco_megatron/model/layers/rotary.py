@@ -25,6 +25,8 @@ def inverse_frequencies(head_dim: int, base: float, variant: str) -> Tensor:
 class YOCORotaryEmbedding(RotaryEmbedding):
     """Megatron's angle table, with YOCO's frequencies and any positions."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: YOCOConfig, head_dim: int, base: float) -> None:
         super().__init__(
             head_dim,
@@ -63,9 +65,9 @@ def rotate(x_SBHD: Tensor, angles: Tensor, config: YOCOConfig) -> Tensor:
     if config.apply_rope_fusion:
         # Transformer Engine's kernel computes in fp32 and indexes with 32 bits: queries that are columns of a
         # projection of a million tokens are rotated in parts.
-        rows = (2**31 - 1) // max(1, x_SBHD.stride(0))
-        if rows < x_SBHD.shape[0]:
-            parts = zip(x_SBHD.split(rows), angles.split(rows))
+        most = (2**31 - 1) // max(1, x_SBHD.stride(0))
+        if most < x_SBHD.shape[0]:
+            parts = zip(x_SBHD.split(most), angles.split(most))
             return torch.cat([apply_rotary_pos_emb(x, part, config=config) for x, part in parts])
         return apply_rotary_pos_emb(x_SBHD, angles, config=config)
     wide = x_SBHD if x_SBHD.dtype == torch.float64 else x_SBHD.float()

@@ -79,7 +79,7 @@ class GatedRetention(MegatronModule):
             device=torch.cuda.current_device(),
             dtype=config.params_dtype,
         )
-        self.linear_decay.weight.sequence_parallel = config.sequence_parallel
+        self.linear_decay.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class GatedRetention(MegatronModule):
 
     def _core(
         self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, H*4*D] -> (gated, normalised retention y [s, b, H*D], a function that writes y again)."""
         if self.backend.name == "triton" and self.config.rotary_interleaved:
             from yoco_megatron.ops.fused.retention_mixer import mix
@@ -150,7 +150,7 @@ class GatedRetention(MegatronModule):
             k,
             v,
             log_decay,
-            initial_state=exchange and exchange.initial_states(),
+            initial_state=exchange.initial_states() if exchange else None,
             document_ids=shard.folded_document_ids,
             chunk_size=self.config.retention_chunk_size,
             backend=self.backend.name,
@@ -159,10 +159,10 @@ class GatedRetention(MegatronModule):
             o = exchange.attach_final_state_grad(o, final, q, log_decay)
         o_SBHD = shard.unfold(o)
 
-        def y() -> Tensor:
+        def gated() -> Tensor:
             return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)
 
-        return y(), lambda out: out.copy_(y())
+        return gated(), lambda out: out.copy_(gated())
 
     def backward_dw(self) -> None:
         """Compute the delayed weight gradients (called by Megatron's schedules)."""

@@ -79,8 +79,9 @@ class SlidingWindowAttention(ChunkedAttention):
         query = rotate(query.flatten(2, 3), rotary_pos_emb, self.config)
         key, value = rotate(key.squeeze(3), rotary_pos_emb, self.config), value.squeeze(3)
 
-        keys_and_values = (key, value)
+        keys_and_values: tuple[Tensor, ...] = (key, value)
         if shard.ranks > 1:
+            assert self.left_window is not None
             keys_and_values = keys_with_halo(key, value, self.left_window, shard)
 
         def keys_of(index: int, cp_chunk: CPChunk, first: int, *keys_and_values: Tensor) -> tuple[Tensor, Tensor]:

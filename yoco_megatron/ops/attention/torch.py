@@ -28,7 +28,7 @@ def causal_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int
         return _windowed(q_BHSD, k_BGSD, v_BGSD, window)[:, :, keys - queries :]
     if queries == keys:
         return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
-    mask = causal_lower_right(queries, keys)
+    mask: Tensor = causal_lower_right(queries, keys)
     if not q_BHTD.is_cuda:
         mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=True)
@@ -55,17 +55,17 @@ def packed_causal_attention(
     """
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
         window_size = (-1 if window is None else window - 1, 0)
-        return varlen_attn(
+        out = varlen_attn(
             q_THD, k_SGD, v_SGD, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, window_size=window_size
         )
+        assert isinstance(out, Tensor)  # a tuple only where more is asked for
+        return out
     # Document by document, so that no rounding of one depends on another.
-    outputs = [
-        causal_attention(*(t.transpose(0, 1)[None] for t in qkv), window=window)[0].transpose(0, 1)
-        for qkv in zip(
-            q_THD.split(cu_seqlens_q.diff().tolist()),
-            *(t.split(cu_seqlens_kv.diff().tolist()) for t in (k_SGD, v_SGD)),
-        )
-    ]
+    outputs = []
+    keys = cu_seqlens_kv.diff().tolist()
+    for qkv in zip(q_THD.split(cu_seqlens_q.diff().tolist()), k_SGD.split(keys), v_SGD.split(keys)):
+        q, k, v = (t.transpose(0, 1)[None] for t in qkv)
+        outputs.append(causal_attention(q, k, v, window)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -10,7 +10,7 @@ layer's input. tests/support/retention_mixer.py is the same chain in plain torch
 Tensor legend: S sequence, B batch, H heads, D head width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def _norm_gate(o: Tensor, gate: Tensor, eps: float, y: Tensor) -> None:
     )
 
 
-def _chunks(count: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+def _chunks(count: int, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
     """For each of `count` context-parallel chunks: its rows of tensors [S, B, ...], as views [B, chunk, ...]."""
     if count == 1:
         return iter([[x.transpose(0, 1) for x in tensors]])

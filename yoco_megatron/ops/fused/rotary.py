@@ -52,8 +52,8 @@ def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair, [S, 1 or B, D / 2]; cached on the angles, which all layers of a half share."""
     if not hasattr(angles, "_cos_sin"):
         pairs = angles[:, :, 0, ::2].contiguous()
-        angles._cos_sin = pairs.cos(), pairs.sin()
-    return angles._cos_sin
+        angles._cos_sin = pairs.cos(), pairs.sin()  # type: ignore[attr-defined]
+    return angles._cos_sin  # type: ignore[attr-defined]
 
 
 def _token_stride(x: Tensor) -> int:

@@ -12,6 +12,8 @@ Context parallelism exchanges these before the op runs. A sum from either end is
 Tensor legend: B batch, T time, H heads, K key width, V value width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,12 +52,13 @@ def _wide(x: Tensor) -> torch.dtype:
 def _outer(x_BTHK: Tensor, y_BTHV: Tensor, weights_BTH: Tensor) -> Tensor:
     """sum_t weights x_t^T y_t, [B, H, K, V] in the dtype of the weights; half-precision operands on a GPU."""
     half = x_BTHK.is_cuda and x_BTHK.dtype in (torch.bfloat16, torch.float16)
-    operand, out = (x_BTHK.dtype, {"out_dtype": weights_BTH.dtype}) if half else (weights_BTH.dtype, {})
+    operand = x_BTHK.dtype if half else weights_BTH.dtype
+    options: dict[str, Any] = {"out_dtype": weights_BTH.dtype} if half else {}
     y_BTHV = y_BTHV.to(operand) * weights_BTH.to(operand)[..., None]
     # One sample at a time: batch and heads of such views do not fold into one dimension without a copy.
     return torch.stack(
         [
-            torch.bmm(x_THK.to(operand).permute(1, 2, 0), y_THV.transpose(0, 1), **out)
+            torch.bmm(x_THK.to(operand).permute(1, 2, 0), y_THV.transpose(0, 1), **options)
             for x_THK, y_THV in zip(x_BTHK, y_BTHV)
         ]
     )

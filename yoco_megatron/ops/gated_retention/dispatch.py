@@ -143,8 +143,8 @@ def step(
     whenever one is required.
     """
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state))
-    where = dict(device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
-    if wants_gradient or resolve_backend("auto", **where).name == "torch":
+    best = resolve_backend("auto", device=q.device, dtype=q.dtype, key_dim=q.shape[-1], value_dim=v.shape[-1])
+    if wants_gradient or best.name == "torch":
         return torch_step(q, k, v, log_decay, state, scale=scale)
     from yoco_megatron.ops.gated_retention import triton
 

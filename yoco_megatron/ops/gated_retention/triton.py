@@ -221,7 +221,7 @@ def span_state(
 def span_decay(sums: Tensor, ids: Tensor | None, launch: Launch) -> Tensor:
     """fp32 [B, H]: the decay of a state over the whole span; 0 if the span ends in another document."""
     decay = sums[:, CHUNK - 1 :: CHUNK].sum(1).exp2().unflatten(0, (launch.B, launch.H))
-    return decay.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0) if launch.docs else decay
+    return decay if ids is None else decay.masked_fill((ids[:, :1] != ids[:, -1:]), 0.0)
 
 
 def _anchor_states(launch: Launch, device: torch.device) -> Tensor:

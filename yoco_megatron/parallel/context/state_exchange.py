@@ -51,7 +51,7 @@ class StateExchange:
         """
         self._work.wait()
         message = self.shard.to_sequence_order(self._message)
-        self._message = None  # what backward needs is small
+        del self._message  # what backward needs is small
         update_NbHS, decay_NbH1 = message.split((message.shape[-1] - 1, 1), -1)
         self._decay_NbH = decay_NbH1.squeeze(-1).clone()
         decay_between = self._decay_between(self._own, self._all)
