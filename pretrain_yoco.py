@@ -38,7 +38,7 @@ def datasets_provider(num_samples, vp_stage=None):
     return build_datasets(get_args(), get_tokenizer(), num_samples)
 
 
-datasets_provider.is_distributed = True
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def main(argv: list[str]) -> None:

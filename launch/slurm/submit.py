@@ -97,8 +97,8 @@ def _checked(cluster: Any) -> dict[str, Any]:
             raise ValueError(f"{key} {cluster[key]} must be one of {', '.join(choices)}")
     if not isinstance(cluster.get("python", ""), str):
         raise ValueError(f"python must be the path of an interpreter, not {cluster['python']!r}")
-    for key, kind in MAPPINGS.items():
-        _check_mapping(key, cluster.get(key, {}), kind)
+    for key, allowed in MAPPINGS.items():
+        _check_mapping(key, cluster.get(key, {}), allowed)
     if taken := OF_FLAGS & cluster.get("sbatch", {}).keys():
         raise ValueError(f"sbatch: {min(taken)} is for the flag --{min(taken)}")
     if unknown := sorted(cluster.get("container", {}).keys() - CONTAINER_KEYS):
@@ -169,7 +169,7 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
             f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and "
             "--pipeline-model-parallel-size for the rest"
         )
-    memory = gpu_memory(args, stages and stages.parts())
+    memory = gpu_memory(args, stages.parts() if stages else None)
     data = processes // (tp * pp * cp)
     lines = [
         f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x "
@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"sbatch refuses {path}: {done.stderr.strip()}")
-    job = re.match(r"\d+", done.stdout).group()
+    job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
     print(f"submitted job {job}: {path}\nwatch it: python launch/slurm/status.py {run}")
     return 0
 

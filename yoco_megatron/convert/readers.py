@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from yoco_megatron.checkpoint import safe_unpickling
 from yoco_megatron.checkpoint.common_state import common_state
@@ -126,9 +127,10 @@ class TrainingTensors:
         from torch.distributed.checkpoint import FileSystemReader
 
         safe_unpickling.check_installed()
+        self.folder = folder
         self.reader = FileSystemReader(folder)
         self.metadata = self.reader.read_metadata()
-        self.reader.read_metadata = lambda *_, **__: self.metadata  # once, not for every tensor
+        self.reader.read_metadata = lambda *_, **__: self.metadata  # type: ignore[method-assign]  # once, not per tensor
         for info in self.metadata.storage_data.values():
             file = folder / info.relative_path
             _require(file.exists(), f"{file} is missing: copy the checkpoint again")
@@ -142,12 +144,13 @@ class TrainingTensors:
         return {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in entries
-            if hasattr(entry, "properties") and not name.startswith(skipped)
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(skipped)
         }
 
     def load(self, name: str) -> Tensor:
         """One tensor."""
         entry = self.metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
         return self._load(name, torch.empty(entry.size, dtype=entry.properties.dtype))
 
     def _load(self, name: str, into: Any) -> Any:
@@ -164,14 +167,15 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     from yoco_megatron.startup.load_run import parse_run
 
     tensors = TrainingTensors(checkpoint_folder(folder, iteration))
-    args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.reader.path)
+    args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.folder)
     embedding = found.get("embedding.word_embeddings.weight")
-    _require(embedding is not None, f"{folder}: no embedding.word_embeddings.weight: no model of this project")
+    if embedding is None:
+        raise BadSource(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
     args.padded_vocab_size = embedding[0][0]
     config = config_fields.from_args(args)
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)
-    check_shapes(f"{tensors.reader.path}", found, {entry.name: entry.shape(shapes) for entry in entries})
+    check_shapes(f"{tensors.folder}", found, {entry.name: entry.shape(shapes) for entry in entries})
     of = {name: entry for entry in entries for name in entry.names}
 
     @functools.lru_cache(maxsize=1)  # the parts of one fused matrix are loaded one after another
@@ -210,7 +214,8 @@ class SafeTensors:
         index = folder / "model.safetensors.index.json"
         if index.exists():
             of = _json(index, "an exported model").get("weight_map")
-            _require(isinstance(of, dict), f"{index} has no weight_map: copy the folder again")
+            if not isinstance(of, dict):
+                raise BadSource(f"{index} has no weight_map: copy the folder again")
             for tensor, file in of.items():
                 _require(
                     isinstance(file, str) and file != "",
@@ -226,14 +231,16 @@ class SafeTensors:
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise BadSource(f"{file} is no whole safetensors file ({error}): copy it again") from None
+                raise BadSource(f"{file} is not a whole safetensors file ({error}): copy it again") from None
             self.files |= dict.fromkeys(opened.keys(), opened)
 
     def found(self) -> Found:
+        """Shapes and dtypes of all tensors, without reading them."""
         slices = {name: file.get_slice(name) for name, file in self.files.items()}
         return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), torch.int8)) for name, s in slices.items()}
 
     def load(self, name: str) -> Tensor:
+        """One tensor."""
         return self.files[name].get_tensor(name)
 
 
@@ -246,14 +253,14 @@ def _json(file: Path, what: str) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except OSError:
         raise BadSource(f"{file.parent}: no {file.name} there; give the folder of {what}") from None
-    except ValueError as error:  # no text, or no JSON
+    except ValueError as error:  # not text, or not JSON
         raise BadSource(f"{file} is not JSON: {error}") from None
-    _require(isinstance(content, dict), f"{file} is no JSON object: is it that of {what}?")
+    _require(isinstance(content, dict), f"{file} is not a JSON object: is it that of {what}?")
     return content
 
 
 def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: Any) -> YocoConfig:
-    """The configuration that `read` makes of a file's content. Raises ValueError for fields that describe no model."""
+    """The configuration that `read` returns for a file's content. Raises ValueError for fields that describe no model."""
     try:
         return read(*args, **more)
     except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -317,7 +324,7 @@ def _official(folder: Path, _: int | None) -> Source:
         _require(file.exists(), f"{folder}: no {file.name} there; the authors' layout has params.json beside it")
     try:
         state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a broken or hostile pickle raises
+    except Exception as error:  # a broken or hostile pickle raises any type
         what = str(error).splitlines()[0]
         raise BadSource(f"{weights}: cannot be read as weights alone; no code of it was run: {what}") from None
     _require(isinstance(state, dict), f"{weights}: holds no state dict")

@@ -70,10 +70,15 @@ def check_resumable(args: Namespace) -> None:
 def _saved(args: Namespace) -> dict[str, Any] | None:
     """The common state of the checkpoint; None where there is none, as of released weights."""
     load, tracked = Path(args.load), checkpoints.tracked_iteration(Path(args.load))
-    if args.ckpt_format != "torch_dist" or (tracked is None and not args.ckpt_step):
+    if args.ckpt_format != "torch_dist":
         return None
-    older = [iteration for iteration in checkpoints.iterations(load) if iteration < (tracked or 0)]
-    for iteration in [args.ckpt_step] if args.ckpt_step else [tracked, *older]:
+    if args.ckpt_step:
+        candidates = [args.ckpt_step]
+    elif tracked is not None:
+        candidates = [tracked, *(iteration for iteration in checkpoints.iterations(load) if iteration < tracked)]
+    else:
+        return None
+    for iteration in candidates:
         try:
             return common_state(checkpoints.path_of(load, iteration))
         except (Exception, CheckpointException):  # the latter is no Exception
