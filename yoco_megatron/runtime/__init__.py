@@ -14,7 +14,7 @@ _HAS_GPU = torch.cuda.is_available()
 
 
 def has_gpu() -> bool:
-    """Whether a real CUDA device is there (the CPU stand-in makes `torch.cuda.is_available()` say yes)."""
+    """Whether there is a real CUDA device (the CPU stand-in makes `torch.cuda.is_available()` say yes)."""
     return _HAS_GPU
 
 
@@ -31,18 +31,18 @@ def has_transformer_engine() -> bool:
 
 @functools.cache
 def has_fused_weight_gradient() -> bool:
-    """Whether Apex's kernel is there, which Megatron's own linear layers need to add weight gradients in place.
+    """Whether Apex's kernel is installed, without which Megatron's own linear layers cannot add gradients in place.
 
-    Transformer Engine's layers have one of their own.
+    Transformer Engine's layers have a kernel of their own.
     """
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def argument_defaults() -> dict[str, object]:
-    """Defaults of Megatron's flags that this machine asks for, by argparse destination.
+    """Defaults of Megatron's flags that follow from this machine, by argparse destination.
 
-    Without Transformer Engine the layers are plain torch, and the fusions that live in Transformer Engine or Apex are
-    off; without a GPU the process groups are gloo. A user's flag or config still wins.
+    Without Transformer Engine the layers are plain torch, and the fusions of Transformer Engine and Apex are off.
+    Without a GPU the process groups are gloo. A user's flag or config still wins.
     """
     defaults: dict[str, object] = {}
     if not has_transformer_engine():

@@ -1,4 +1,4 @@
-"""Helper processes of a training process: they live as long as it does, and leave signals to it."""
+"""Child processes of a training process: they live as long as it does, and leave signals to it."""
 
 import ctypes
 import os
@@ -8,13 +8,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def follow_parent() -> None:
-    """First thing in a helper: end when the parent ends, however that was; not at a signal meant for the parent.
+    """Call first in a child process: die with the parent; ignore SIGTERM and SIGUSR1.
 
-    SLURM sends SIGTERM to all processes of a job, and a save that the trainer then begins needs its helper.
+    SLURM sends SIGTERM to all processes of a job, and a save that the trainer then begins needs its child.
     """
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for one in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended in between
         os._exit(1)

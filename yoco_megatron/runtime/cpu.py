@@ -2,7 +2,8 @@
 
 Each stand-in names the upstream place it serves (paths inside the installed package `megatron/`). Nothing here
 computes: a device answer becomes "cpu", a stream or event an empty object, and the CUDA random state is the CPU's.
-`tests/runtime/test_cpu.py` fails when a new upstream version reaches for something that is not listed.
+They stay out of the registry of `upstream/`, which imports megatron: they must be installed before that, and replace
+answers of a device, not code. `tests/runtime/test_cpu.py` fails when upstream calls something that is not listed.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ FACTORIES = (
 
 
 class Stream:
-    """A stream on a device that has no queues: every operation is already done."""
+    """A stream on a device without queues: every operation is done when it is called."""
 
     cuda_stream = 0
 
@@ -43,16 +44,21 @@ class Stream:
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def wait_stream(self, stream: "Stream") -> None: ...
+    def wait_stream(self, stream: "Stream") -> None:
+        """Return at once."""
 
-    def wait_event(self, event: "Event") -> None: ...
+    def wait_event(self, event: "Event") -> None:
+        """Return at once."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Return at once."""
 
     def query(self) -> bool:
+        """True: everything is done."""
         return True
 
     def record_event(self, event: "Event | None" = None) -> "Event":
+        """`event`, or a new one, recorded now."""
         event = event or Event()
         event.record()
         return event
@@ -65,13 +71,17 @@ class Event:
         self.time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
+        """Remember the time."""
         self.time = time.perf_counter()
 
-    def wait(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None:
+        """Return at once."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Return at once."""
 
     def query(self) -> bool:
+        """True: it has happened."""
         return True
 
     def elapsed_time(self, end: "Event") -> float:

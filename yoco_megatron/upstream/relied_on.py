@@ -64,6 +64,13 @@ leans_on(
     why="overridden where there are labels: how it copies or gathers its input",
 )
 leans_on(
+    "megatron.core.distributed.distributed_data_parallel",
+    "DistributedDataParallel._make_backward_post_hook",
+    digest="5fd4c5923093b5f2",
+    used_by="model/layers/main_grad.py",
+    why="with `grad_added_to_main_grad` it ignores autograd's gradient of a parameter",
+)
+leans_on(
     "megatron.core.models.gpt.gpt_model",
     "GPTModel._postprocess",
     digest="45150e7ea28dcb6a",
@@ -104,6 +111,13 @@ leans_on(
     digest=None,  # tests/upstream/test_core_fixes.py: its help text still fails
     used_by="startup/parser.py",
     why="a lone % in one help text makes --help fail: escaped there; read parser._actions and _option_string_actions",
+)
+leans_on(
+    "torch",
+    "ops.aten._flash_attention_forward",
+    digest=None,  # native; tests/gpu/test_inference.py
+    used_by="inference/cache.py",
+    why="its arguments, and the log-sum-exp among its results",
 )
 leans_on(
     "megatron.core.optimizer.optimizer",
