@@ -42,10 +42,7 @@ def main() -> None:
     if args.histogram:
         try:
             report.save_histogram(lengths, args.histogram, Path(args.data_path).name)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # no such folder, or an unknown image format
+        except (OSError, ValueError) as error:  # no such folder, or an unknown image format
             parser.error(f"--histogram {args.histogram}: {error}")
     if args.json:
         part = {"split": args.split, "part": args.part}

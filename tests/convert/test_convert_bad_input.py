@@ -100,7 +100,7 @@ def test_missing_shard(source):
 def test_truncated_shard(source):
     file = source / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 8)
-    refused(source, "no whole safetensors file")
+    refused(source, "not a whole safetensors file")
 
 
 def test_missing_tensor(source):
@@ -154,7 +154,7 @@ def test_no_folder_and_no_config(source, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[]", "config.json is no JSON object"),
+        (b"[]", "config.json is not a JSON object"),
         (b"\xff\xfe", "config.json is not JSON"),
         ({"architectures": None}, "says nothing, only YocoForCausalLM"),
         ({"hidden_size": "32"}, "config.json describes no YOCO: .*hidden_size.* expected int"),
@@ -196,7 +196,7 @@ def test_broken_index(index, said, source):
 
 def test_broken_params_and_tracker(source):
     torch.save({}, source / "checkpoint.pth")
-    for params, said in (("{", "is not JSON"), ("[]", "is no JSON object"), ("{}", "lacks dim, n_layers")):
+    for params, said in (("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "lacks dim, n_layers")):
         (source / "params.json").write_text(params)
         refused(source, f"params.json {said}", kind="official", to="hf")
     (source / "latest_checkpointed_iteration.txt").write_text("abc")

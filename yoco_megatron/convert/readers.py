@@ -260,7 +260,7 @@ def _json(file: Path, what: str) -> dict[str, Any]:
 
 
 def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: Any) -> YocoConfig:
-    """The configuration that `read` returns for a file's content. Raises ValueError for fields that describe no model."""
+    """The configuration that `read` makes of the content. Raises ValueError for fields that describe no model."""
     try:
         return read(*args, **more)
     except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

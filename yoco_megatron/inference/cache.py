@@ -41,16 +41,20 @@ class KVLayer(ABC):
         self.table: Any = None
 
     @abstractmethod
-    def prepare(self, k: Tensor, v: Tensor) -> None: ...
+    def prepare(self, k: Tensor, v: Tensor) -> None:
+        """Allocate what the K,V [b, G, s, D] of new tokens need."""
 
     @abstractmethod
-    def store(self, k: Tensor, v: Tensor) -> None: ...
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Copy the K,V [b, G, s, D] of a prompt chunk into the cache."""
 
     @abstractmethod
-    def append(self, k: Tensor, v: Tensor) -> None: ...
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Write the K,V [b, G, 1, D] of a decoding step."""
 
     @abstractmethod
-    def attend(self, q: Tensor, scaling: float) -> Tensor: ...
+    def attend(self, q: Tensor, scaling: float) -> Tensor:
+        """Attention of the last n tokens, q [b, H, n, D] -> [b, H, n, D]."""
 
     def update(self, k: Tensor, v: Tensor) -> tuple["KVLayer", "KVLayer"]:
         """Store the K,V [b, G, s, D] of new tokens; returns (self, self) in place of K,V."""

@@ -83,7 +83,7 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
             Verdict(
                 "stop",
                 f"{failed} attempts in a row ended without a new checkpoint (newest: iteration {checkpoint}); "
-                f"the last reason: {reasons[-1]}. Repair it, then remove {folder / 'attempts.jsonl'} and start again",
+                f"the last reason: {reasons[-1]}. Fix it, then remove {folder / 'attempts.jsonl'} and start again",
             ),
             number,
         )
