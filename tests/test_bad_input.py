@@ -89,7 +89,7 @@ MISTAKES = {
     "bits that FP8 lacks": (
         1,
         ["--use-precision-aware-optimizer", "--fp8-format", "hybrid", "--fp8-param-gather"],
-        ["--use-precision-aware-optimizer does not go with --fp8-param-gather", "leave one away"],
+        ["--use-precision-aware-optimizer does not go with --fp8-param-gather", "use only one of them"],
     ),
     "two sources of data": (1, ["--data-path", "corpus"], ["--data-path and --mock-data", "keep one"]),
     "no checkpoint": (1, ["--load", "/no/such/folder"], ["--load /no/such/folder holds no checkpoint"]),
