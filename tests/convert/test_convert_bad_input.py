@@ -182,7 +182,7 @@ def test_config_of_no_fla_model(attention, source):
     ("index", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{}", "no weight_map"),
         ('{"weight_map": {"a": 1, "b": "model.safetensors"}}', "gives 'a' the file 1, no name"),
         ('{"weight_map": {"a": ["model.safetensors"]}}', r"gives 'a' the file \['model.safetensors'\], no name"),
