@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--json-keys title: .*t\.parquet has the columns text, more"):
         check_keys([table], ["text", "title"])
     table.write_bytes(table.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"t\.parquet is no whole parquet file"):
+    with pytest.raises(ValueError, match=r"t\.parquet is not a whole parquet file"):
         check_keys([table], ["text"])
 
 

@@ -237,7 +237,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"--input {path} is no whole parquet file ({error}); replace it") from None
+        raise ValueError(f"--input {path} is not a whole parquet file ({error}); replace it") from None
 
 
 def describe(files: list[Path]) -> list[dict[str, Any]]:
