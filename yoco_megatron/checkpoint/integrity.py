@@ -11,6 +11,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -111,7 +112,7 @@ def newest_good(folder: Path | str) -> int | None:
     candidates, tracked = run_on_rank0(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
     if candidates is None:
         return None
-    faults = []
+    faults: list[str] = []
     for iteration in candidates:
         wrong = find_corruption(checkpoints.path_of(folder, iteration))
         if wrong is None:
@@ -170,7 +171,7 @@ def _world() -> tuple[int, int]:
 def run_on_rank0(function):
     """Call `function` on rank 0; its result, or its OSError, is returned or raised on all ranks. Collective."""
     rank, size = _world()
-    result = [None, None]
+    result: list[Any] = [None, None]
     if rank == 0:
         try:
             result[0] = function()
@@ -196,7 +197,7 @@ def map_over_ranks(files: dict[str, Path], function) -> dict:
     mine = sorted(files)[rank::size]
     with ThreadPoolExecutor(THREADS) as pool:
         own = dict(zip(mine, pool.map(result_of, mine)))
-    everyone = [own]
+    everyone: list[Any] = [own]
     if size > 1:
         everyone = [None] * size
         dist.all_gather_object(everyone, own)

@@ -43,7 +43,8 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises ValueError for a name that no `.metadata` needs."""
-        if module in ALLOWED and (ALLOWED[module] is None or name in ALLOWED[module]) and "." not in name:
+        names = ALLOWED.get(module, set())
+        if (names is None or name in names) and "." not in name:
             return super().find_class(module, name)
         raise _refusal(".metadata", module, name)
 

@@ -73,8 +73,8 @@ def sizes(config: YocoConfig) -> ModelShape:
 
 def to_flags(config: YocoConfig) -> dict[str, Any]:
     """The flags of pretrain_yoco.py that describe the model, as a config file holds them."""
-    flags = {FLAGS.get(dest, dest): getattr(config, field) for field, dest in SAME.items()}
-    del flags[None]
+    names = {field: FLAGS.get(dest, dest) for field, dest in SAME.items()}
+    flags = {name: getattr(config, field) for field, name in names.items() if name is not None}
     flags |= {
         "architecture": "yoco",
         "group-query-attention": True,
@@ -151,7 +151,9 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         rms_norm_eps=config.get("norm_eps", 1e-6),
         max_position_embeddings=config["max_position_embeddings"],
         tie_word_embeddings=config.get("tie_word_embeddings", False),
-        **{name: config.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        pad_token_id=config.get("pad_token_id"),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_id=config.get("eos_token_id"),
     )
 
 

@@ -26,11 +26,11 @@ def shapes(config: Any) -> dict[str, Shape]:
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers):
         if index == split_layer:
-            kv_shapes = {"norm": (h,), "k_proj": (kv, h), "v_proj": (kv, h)}
+            kv_shapes: dict[str, Shape] = {"norm": (h,), "k_proj": (kv, h), "v_proj": (kv, h)}
             found |= {f"model.shared_kv.{name}.weight": shape for name, shape in kv_shapes.items()}
-        mixer = {"q_proj": (q, h), "o_proj": (h, q)} if index >= split_layer else self_mixer
+        mixer: dict[str, Shape] = {"q_proj": (q, h), "o_proj": (h, q)} if index >= split_layer else self_mixer
         mlp = {"gate_proj": (ffn, h), "up_proj": (ffn, h), "down_proj": (h, ffn)}
-        layer = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
+        layer: dict[str, Shape] = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
         layer |= {f"mixer.{name}": shape for name, shape in mixer.items()}
         layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
         found |= {f"{layer_name(config, index)}{name}.weight": shape for name, shape in layer.items()}

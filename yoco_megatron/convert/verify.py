@@ -122,7 +122,7 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
     cross = YocoRotaryEmbedding(config, config.head_dim)(positions)
     distance = positions[0][:, None] - positions[0][None]
     causal = torch.zeros(length, length).masked_fill(distance < 0, -torch.inf)
-    window = causal.masked_fill(distance >= config.sliding_window, -torch.inf)
+    window = causal.masked_fill(distance >= (config.sliding_window or length), -torch.inf)
     record = get_mixer(config.self_decoder)
     mask = window[None, None] if record.hf_layer_type == "sliding_attention" else None
     for index in range(split_layer):

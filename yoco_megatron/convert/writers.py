@@ -43,7 +43,7 @@ def checked(source: Source, name: str) -> Tensor:
 def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     """The folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
     _write_tensors(source, folder, shard_bytes, rename=str)
-    tokenizer = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder)
+    tokenizer: Any = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder)
     config = source.config
     knows = config if tokenizer is None else tokenizer
     special = {name: getattr(knows, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
@@ -100,7 +100,7 @@ def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Calla
             size = 0
         plan[-1].append(name)
         size += bytes_
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with _progress(source) as progress:
         for number, shard in enumerate(plan, 1):
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"

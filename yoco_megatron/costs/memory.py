@@ -5,6 +5,7 @@ Transformer layer, which a YOCO layer is close to. So states that do not fit are
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yoco_megatron.costs.shape import ModelShape, parameter_count
@@ -27,7 +28,7 @@ class Memory:
         return self.states + self.activations
 
 
-def gpu_memory(args: Namespace, stages: list[Parts] | None = None) -> Memory:
+def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory:
     """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `stages`: what each pipeline stage
     holds, in the order that a micro-batch visits them."""
     shape = ModelShape.from_args(args)

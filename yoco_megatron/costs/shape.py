@@ -14,12 +14,11 @@ K,V heads of width D, V vocabulary):
 
 from argparse import Namespace
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
 from yoco_megatron.mixers import Mixer, get_mixer
-from yoco_megatron.utils.errors import require
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,8 @@ class ModelShape:
     @property
     def vocab_rows(self) -> int:
         """The padded vocabulary. Raises ValueError while it is not known."""
-        require(
-            self.padded_vocab_size is not None,
-            "the padded vocabulary size is not known: set --vocab-size, or build the tokenizer first",
-        )
+        if self.padded_vocab_size is None:
+            raise ValueError("the padded vocabulary size is not known: set --vocab-size, or build the tokenizer first")
         return self.padded_vocab_size
 
     @classmethod
@@ -89,7 +86,8 @@ class ModelShape:
         sizes = vars(resolved(args)) | {"tied": not args.untie_embeddings_and_output_weights}
         if args.architecture == "transformer":
             sizes |= {field.name: 0 for field in fields(cls) if "self_decoder_" in field.name}
-        return cls(**{field.name: sizes.get(field.name) for field in fields(cls)})
+        read: dict[str, Any] = {field.name: sizes.get(field.name) for field in fields(cls)}
+        return cls(**read)
 
 
 def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:

@@ -46,7 +46,7 @@ def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: in
 def tensors(sizes: Sizes) -> dict[str, Shape]:
     """q, k, v, gate, output; the decay's logits."""
     h = sizes.hidden_size
-    square = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
+    square: dict[str, Shape] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
     return square | {"decay_proj": (sizes.self_decoder_heads, h)}
 
 

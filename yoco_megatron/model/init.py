@@ -16,13 +16,13 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from yoco_megatron.mixers import get_mixer
-from yoco_megatron.utils.errors import require
 
 Law = Callable[[Tensor, torch.Generator], Tensor]
 LawOf = Callable[[str, torch.Size], Law | None]
@@ -101,7 +101,8 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A norm fused into a linear appears as '...layer_norm_weight'.
     """
-    num_self = getattr(model.config, "num_self_decoder_layers", 0)
+    config: Any = model.config
+    num_self = getattr(config, "num_self_decoder_layers", 0)
     modules = dict(model.named_modules())
     for name, param in model.named_parameters():
         parts = name.split(".")
@@ -110,7 +111,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             index = modules[".".join(parts[: at + 2])].layer_number - 1
             parts[at + 1] = str(index)
             if index < num_self and parts[at + 2] == "self_attention":
-                parts[at + 2] = get_mixer(model.config.self_decoder).init_name
+                parts[at + 2] = get_mixer(config.self_decoder).init_name
         # A tied head on a stage of its own is a copy of the embedding.
         copied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
         yield "embedding.word_embeddings.weight" if copied else ".".join(parts), param
@@ -126,7 +127,8 @@ def _draw(name: str, param: Tensor, choose: LawOf, seed: int, tp_rank: int, tp: 
     generator = torch.Generator(param.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
     whole = torch.empty(shape, dtype=torch.float32, device=param.device)
     law = choose(name, whole.shape)
-    require(law is not None, f"parameter {name} of shape {tuple(param.shape)} has no initialisation law")
+    if law is None:
+        raise ValueError(f"parameter {name} of shape {tuple(param.shape)} has no initialisation law")
     law(whole, generator)
     if dim < 0:
         return whole
@@ -139,4 +141,4 @@ def _assign(param: Tensor, value: Tensor) -> None:
     """Copy `value` in. An FP8 parameter also keeps its unrounded initial value, from which the optimizer starts."""
     param.copy_(value)
     if hasattr(param, "get_high_precision_init_val"):
-        param._high_precision_init_val = value.cpu()
+        param._high_precision_init_val = value.cpu()  # type: ignore[attr-defined]

@@ -226,10 +226,10 @@ def install() -> None:
     torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.to = _tensor_to(torch.Tensor.to)
-    torch.Tensor.type = _tensor_type(torch.Tensor.type)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.to = _tensor_to(torch.Tensor.to)  # type: ignore[method-assign]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     # With an "accelerator" the DataLoader would pin memory.
     torch.accelerator.is_available = _always(False)
     # core/jit.py compiles small helpers; dynamo, which reads this when it is imported, would ask CUDA for streams.

@@ -59,10 +59,12 @@ class ManagedRun:
     # The guard's state is part of a checkpoint, so that a resumed run skips the steps that the undisturbed one skips.
 
     def _guard_state(self) -> str:
+        assert self.guard is not None
         return json.dumps(self.guard.state())
 
     def _load_guard(self, path: Path) -> None:
         if (path / GUARD_STATE).exists():
+            assert self.guard is not None
             self.guard.load_state(json.loads((path / GUARD_STATE).read_text()))
 
     def note_exit(self, result: tuple) -> tuple:
@@ -84,6 +86,7 @@ class ManagedRun:
 
     def roll_back(self, step: int) -> None:
         """Choose the checkpoint before the bad steps, and skip all batches between it and `step`."""
+        assert self.guard is not None
         first_bad = step - self.guard.bad_in_a_row + 1
         folder = self.folder / "checkpoints"
         older = [one for one in checkpoints.iterations(folder) if one < first_bad]

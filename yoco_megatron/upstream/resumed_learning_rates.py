@@ -44,8 +44,8 @@ def checkpoint_rates_while_loading(
             group.update(zip(RATES, *rates))
     yield
     if override:
-        for group, rates in zip(optimizer.param_groups, flags, strict=True):
-            group.update(rates)
+        for group, own in zip(optimizer.param_groups, flags, strict=True):
+            group.update(own)
     # Rate and decay of the next step: Megatron sets them before it knows the checkpoint's decay.
     scheduler.step(increment=0)
 

@@ -119,8 +119,8 @@ def report_model(args: Namespace, num_microbatches: int | None = None, verbose: 
     for part, count in parameters.items():
         print(f"  {part:<22}{count:>16,} parameters")
     print(f"{3 * sum(flops.values()) / 1e9:.3f} GFLOP a token to train, causal, at --seq-length {args.seq_length}:")
-    for part, count in flops.items():
-        print(f"  {part:<22}{3 * count / 1e9:>16.3f} GFLOP")
+    for part, forward in flops.items():
+        print(f"  {part:<22}{3 * forward / 1e9:>16.3f} GFLOP")
 
 
 def prefer_cudnn_norms(args: Namespace) -> None:

@@ -31,7 +31,7 @@ class GradAccumulatingEmbedding(VocabParallelEmbedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Rows of the weight, [b, s, h], of token ids, int64 [b, s]."""
-        weight = self.weight
+        weight: Tensor = self.weight
         is_fp32 = getattr(weight, "main_grad", weight).dtype == torch.float32  # a 16-bit sum would lose rows
         buffer = claim_main_grad(weight) if is_fp32 else None
         return super().forward(tokens) if buffer is None else _Lookup.apply(weight, tokens, buffer)

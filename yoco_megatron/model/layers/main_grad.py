@@ -12,5 +12,5 @@ def claim_main_grad(weight: Tensor) -> Tensor | None:
     buffer = getattr(weight, "main_grad", None)
     if buffer is None or not torch.is_grad_enabled():
         return None
-    weight.grad_added_to_main_grad = True
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return buffer
