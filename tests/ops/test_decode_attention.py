@@ -12,16 +12,16 @@ import pytest
 
 SCRIPT = """
 import torch
-from yoco_megatron.ops.attention.decode import BlockTable, append, decode_attention, place
+from yoco_megatron.ops.attention.decode import BlockTable, append, decode_attention, offset_of
 device = "cuda" if torch.cuda.is_available() and "{device}" == "cuda" else "cpu"
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(device, dtype)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2))[: 1 + (device == "cuda")]:
     for B, H, G, D, capacity in ((2, 6, 2, 32, 128), (1, 4, 4, 16, 64), (3, 8, 1, 64, 64), (1, 40, 2, 16, 192)):
         blocks = [(draw(B, G, capacity, D, dtype=dtype), draw(B, G, capacity, D, dtype=dtype)) for _ in range(3)]
-        anchor = blocks[1][1]
-        places = [torch.tensor([place(pair[i], anchor) for pair in blocks], device=device) for i in (0, 1)]
-        table = BlockTable(anchor, *places, capacity, G * capacity * D, capacity * D)
+        base = blocks[1][1]
+        offsets = [torch.tensor([offset_of(pair[i], base) for pair in blocks], device=device) for i in (0, 1)]
+        table = BlockTable(base, *offsets, capacity, G * capacity * D, capacity * D)
         keys, values = (torch.cat([pair[i] for pair in blocks], dim=2).double() for i in (0, 1))
         for length in (1, 65, capacity, capacity + 1, 3 * capacity):
             k, v = draw(B, G, D, dtype=dtype), draw(B, G, D, dtype=dtype)

@@ -59,15 +59,15 @@ def pipeline_step(
         'loss' [micro-batches] on the last pipeline rank, and 'grad/NAME', whole, of the parameters held here.
     """
     ranks, rank = mpu.get_pipeline_model_parallel_world_size(), mpu.get_pipeline_model_parallel_rank()
-    chunks = (layout.count("|") + 1) // ranks if layout else 1
+    model_chunks = (layout.count("|") + 1) // ranks if layout else 1
     config = tiny_config(
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=ranks,
         context_parallel_size=mpu.get_context_parallel_world_size(),
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        virtual_pipeline_model_parallel_size=model_chunks if model_chunks > 1 else None,
         pipeline_model_parallel_layout=layout,
-        overlap_p2p_comm=chunks > 1,
-        batch_p2p_comm=chunks == 1,
+        overlap_p2p_comm=model_chunks > 1,
+        batch_p2p_comm=model_chunks == 1,
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         **{"num_layers": 8, **overrides},
@@ -75,9 +75,9 @@ def pipeline_step(
     config.finalize_model_grads_func = finalize_model_grads
     plan = StagePlan.from_config(config)
     models, names = [], []
-    for chunk in range(chunks):
+    for chunk in range(model_chunks):
         stage = plan.stage(chunk * ranks + rank)
-        model = build(config, tied, stage=stage, vp_stage=chunk if chunks > 1 else None)
+        model = build(config, tied, stage=stage, vp_stage=chunk if model_chunks > 1 else None)
         names.append(dict(named_parameters(model)))
         wrapped = Float16Module(config, model) if config.bf16 else model
         in_fp32 = config.params_dtype != torch.float64
@@ -89,8 +89,8 @@ def pipeline_step(
     upstream.install(Namespace(run_folder=None), only={"get_forward_backward_func"})
     outputs = training.get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(data) for _ in models] if chunks > 1 else iter(data),
-        model=models if chunks > 1 else models[0],
+        data_iterator=[iter(data) for _ in models] if model_chunks > 1 else iter(data),
+        model=models if model_chunks > 1 else models[0],
         num_microbatches=num_microbatches,
         seq_length=SEQ,
         micro_batch_size=MICRO_BATCH,

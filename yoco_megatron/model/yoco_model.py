@@ -70,7 +70,7 @@ class YOCOModel(LanguageModule):
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
         self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
-        self.rows_per_row = self.tp_group.size() if config.sequence_parallel else 1
+        self.tokens_per_row = self.tp_group.size() if config.sequence_parallel else 1
         # It makes a difference only if boundaries are in 16 bits.
         self.fp32_transport = config.fp32_kv_transport and config.pipeline_dtype.itemsize == 2
         if self.post_process:
@@ -127,7 +127,7 @@ class YOCOModel(LanguageModule):
         kv = None
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         assert hidden_states is not None
-        length = hidden_states.shape[0] * self.rows_per_row
+        length = hidden_states.shape[0] * self.tokens_per_row
         if self.stage.kv_in:
             hidden_states, kv = split_boundary_tensor(
                 hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
@@ -149,7 +149,7 @@ class YOCOModel(LanguageModule):
     def boundary_shape(self, stage: Stage, micro_batch_size: int, length: int) -> tuple[int, int, int]:
         """Shape of the boundary tensor that enters `stage` on this rank; `length` is that of a whole sequence."""
         length //= self.cp_group.size()
-        rows, width = length // self.rows_per_row, self.config.hidden_size
+        rows, width = length // self.tokens_per_row, self.config.hidden_size
         if stage.kv_in:
             width += kv_columns(self.groups, self.config.kv_channels, rows, length, self.fp32_transport)
         return rows, micro_batch_size, width
