@@ -105,6 +105,7 @@ def install(in_every_process: bool, args: Namespace, only: Collection[str] | Non
     Args:
         only: names of upstream; all other entries are left out.
     """
+    assert only is None or set(only) <= {entry.name for entry in replacements}, f"no such entries: {only}"
     for entry in replacements:
         if entry.in_every_process == in_every_process and (only is None or entry.name in only) and entry.when(args):
             entry.install()

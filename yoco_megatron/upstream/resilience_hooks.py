@@ -46,8 +46,7 @@ class ManagedRun:
         self.guard = None
         if args.guard_sigmas is not None:
             self.guard = Guard(args.guard_sigmas, args.guard_window, args.guard_patience)
-            checkpointing.extra_files[GUARD_STATE] = self._guard_state
-            checkpointing.after_load.append(self._load_guard)
+            _keep_in_checkpoints(self.guard)
         self.watchdog = None
         if args.hang_timeout:
             stacks = self.folder / "stacks" / run_folder.attempt() / f"{args.rank}.txt"
@@ -55,17 +54,6 @@ class ManagedRun:
             self.watchdog.tick(SLOW)
         self.triggers = Triggers(self.folder) if args.rank == 0 else None
         self.last_beat: tuple[float, int] | None = None
-
-    # The guard's state is part of a checkpoint, so that a resumed run skips the steps that the undisturbed one skips.
-
-    def _guard_state(self) -> str:
-        assert self.guard is not None
-        return json.dumps(self.guard.state())
-
-    def _load_guard(self, path: Path) -> None:
-        if (path / GUARD_STATE).exists():
-            assert self.guard is not None
-            self.guard.load_state(json.loads((path / GUARD_STATE).read_text()))
 
     def note_exit(self, result: tuple) -> tuple:
         """`result` of train_step, through which Megatron's rerun state machine ends a run; if so, record why."""
@@ -84,14 +72,13 @@ class ManagedRun:
             dist.barrier()  # the first to end has the launcher kill the others: all must have written their record
         return result
 
-    def roll_back(self, step: int) -> None:
+    def roll_back(self, guard: Guard, step: int) -> None:
         """Choose the checkpoint before the bad steps, and skip all batches between it and `step`."""
-        assert self.guard is not None
-        first_bad = step - self.guard.bad_in_a_row + 1
+        first_bad = step - guard.bad_in_a_row + 1
         folder = self.folder / "checkpoints"
         older = [one for one in checkpoints.iterations(folder) if one < first_bad]
         back_to = older[0] if older else 0
-        reason = f"{self.guard.bad_in_a_row} bad steps in a row up to {step}: back to {back_to}, without its batches"
+        reason = f"{guard.bad_in_a_row} bad steps in a row up to {step}: back to {back_to}, without its batches"
         self.leaving = Outcome("rolled_back", 0, reason, step)
         dist.barrier()  # nobody may still be looking for the checkpoint
         if dist.get_rank() == 0:
@@ -121,6 +108,17 @@ class ManagedRun:
         exit_record.record(
             self.folder, self.leaving or (default if code == 0 else Outcome("crash", code, f"exit {code}"))
         )
+
+
+def _keep_in_checkpoints(guard: Guard) -> None:
+    """Make the guard's state part of each checkpoint: a resumed run skips the steps that an undisturbed one skips."""
+
+    def load(path: Path) -> None:
+        if (path / GUARD_STATE).exists():
+            guard.load_state(json.loads((path / GUARD_STATE).read_text()))
+
+    checkpointing.extra_files[GUARD_STATE] = lambda: json.dumps(guard.state())
+    checkpointing.after_load.append(load)
 
 
 leans_on(
@@ -180,16 +178,21 @@ leans_on(
 )
 
 
-@replaces(
-    "megatron.core.optimizer.optimizer",
-    "ChainedOptimizer.get_grad_norm",
-    digest="fa0e04d3c439685c",
-    when=lambda args: _is_managed(args) and args.guard_sigmas is not None,
-    why="no comparison with NaN is true: as infinity it is above the guard's threshold",
-)
-def get_grad_norm(self) -> float:
-    norm = get_grad_norm.original(self)
-    return math.inf if math.isnan(norm) else norm
+def _replace_nan(module: str, optimizer: str, digest: str) -> None:
+    @replaces(
+        module,
+        f"{optimizer}.get_grad_norm",
+        digest=digest,
+        when=lambda args: _is_managed(args) and args.guard_sigmas is not None,
+        why="no comparison with NaN is true: as infinity it is above the guard's threshold",
+    )
+    def get_grad_norm(self) -> float:
+        norm = get_grad_norm.original(self)
+        return math.inf if math.isnan(norm) else norm
+
+
+_replace_nan("megatron.core.optimizer.optimizer", "ChainedOptimizer", digest="fa0e04d3c439685c")
+_replace_nan("megatron.core.optimizer.layer_wise_optimizer", "LayerWiseDistributedOptimizer", digest="ab5b07238ea0adf8")
 
 
 @replaces(
@@ -215,7 +218,7 @@ def train_step(forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: 
         if dist.get_rank() == 0:
             print(f"guard: step {step} skipped, gradient norm {norm:.4g} above {threshold:.4g}", flush=True)
         if guard.diverged:
-            run.roll_back(step)
+            run.roll_back(guard, step)
             save, leave, code = False, True, 0
     return run.note_exit((loss, skipped, save, leave, code, norm, *others))
 
