@@ -2,8 +2,8 @@
 
 The block returns hidden states and the shared K,V, because a later stage needs both.
 
-Megatron's `TransformerLayer` and its full recompute pass on two arguments to the attention untouched that YOCO has no
-other use for. Two things travel there, so that YOCO needs no layer class of its own:
+Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
+need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
 
     packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents
     attention_bias       the `SharedKVReader` (cross-decoder layers)
@@ -51,10 +51,8 @@ class YOCOBlock(MegatronModule):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         split_layer = config.num_self_decoder_layers
         backend = specs.backend_for(config)
-        self_spec, cross_spec = (
-            get_mixer(config.self_decoder).load("layer_spec")(backend),
-            specs.cross_decoder_layer(backend),
-        )
+        self_spec = get_mixer(config.self_decoder).load("layer_spec")(backend)
+        cross_spec = specs.cross_decoder_layer(backend)
         self_config = config.self_decoder_config()
 
         def build(index: int) -> TransformerLayer:
