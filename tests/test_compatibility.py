@@ -6,6 +6,7 @@ command lines and folders.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ PRINTED = 6e-4
 
 
 @pytest.fixture(scope="module", params=("gated_retention", "sliding_window"))
-def released(request) -> Path:
-    """Folder of one self-decoder."""
-    return RELEASE / request.param
+def released(request, tmp_path_factory) -> Path:
+    """A copy of the folder of one self-decoder, its exported model unpacked."""
+    folder = tmp_path_factory.mktemp("released") / request.param
+    shutil.copytree(RELEASE / request.param, folder)
+    shutil.unpack_archive(folder / "exported.tar.gz", folder, filter="data")
+    return folder
 
 
 def figures(released: Path) -> dict:

@@ -64,7 +64,7 @@ LEFT_OUT = {
     "layer_spec": lambda: build(tiny_config(self_decoder=TOY.name)),
     "init_law": lambda: build(tiny_config(self_decoder=TOY.name)),
     "received_bytes": lambda: received_bytes(shape_of(), 2),
-    "hf_module": lambda: config_fields.from_args(args_of()),
+    "tensors": lambda: config_fields.from_args(args_of()),
 }
 
 
@@ -97,5 +97,3 @@ def test_unknown_and_doubled_names():
 def test_exported_folders_know_the_same_mixers():
     """hf/ ships without this package, so it has a table of its own."""
     assert {mixer.name: mixer.hf_layer_type for mixer in BUILT_IN} == LAYER_TYPES
-    for mixer in BUILT_IN:
-        assert mixer.load("hf_module").__module__.startswith("yoco_megatron.hf")

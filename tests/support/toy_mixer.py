@@ -59,7 +59,6 @@ FIELDS = dict(
     tensors=None,
     fused=None,
     fused_norm=None,
-    hf_module=None,
     hf_layer_type=None,
     fla_type=None,
     cache_bytes=None,

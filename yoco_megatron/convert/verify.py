@@ -2,11 +2,11 @@
 
 A training checkpoint is run by the trainer's own model, an exported one by the code inside its folder, so that a
 mistake in tensor_names.py cannot hide on both sides. Where a whole model in fp32 does not fit into memory, both are run
-layer by layer through transformers' layers instead.
+layer by layer instead.
 """
 
 import gc
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,7 @@ from torch import Tensor, nn
 from yoco_megatron import runtime
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import Source, open_source
-from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.hf.modeling_yoco import (
-    YocoCrossAttention,
-    YocoForCausalLM,
-    YocoLayer,
-    YocoRMSNorm,
-    YocoRotaryEmbedding,
-    YocoSharedKV,
-)
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 # The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.
 TOLERANCE = 1e-4
@@ -101,42 +92,24 @@ def _by_ours(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> 
 
 @torch.no_grad()
 def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+    """The exported model's forward, in which each layer's weights are loaded when it runs and dropped afterwards."""
     source = open_source(kind, str(folder), iteration)
-    config, load = source.config, source.load
-    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = YocoForCausalLM(source.config).eval()
+    for rotary in (model.model.self_rotary, model.model.cross_rotary):
+        rotary.inv_freq = rotary.compute().cpu()
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if source.config.tie_word_embeddings else {}
 
-    def module(name: str, build: Callable[..., nn.Module], *args: Any) -> nn.Module:
-        """A part of the model, with its weights in fp32."""
-        with torch.device("meta"):
-            part = build(*args)
-        state = {key: load(f"{name}{key}").float() for key in part.state_dict()}
-        part.load_state_dict(state, assign=True)
-        return part
+    def load(path: str, module: nn.Module, *_: Any) -> None:
+        for name, _ in [*module.named_parameters(recurse=False)]:
+            whole = f"{path}.{name}"
+            setattr(module, name, nn.Parameter(source.load(tied.get(whole, whole)).float(), requires_grad=False))
 
-    length, split_layer = tokens.shape[1], config.num_self_decoder_layers
-    positions = torch.arange(length)[None]
-    x = load("model.embed_tokens.weight")[tokens].float()
-    if config.scale_embedding:
-        x = x * config.hidden_size**0.5
-    own = YocoRotaryEmbedding(config, config.self_decoder_head_dim)(positions)
-    cross = YocoRotaryEmbedding(config, config.head_dim)(positions)
-    distance = positions[0][:, None] - positions[0][None]
-    causal = torch.zeros(length, length).masked_fill(distance < 0, -torch.inf)
-    window = causal.masked_fill(distance >= (config.sliding_window or length), -torch.inf)
-    record = get_mixer(config.self_decoder)
-    mask = window[None, None] if record.hf_layer_type == "sliding_attention" else None
-    for index in range(split_layer):
-        name = tensor_names.layer_name(config, index)
-        x = module(name, _layer, config, record.load("hf_module"), index)(x, rotary=own, mask=mask)
-    k, v = module("model.shared_kv.", YocoSharedKV, config, split_layer)(x, cross)
-    for index in range(split_layer, config.num_hidden_layers):
-        name, mask = tensor_names.layer_name(config, index), causal[None, None]
-        # Without a name of its own: one layer is gone before the next is loaded.
-        x = module(name, _layer, config, YocoCrossAttention, index)(x, k, v, rotary=cross, mask=mask)
-    x = module("model.norm.", YocoRMSNorm, config.hidden_size, config.rms_norm_eps)(x)
-    head = load("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-    return torch.cat([x @ rows.float().T for rows in head.split(8192)], dim=-1).double()
+    def drop(module: nn.Module, *_: Any) -> None:
+        module.to("meta")
 
-
-def _layer(config: YocoConfig, mixer: type, index: int) -> YocoLayer:
-    return YocoLayer(config, mixer(config, index))
+    for path, module in model.named_modules():
+        if [*module.parameters(recurse=False)]:
+            module.register_forward_pre_hook(partial(load, path))
+            module.register_forward_hook(drop)
+    return model(tokens, use_cache=False).logits.double()

@@ -78,7 +78,6 @@ GATED_RETENTION = Mixer(
     tensors=tensors,
     fused=fused,
     fused_norm=None,
-    hf_module="yoco_megatron.hf.modeling_yoco:YocoGatedRetention",
     hf_layer_type="linear_attention",
     fla_type="gated_retention",
     cache_bytes=cache_bytes,

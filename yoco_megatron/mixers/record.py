@@ -82,10 +82,8 @@ class Mixer:
     """The same in a training checkpoint, without the output projection `linear_proj` (`o_proj`)."""
     fused_norm: str | None
     """The projection that the layer's norm is fused into in a training checkpoint; None: the norm stands apart."""
-    hf_module: str
-    """Path of the exported model's module, which hf/ keeps in a table of its own."""
     hf_layer_type: str
-    """What transformers calls the layer, which decides its cache and its attention mask."""
+    """What transformers calls the layer, which decides its cache and its attention mask; hf/ has a table of its own."""
     fla_type: str | None
     """`self_decoder_attn.type` in flash-linear-attention; None: there it does not exist."""
     cache_bytes: Callable[[Sizes, int], int]

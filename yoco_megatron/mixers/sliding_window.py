@@ -62,7 +62,6 @@ SLIDING_WINDOW = Mixer(
     tensors=tensors,
     fused=fused,
     fused_norm="linear_qkv",
-    hf_module="yoco_megatron.hf.modeling_yoco:YocoSlidingAttention",
     hf_layer_type="sliding_attention",
     fla_type=None,
     cache_bytes=cache_bytes,
