@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from yoco_megatron.checkpoint import integrity, pruning
 from yoco_megatron.checkpoint import layout as checkpoints
-from yoco_megatron.upstream.registry import leans_on, replaces
+from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.upstream.resumed_learning_rates import checkpoint_rates_while_loading
 
 extra_files: dict[str, Callable[[], str]] = {}
@@ -107,7 +107,7 @@ def save_checkpoint(*args: Any, **kwargs: Any) -> None:
         pruning.remove_surplus(options.save, options.keep_checkpoints, options.keep_every)
 
 
-leans_on(
+relies_on(
     "megatron.core.rerun_state_machine",
     "RerunStateMachine.validate_state_dict",
     digest="341641d6197fa2ea",

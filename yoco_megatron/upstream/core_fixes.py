@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from yoco_megatron.upstream.registry import leans_on, replaces
+from yoco_megatron.upstream.registry import relies_on, replaces
 
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 RANDOM = "megatron.core.tensor_parallel.random"
@@ -69,7 +69,7 @@ def load_state_dict(self, state_dict):
         state["step"] = state["step"].clone()
 
 
-leans_on(
+relies_on(
     OPTIMIZER,
     "DistributedOptimizer.state_dict",
     digest="b689e6bd27484901",
@@ -108,7 +108,7 @@ def init_without_fp8(self, fp8=False):
     self.fp8 = False
 
 
-leans_on(
+relies_on(
     RANDOM,
     "CheckpointWithoutOutputFunction.forward",
     digest="e1507b2496e59e78",
@@ -140,7 +140,7 @@ def sharded_param_state_fully_reshardable(self, *args, **kwargs):
             buffer.param_index_map = index_map
 
 
-leans_on(
+relies_on(
     OPTIMIZER,
     "DistributedOptimizer.get_parameter_state_dp_zero",
     digest="c87e8ab28bfd9cae",

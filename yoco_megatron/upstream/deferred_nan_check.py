@@ -14,9 +14,9 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
-from yoco_megatron.upstream.registry import leans_on
+from yoco_megatron.upstream.registry import relies_on
 
-leans_on(
+relies_on(
     "megatron.core.rerun_state_machine",
     "RerunStateMachine.validate_result",
     digest="db2d21eebbaa7a48",

@@ -1,6 +1,6 @@
-"""One list of everything of Megatron, torch and Transformer Engine that this package replaces or leans on.
+"""One list of everything of Megatron, torch and Transformer Engine that this package replaces or relies on.
 
-`@replaces` puts a function of ours in the place of one of theirs. `leans_on` names what we override, replace for one
+`@replaces` puts a function of ours in the place of one of theirs. `relies_on` names what we override, replace for one
 call, or call although it is private. Both keep a digest of the source that was read: tests/upstream/test_registry.py
 compares it with what is installed, so that a new version says what to read again (CONTRIBUTING.md).
 """
@@ -88,7 +88,7 @@ def replaces(
     return enter
 
 
-def leans_on(module: str, name: str, *, digest: str | None, used_by: str, why: str) -> None:
+def relies_on(module: str, name: str, *, digest: str | None, used_by: str, why: str) -> None:
     """Enter what is not replaced, or only for one call. `used_by`: our file, below yoco_megatron/."""
     dependencies.append(Dependency(module, name, digest, used_by, why))
 

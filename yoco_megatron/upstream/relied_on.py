@@ -1,125 +1,125 @@
 """Private names, and rules of theirs that ours repeats, in rooms that do not import this one."""
 
-from yoco_megatron.upstream.registry import leans_on
+from yoco_megatron.upstream.registry import relies_on
 
 P2P = "megatron.core.pipeline_parallel.p2p_communication"
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 GPT_DATASET = "megatron.core.datasets.gpt_dataset"
 LAYERS = "megatron.core.tensor_parallel.layers"
 
-leans_on(
+relies_on(
     P2P,
     "P2PCommunicator._communicate_shapes",
     digest="aacff087a3de7e60",
     used_by="parallel/pipeline/communicator.py",
     why="overridden: it is asked once for each exchange, and only with variable_seq_lengths",
 )
-leans_on(
+relies_on(
     P2P,
     "P2PCommunicator._communicate",
     digest="86a4daad959d42b6",
     used_by="parallel/pipeline/communicator.py",
     why="it takes the shapes to receive from _communicate_shapes, previous stage first",
 )
-leans_on(
+relies_on(
     SCHEDULES,
     "get_schedule_table",
     digest="d13139f549846699",
     used_by="parallel/pipeline/communicator.py",
     why="the order in which the interleaved schedule runs its model chunks",
 )
-leans_on(
+relies_on(
     SCHEDULES,
     "forward_backward_pipelining_with_interleaving",
     digest="6772d65b9d445527",
     used_by="parallel/pipeline/communicator.py",
     why="which receives it makes, in which order",
 )
-leans_on(
+relies_on(
     SCHEDULES,
     "forward_backward_pipelining_without_interleaving",
     digest="fef344ee2f907ec8",
     used_by="parallel/pipeline/communicator.py",
     why="which receives it makes, in which order",
 )
-leans_on(
+relies_on(
     "megatron.core.recompute",
     "checkpointed_forward",
     digest="eb7183da3aeb8cde",
     used_by="model/yoco_block.py",
     why="called with a stand-in that has what it reads of a TransformerBlock",
 )
-leans_on(
+relies_on(
     LAYERS,
     "VocabParallelEmbedding.forward",
     digest="b4307700452300a5",
     used_by="model/layers/embedding.py",
     why="overridden: on one rank, without deterministic mode, it is F.embedding",
 )
-leans_on(
+relies_on(
     LAYERS,
     "ColumnParallelLinear.forward",
     digest="9da4bdadf36a51df",
     used_by="model/layers/output_layer.py",
     why="overridden where there are labels: how it copies or gathers its input",
 )
-leans_on(
+relies_on(
     "megatron.core.distributed.distributed_data_parallel",
     "DistributedDataParallel._make_backward_post_hook",
     digest="5fd4c5923093b5f2",
     used_by="model/layers/main_grad.py",
     why="with `grad_added_to_main_grad` it ignores autograd's gradient of a parameter",
 )
-leans_on(
+relies_on(
     "megatron.core.models.gpt.gpt_model",
     "GPTModel._postprocess",
     digest="45150e7ea28dcb6a",
     used_by="model/builder.py",
     why="what it calls `output_processor` with, and that it does nothing to the loss that this returns",
 )
-leans_on(
+relies_on(
     "transformer_engine.pytorch.module.base",
     "TransformerEngineBaseModule.reset_parameters",
     digest=None,  # tests/gpu/test_training.py
     used_by="model/init.py",
     why="an FP8 parameter has its unrounded initial value as `_high_precision_init_val`",
 )
-leans_on(
+relies_on(
     GPT_DATASET,
     "GPTDataset.__getitem__",
     digest="bf99513ea441cc12",
     used_by="data/boundary_loss_mask.py",
     why="overridden: cu_seqlens and loss_mask of a sample",
 )
-leans_on(
+relies_on(
     GPT_DATASET,
     "GPTDataset._build_document_sample_shuffle_indices",
     digest="ac9659147421227d",
     used_by="data/plan.py",
     why="its rule of the last epoch is repeated there; data/boundary_loss_mask.py reads the indices that it makes",
 )
-leans_on(
+relies_on(
     GPT_DATASET,
     "GPTDataset._get_num_epochs",
     digest="b0284dc57e16152e",
     used_by="data/plan.py",
     why="its count of epochs is computed there without building an index",
 )
-leans_on(
+relies_on(
     "megatron.training.arguments",
     "add_megatron_arguments",
     digest=None,  # tests/upstream/test_core_fixes.py: its help text still fails
     used_by="startup/parser.py",
     why="a lone % in one help text makes --help fail: escaped there; read parser._actions and _option_string_actions",
 )
-leans_on(
+relies_on(
     "torch",
     "ops.aten._flash_attention_forward",
     digest=None,  # native; tests/gpu/test_inference.py
     used_by="inference/cache.py",
     why="its arguments, and the log-sum-exp among its results",
 )
-leans_on(
+relies_on(
     "megatron.core.optimizer.optimizer",
     "param_group_identifier_keys",
     digest=None,  # a tuple

@@ -29,7 +29,7 @@ from yoco_megatron.upstream import (
     checkpointing,
     training_loop,  # noqa: F401 (its get_forward_backward_func must be entered before ours, which wraps it)
 )
-from yoco_megatron.upstream.registry import leans_on, replaces
+from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.files import write_json
 
 GUARD_STATE = "guard.json"
@@ -121,7 +121,7 @@ def _keep_in_checkpoints(guard: Guard) -> None:
     checkpointing.after_load.append(load)
 
 
-leans_on(
+relies_on(
     "megatron.core.rerun_state_machine",
     "RerunStateMachine.should_checkpoint_and_exit",
     digest="f6e17a309cb26c45",
@@ -169,7 +169,7 @@ def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> None:
         save_checkpoint_and_time.original(*args, **kwargs)
 
 
-leans_on(
+relies_on(
     "megatron.core.optimizer.optimizer",
     "ChainedOptimizer.step",
     digest="f723f020ea4e32d5",
@@ -223,7 +223,7 @@ def train_step(forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: 
     return run.note_exit((loss, skipped, save, leave, code, norm, *others))
 
 
-leans_on(
+relies_on(
     "megatron.training.dist_signal_handler",
     "DistributedSignalHandler.signals_received",
     digest="4885ae00eac5fe5d",

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.safe_unpickling import load_fp8_state, load_metadata
-from yoco_megatron.upstream.registry import leans_on, replaces
+from yoco_megatron.upstream.registry import relies_on, replaces
 
 loads_safely = functools.partial(replaces, in_every_process=True)
 
@@ -28,7 +28,7 @@ loads_safely(
     digest=None,
     why="a checkpoint's `.metadata` is unpickled without restraint: it may only name classes that such a file needs",
 )(_pickle_with(load=load_metadata))
-leans_on(
+relies_on(
     "torch.distributed.checkpoint.filesystem",
     "FileSystemReader.read_metadata",
     digest="03bb3f8561a7c4b4",
