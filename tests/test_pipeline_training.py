@@ -12,7 +12,7 @@ from support.cli import TINY, Log, train
 TEN = ("--train-iters", "10")
 LOSS = 2e-6
 PP2 = ("--pipeline-model-parallel-size", "2")
-# Ranks, flags: cuts by the planner, by hand with the border inside a stage, interleaved, with TP and SP.
+# Ranks, flags: cuts by the planner, by hand with both decoders on one stage, interleaved, with TP and SP.
 MESHES = {
     "PP2 planned": (2, PP2),
     "PP2 by hand": (2, (*PP2, "--pipeline-model-parallel-layout", "Et|tttL")),

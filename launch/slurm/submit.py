@@ -4,7 +4,7 @@
         --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml --data-path DATA_text_document ...
 
 Every flag that is not listed here goes to pretrain_yoco.py. The job saves before its time limit, requeues itself and
-goes on; docs/resilience.md says what happens when. Submitting the same run folder again continues the run.
+resumes; docs/resilience.md says what happens when. Submitting the same run folder again continues the run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ GPUS = ("ampere", "hopper", "blackwell", "none")
 # Settings that are mappings, and what their values may be.
 SCALAR = str | int | float
 MAPPINGS = {"sbatch": SCALAR | None, "container": str, "preflight": SCALAR, "env": SCALAR}
-OF_FLAGS = {"nodes", "time"}  # options of sbatch that this script has, and reckons with
+OF_FLAGS = {"nodes", "time"}  # options of sbatch that are flags of this script, which reads them
 CONTAINER_KEYS = {"image", "mounts"}
 LAUNCHERS = ("srun", "torchrun")
 

@@ -155,7 +155,7 @@ def pipelined(layout: str, num_microbatches: int) -> dict:
 
 
 def test_once_for_each_stage_and_micro_batch() -> None:
-    """Stages: self-decoder; the rest of it and the border; cross-decoder; cross-decoder. float32."""
+    """Stages: self-decoder; the rest of it and cross-decoder layers; cross-decoder; cross-decoder. float32."""
     number = 3
     shared_kv = SEQ // 2 * MICRO_BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * 4
     results = run_world(8, pipelined, "Ett|ttt|t|ttL", number, pp=4, cp=2)

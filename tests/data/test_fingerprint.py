@@ -147,5 +147,5 @@ def test_masking_ends_that_the_data_do_not_have_is_refused(tmp_path: Path) -> No
                 fingerprint.check_tokenizer(args)
         else:
             fingerprint.check_tokenizer(args)
-    args.dataloader_inter_document_masking = True  # borders are known without a token
+    args.dataloader_inter_document_masking = True  # boundaries are known without a token
     fingerprint.check_tokenizer(args)

@@ -1,4 +1,4 @@
-"""What each repair repairs is still broken upstream, and repaired here; once it is not broken, the repair can go."""
+"""Repairs that show at once: what they repair is still broken upstream, and works here; else the repair can go."""
 
 import argparse
 import inspect

@@ -70,7 +70,7 @@ def _refusal(what: str, module: str, name: str) -> ValueError:
         f"--load: the checkpoint's {what} names {module}.{name}, which no checkpoint needs and which could run code: "
         "do not trust this folder"
     )
-    logger.error(message)  # torch's loader goes on without metadata and then says only that there is none
+    logger.error(message)  # torch's loader continues without metadata, and its error says only that there is none
     return ValueError(message)
 
 

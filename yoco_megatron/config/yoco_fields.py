@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass
 class YOCOFields:
-    """The model's own switches; everything else is a Megatron flag. Defaults are the paper's."""
+    """The model's own switches; everything else is a Megatron flag."""
 
     architecture: Literal["yoco", "transformer"] = "yoco"
     """yoco: self-decoder, one shared K,V, cross-decoder. transformer: the Llama-style baseline, Megatron's own GPT."""

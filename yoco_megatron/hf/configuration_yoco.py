@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 # transformers' cache knows closed names of layer kinds; a retention layer is one with a recurrent state.
 LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
 
-# None is what a size is that follows from others: it may be given, and is never read.
+# Type of a size whose default follows from other sizes: None may be passed in, and is replaced when the config is made.
 if TYPE_CHECKING:
     NotGiven = Any
 else:

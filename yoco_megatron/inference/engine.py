@@ -1,6 +1,6 @@
 """Decoding limited by memory bandwidth: a prompt in chunks, then one CUDA graph replay per token.
 
-    engine = Engine(model, batch=4, max_length=1_050_000)
+    engine = Engine(model, max_length=1_050_000)
     logits = engine.prefill(ids)                    # [b, vocabulary]
     logits = engine.step(logits.argmax(-1))         # and again
 

@@ -1,8 +1,4 @@
-"""`YOCOConfig`: Megatron's `TransformerConfig` plus what a YOCO model adds (arXiv 2405.05254).
-
-Field names are flag names: `self_decoder_heads` is `--self-decoder-heads` on the command line and in a YAML config.
-Defaults are the paper's; every deviation from it is a switch here.
-"""
+"""`YOCOConfig`: Megatron's `TransformerConfig` plus what a YOCO model adds (arXiv 2405.05254)."""
 
 import copy
 from dataclasses import dataclass

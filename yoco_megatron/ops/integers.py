@@ -1,4 +1,4 @@
-"""Whole numbers for launches. Triton's own functions of these names serve kernels, too, for which the host pays."""
+"""Integers for launch grids; Triton's own functions of these names are slower on the host."""
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,7 +1,7 @@
 """The machine Megatron runs on: a real GPU, or the CPU stand-in that lets all of Megatron run without one.
 
-`startup.prepare` installs the stand-ins of `runtime.cpu` where there is no GPU. Only this package and `parallel/` may
-ask which device they are on.
+`startup.prepare` installs the stand-ins of `runtime.cpu` where there is no GPU. Who must know whether there is one asks
+here, because `torch.cuda` then says yes.
 """
 
 import functools

@@ -5,7 +5,7 @@
    output arrives. Autograd is not involved: the operation that made the input must not need its own output, as SwiGLU
    does not.
 2. `AttentionOutputStore` (--keep-cross-attention). Full activation recompute that stores cross-attention outputs: in
-   the second pass of a checkpointed layer the attention is not computed again.
+   the second pass of a checkpointed layer the attention is not recomputed.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """Where to cut a YOCO into pipeline stages, so that the slowest stage is as fast as possible.
 
-Layers of the two halves do not cost the same: a retention layer has a fifth matrix, a cross-decoder layer's attention
-grows with the sequence, the projection to the shared K,V and the head belong to one stage each. The planner turns FLOPs
-into time with the rates below and finds contiguous cuts.
+Layers of the two halves do not cost the same. `costs.stage_time` estimates the seconds of each part; the planner finds
+contiguous cuts.
 """
 
 from collections.abc import Callable, Iterator
