@@ -21,11 +21,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/make_env.sh
 demo: env ## train a small YOCO on real text, CPU is enough; about five minutes; result in runs/demo
 	launch/demo.sh runs/demo
 
+# Three workers, as some tests wait; the longest files first, as tests/conftest.py orders them.
 test: env ## every test that needs no GPU
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: env ## the tests that take seconds
-	$(PYTEST) -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-gpu: ## GPU tests, with the Python that has torch, Transformer Engine and pytest-xdist (PYTHON=python3 make test-gpu)
 	$(PYTEST) -rs -v -n 8 --dist loadgroup tests/gpu

@@ -16,8 +16,27 @@ import pytest
 import torch
 from support.disks import small_disk
 
+# The longest files, which start first (make test): one of them at the end would leave the other workers idle.
+LONG = (
+    "launch/test_slurm.py",  # waits for most of its time
+    "test_meshes.py",
+    "test_survival.py",
+    "test_sequences.py",
+    "test_resume.py",
+    "test_pipeline_training.py",
+    "parallel/test_context_parallel_kernels.py",
+    "launch/test_status_and_local.py",
+    "convert/test_convert.py",
+    "convert/test_convert_memory.py",
+    "hf/test_folder.py",
+    "corpus/test_preprocess_resume.py",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / file: index for index, file in enumerate(LONG)}
+    assert all(path.exists() for path in place)
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
     for item in items:
         if item.get_closest_marker("gpu") and not runtime.has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))

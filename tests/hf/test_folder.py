@@ -45,6 +45,8 @@ if options:
     assert getattr(weight, "to_local", lambda: weight)().shape[0] == 16, weight.shape
 if os.environ.get("RANK", "0") == "0":
     torch.save((logits, generated), sys.argv[2] + f"/result.{len(sys.argv)}.pt")
+if torch.distributed.is_initialized():  # else its threads may abort the process at its end
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -3,6 +3,8 @@
 float32, sums in another order: 2e-5.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from support.pipeline import pipeline_step
 from support.worlds import run_world
 
 pytest.importorskip("triton")
+SMALL = dict(num_layers=4, self_decoder="gated_retention")
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 # name -> (ranks, packed documents, config)
 CASES = {
@@ -33,16 +36,17 @@ if INTERPRETED:
     from yoco_megatron.ops.gated_retention import triton as triton_ops
     from yoco_megatron.ops.gated_retention.chunk_state import state_gradient, state_update
 
+    @cache
+    def reference(documents: bool) -> dict[str, torch.Tensor]:
+        torch_ops = SMALL | dict(retention_backend="torch")
+        return run_world(1, pipeline_step, torch_ops, None, False, 1, False, documents)[0]
+
     @pytest.mark.parametrize("case", CASES)
     def test_equals_one_process_in_torch(case: str) -> None:
         ranks, documents, overrides = CASES[case]
-        small = dict(num_layers=4, self_decoder="gated_retention")
-        reference = run_world(
-            1, pipeline_step, small | dict(retention_backend="torch"), None, False, 1, False, documents
-        )
-        kernels = small | overrides | dict(retention_backend="triton")
+        kernels = SMALL | overrides | dict(retention_backend="triton")
         for result in run_world(ranks, pipeline_step, kernels, None, False, 1, False, documents, cp=ranks):
-            for name, value in reference[0].items():
+            for name, value in reference(documents).items():
                 error = relative_error(result[name], value)
                 assert error < 2e-5, f"{name}: relative error {error:.1e}"
 
