@@ -1,20 +1,10 @@
 """Memory of the fullest GPU, estimated from flags."""
 
 import pytest
-from support.cli import TINY
+from support.cli import parsed
 
 from yoco_megatron.costs import memory
 from yoco_megatron.costs.shape import ModelShape, parameter_count
-from yoco_megatron.startup import arguments
-from yoco_megatron.startup.defaults import fill_in_padded_vocab_size
-
-FLAGS = [*TINY, "--save-interval", "10"]
-
-
-def parsed(processes: int, *flags: str):
-    args = arguments.parse([*FLAGS, *flags], processes)
-    fill_in_padded_vocab_size(args)
-    return args
 
 
 @pytest.mark.parametrize(

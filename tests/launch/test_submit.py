@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cli import TINY
+from support.cli import TINY, parsed
 
 from yoco_megatron.resilience.launch_environment import launch_environment
-from yoco_megatron.startup import arguments
-from yoco_megatron.startup.defaults import fill_in_padded_vocab_size
 
 ROOT = Path(__file__).parents[2]
 SUBMIT = ROOT / "launch/slurm/submit.py"
@@ -27,12 +25,6 @@ def submit(*words: str, nodes: int = 1, cluster: str = "cpu") -> subprocess.Comp
     command = [sys.executable, str(SUBMIT), "--run-folder", "/nowhere/run", "--time", "1:00:00", "--dry-run"]
     command += ["--nodes", str(nodes), "--cluster", str(ROOT / f"configs/cluster/{cluster}.yaml"), *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "0"})
-
-
-def parsed(processes: int, *flags: str):
-    args = arguments.parse([*FLAGS, *flags], processes)
-    fill_in_padded_vocab_size(args)
-    return args
 
 
 def test_environment_by_generation_and_mode():

@@ -4,7 +4,7 @@ import math
 from dataclasses import fields, replace
 
 import pytest
-from support.cli import TINY, train
+from support.cli import parsed, train
 from support.models import build, tiny_config
 from support.toy_mixer import FIELDS, TOY, main
 
@@ -16,17 +16,13 @@ from yoco_megatron.costs.stage_time import part_seconds
 from yoco_megatron.costs.traffic import received_bytes
 from yoco_megatron.hf.configuration_yoco import LAYER_TYPES
 from yoco_megatron.mixers import BUILT_IN, GATED_RETENTION, MIXERS, Mixer, get_mixer, register
-from yoco_megatron.startup import arguments
-from yoco_megatron.startup.defaults import fill_in_padded_vocab_size
 
 TOY_FLAGS = ["--self-decoder", TOY.name, "--save-interval", "10"]
 TOLERANCE = 2e-5  # other orders of summation, over ten steps of Adam
 
 
 def args_of(*flags: str, processes: int = 1):
-    args = arguments.parse([*TINY, *TOY_FLAGS, *flags], processes)
-    fill_in_padded_vocab_size(args)
-    return args
+    return parsed(processes, "--self-decoder", TOY.name, *flags)
 
 
 def shape_of(*flags: str) -> ModelShape:
@@ -62,6 +58,7 @@ LEFT_OUT = {
     "flop_rate": lambda: args_of("--pipeline-model-parallel-size", "2", processes=2),
     "recomputed_values": lambda: gpu_memory(args_of("--recompute-elementwise")),
     "layer_spec": lambda: build(tiny_config(self_decoder=TOY.name)),
+    "init_name": lambda: build(tiny_config(self_decoder=TOY.name)),
     "init_law": lambda: build(tiny_config(self_decoder=TOY.name)),
     "received_bytes": lambda: received_bytes(shape_of(), 2),
     "tensors": lambda: config_fields.from_args(args_of()),

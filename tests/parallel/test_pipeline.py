@@ -95,7 +95,7 @@ def check(mesh: str, kind: str, tied: bool, one_process) -> None:
 def test_pipeline_equals_one_process(mesh: str, one_process) -> None:
     """Each cut with one self-decoder and one kind of head; the slow test below has all."""
     index = list(QUICK).index(mesh)
-    check(mesh, SELF_DECODERS[index % 2], tied=index % 3 != 1, one_process=one_process)
+    check(mesh, SELF_DECODERS[index % len(SELF_DECODERS)], tied=index % 3 != 1, one_process=one_process)
 
 
 @pytest.mark.slow

@@ -14,12 +14,6 @@ SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 MINIMAL = [*SIZES.split(), "--mock-data"]
 
 
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-
-
 def test_checks_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = ["--run-folder", str(tmp_path / "run"), "--guard-sigmas", "5", "--load", str(tmp_path), "--no-load-optim"]

@@ -11,12 +11,6 @@ SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 MINIMAL = [*SIZES.split(), "--mock-data"]
 
 
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-
-
 def test_defaults_are_the_papers():
     args = arguments.parse(MINIMAL)
     args.params_dtype = torch.float32

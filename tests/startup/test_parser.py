@@ -11,12 +11,6 @@ SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 MINIMAL = [*SIZES.split(), "--mock-data"]
 
 
-@pytest.fixture(autouse=True)
-def world(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-
-
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.yaml"

@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,15 @@ TINY = shlex.split("""
 --weight-decay 0.1 --clip-grad 1.0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
 --log-interval 1 --eval-iters 2 --eval-interval 100
 """)
+
+
+def parsed(processes: int, *flags: str) -> Namespace:
+    """TINY's arguments and `flags`, as the first of so many processes parses them, the vocabulary known."""
+    from yoco_megatron.startup import arguments, defaults
+
+    args = arguments.parse([*TINY, "--save-interval", "10", *flags], processes)
+    defaults.fill_in_padded_vocab_size(args)
+    return args
 
 
 @dataclass(frozen=True)

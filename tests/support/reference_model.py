@@ -160,6 +160,7 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
             parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
             matrices = dict(zip(("q", "k", "v", "gate"), parts)) | {"decay": state[f"{mixer}linear_decay.weight"]}
         else:
+            assert sizes.self_decoder == "sliding_window", "write the reference of this mixer here"
             queries = sizes.self_heads // sizes.self_groups
             parts = split(state[f"{mixer}linear_qkv.weight"], sizes.self_groups, [queries, 1, 1])
             matrices = dict(zip("qkv", parts))

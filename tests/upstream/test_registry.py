@@ -52,10 +52,10 @@ def digest_of(entry: registry.Replacement | registry.Dependency) -> str:
 
 @pytest.mark.parametrize("entry", [entry for entry in [*REPLACED, *RELIED_ON] if entry.digest is not None], ids=name_of)
 def test_upstream_is_what_was_read(entry: registry.Replacement | registry.Dependency) -> None:
-    file = entry.used_by if isinstance(entry, registry.Dependency) else f"upstream/{entry.ours.__module__}"
+    ours = entry.used_by if isinstance(entry, registry.Dependency) else inspect.getfile(entry.ours)
     found = digest_of(entry)
     assert found == entry.digest, (
-        f"{entry.module}: {entry.name} has changed. Read it. Decide whether yoco_megatron/{file} is still right and "
+        f"{entry.module}: {entry.name} has changed. Read it. Decide whether {ours} is still right and "
         f"needed ({entry.why}), run its tests, then write the new digest {found!r} into its entry"
     )
 

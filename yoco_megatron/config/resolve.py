@@ -56,6 +56,8 @@ def resolved(args: Namespace) -> Namespace:
     if not args.group_query_attention:  # Megatron's own default for the groups is 1, which then means nothing
         flags.num_query_groups = None
     resolve_model(flags)
+    if args.architecture == "yoco":
+        flags.self_decoder_head_dim = flags.hidden_size // max(1, flags.self_decoder_heads)
     return flags
 
 

@@ -1,11 +1,9 @@
 """The README.md of an exported model."""
 
-import math
-
-from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.convert.readers import Source
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.costs.memory import cache_bytes
+from yoco_megatron.costs.shape import parameter_count
 
 CARD = """---
 library_name: transformers
@@ -39,14 +37,15 @@ length. Prompts are prefilled without the cross-decoder.
 def model_card(source: Source, dtype: str) -> str:
     """Markdown: what the model is, how it was trained as far as the source says, how to load it."""
     config, facts = source.config, source.facts
-    count = sum(math.prod(shape) for shape in tensor_names.shapes(config).values())
     width = 2 if dtype in ("bfloat16", "float16") else 4
-    mixer, shape = get_mixer(config.self_decoder), sizes(config)
+    shape = sizes(config)
+    count = sum(parameter_count(shape).values())
+    per_token, fixed = cache_bytes(shape, width)
     split = f"{config.num_self_decoder_layers} + {config.num_hidden_layers - config.num_self_decoder_layers}"
     rows = {
         "parameters": f"{count:,} ({dtype})",
         "layers": f"{split} (self-decoder + cross-decoder)",
-        "self-decoder": mixer.description(shape),
+        "self-decoder": shape.mixer.description(shape),
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
         "self-decoder heads": str(config.self_decoder_heads),
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
@@ -63,7 +62,7 @@ def model_card(source: Source, dtype: str) -> str:
         title=f"YOCO {count / 1e9:.2g}B" if count >= 1e9 else f"YOCO {count / 1e6:.3g}M",
         kind={"megatron": "training"}.get(source.kind, source.kind),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        per_token=2 * config.num_key_value_heads * config.head_dim * width,
-        fixed=config.num_self_decoder_layers * mixer.cache_bytes(shape, width),
-        what=mixer.cache,
+        per_token=per_token,
+        fixed=fixed,
+        what=shape.mixer.require("cache"),
     )

@@ -126,11 +126,15 @@ class TrainingTensors:
     def __init__(self, folder: Path) -> None:
         from torch.distributed.checkpoint import FileSystemReader
 
+        class ReaderOfOneMetadata(FileSystemReader):
+            """Reads `.metadata` once, not for each tensor."""
+
+            read_metadata = functools.cache(FileSystemReader.read_metadata)
+
         safe_unpickling.check_installed()
         self.folder = folder
-        self.reader = FileSystemReader(folder)
+        self.reader = ReaderOfOneMetadata(folder)
         self.metadata = self.reader.read_metadata()
-        self.reader.read_metadata = lambda *_, **__: self.metadata  # type: ignore[method-assign]  # once, not per tensor
         for info in self.metadata.storage_data.values():
             file = folder / info.relative_path
             _require(file.exists(), f"{file} is missing: copy the checkpoint again")

@@ -101,7 +101,7 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if source.config.tie_word_embeddings else {}
 
     def load(path: str, module: nn.Module, *_: Any) -> None:
-        for name, _ in [*module.named_parameters(recurse=False)]:
+        for name in [name for name, _ in module.named_parameters(recurse=False)]:
             whole = f"{path}.{name}"
             setattr(module, name, nn.Parameter(source.load(tied.get(whole, whole)).float(), requires_grad=False))
 

@@ -17,6 +17,12 @@ gather the shared K,V again.
 from yoco_megatron.costs.shape import ModelShape
 
 
+def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, with_kv: bool) -> int:
+    """Of the tensor that enters a pipeline stage: hidden states and, once it exists, the shared K,V."""
+    kv = 2 * shape.num_query_groups * shape.kv_channels if with_kv else 0
+    return tokens * (shape.hidden_size + kv) * bytes_per_value
+
+
 def received_bytes(
     shape: ModelShape, ranks: int, micro_batch_size: int = 1, bytes_per_value: int = 2, recompute: bool = False
 ) -> dict[str, float]:

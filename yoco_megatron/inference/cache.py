@@ -269,7 +269,11 @@ class BlockCache:
     def _layer(self, kind: str, config: Any) -> Any:
         if kind == "linear_attention":
             return RetentionState()
-        return WindowKV(self, config.sliding_window) if kind == "sliding_attention" else GlobalKV(self)
+        if kind == "sliding_attention":
+            return WindowKV(self, config.sliding_window)
+        if kind == "full_attention":
+            return GlobalKV(self)
+        raise ValueError(f"layer_types: {kind} is unknown to the engine")
 
     # -- the interface that models call
 

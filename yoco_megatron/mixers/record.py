@@ -50,7 +50,7 @@ class Mixer:
     """Value of --self-decoder."""
 
     check: Callable[[Sizes], None]
-    """Rules of its own sizes: raises ValueError that names the flag."""
+    """Rules of its own sizes, without `seq_length`: raises ValueError that names the flag."""
 
     # The model.
     layer_spec: str

@@ -59,7 +59,7 @@ def yoco_law(config: TransformerConfig) -> LawOf:
             return normal(shape[1] ** -0.5)
         own = None
         place = re.search(r"layers\.(\d+)\.(\w+)\.(.+)", name)
-        if mixer and place and int(place[1]) < num_self and place[2] == mixer.init_name:
+        if mixer and place and int(place[1]) < num_self and place[2] == mixer.require("init_name"):
             own = mixer_law(place[3], shape)
         return own or (uniform(shape[1] ** -0.5) if len(shape) == 2 else None)
 
@@ -111,7 +111,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             index = modules[".".join(parts[: at + 2])].layer_number - 1
             parts[at + 1] = str(index)
             if index < num_self and parts[at + 2] == "self_attention":
-                parts[at + 2] = get_mixer(config.self_decoder).init_name
+                parts[at + 2] = get_mixer(config.self_decoder).require("init_name")
         # A tied head on a stage of its own is a copy of the embedding.
         copied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
         yield "embedding.word_embeddings.weight" if copied else ".".join(parts), param

@@ -41,10 +41,15 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         """Layers that read the shared K,V."""
         return self.num_layers - self.num_self_decoder_layers
 
+    @property
+    def self_decoder_head_dim(self) -> int:
+        """Width of one self-decoder head."""
+        return self.hidden_size // self.self_decoder_heads
+
     def self_decoder_config(self) -> "YOCOConfig":
         """The same config with the self-decoder's heads in Megatron's own fields."""
         config = copy.copy(self)
         config.num_attention_heads = self.self_decoder_heads
         config.num_query_groups = self.self_decoder_query_groups
-        config.kv_channels = self.hidden_size // self.self_decoder_heads
+        config.kv_channels = self.self_decoder_head_dim
         return config

@@ -65,7 +65,7 @@ class YOCOModel(LanguageModule):
             )
             if can_accumulate_in_place(config, share_embeddings_and_output_weights):
                 GradAccumulatingEmbedding.convert(self.embedding.word_embeddings)
-        self_head_dim = config.hidden_size // config.self_decoder_heads
+        self_head_dim = config.self_decoder_head_dim
         self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base)
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
         self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)

@@ -16,10 +16,8 @@ from pathlib import Path
 from yoco_megatron.resilience import run_folder
 from yoco_megatron.utils.files import write_json
 
-FINISHED = 0
 USER_ERROR = 2
 RERUN_TO_DISAMBIGUATE = 16  # megatron/core/rerun_state_machine.py: rerun the step to see if the error is persistent
-RERUN_FAILED = 17  # same file: this hardware computes wrong results
 STORAGE = 74  # sysexits' EX_IOERR
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}

@@ -126,3 +126,31 @@ relies_on(
     used_by="upstream/resumed_learning_rates.py",
     why="a checkpoint's parameter groups are found by their learning rates, among other things",
 )
+relies_on(
+    "torch",
+    "ops.aten._scaled_dot_product_cudnn_attention",
+    digest=None,  # native, as its backward and the flash ones; tests/gpu/test_context_parallel.py
+    used_by="ops/attention/partial.py",
+    why="its arguments, and the log-sum-exp and random state among its results",
+)
+relies_on(
+    "megatron.core.optimizer_param_scheduler",
+    "OptimizerParamScheduler.load_state_dict",
+    digest="40a354ce90a48fdd",
+    used_by="startup/resume_schedule.py",
+    why="which of its values must agree with the checkpoint's, and how it counts lengths: compared before the start",
+)
+relies_on(
+    "torch.distributed.checkpoint.default_planner",
+    "DefaultSavePlanner.resolve_data",
+    digest="7cfc7303c2abfcb0",
+    used_by="convert/writers.py",
+    why="overridden: it is asked for each tensor right before its bytes are written",
+)
+relies_on(
+    "torch.distributed.checkpoint.filesystem",
+    "FileSystemReader.read_metadata",
+    digest="03bb3f8561a7c4b4",
+    used_by="convert/readers.py",
+    why="overridden: read once, not for each tensor",
+)

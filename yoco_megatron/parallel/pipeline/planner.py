@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Seconds, stage_gflop, stage_parameters, stage_seconds
+from yoco_megatron.costs.traffic import boundary_bytes
 from yoco_megatron.parallel.pipeline.stages import Stage, StagePlan
 from yoco_megatron.utils.errors import require
 
@@ -110,13 +111,11 @@ def table(
     parts = plan.parts()
     times = [stage_seconds(held, seconds) for held in parts]
     idle = bubbles(times, ranks, num_microbatches)
-    kv_width = 2 * shape.num_query_groups * shape.kv_channels
     tokens = micro_batch_size * shape.seq_length
 
     def megabytes(g: int) -> float:
         """Of the tensor that enters stage g."""
-        width = shape.hidden_size + kv_width * plan.kv_arrives(g)
-        return tokens * width * bytes_per_value / 1e6 if 0 < g < plan.count else 0.0
+        return boundary_bytes(shape, tokens, bytes_per_value, plan.kv_arrives(g)) / 1e6 if 0 < g < plan.count else 0.0
 
     lines = [
         f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "
