@@ -45,7 +45,7 @@ PATHS = {
 }
 LONG = {"plain": {}, "all but attention": STORED_ATTENTION}
 FP8_RECIPES = ("delayed", "tensorwise")
-CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS[kind]]
+CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS.get(kind, [7])]
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 
 

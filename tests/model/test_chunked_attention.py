@@ -27,5 +27,6 @@ def test_a_whole_sequence_is_not_cut(kind: str, monkeypatch: pytest.MonkeyPatch)
         if isinstance(module, ChunkedAttention):
             module.core_attention.register_forward_hook(lambda _, args, out: of_kernels.append((args[0], out)))
     model(torch.zeros(2, 9, dtype=torch.long))
-    assert len(of_layers) == (2 if kind == "gated_retention" else 4)
+    attentions = sum(isinstance(module, ChunkedAttention) for module in model.modules())
+    assert len(of_layers) == attentions >= 2
     assert [(id(q), id(out)) for q, out in of_kernels] == [(id(q), id(out)) for q, out in of_layers]

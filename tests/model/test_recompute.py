@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.models import SELF_DECODERS, VOCAB, build, relative_error, tiny_config, train_step
 
+from yoco_megatron.mixers import get_mixer
 from yoco_megatron.model.layers.recompute import recompute_in_backward
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -71,8 +72,8 @@ def saved_values(kind: str, **overrides: object) -> int:
 def test_recomputed_values_are_not_saved(kind: str) -> None:
     config = tiny_config()
     difference = saved_values(kind) - saved_values(kind, recompute_elementwise=True)
-    retention = config.hidden_size * config.num_self_decoder_layers if kind == "gated_retention" else 0
-    assert difference == config.num_layers * config.ffn_hidden_size + retention
+    mixers = get_mixer(kind).recomputed_values(config) * config.num_self_decoder_layers
+    assert difference == config.num_layers * config.ffn_hidden_size + mixers
 
 
 def test_with_full_recompute_and_with_mlp_chunks() -> None:

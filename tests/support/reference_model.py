@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yoco_megatron.mixers import get_mixer
+
 Weights = Mapping[str, Tensor]
 
 
@@ -148,7 +150,10 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     w["kv.k"], w["kv.v"] = split(state["decoder.shared_kv.linear_kv.weight"], sizes.groups, [1, 1])
     for layer in range(sizes.num_layers):
         ours = f"decoder.layers.{layer}."
-        mixer = f"{ours}retention." if f"{ours}retention.linear_proj.weight" in state else f"{ours}self_attention."
+        own_name = (
+            get_mixer(sizes.self_decoder).init_name if layer < sizes.num_self_decoder_layers else "self_attention"
+        )
+        mixer = f"{ours}{own_name}."
         w[f"{layer}.norm"] = state[f"{ours}input_layernorm.weight"]
         w[f"{layer}.ffn_norm"] = state[f"{ours}pre_mlp_layernorm.weight"]
         w[f"{layer}.a"], w[f"{layer}.b"] = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)

@@ -185,7 +185,7 @@ def check_mesh(args: Namespace) -> None:
         "transformer_engine, or use --sequence-parallel with --tensor-model-parallel-size",
     )
     if cp > 1 and args.architecture == "yoco":
-        get_mixer(args.self_decoder).require("received_bytes")
+        get_mixer(args.self_decoder).require("received_bytes", f"--context-parallel-size {cp}")
     if args.seq_length is not None:
         if cp > 1:
             two_chunks = "each rank holds two chunks of it"
@@ -252,6 +252,10 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
             )
         return
     check_cuda_graphs(args, parser)
+    require(
+        not args.dataloader_inter_document_masking or get_mixer(args.self_decoder).separates_documents is True,
+        f"--dataloader-inter-document-masking is not built for --self-decoder {args.self_decoder}: use only one",
+    )
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, instead in IGNORED_BY_YOCO.items():
         if hasattr(args, dest):

@@ -49,7 +49,7 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
         f"--architecture {args.architecture}: only YOCO models can be converted; a Transformer baseline is Megatron's "
         "own GPT, for which Megatron Bridge has converters",
     )
-    get_mixer(args.self_decoder).require("tensors")
+    get_mixer(args.self_decoder).require("tensors", "conversion")
     values = vars(resolved(args))
     fields = {ours: values[theirs] for ours, theirs in SAME.items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)

@@ -70,6 +70,7 @@ GATED_RETENTION = Mixer(
     layer_spec="yoco_megatron.model.self_decoder.gated_retention:layer_spec",
     init_law="yoco_megatron.model.self_decoder.gated_retention:init_law",
     init_name="retention",
+    separates_documents=True,
     matmul_parameters=matmul_parameters,
     mixing_flops=mixing_flops,
     flop_rate=flop_rate,

@@ -5,7 +5,7 @@ Every field must be given. None says that a part is not built; whoever asks for 
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, Protocol
 
 Shape = tuple[int, ...]
@@ -58,9 +58,12 @@ class Mixer:
     (hidden_states [s, b, h], rotary_pos_emb=angles, packed_seq_params=SequenceShard)."""
     init_law: str
     """Path of `law(name, shape) -> model.init.Law | None` of a parameter by its name inside the mixer and its whole
-    shape [out, in]; None: the law of every other matrix."""
+    shape, [out, in] for matrices; None: the law of every other matrix; what is no matrix must have one."""
     init_name: str
     """What initialisation calls the mixer in a parameter's global name, from which its random numbers come."""
+
+    separates_documents: bool
+    """Nothing of a packed document reaches another one (`SequenceShard.folded_document_ids`)."""
 
     # Costs of one layer; projections are counted apart from what mixes tokens.
     matmul_parameters: Callable[[Sizes], int]
@@ -98,11 +101,11 @@ class Mixer:
             if getattr(self, field.name) is None and field.name not in ("fused_norm", "fla_type"):
                 object.__setattr__(self, field.name, _NotBuilt(self.name, field.name))
 
-    def require(self, field: str) -> Any:
-        """The value of `field`. Raises ValueError where the record has none."""
+    def require(self, field: str, wanted_by: str = "") -> Any:
+        """The value of `field`. Raises ValueError, naming the flag that `wanted_by` it, where the record has none."""
         value = getattr(self, field)
         if isinstance(value, _NotBuilt):
-            value()
+            replace(value, wanted_by=wanted_by)()
         return value
 
     def load(self, field: str) -> Any:
@@ -117,9 +120,10 @@ class _NotBuilt:
 
     mixer: str
     field: str
+    wanted_by: str = ""
 
     def __call__(self, *_: Any) -> NoReturn:
         raise ValueError(
-            f"--self-decoder {self.mixer} has no {self.field}: this part is not built for it (see its record of "
-            "yoco_megatron.mixers); use another --self-decoder, or add it"
+            f"{self.wanted_by or 'this'} is not built for --self-decoder {self.mixer}, whose record (in "
+            f"yoco_megatron.mixers) has no {self.field}: use another --self-decoder, or add it"
         )

@@ -50,28 +50,40 @@ def default_law(name: str, shape: torch.Size) -> Law | None:
 
 def yoco_law(config: TransformerConfig) -> LawOf:
     """The authors' law for the parameter of a global name and whole shape, [fan_out, fan_in] for matrices."""
-    num_self = getattr(config, "num_self_decoder_layers", 0)  # a GPTModel has no self-decoder
-    mixer = get_mixer(config.self_decoder) if num_self else None
-    mixer_law = mixer.load("init_law") if mixer else default_law
+    own_law = mixer_law(config)
 
     def law(name: str, shape: torch.Size) -> Law | None:
         if name.endswith("word_embeddings.weight"):
             return normal(shape[1] ** -0.5)
-        own = None
+        return own_law(name, shape) or (uniform(shape[1] ** -0.5) if len(shape) == 2 else None)
+
+    return law
+
+
+def mixer_law(config: TransformerConfig) -> LawOf:
+    """The law in the record of the self-decoder's mixer, for its parameters; None for all others."""
+    num_self = getattr(config, "num_self_decoder_layers", 0)  # a GPTModel has no self-decoder
+    mixer = get_mixer(config.self_decoder) if num_self else None
+
+    def law(name: str, shape: torch.Size) -> Law | None:
         place = re.search(r"layers\.(\d+)\.(\w+)\.(.+)", name)
         if mixer and place and int(place[1]) < num_self and place[2] == mixer.require("init_name"):
-            own = mixer_law(place[3], shape)
-        return own or (uniform(shape[1] ** -0.5) if len(shape) == 2 else None)
+            return mixer.load("init_law")(place[3], shape)
+        return None
 
     return law
 
 
 def megatron_law(config: TransformerConfig) -> LawOf:
-    """Megatron's law: N(0, init_method_std), projections back into the residual stream divided by sqrt(2 layers)."""
+    """Megatron's law: N(0, init_method_std), projections back into the residual stream divided by sqrt(2 layers).
+
+    Of matrices; a mixer's other parameters have the law in its record.
+    """
+    own_law = mixer_law(config)
 
     def law(name: str, shape: torch.Size) -> Law | None:
         if len(shape) != 2:
-            return None
+            return own_law(name, shape)
         back = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         return normal(config.init_method_std / (math.sqrt(2.0 * config.num_layers) if back else 1.0))
 
