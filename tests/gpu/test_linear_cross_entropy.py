@@ -30,8 +30,9 @@ def test_bf16_against_float64(into_buffer: bool):
         assert (got.double() - want).norm() < 1e-2 * want.norm()
 
 
+@pytest.mark.xdist_group("a whole GPU's memory")
 @pytest.mark.parametrize(("into_buffer", "limit"), [(False, 2e9), (True, 1e9)])
-def test_memory_at_32k_tokens_and_100k_words(into_buffer: bool, limit: float):
+def test_memory_at_32k_tokens_and_a_vocabulary_of_100k(into_buffer: bool, limit: float):
     """Beyond inputs and gradients, where whole fp32 logits would take 13 GB: the logits of a chunk, 0.4 GB, and, where
     Megatron's buffer does not take it, the weight's gradient in fp32, 1.2 GB."""
     x = torch.randn(32768, 3072, device="cuda", dtype=torch.bfloat16).requires_grad_()
