@@ -95,17 +95,12 @@ def check_sizes(config: Any) -> None:
         f"--num-self-decoder-layers {n_self} must lie between 0 and --num-layers - 1 = {config.num_layers - 1}: "
         "at least one layer has to read the shared K,V (for a model without one use --architecture transformer)",
     )
+    require_divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
+    self_groups, fix = config.self_decoder_query_groups, "each K,V head serves a whole group"
+    require_divides(self_groups, self_heads, "--self-decoder-heads", "--self-decoder-query-groups", fix)
     head_dims = {"--num-attention-heads": config.kv_channels}
     if n_self:
-        require_divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
         head_dims["--self-decoder-heads"] = config.hidden_size // self_heads
-        require_divides(
-            config.self_decoder_query_groups,
-            self_heads,
-            "--self-decoder-heads",
-            "--self-decoder-query-groups",
-            "each K,V head serves a whole group",
-        )
         mixer.check(config)
     for flag, head_dim in head_dims.items():
         require(

@@ -33,6 +33,11 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         flag = "--" + dest.replace("_", "-")
         require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
         require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
+    require(
+        args.max_position_embeddings >= args.seq_length,
+        f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}: remove it, "
+        "or raise it",
+    )
     rules.check_mesh(args)
     rules.check_optimizer(args)
     rules.check_ignored(args, parser)

@@ -16,6 +16,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 from yoco_megatron import runtime
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
+from yoco_megatron.mixers import MIXERS
 from yoco_megatron.resilience import arguments as resilience
 from yoco_megatron.utils.errors import nearest, require
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group "YOCO", our defaults and our error messages to Megatron's parser."""
     group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
+    parser._option_string_actions["--self-decoder"].choices = list(MIXERS)
     group.add_argument(
         "--allow-changed-data",
         action="store_true",
