@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from yoco_megatron.checkpoint import safe_unpickling
 from yoco_megatron.checkpoint.common_state import common_state
@@ -120,21 +121,25 @@ def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
     return folder / name
 
 
+class _Reader(FileSystemReader):
+    """Reads `.metadata` once, not for each tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self.metadata
+
+
 class TrainingTensors:
     """Whole tensors of a torch_dist checkpoint, whatever mesh wrote it."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
-
-        class ReaderOfOneMetadata(FileSystemReader):
-            """Reads `.metadata` once, not for each tensor."""
-
-            read_metadata = functools.cache(FileSystemReader.read_metadata)
-
         safe_unpickling.check_installed()
         self.folder = folder
-        self.reader = ReaderOfOneMetadata(folder)
-        self.metadata = self.reader.read_metadata()
+        self.reader = _Reader(folder)
+        self.metadata = self.reader.metadata
         for info in self.metadata.storage_data.values():
             file = folder / info.relative_path
             _require(file.exists(), f"{file} is missing: copy the checkpoint again")

@@ -57,8 +57,9 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
     """Of one sequence in generation: (a token, for the one shared K,V; whatever the length, for the self-decoder)."""
-    per_token = 2 * shape.num_query_groups * shape.kv_channels * bytes_per_value
-    return per_token, shape.num_self_decoder_layers * shape.mixer.cache_bytes(shape, bytes_per_value)
+    return shape.kv_width * bytes_per_value, shape.num_self_decoder_layers * shape.mixer.cache_bytes(
+        shape, bytes_per_value
+    )
 
 
 def _bytes_of_a_value(args: Namespace) -> int:

@@ -70,6 +70,11 @@ class ModelShape:
         return self.hidden_size // self.self_decoder_heads
 
     @property
+    def kv_width(self) -> int:
+        """Values of one token's keys and values: the shared K,V's (transformer: one layer's)."""
+        return 2 * self.num_query_groups * self.kv_channels
+
+    @property
     def vocab_rows(self) -> int:
         """The padded vocabulary. Raises ValueError while it is not known."""
         if self.padded_vocab_size is None:
@@ -98,7 +103,7 @@ def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
     d = shape.hidden_size
     ffn = 3 * d * shape.ffn_hidden_size
     q_and_out = 2 * d * shape.num_attention_heads * shape.kv_channels
-    k_and_v = 2 * d * shape.num_query_groups * shape.kv_channels
+    k_and_v = d * shape.kv_width
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + ffn}
     mixer = shape.mixer.matmul_parameters(shape)

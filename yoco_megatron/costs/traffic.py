@@ -19,8 +19,7 @@ from yoco_megatron.costs.shape import ModelShape
 
 def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, with_kv: bool) -> int:
     """Of the tensor that enters a pipeline stage: hidden states and, once it exists, the shared K,V."""
-    kv = 2 * shape.num_query_groups * shape.kv_channels if with_kv else 0
-    return tokens * (shape.hidden_size + kv) * bytes_per_value
+    return tokens * (shape.hidden_size + with_kv * shape.kv_width) * bytes_per_value
 
 
 def received_bytes(
@@ -31,7 +30,7 @@ def received_bytes(
     Keys: self_decoder and shared_kv for a YOCO, attention for a Transformer.
     """
     others = (ranks - 1) / ranks
-    kv = shape.seq_length * micro_batch_size * 2 * shape.num_query_groups * shape.kv_channels
+    kv = shape.seq_length * micro_batch_size * shape.kv_width
     forward_passes = 2 if recompute else 1
     if shape.architecture == "transformer":
         return {"attention": shape.num_layers * others * kv * bytes_per_value * (forward_passes + 2)}
