@@ -104,11 +104,38 @@ def test_finished_is_not_started_again_but_stopped_may(tmp_path, monkeypatch):
     assert policy.begin(tmp_path, 3)[0].what == "done"
 
 
-def test_line_cut_short_by_a_crash(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*left out|.*passed over")
+@pytest.mark.parametrize(
+    "line",
+    [b'{"event": "beg', b"1\n", b"{}\n", b'{"event": "end"}\n', b'{"event": "begin", "attempt": ""}', b"\xff\n"],
+)
+def test_damaged_line_is_left_out(line, tmp_path):
+    """And what is appended to it, where it was cut short, is a line of its own."""
     policy.begin(tmp_path, 3)
-    with (tmp_path / "attempts.jsonl").open("a") as file:
-        file.write('{"event": "beg')
+    with (tmp_path / "attempts.jsonl").open("ab") as file:
+        file.write(line)
     assert len(policy.attempts(tmp_path)) == 1
+    assert policy.end(tmp_path, 1).what == "requeue"
+    assert [one["event"] for one in policy.attempts(tmp_path)] == ["begin", "end"]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out|.*passed over")
+@pytest.mark.parametrize("content", [b"", b'{"ki', b"{}", b"[]", b'{"kind": "finished"}', b"\xff", b"[" * 100000, None])
+def test_damaged_outcome_is_passed_over(content, tmp_path, monkeypatch):
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 0, monkeypatch, Outcome("user_error", 2, "--lr is missing"), FINISHED)
+    path = tmp_path / "outcomes/0/1.json"
+    path.unlink()
+    path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
+    assert policy.end(tmp_path, 2) == policy.Verdict("stop", "--lr is missing (rank 0 on node0)")
+
+
+@pytest.mark.parametrize("content", [b"\x80\xff", "²".encode(), b"-1", b"9" * 5000, b""])
+def test_damaged_tracker_stands_for_no_checkpoint(content, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_bytes(content)
+    assert policy.begin(tmp_path, 3)[0].what == "go"
+    assert policy.attempts(tmp_path)[0]["checkpoint"] is None
 
 
 def test_command_line(tmp_path, capsys):

@@ -132,10 +132,9 @@ def newest_good(folder: Path | str) -> int | None:
 
 def _candidates(folder: Path) -> list[int] | None:
     """Iterations to try, newest first; None for a `release`, where there is nothing to choose."""
-    tracker = folder / checkpoints.TRACKER
-    tracked = checkpoints.tracked_iteration(folder)
-    if tracker.exists() and tracked is None and tracker.read_text().strip() == "release":
+    if checkpoints.tracked(folder) == "release":
         return None
+    tracked = checkpoints.tracked_iteration(folder)
     written = checkpoints.iterations(folder)
     if tracked is None:
         return written

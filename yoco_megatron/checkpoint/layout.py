@@ -7,6 +7,8 @@ tracker.
 import re
 from pathlib import Path
 
+from yoco_megatron.utils.small_files import BadFile, read_text
+
 TRACKER = "latest_checkpointed_iteration.txt"
 RESOLVED = "resolved_config.yaml"  # the run's flags
 COMPLETE = "metadata.json"
@@ -31,13 +33,22 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
 
 
-def tracked_iteration(folder: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None if the file is missing or was cut short by a crash."""
+def tracked(folder: Path) -> str | None:
+    """What Megatron's tracker says: an iteration in digits, or `release`. None if it is missing or says neither.
+
+    So a tracker that a crash cut short counts as missing. Raises OSError where the file system fails.
+    """
     try:
-        text = (folder / TRACKER).read_text().strip()
-    except OSError:
+        text = read_text(folder / TRACKER, missing="").strip()
+    except BadFile:
         return None
-    return int(text) if text.isdigit() else None
+    return text if re.fullmatch(r"[0-9]{1,18}|release", text) else None
+
+
+def tracked_iteration(folder: Path) -> int | None:
+    """The iteration that Megatron's tracker names; None as for `tracked`, and for a release. Raises OSError."""
+    text = tracked(folder)
+    return None if text in (None, "release") else int(text)
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

@@ -11,8 +11,6 @@ Prints one line, `VERDICT reason`, and for `end` the hosts to exclude on a secon
 """
 
 import argparse
-import contextlib
-import json
 import os
 import re
 import shutil
@@ -20,12 +18,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from yoco_megatron.checkpoint.layout import tracked_iteration
+from yoco_megatron.resilience.records import Kind, append_attempt, attempts, outcomes
+from yoco_megatron.utils.small_files import BadFile
 
-# Kinds of outcome; the first in this list that any process recorded decides for the attempt.
-PRECEDENCE = ["user_error", "storage", "hardware", "rolled_back", "stopped", "finished", "requeue", "crash"]
+PRECEDENCE = get_args(Kind)
 # Errors that only report another process's death.
 SECONDARY_FAILURE = re.compile(
     r"NCCL|DistBackend|DistNetwork|gloo|Connection (closed|reset)|Broken pipe|store", re.IGNORECASE
@@ -39,22 +38,6 @@ class Verdict:
     what: str
     reason: str
     exclude: list[str] = field(default_factory=list)
-
-
-def attempts(folder: Path) -> list[dict[str, Any]]:
-    """All lines of attempts.jsonl, oldest first; lines cut short by a crash are skipped."""
-    path = folder / "attempts.jsonl"
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def _append(folder: Path, line: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def attempts_without_progress(lines: list[dict[str, Any]], checkpoint: int | None) -> int:
@@ -91,7 +74,9 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     for old in ("outcomes", "stacks", "preflight"):
         shutil.rmtree(folder / old / str(number), ignore_errors=True)
     line = {"event": "begin", "attempt": number, "checkpoint": checkpoint, "time": time.time()}
-    _append(folder, line | {"job": os.environ.get("SLURM_JOB_ID"), "nodes": os.environ.get("SLURM_JOB_NODELIST")})
+    append_attempt(
+        folder, line | {"job": os.environ.get("SLURM_JOB_ID"), "nodes": os.environ.get("SLURM_JOB_NODELIST")}
+    )
     return Verdict("go", str(number)), number
 
 
@@ -99,13 +84,11 @@ def end(folder: Path, exit_code: int) -> Verdict:
     """What to do after the newest attempt, whose launcher exited with `exit_code`. Records its end."""
     lines = attempts(folder)
     number = sum(line["event"] == "begin" for line in lines) - 1
-    records = sorted((folder / "outcomes" / str(number)).glob("[0-9]*.json"))
-    outcomes = [json.loads(path.read_text()) for path in records]
     hung = [path for path in sorted((folder / "stacks" / str(number)).glob("*.txt")) if path.stat().st_size]
-    verdict, kind = decide(outcomes, [str(path) for path in hung], exit_code)
+    verdict, kind = decide(outcomes(folder, number), [str(path) for path in hung], exit_code)
     checkpoint = tracked_iteration(folder / "checkpoints")
     line = {"event": "end", "attempt": number, "verdict": verdict.what, "kind": kind, "reason": verdict.reason}
-    _append(folder, line | {"exit_code": exit_code, "checkpoint": checkpoint, "time": time.time()})
+    append_attempt(folder, line | {"exit_code": exit_code, "checkpoint": checkpoint, "time": time.time()})
     return verdict
 
 
@@ -160,8 +143,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path in a reason may be no text
     try:
         sys.exit(main(sys.argv[1:]))
-    except OSError as error:
+    except (OSError, BadFile) as error:
         print(f"policy: error: the run folder cannot be used: {error}", file=sys.stderr)
         sys.exit(2)
