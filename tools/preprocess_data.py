@@ -43,6 +43,11 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer-backend", choices=BACKENDS, default="auto", help="library that encodes; the ids are the same"
     )
+    parser.add_argument(
+        "--split-special-tokens",
+        action="store_true",
+        help="encode text that spells a special token, such as <|endoftext|>, as any other text",
+    )
     parser.add_argument("--split-sentences", action="store_true", help="encode each sentence of a document by itself")
     parser.add_argument("--keep-newlines", action="store_true", help="keep the white space between sentences")
     parser.add_argument("--lang", default="english", help="language of --split-sentences")
@@ -58,7 +63,6 @@ def main() -> None:
             "model": args.tokenizer_model,
             "sha256": tokenizer_sha256(args.tokenizer_model),
             "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod if args.append_eod else None,
         }
         reports = preprocess(
             expand_inputs(args.input),
@@ -72,6 +76,7 @@ def main() -> None:
             backend=args.tokenizer_backend,
             about_tokenizer=about,
             sentences=SentenceSplitter(args.lang, args.keep_newlines) if args.split_sentences else None,
+            split_special_tokens=args.split_special_tokens,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -84,14 +89,20 @@ def main() -> None:
         print(
             f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
             f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad lines, "
-            f"{report.empty_documents} empty, {report.documents_with_nul} with NUL; {report.backend}: "
+            f"{report.empty_documents} empty, {report.documents_with_nul} with NUL, "
+            f"{report.documents_with_special_tokens} with special tokens in the text; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
-    print_problems(next(iter(reports.values())))
+    print_problems(list(reports.values()), args.split_special_tokens)
 
 
-def print_problems(report: Report) -> None:
+def print_problems(reports: list[Report], split_special_tokens: bool) -> None:
     """Print the number of bad records, the first of them, and where all are listed."""
+    report = reports[0]
+    spelled = sum(report.documents_with_special_tokens for report in reports)
+    if spelled:
+        instead = "even as plain text" if split_special_tokens else "--split-special-tokens makes it plain text"
+        print(f"WARNING: {spelled:,} texts spell special tokens and become them; {instead}", file=sys.stderr)
     if report.bad_lines:
         print(f"WARNING: {report.bad_lines:,} bad records are skipped:", file=sys.stderr)
         with open(report.problems, encoding="utf-8") as stream:

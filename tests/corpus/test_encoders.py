@@ -12,7 +12,16 @@ from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer, normalizers, processors
 
 from yoco_megatron.corpus import encoders
-from yoco_megatron.corpus.encoders import HARD_TEXTS, Ids, choose_encoder, compared, join, with_ends
+from yoco_megatron.corpus.encoders import (
+    HARD_TEXTS,
+    Ids,
+    choose_encoder,
+    compared,
+    find_special,
+    join,
+    special_tokens,
+    with_ends,
+)
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD
 from yoco_megatron.data.tokenizer import build_tokenizer
 
@@ -48,10 +57,10 @@ def test_ids_are_those_of_single_texts(bpe_folder: Path, backend: str, monkeypat
         pytest.importorskip("gigatoken")
         monkeypatch.setattr(encoders, "compared", lambda fast, exact: fast)  # its ids, and nobody who checks them
     tokenizer, texts = built(bpe_folder), TEXTS + random_texts(300)
-    name, encode = choose_encoder(tokenizer, backend)
-    assert name == {"library": "tokenizers"}.get(backend, backend)
-    assert encoded(encode, texts) == [tokenizer.tokenize(text) for text in texts]
-    assert encoded(encode, []) == []
+    encoder = choose_encoder(tokenizer, backend)
+    assert encoder.backend == {"library": "tokenizers"}.get(backend, backend)
+    assert encoded(encoder.encode, texts) == [tokenizer.tokenize(text) for text in texts]
+    assert encoded(encoder.encode, []) == []
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -69,9 +78,31 @@ def test_what_a_tokenizer_json_may_carry(bpe_folder: Path, tmp_path: Path, plain
     stored.save(str(tmp_path / "tokenizer.json"))
     expected, used = (built(tmp_path, tokenizer_hf_no_include_special_tokens=plain) for _ in range(2))
     used._tokenizer.tokenizer("used", truncation=True, max_length=4, padding="max_length")
-    ids = encoded(choose_encoder(used, backend)[1], TEXTS)
+    encoder = choose_encoder(used, backend)
+    ids = [[*encoder.prefix, *ids, *encoder.suffix] for ids in encoded(encoder.encode, TEXTS)]
     assert ids == [expected.tokenize(text) for text in TEXTS]
     assert (ids[0][0] == 1) is not plain
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "library"])
+def test_special_tokens_are_found_or_split(bpe_folder: Path, backend: str) -> None:
+    """By default text that spells one becomes it, and is found; split, it is text, and no other text changes."""
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    tokenizer = built(bpe_folder)
+    special = special_tokens(tokenizer)
+    assert special == {0: EOD, 1: PAD}
+    texts = ["none", "", f"a {EOD} b{PAD}{EOD}", EOD, *HARD_TEXTS]
+    coded = [text.encode() for text in texts]
+    found = choose_encoder(tokenizer, backend).encode(coded)
+    assert find_special(found, special) == {2: [f"'{EOD}' (0)", f"'{PAD}' (1)"], 3: [f"'{EOD}' (0)"]}
+    split = choose_encoder(tokenizer, backend, split_special_tokens=True).encode(coded)
+    assert find_special(split, special) == {}
+    ids = [split.of(index).tolist() for index in range(len(texts))]
+    assert [tokenizer.detokenize(row) for row in ids] == texts
+    assert [ids[index] for index in (0, 1, *range(4, len(texts)))] == [
+        found.of(index).tolist() for index in (0, 1, *range(4, len(texts)))
+    ]
 
 
 def test_auto_takes_the_library_where_gigatoken_differs(bpe_folder: Path, tmp_path: Path) -> None:
@@ -82,14 +113,17 @@ def test_auto_takes_the_library_where_gigatoken_differs(bpe_folder: Path, tmp_pa
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored.save(str(tmp_path / "tokenizer.json"))
     tokenizer = built(tmp_path)
-    assert encoded(choose_encoder(tokenizer)[1], TEXTS) == [tokenizer.tokenize(text) for text in TEXTS]
+    assert encoded(choose_encoder(tokenizer).encode, TEXTS) == [tokenizer.tokenize(text) for text in TEXTS]
 
 
 def test_other_libraries(tmp_path: Path) -> None:
     null = built(None, "NullTokenizer", vocab_size=100)
-    assert encoded(choose_encoder(null)[1], ["1 2 3", "7"]) == [[1, 2, 3], [7]]
+    assert encoded(choose_encoder(null).encode, ["1 2 3", "7"]) == [[1, 2, 3], [7]]
     with pytest.raises(ValueError, match=r"--tokenizer-backend gigatoken: .*not a Hugging Face tokenizer"):
         choose_encoder(null, "gigatoken")
+    assert find_special(join([[1, 99], [5]]), special_tokens(null)) == {0: ["'the end of document' (99)"]}
+    with pytest.raises(ValueError, match=r"--split-special-tokens: NullTokenizer reads ids"):
+        choose_encoder(null, split_special_tokens=True)
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
@@ -100,8 +134,29 @@ def test_sentencepiece(tmp_path: Path) -> None:
             sentence_iterator=iter(sentences), model_writer=stream, vocab_size=90, byte_fallback=False, minloglevel=2
         )
     tokenizer = built(tmp_path / "pieces.model", "GPTSentencePieceTokenizer")
-    texts = [*TEXTS, *sentences[:20]]
-    assert encoded(choose_encoder(tokenizer)[1], texts) == [list(tokenizer.tokenize(text)) for text in texts]
+    texts = [*TEXTS, *sentences[:20], "</s> <s>"]
+    ids = [list(tokenizer.tokenize(text)) for text in texts]
+    assert special_tokens(tokenizer) == {1: "<s>", 2: "</s>"}
+    for split in (False, True):
+        found = choose_encoder(tokenizer, split_special_tokens=split).encode([text.encode() for text in texts])
+        assert [found.of(index).tolist() for index in range(len(texts))] == ids
+        assert not find_special(found, special_tokens(tokenizer)), "it never takes text for a control symbol"
+
+
+def test_sentencepiece_of_old(tmp_path: Path) -> None:
+    """Megatron's legacy wrapper looks for special tokens itself."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    with (tmp_path / "pieces.model").open("wb") as stream:
+        sentences = (f"the {n} quick foxes are {n * n} lazy dogs" for n in range(300))
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences, model_writer=stream, vocab_size=60, byte_fallback=False, minloglevel=2
+        )
+    legacy = {"tokenizer_sentencepiece_legacy": True, "special_tokens": ["<foxes>"]}
+    tokenizer = built(tmp_path / "pieces.model", "GPTSentencePieceTokenizer", **legacy)
+    text = "the <foxes> dogs"
+    assert encoded(choose_encoder(tokenizer).encode, [text]) == [list(tokenizer.tokenize(text))]
+    assert 60 in tokenizer.tokenize(text) and special_tokens(tokenizer)[60] == "<foxes>"
+    assert 60 not in encoded(choose_encoder(tokenizer, split_special_tokens=True).encode, [text])[0]
 
 
 def test_tiktoken(tmp_path: Path) -> None:
@@ -115,11 +170,17 @@ def test_tiktoken(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(rows))
     more = {"tiktoken_pattern": "v2", "vocab_size": len(rows) + 20, "tiktoken_num_special_tokens": 20}
     tokenizer = built(tmp_path / "vocab.json", "TikTokenizer", **more)
-    name, encode = choose_encoder(tokenizer)
+    encoder = choose_encoder(tokenizer)
     texts = [*TEXTS, "the fox", "</s>one<s>two<SPECIAL_9>", *random_texts(100)]
     expected = [tokenizer.tokenize(text) for text in texts]
-    assert name == "tiktoken" and encoded(encode, texts) == expected
+    assert encoder.backend == "tiktoken" and encoded(encoder.encode, texts) == expected
     assert expected[len(TEXTS)] == [20 + 257, 20 + 260]
+    special = special_tokens(tokenizer)
+    marked = find_special(encoder.encode([text.encode() for text in texts]), special)[len(TEXTS) + 1]
+    assert marked == ["'</s>' (2)", "'<s>' (1)", "'<SPECIAL_9>' (9)"]
+    split = choose_encoder(tokenizer, split_special_tokens=True).encode([text.encode() for text in texts])
+    assert not find_special(split, special)
+    assert [tokenizer.detokenize(split.of(index).tolist()) for index in range(len(texts))] == texts
 
 
 def of_bytes(texts: list[bytes]) -> Ids:

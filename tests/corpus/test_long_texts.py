@@ -10,7 +10,7 @@ from megatron.training.config import TokenizerConfig
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from yoco_megatron.corpus import encoders, long_texts
-from yoco_megatron.corpus.encoders import choose_encoder
+from yoco_megatron.corpus.encoders import choose_encoder, with_ends
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD
 from yoco_megatron.data.tokenizer import build_tokenizer
 
@@ -90,7 +90,8 @@ def test_long_texts_have_their_ends_and_their_place(
     template = processors.TemplateProcessing(single=f"{PAD} $A {EOD}", special_tokens=[(PAD, 1), (EOD, 0)])
     core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     texts = ["short", " the quick foxes " * 1000, "", "größer " * 2000, "last"]
-    found = choose_encoder(tokenizer, "library")[1]([text.encode() for text in texts])
+    encoder = choose_encoder(tokenizer, "library")
+    found = with_ends(encoder.encode([text.encode() for text in texts]), encoder.prefix, encoder.suffix)
     assert [found.of(index).tolist() for index in range(5)] == [tokenizer.tokenize(text) for text in texts]
     assert (found.of(1)[0] == 1) is not plain and len(cut) == 2
 
@@ -101,7 +102,7 @@ from megatron.training.config import TokenizerConfig
 from yoco_megatron.corpus.encoders import choose_encoder
 from yoco_megatron.data.tokenizer import build_tokenizer
 tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=sys.argv[1]))
-encode = choose_encoder(tokenizer, "library")[1]
+encode = choose_encoder(tokenizer, "library").encode
 text = b"the quick foxes = 12, return x_7 \\n" * (int(sys.argv[2]) // 34)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert len(encode([text]).ids) > len(text) // 8

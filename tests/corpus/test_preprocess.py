@@ -1,5 +1,6 @@
 """Preprocessing: the datasets hold each line's own ids, in order, and appear whole or not at all."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -15,12 +16,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.training.config import TokenizerConfig
+from tokenizers import processors
 
 from yoco_megatron.corpus import idx_writer as index_file
 from yoco_megatron.corpus import preprocess as module
 from yoco_megatron.corpus import readers
 from yoco_megatron.corpus.preprocess import preprocess
-from yoco_megatron.corpus.tokenizer_training import train_tokenizer
+from yoco_megatron.corpus.sentences import SentenceSplitter
+from yoco_megatron.corpus.tokenizer_training import EOD, PAD, train_tokenizer
 from yoco_megatron.data.tokenizer import build_tokenizer
 
 TEXTS = [f"document {n}: " + "words and größer words " * (n % 11) for n in range(57)]
@@ -78,6 +81,60 @@ def test_datasets_hold_each_line_in_order(
 def test_without_eod_ids_are_the_text_alone(tokenizer: Any, tmp_path: Path) -> None:
     run([write_lines(tmp_path / "f.jsonl", TEXTS)], tmp_path / "out", tokenizer, append_eod=False)
     assert documents(tmp_path / "out_text_document") == [tokenizer.tokenize(text) for text in TEXTS]
+
+
+def with_template(tokenizer: Any, single: str) -> Any:
+    """A copy of the tokenizer with this template; ids 0 and 1 are its special tokens."""
+    tokenizer = copy.deepcopy(tokenizer)
+    core = tokenizer._tokenizer.tokenizer.backend_tokenizer
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(EOD, 0), (PAD, 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize(
+    ("single", "start", "end"), [(f"{PAD} $A", [1], []), (f"$A {EOD}", [], [0]), (f"{PAD} $A {EOD}", [1], [0])]
+)
+def test_a_template_is_around_documents_once(
+    tokenizer: Any, tmp_path: Path, single: str, start: list[int], end: list[int], append_eod: bool
+) -> None:
+    """Not around sentences, not around an empty text, and an end that it has is not appended again."""
+
+    class Halves:
+        language, keep_newlines = "english", True
+
+        def encoder(self, encode: Any) -> Any:
+            splitter = object.__new__(SentenceSplitter)
+            splitter.split = lambda text: [part for part in (text[: len(text) // 2], text[len(text) // 2 :]) if part]
+            return splitter.encoder(encode)
+
+    files = [write_lines(tmp_path / "f.jsonl", ["words and words", "", "größer"])]
+    for name, sentences in (("whole", None), ("halves", Halves())):
+        made = with_template(tokenizer, single)
+        report = run(files, tmp_path / name, made, append_eod=append_eod, sentences=sentences)["text"]
+        cut = [("words a", "nd words"), ("grö", "ßer")] if sentences else [("words and words",), ("größer",)]
+        bare = [[token for part in parts for token in tokenizer.tokenize(part)] for parts in cut]
+        ends = [0] if append_eod else end
+        assert documents(tmp_path / f"{name}_text_document") == [[*start, *ids, *ends] for ids in bare]
+        assert report.tokenizer == {"document_start": start, "eod": 0 if ends else None}
+        assert report.empty_documents == 1
+
+
+def test_text_that_spells_a_special_token_is_listed(tokenizer: Any, tmp_path: Path) -> None:
+    """With its line, though it is not the first of its batch and an empty one comes before; split it is text."""
+    texts = ["none", "", f"this {EOD} and {PAD} and {EOD}", "none"]
+    path = write_lines(tmp_path / "f.jsonl", texts)
+    report = run([path], tmp_path / "out", tokenizer, append_eod=False)["text"]
+    assert (report.documents_with_special_tokens, report.documents) == (1, 3)
+    assert documents(tmp_path / "out_text_document")[1] == tokenizer.tokenize(texts[2])
+    listed = [json.loads(line) for line in Path(report.problems).read_text().splitlines()]
+    assert [entry for entry in listed if entry["kind"] == "kept"] == [
+        {"place": f"{path}:3", "reason": f"'text' holds special tokens: '{EOD}' (0), '{PAD}' (1)", "kind": "kept"}
+    ]
+    report = run([path], tmp_path / "split", tokenizer, append_eod=False, split_special_tokens=True)["text"]
+    assert report.documents_with_special_tokens == 0
+    found = documents(tmp_path / "split_text_document")[1]
+    assert not {0, 1} & set(found) and tokenizer.detokenize(found) == texts[2]
 
 
 def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: Path) -> None:

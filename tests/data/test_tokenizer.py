@@ -68,7 +68,7 @@ def test_bytes_are_ids(tmp_path: Path) -> None:
             assert tokenizer.tokenize(text) == ByteLevelTokenizer().text_to_ids(text) == list(text.encode())
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
     for backend in ("auto", "library"):
-        found = choose_encoder(tokenizer, backend)[1]([text.encode() for text in TEXTS])
+        found = choose_encoder(tokenizer, backend).encode([text.encode() for text in TEXTS])
         assert [found.of(index).tolist() for index in range(len(TEXTS))] == [tokenizer.tokenize(text) for text in TEXTS]
 
 

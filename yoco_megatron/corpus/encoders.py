@@ -2,11 +2,15 @@
 
     encode(texts) -> Ids: all ids in one array, and how many belong to each text
 
+What a tokenizer's template puts around a text (a beginning token, an end) is kept apart, because it belongs around a
+document, which may be encoded in several parts.
+
 Backends, the fastest first: gigatoken (for byte-level BPE and SentencePiece-like tokenizer.json files), then what the
 tokenizer's own library does for a batch. None of them holds Python's lock for long, so threads can share an encoder.
 """
 
-import functools
+import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from yoco_megatron.corpus.long_texts import WINDOW, encode_in_windows
+from yoco_megatron.data.tokenizer import template_ids
 
 BACKENDS = ("auto", "gigatoken", "library")
 # What tokenizers disagree about: spaces, controls, marks that normalizers join, other scripts, digits, contractions.
@@ -52,29 +57,43 @@ def join(parts: list[Any]) -> Ids:
     return Ids(np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths)
 
 
-def choose_encoder(tokenizer: Any, backend: str = "auto") -> tuple[str, Encoder]:
-    """The encoder for a tokenizer that Megatron built, and the name of what it runs on.
+@dataclass(frozen=True)
+class TextEncoder:
+    """`encode` gives the ids of texts alone; the template has `prefix` before and `suffix` after each text."""
+
+    backend: str
+    """The library that encodes."""
+    encode: Encoder
+    prefix: list[int]
+    suffix: list[int]
+
+
+def choose_encoder(tokenizer: Any, backend: str = "auto", split_special_tokens: bool = False) -> TextEncoder:
+    """The encoder for a tokenizer that Megatron built.
 
     Args:
         backend: 'gigatoken', 'library', or 'auto': gigatoken where it is installed and knows the tokenizer.
+        split_special_tokens: encode text that spells a special token as any other text.
     Raises:
-        ValueError: gigatoken is requested but unavailable for this tokenizer.
+        ValueError: gigatoken is requested but unavailable for this tokenizer; the tokenizer reads no text, or its
+            template does more than to put special tokens around a text.
     """
-    name, library = library_encoder(tokenizer)
+    prefix, suffix = _template(tokenizer)
+    name, library = library_encoder(tokenizer, split_special_tokens)
     if backend == "library":
-        return name, library
-    fast = gigatoken_encoder(tokenizer)
+        return TextEncoder(name, library, prefix, suffix)
+    fast = gigatoken_encoder(tokenizer, split_special_tokens)
     problem = fast if isinstance(fast, str) else _disagreement(fast, library, _hard_texts(tokenizer))
     if problem is None:
         assert not isinstance(fast, str)
-        return "gigatoken", compared(fast, library)
+        return TextEncoder("gigatoken", compared(fast, library), prefix, suffix)
     if backend == "gigatoken":
         raise ValueError(f"--tokenizer-backend gigatoken: {problem}; remove the flag to use {name}")
-    return name, library
+    return TextEncoder(name, library, prefix, suffix)
 
 
 def _hard_texts(tokenizer: Any) -> list[bytes]:
-    core, _ = _rust_core(tokenizer)
+    core = _rust_core(tokenizer)
     special = [token.content for token in core.get_added_tokens_decoder().values()][:50]
     around = [text for token in special for text in (token, f"one {token} two", f"x{token[:-1]}", token * 2)]
     return [text.encode() for text in (*HARD_TEXTS, *around)]
@@ -112,9 +131,9 @@ def compared(fast: Encoder, exact: Encoder) -> Encoder:
     return encode
 
 
-def gigatoken_encoder(tokenizer: Any) -> Encoder | str:
+def gigatoken_encoder(tokenizer: Any, split_special_tokens: bool = False) -> Encoder | str:
     """gigatoken for a Hugging Face tokenizer, or why there is none."""
-    core, special = _rust_core(tokenizer)
+    core = _rust_core(tokenizer)
     if core is None:
         return "the tokenizer is not a Hugging Face tokenizer with a tokenizer.json"
     try:
@@ -122,9 +141,11 @@ def gigatoken_encoder(tokenizer: Any) -> Encoder | str:
         import gigatoken
     except ImportError:
         return "it is not installed (pip install gigatoken)"
-    before, after = _template(core) if special else ([], [])
+    content = json.loads(core.to_str())
+    if split_special_tokens:
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     try:
-        fast = gigatoken.Tokenizer.from_json(core.to_str())
+        fast = gigatoken.Tokenizer.from_json(json.dumps(content))
     except Exception as error:  # a tokenizer.json with features that it lacks raises many types
         return f"it does not support this tokenizer ({error})"
 
@@ -132,20 +153,49 @@ def gigatoken_encoder(tokenizer: Any) -> Encoder | str:
         if not texts:
             return join([])
         rows = fast.encode_batch(texts, parallel=False)
-        found = Ids(awkward.to_numpy(awkward.flatten(rows)), awkward.to_numpy(awkward.num(rows)).astype(np.int64))
-        return with_ends(found, before, after)
+        return Ids(awkward.to_numpy(awkward.flatten(rows)), awkward.to_numpy(awkward.num(rows)).astype(np.int64))
 
     return encode
 
 
-def _template(core: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after every text, such as the beginning of sequence."""
-    bare = core.encode("x", add_special_tokens=False).ids
-    full = core.encode("x", add_special_tokens=True).ids
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    return [], []  # something else, which the comparison with the tokenizer will find
+def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after every text, such as a beginning of sequence."""
+    wrapper = _hugging_face_wrapper(tokenizer)
+    return template_ids(wrapper.tokenizer) if wrapper is not None and wrapper.include_special_tokens else ([], [])
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of the tokens that mean something else than text: ends, beginnings, padding, roles.
+
+    Without the unknown token, which stands for text; NullTokenizer, whose texts are ids, has its end of document.
+    """
+    from megatron.core.tokenizers.text import libraries
+
+    hugging_face, wrapper = _hugging_face_wrapper(tokenizer), getattr(tokenizer, "_tokenizer", None)
+    found: dict[int, str] = {}
+    if hugging_face is not None:
+        inner = hugging_face.tokenizer
+        found = {id_: token.content for id_, token in inner.added_tokens_decoder.items() if token.special}
+        found |= dict(zip(inner.all_special_ids, inner.all_special_tokens))
+        found.pop(inner.unk_token_id, None)
+    elif isinstance(wrapper, libraries.TikTokenTokenizer):
+        found = dict(enumerate(wrapper.special_tokens))
+    elif isinstance(wrapper, libraries.SentencePieceTokenizer):
+        pieces = wrapper.tokenizer
+        found = {id_: pieces.id_to_piece(id_) for id_ in range(pieces.get_piece_size()) if pieces.is_control(id_)}
+        found |= wrapper.id_to_special_token
+    eod = getattr(tokenizer, "eod", None)
+    return found if eod is None or eod in found else found | {eod: "the end of document"}
+
+
+def find_special(found: Ids, special: dict[int, str]) -> dict[int, list[str]]:
+    """Index of a text -> the special tokens that its own ids hold, in order of appearance, each once."""
+    places = np.flatnonzero(np.isin(found.ids, np.fromiter(special, np.int64, len(special))))
+    owners = np.searchsorted(np.cumsum(found.lengths), places, side="right")
+    tokens: dict[int, dict[str, None]] = {}
+    for owner, id_ in zip(owners.tolist(), found.ids[places].tolist()):
+        tokens.setdefault(owner, {})[f"{special[id_]!r} ({id_})"] = None
+    return {owner: list(names) for owner, names in tokens.items()}
 
 
 def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
@@ -166,67 +216,75 @@ def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
     return Ids(ids, lengths)
 
 
-def _rust_core(tokenizer: Any) -> tuple[Any, bool]:
-    """(Rust tokenizer behind a Hugging Face one, or None; whether it adds special tokens)."""
+def _hugging_face_wrapper(tokenizer: Any) -> Any:
+    """Megatron's wrapper of a Hugging Face tokenizer, or None for one of another library."""
     from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
 
     wrapper = getattr(tokenizer, "_tokenizer", None)
-    core = getattr(getattr(wrapper, "tokenizer", None), "backend_tokenizer", None)
-    if core is None or not isinstance(wrapper, HuggingFaceTokenizer):
-        return None, False
-    # A tokenizer.json may store the truncation of its last use; transformers resets it in each call, the core does not.
-    core.no_truncation()
-    core.no_padding()
-    return core, wrapper.include_special_tokens
+    return wrapper if isinstance(wrapper, HuggingFaceTokenizer) else None
 
 
-def library_encoder(tokenizer: Any) -> tuple[str, Encoder]:
+def _rust_core(tokenizer: Any) -> Any:
+    """The Rust tokenizer behind a Hugging Face one, without what its last use left there; None if there is none."""
+    core = getattr(getattr(_hugging_face_wrapper(tokenizer), "tokenizer", None), "backend_tokenizer", None)
+    if core is not None:
+        # A tokenizer.json may store the truncation of its last use; transformers resets it in each call, the core not.
+        core.no_truncation()
+        core.no_padding()
+    return core
+
+
+def library_encoder(tokenizer: Any, split_special_tokens: bool = False) -> tuple[str, Encoder]:
     """What the tokenizer's own library does for a batch, and the library's name."""
     from megatron.core.tokenizers.text import libraries
 
     wrapper = getattr(tokenizer, "_tokenizer", None)
-    core, special = _rust_core(tokenizer)
+    core = _rust_core(tokenizer)
     if core is not None:
-        return "tokenizers", _hugging_face(core, special)
+        return "tokenizers", _hugging_face(core, split_special_tokens)
+    if (slow := _hugging_face_wrapper(tokenizer)) is not None:
+        more = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
+        return "one by one", lambda texts: join([slow.tokenizer(text.decode(), **more)["input_ids"] for text in texts])
     if isinstance(wrapper, libraries.TikTokenTokenizer):
         coding = wrapper.tokenizer
-        return "tiktoken", lambda texts: join(
-            [coding.encode_to_numpy(text.decode(), allowed_special="all") for text in texts]
-        )
-    if isinstance(wrapper, libraries.SentencePieceTokenizer) and not wrapper.legacy:
-        processor = wrapper.tokenizer
-        if wrapper.ignore_extra_whitespaces or not wrapper.removed_extra_spaces:
-            return "sentencepiece", lambda texts: join(
-                processor.encode([text.decode() for text in texts], out_type=int, num_threads=1)
-            )
+        allowed: Any = {"disallowed_special": ()} if split_special_tokens else {"allowed_special": "all"}
+        return "tiktoken", lambda texts: join([coding.encode_to_numpy(text.decode(), **allowed) for text in texts])
+    if isinstance(wrapper, libraries.SentencePieceTokenizer):
+        return _sentencepiece(wrapper, split_special_tokens)
+    if split_special_tokens:
+        raise ValueError(f"--split-special-tokens: {type(wrapper).__name__} reads ids, not text: remove the flag")
     return "one by one", lambda texts: join([list(tokenizer.tokenize(text.decode())) for text in texts])
 
 
-def _hugging_face(core: Any, special: bool) -> Encoder:
-    before, after = _template(core) if special else ([], [])
-    # Where the ends of a text are not simply added, a long one has to be encoded at once.
-    longest = WINDOW if len(before) + len(after) == core.num_special_tokens_to_add(False) * special else None
+def _sentencepiece(wrapper: Any, split_special_tokens: bool) -> tuple[str, Encoder]:
+    if not wrapper.legacy and (wrapper.ignore_extra_whitespaces or not wrapper.removed_extra_spaces):
+        processor = wrapper.tokenizer  # which never takes text for a control symbol
+        return "sentencepiece", lambda texts: join(
+            processor.encode([text.decode() for text in texts], out_type=int, num_threads=1)
+        )
+    if split_special_tokens:  # the wrapper itself looks for them
+        wrapper = copy.copy(wrapper)
+        wrapper.special_token_to_id = {}
+    return "one by one", lambda texts: join([wrapper.text_to_ids(text.decode()) for text in texts])
 
-    @functools.cache
-    def plain() -> Any:
-        copy = type(core).from_str(core.to_str())
-        copy.post_processor = None
-        copy.encode_special_tokens = core.encode_special_tokens
-        return copy
+
+def _hugging_face(core: Any, split_special_tokens: bool) -> Encoder:
+    core = type(core).from_str(core.to_str())
+    core.post_processor = None  # it adds the template, and moves offsets, by which long texts are cut
+    core.encode_special_tokens = split_special_tokens
 
     def encode(texts: list[bytes]) -> Ids:
         strings = [text.decode() for text in texts]
-        long = {index for index, text in enumerate(strings) if longest is not None and len(text) > longest}
-        short = [text for index, text in enumerate(strings) if index not in long]
-        coded = iter(core.encode_batch_fast(short, add_special_tokens=special))
-        if not long:
-            return join([text.ids for text in coded])
-        parts = []
-        for index, text in enumerate(strings):
-            if index in long:
-                parts.append(with_ends(join([encode_in_windows(plain(), text)]), before, after).ids)
-            else:
-                parts.append(np.array(next(coded).ids, np.int64))
-        return join(parts)
+        short = iter(
+            core.encode_batch_fast([text for text in strings if len(text) <= WINDOW], add_special_tokens=False)
+        )
+        if all(len(text) <= WINDOW for text in strings):
+            return join([coded.ids for coded in short])
+        return join(
+            [
+                np.array(next(short).ids, np.int64) if len(text) <= WINDOW else encode_in_windows(core, text)
+                for text in strings
+            ]
+        )
 
     return encode

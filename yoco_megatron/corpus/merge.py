@@ -11,7 +11,15 @@ from yoco_megatron.corpus.preprocess import BLOCK_BYTES, describe_files, move_in
 from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
 
 # Counts of a report that are summed.
-SUMS = ("documents", "tokens", "bytes", "bad_lines", "empty_documents", "documents_with_nul")
+SUMS = (
+    "documents",
+    "tokens",
+    "bytes",
+    "bad_lines",
+    "empty_documents",
+    "documents_with_nul",
+    "documents_with_special_tokens",
+)
 
 
 def find_prefixes(inputs: list[str]) -> list[str]:
@@ -38,8 +46,8 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     Returns:
         the report that is written beside the dataset, as tools/preprocess_data.py writes it.
     Raises:
-        ValueError: an input that is missing or damaged, inputs that differ in dtype, tokenizer or end of document, or
-            an output that exists.
+        ValueError: an input that is missing or damaged, inputs that differ in dtype, tokenizer, or start or end of
+            documents, or an output that exists.
     """
     check_data_prefixes(prefixes, "--input")
     if Path(f"{output}.idx").exists() and not overwrite:
@@ -56,6 +64,9 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
         prefix: report["tokenizer"].get("eod") for prefix, report in zip(prefixes, reports) if report.get("tokenizer")
     }
     _require_one(ends, "end of document", "preprocess all with --append-eod, or none")
+    starts = {prefix: report.get("tokenizer", {}).get("document_start") for prefix, report in zip(prefixes, reports)}
+    known = {prefix: tuple(start) for prefix, start in starts.items() if start is not None}
+    _require_one(known, "document start", "preprocess all with --tokenizer-hf-no-include-special-tokens, or none")
 
     from megatron.core.datasets.indexed_dataset import DType
 

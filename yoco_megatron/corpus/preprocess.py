@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, with_ends
+from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, find_special, special_tokens, with_ends
 from yoco_megatron.corpus.idx_writer import write_index
 from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, describe, read_batches
 from yoco_megatron.corpus.resume_state import ResumeState
@@ -55,6 +55,15 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The ids before and after each document, and the special tokens (id -> text) that should be nowhere else."""
+
+    prefix: list[int] = field(default_factory=list)
+    suffix: list[int] = field(default_factory=list)
+    special: dict[int, str] = field(default_factory=dict)
+
+
 @dataclass
 class Encoded:
     """The documents of a batch by key, in order, without empty ones; counts and problems of the batch."""
@@ -63,6 +72,7 @@ class Encoded:
     text_bytes: dict[str, int]
     empty: dict[str, int]
     nul: dict[str, int]
+    special: dict[str, int]
     bad: int
     problems: list[Problem]
 
@@ -81,6 +91,7 @@ class Report:
     bad_lines: int = 0
     empty_documents: int = 0
     documents_with_nul: int = 0
+    documents_with_special_tokens: int = 0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     dtype: str = ""
@@ -91,7 +102,7 @@ class Report:
     problems: str = ""
 
 
-def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], eod: int | None) -> Encoded:
+def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], ends: Ends) -> Encoded:
     """Read and encode one batch; a record that is bad for one key is left out for all.
 
     Raises:
@@ -99,16 +110,16 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
     """
     rows, indices, bad = batch.texts(keys)
     odd = [(index, reason, "bad") for index, reason in bad]
-    encoded = Encoded({}, {}, {}, {}, len(bad), [])
+    encoded = Encoded({}, {}, {}, {}, {}, len(bad), [])
     for column, key in enumerate(keys):
         texts = [row[column] for row in rows]
         found = encode(texts)
         nul = [index for index, text in enumerate(texts) if b"\0" in text]
         empty = [index for index, text in enumerate(texts) if not text or not found.lengths[index]]
+        special = find_special(found, ends.special)
         if empty:
             found = _without(found, empty)
-        if eod is not None:
-            found = with_ends(found, [], [eod])
+        found = with_ends(found, ends.prefix, ends.suffix)
         if (found.lengths > MAX_TOKENS).any():
             raise ValueError(
                 f"--input {batch.path}: a document of {found.lengths.max():,} tokens at or after {batch.place(0)}; an "
@@ -116,9 +127,13 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
             )
         encoded.ids[key] = Ids(found.ids.astype(dtype), found.lengths)
         encoded.text_bytes[key] = sum(map(len, texts))
-        encoded.empty[key], encoded.nul[key] = len(empty), len(nul)
+        encoded.empty[key], encoded.nul[key], encoded.special[key] = len(empty), len(nul), len(special)
         odd += [(indices[index], f"{key!r} is empty or gives no token", "empty") for index in empty]
         odd += [(indices[index], f"{key!r} holds NUL characters", "kept") for index in nul]
+        odd += [
+            (indices[index], f"{key!r} holds special tokens: {', '.join(tokens)}", "kept")
+            for index, tokens in special.items()
+        ]
     odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on batch boundaries
     encoded.problems = [
         Problem(printable(batch.place(index)), printable(why)[:REASON_LENGTH], kind) for index, why, kind in odd
@@ -162,18 +177,21 @@ def preprocess(
     backend: str = "auto",
     about_tokenizer: dict[str, Any] | None = None,
     sentences: SentenceSplitter | None = None,
+    split_special_tokens: bool = False,
 ) -> dict[str, Report]:
     """Encode the records of `files` into one indexed dataset for each of `keys`.
 
     Args:
         tokenizer: as Megatron builds it (`data.tokenizer.build_tokenizer`).
-        append_eod: end each document with `tokenizer.eod`.
+        append_eod: end each document with `tokenizer.eod`, unless the tokenizer's template does.
         workers: threads that encode.
         max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are skipped and listed; one more
             ends the run.
         backend: one of `encoders.BACKENDS`.
-        about_tokenizer: what to write about the tokenizer into the reports.
+        about_tokenizer: what to write about the tokenizer into the reports, besides what documents begin and end with.
         sentences: encode each sentence of a document by itself.
+        split_special_tokens: encode text that spells a special token as any other text; else it becomes the token, and
+            is listed.
     Returns:
         Key -> report. The datasets are in place. On any error none of them is, and older ones are untouched; the
         progress saved until then stays in OUTPUT_PREFIX.unfinished, and the same call resumes from it.
@@ -182,8 +200,7 @@ def preprocess(
     """
     from megatron.core.datasets.indexed_dataset import DType
 
-    eod = tokenizer.eod if append_eod else None
-    if append_eod and eod is None:
+    if append_eod and tokenizer.eod is None:
         raise ValueError("--append-eod: the tokenizer has no end-of-document (eos) token; name one in its config")
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least one thread must encode")
@@ -194,18 +211,24 @@ def preprocess(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     # Parallelism comes from the threads below; the tokenizer's own pool would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name, encode = choose_encoder(tokenizer, backend)
-    if sentences is not None:
-        encode = sentences.encoder(encode)
+    encoder = choose_encoder(tokenizer, backend, split_special_tokens)
+    encode = encoder.encode if sentences is None else sentences.encoder(encoder.encode)
+    eod: Any = getattr(tokenizer, "eod", None)
+    ends = Ends(encoder.prefix, list(encoder.suffix), special_tokens(tokenizer))
+    if append_eod and ends.suffix[-1:] != [eod]:
+        ends.suffix.append(eod)
+    eod = eod if ends.suffix[-1:] == [eod] else None
 
     base = Report(
         dtype=dtype.__name__,
-        backend=name,
-        tokenizer=about_tokenizer or {},
+        backend=encoder.backend,
+        tokenizer=(about_tokenizer or {}) | {"document_start": ends.prefix, "eod": eod},
         inputs=[printable(str(path)) for path in files],
         problems=f"{output_prefix}_{PROBLEMS}",
     )
-    job = {"input": describe(files), "json-keys": keys, "eod": eod, "tokenizer": base.tokenizer, "dtype": base.dtype}
+    job = {"input": describe(files), "json-keys": keys, "tokenizer": about_tokenizer or {}, "dtype": base.dtype}
+    job |= {"document-start": ends.prefix or None, "eod": eod}
+    job["split-special-tokens"] = split_special_tokens or None
     job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
     streams = [f"{key}.{suffix}" for key in keys for suffix in ("bin", "lengths")]
     resume = ResumeState(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
@@ -214,7 +237,7 @@ def preprocess(
         finished = resume.state is not None and "finished" in resume.state
         prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
         if not finished:
-            _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, eod))
+            _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, ends))
         assert resume.state is not None
         reports = {key: Report(**saved) for key, saved in resume.state["reports"].items()}
         for key, prefix in prefixes.items():
@@ -328,6 +351,7 @@ def _append(resume: ResumeState, key: str, encoded: Encoded, report: Report) -> 
     report.bytes += encoded.text_bytes[key]
     report.empty_documents += encoded.empty[key]
     report.documents_with_nul += encoded.nul[key]
+    report.documents_with_special_tokens += encoded.special[key]
     report.bad_lines += encoded.bad
 
 

@@ -7,6 +7,7 @@ yoco_megatron/corpus/tokenizer_training.py.
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,30 @@ def build_tokenizer(args: Any) -> Any:
         raise ValueError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model}{here} cannot be loaded: {error}"
         ) from error
+
+
+def template_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(prefix, suffix): the ids that the template of a transformers tokenizer puts before and after every text.
+
+    Raises:
+        ValueError: a template that does something else.
+    """
+    bare: list[int] = []
+    # A vocabulary of another script may have no "x".
+    some = (tokenizer.decode([id_], skip_special_tokens=True) for id_ in range(min(len(tokenizer), 1000)))
+    for text in itertools.chain(["x"], some):
+        bare, full = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        for start in range(len(full) - len(bare) + 1):
+            if bare and full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        if bare or not full:
+            break
+    if bare or full:
+        raise ValueError(
+            "--tokenizer-model: the tokenizer's template (post_processor) does more than to put tokens around a text; "
+            "add --tokenizer-hf-no-include-special-tokens to do without it"
+        )
+    return [], []
 
 
 def tokenizer_sha256(path: str | None) -> str | None:
