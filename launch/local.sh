@@ -4,7 +4,7 @@
 #   launch/local.sh RUN_FOLDER --nproc 8 -- --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml ...
 #
 #   --nproc N          processes (GPUs); default 1
-#   --max-restarts N   attempts in a row without a new checkpoint before giving up; default 3
+#   --max-restarts N   attempts in a row without a new trained step before giving up; default 3
 # Everything after -- goes to pretrain_yoco.py. Ctrl-C saves and stops. PYTHON chooses the interpreter.
 set -uo pipefail
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }

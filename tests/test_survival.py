@@ -326,6 +326,29 @@ def test_transient_fault_excludes_its_node(undisturbed, tmp_path):
     resumed(run, (checkpoints.tracked_iteration(run / "checkpoints") or 0) + 1, undisturbed)
 
 
+def test_divergence_blames_no_node(tmp_path):
+    """NaN on all ranks is not their hardware's; the weights that gave it are not saved; the second time it is over."""
+    run = tmp_path / "run"
+    words = [*TINY, *SAVING, "--lr", "1e30", "--lr-warmup-iters", "0", "--run-folder", str(run)]
+    for attempt, verdict in enumerate(("requeue", "stop")):
+        policy.begin(run, 3)
+        env = {"YOCO_ATTEMPT": str(attempt)}
+        ended = run_script(2, *words, env=env)
+        assert [code for code, _ in ended] == [17, 17] and "diverged in step 2: found NaN" in ended[0][1]
+        found = policy.end(run, 17)
+        assert (found.what, found.exclude) == (verdict, []) and "diverged in step 2" in found.reason
+    assert checkpoints.iterations(run / "checkpoints") == []
+
+
+def test_run_that_trained_nothing_is_not_done(tmp_path):
+    run = tmp_path / "run"
+    policy.begin(run, 3)
+    skip = ["--train-iters", "4", "--iterations-to-skip", "1", "2", "3", "4"]
+    ((code, text),) = run_script(1, *TINY, *SAVING, *skip, "--run-folder", str(run))
+    assert code == 1 and "none of the steps 1 to 4 changed the weights" in text
+    assert policy.end(run, code).what == "stop"
+
+
 @pytest.fixture(scope="module")
 def rolled_back(tmp_path_factory) -> tuple[Log, Log]:
     return _roll_back(tmp_path_factory.mktemp("one") / "run", 1)

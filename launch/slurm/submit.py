@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--container-mounts", help="default: this checkout and the run folder")
     p.add_argument("--launcher", choices=LAUNCHERS, help="a task per process, or torchrun on each node")
     p.add_argument("--save-seconds", type=int, default=300, help="ask to save so long before the time limit")
-    p.add_argument("--max-restarts", type=int, default=3, help="attempts without a new checkpoint before giving up")
+    p.add_argument("--max-restarts", type=int, default=3, help="attempts without a new trained step before giving up")
     p.add_argument("--no-preflight", action="store_true", help="do not test the nodes before training")
     p.add_argument("--no-check", action="store_true", help="this machine lacks torch or the data: check nothing")
     p.add_argument("--dry-run", action="store_true", help="show plan and script, submit nothing, write nothing")

@@ -184,7 +184,7 @@ def test_crash_loop_stops_with_its_reason(stage: Stage):
         job.kill(rank=0)
     assert job.wait_for_end() == "FAILED"
     assert job.attempts() == 2 and {end["kind"] for end in job.ends()} == {"crash"}
-    assert "stop 2 attempts in a row ended without a new checkpoint" in job.log()
+    assert "stop 2 attempts in a row saved no new trained step" in job.log()
 
 
 @scenario

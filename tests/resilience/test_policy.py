@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from yoco_megatron.checkpoint import layout
 from yoco_megatron.resilience import exit_record, policy
 from yoco_megatron.resilience.exit_record import Outcome
 
 
-def saved(run: Path, iteration: int) -> None:
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(iteration))
+def saved(run: Path, iteration: int, trained: int | None = None) -> None:
+    checkpoint = layout.path_of(run / "checkpoints", iteration)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if trained is not None:
+        (checkpoint / layout.TRAINED).write_text(str(trained))
+    layout.write_tracker(run / "checkpoints", iteration)
 
 
 def said(run: Path, attempt: int, monkeypatch, *outcomes: Outcome) -> None:
@@ -36,6 +40,8 @@ SECONDARY = Outcome("crash", 1, "RuntimeError: NCCL error: remote process exited
         ([Outcome("user_error", 2, "--lr is missing"), SECONDARY], 1, "stop", "user_error"),
         ([SECONDARY, Outcome("storage", 74, "No space left on device")], 1, "stop", "storage"),
         ([Outcome("rolled_back", 0, "back to 10")] * 2, 0, "requeue", "rolled_back"),
+        ([Outcome("diverged", 17, "step 3")] * 2, 17, "requeue", "diverged"),
+        ([Outcome("untrained", 1, "no step")] * 2, 1, "stop", "untrained"),
         ([SECONDARY, CRASH], 1, "requeue", "crash"),
         ([], 137, "requeue", "crash"),
         ([FINISHED], 137, "requeue", "crash"),  # the other process was killed
@@ -92,6 +98,41 @@ def test_progress_resets_the_count(tmp_path):
         saved(tmp_path, step)
         assert policy.begin(tmp_path, 0)[0].what == "go"
         assert policy.end(tmp_path, 1).what == "requeue"
+
+
+def test_checkpoints_without_a_trained_step_are_no_progress(tmp_path):
+    """The guard skips every step, and the run saves all the same."""
+    for step in (10, 12, 14):
+        saved(tmp_path, step, trained=10)
+        assert policy.begin(tmp_path, 2)[0].what == "go"
+        assert policy.end(tmp_path, 0).what == "requeue"
+    saved(tmp_path, 16, trained=10)
+    assert policy.begin(tmp_path, 2)[0].what == "stop"
+    saved(tmp_path, 16, trained=11)
+    assert policy.begin(tmp_path, 2)[0].what == "go"
+
+
+def test_second_divergence_from_one_checkpoint_stops(tmp_path, monkeypatch):
+    diverged = Outcome("diverged", 17, "diverged in step 12: found NaN")
+    saved(tmp_path, 10)
+    for attempt, verdict in enumerate(("requeue", "stop")):
+        policy.begin(tmp_path, 3)
+        said(tmp_path, attempt, monkeypatch, diverged, diverged)
+        assert policy.end(tmp_path, 17).what == verdict
+    policy.begin(tmp_path, 3)
+    saved(tmp_path, 20)
+    said(tmp_path, 2, monkeypatch, diverged, diverged)
+    assert policy.end(tmp_path, 17).what == "requeue", "it came further before"
+
+
+def test_end_is_of_its_own_attempt(tmp_path, monkeypatch):
+    """Another launcher may have begun one in the same folder since."""
+    policy.begin(tmp_path, 3)
+    policy.begin(tmp_path, 3)
+    said(tmp_path, 1, monkeypatch, Outcome("user_error", 2, "in use"))
+    said(tmp_path, 0, monkeypatch, FINISHED)
+    assert policy.end(tmp_path, 0).what == "done"
+    assert policy.attempts(tmp_path)[-1]["attempt"] == 0
 
 
 def test_finished_is_not_started_again_but_stopped_may(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from yoco_megatron.upstream import core_fixes, registry, relied_on, resilience_h
 
 ROOT = Path(__file__).parents[2]
 REPLACED, RELIED_ON = registry.replacements, registry.dependencies
-ANY_RUN = Namespace(run_folder="run", guard_sigmas=6.0)
+ANY_RUN = Namespace(run_folder="run", guard_sigmas=6.0, log_throughput=True)
 
 
 def name_of(entry: registry.Replacement | registry.Dependency) -> str:

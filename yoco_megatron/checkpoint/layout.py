@@ -14,6 +14,7 @@ RESOLVED = "resolved_config.yaml"  # the run's flags
 COMPLETE = "metadata.json"
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 
+TRAINED = "trained_steps.json"  # how many steps changed the weights, on the way to this checkpoint
 ANSWERED = "rerun_answered"  # marker beside what Megatron saved to rerun a step on other hardware: that is done
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
+from yoco_megatron.resilience.guard import LEAST_WINDOW
 from yoco_megatron.utils.errors import require
 
 SKIPPED = "skipped_iterations.json"
@@ -40,7 +42,12 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that contradict each other."""
     for dest in ("keep_checkpoints", "keep_every", "guard_sigmas", "guard_window", "guard_patience", "hang_timeout"):
         value = getattr(args, dest)
-        require(value is None or value > 0, f"--{dest.replace('_', '-')} {value} must be positive")
+        good = value is None or (value > 0 and math.isfinite(value))
+        require(good, f"--{dest.replace('_', '-')} {value} must be a positive number")
+    require(
+        args.guard_window >= LEAST_WINDOW,
+        f"--guard-window {args.guard_window} must be at least {LEAST_WINDOW}: fewer do not show how norms vary",
+    )
     require(
         not (args.keep_checkpoints and args.save_retain_interval),
         "--keep-checkpoints and --save-retain-interval both remove checkpoints: use one (--keep-every is the latter)",

@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any
 
 MINIMUM = 16  # good norms before the statistics are used; until then only non-finite norms are skipped
+LEAST_WINDOW = 8  # norms from which a deviation can be told at all
 # Least deviation, as a share of the mean: with norms that hardly vary everything would be an outlier.
 RELATIVE_FLOOR = 0.05
 
@@ -29,19 +30,25 @@ class Guard:
     """
 
     def __init__(self, sigmas: float, window: int, patience: int) -> None:
-        self.sigmas, self.patience = sigmas, patience
+        self.sigmas, self.window, self.patience = sigmas, window, patience
         self.norms: deque[float] = deque(maxlen=window)
         self.bad_in_a_row = 0
 
     def threshold(self) -> float:
         """Gradient norm above which a step is skipped; finite, so that infinity is above it."""
-        if len(self.norms) < min(MINIMUM, self.norms.maxlen or MINIMUM):
+        if len(self.norms) < min(MINIMUM, self.window):
             return sys.float_info.max
         mean = statistics.fmean(self.norms)
-        return mean + self.sigmas * max(statistics.pstdev(self.norms, mean), RELATIVE_FLOOR * mean)
+        above = self.sigmas * max(statistics.pstdev(self.norms, mean), RELATIVE_FLOOR * mean)
+        return min(mean + above, sys.float_info.max)
 
     def observe(self, norm: float) -> bool:
-        """Record the norm of a step; returns whether the step was bad."""
+        """Record the norm of a step; returns whether the step was bad.
+
+        A gradient of zero, as of a batch without a token that counts, is neither bad nor says what is usual.
+        """
+        if norm == 0:
+            return False
         bad = not math.isfinite(norm) or norm > self.threshold()
         if bad:
             self.bad_in_a_row += 1
@@ -61,5 +68,6 @@ class Guard:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.norms.extend(state["norms"])
+        self.norms.clear()
+        self.norms.extend(norm for norm in state["norms"] if math.isfinite(norm) and norm > 0)
         self.bad_in_a_row = state["bad_in_a_row"]

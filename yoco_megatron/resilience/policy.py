@@ -5,7 +5,7 @@
 
 Prints one line, `VERDICT reason`, and for `end` the hosts to exclude on a second one:
   done     finished, or stopped on purpose: never start again
-  stop     an error that another attempt would repeat, or too many attempts without a new checkpoint
+  stop     an error that another attempt would repeat, or too many attempts without a new trained step
   go       (begin) start; the number of the attempt follows
   requeue  (end) start another attempt
 """
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from yoco_megatron.checkpoint.layout import tracked_iteration
-from yoco_megatron.resilience.records import Kind, append_attempt, attempts, outcomes
+from yoco_megatron.checkpoint.layout import path_of, tracked_iteration
+from yoco_megatron.resilience import run_folder
+from yoco_megatron.resilience.records import Kind, append_attempt, attempts, outcomes, trained_steps
 from yoco_megatron.utils.small_files import BadFile
 
 PRECEDENCE = get_args(Kind)
@@ -40,11 +41,17 @@ class Verdict:
     exclude: list[str] = field(default_factory=list)
 
 
-def attempts_without_progress(lines: list[dict[str, Any]], checkpoint: int | None) -> int:
-    """How many attempts in a row, up to the newest, started from `checkpoint` and saved no newer one."""
+def newest_trained_steps(folder: Path) -> int | None:
+    """Trained steps of the run's newest checkpoint; None without one."""
+    iteration = tracked_iteration(folder / "checkpoints")
+    return None if iteration is None else trained_steps(path_of(folder / "checkpoints", iteration))
+
+
+def attempts_without_progress(lines: list[dict[str, Any]], trained: int | None) -> int:
+    """How many attempts in a row, up to the newest, started with `trained` steps and saved no further one."""
     count = 0
     for line in reversed([line for line in lines if line["event"] == "begin"]):
-        if line["checkpoint"] != checkpoint:
+        if line.get("trained_steps", line["checkpoint"]) != trained:
             break
         count += 1
     return count
@@ -58,14 +65,14 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     checkpoint = tracked_iteration(folder / "checkpoints")
     if ends and ends[-1]["verdict"] == "done" and ends[-1].get("kind") == "finished":
         return Verdict("done", f"the run has finished; to train longer, remove {folder / 'attempts.jsonl'}"), number
-    # A roll-back counts as progress although the newest checkpoint gets older; it has its own limit.
-    failed = attempts_without_progress(lines, checkpoint)
+    trained = newest_trained_steps(folder)
+    failed = attempts_without_progress(lines, trained)
     if failed > max_restarts:
         reasons = [line["reason"] for line in ends[-failed:]] or ["the nodes were lost"]
         return (
             Verdict(
                 "stop",
-                f"{failed} attempts in a row ended without a new checkpoint (newest: iteration {checkpoint}); "
+                f"{failed} attempts in a row saved no new trained step (newest checkpoint: iteration {checkpoint}); "
                 f"the last reason: {reasons[-1]}. Fix it, then remove {folder / 'attempts.jsonl'} and start again",
             ),
             number,
@@ -73,7 +80,8 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     # Records of an earlier attempt with this number, from before attempts.jsonl was removed.
     for old in ("outcomes", "stacks", "preflight"):
         shutil.rmtree(folder / old / str(number), ignore_errors=True)
-    line = {"event": "begin", "attempt": number, "checkpoint": checkpoint, "time": time.time()}
+    line = {"event": "begin", "attempt": number, "checkpoint": checkpoint, "trained_steps": trained}
+    line |= {"time": time.time()}
     append_attempt(
         folder, line | {"job": os.environ.get("SLURM_JOB_ID"), "nodes": os.environ.get("SLURM_JOB_NODELIST")}
     )
@@ -81,15 +89,25 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
 
 
 def end(folder: Path, exit_code: int) -> Verdict:
-    """What to do after the newest attempt, whose launcher exited with `exit_code`. Records its end."""
+    """What to do after this launcher's attempt (YOCO_ATTEMPT, or the newest), which exited so. Records its end."""
     lines = attempts(folder)
-    number = sum(line["event"] == "begin" for line in lines) - 1
+    begun = [line["attempt"] for line in lines if line["event"] == "begin"]
+    number = int(run_folder.attempt()) if run_folder.attempt() in map(str, begun) else len(begun) - 1
     hung = [path for path in sorted((folder / "stacks" / str(number)).glob("*.txt")) if path.stat().st_size]
     verdict, kind = decide(outcomes(folder, number), [str(path) for path in hung], exit_code)
+    if kind == "diverged" and _diverged_before(lines, newest_trained_steps(folder)):
+        remedy = "lower --lr, use --guard-sigmas, or go on from an earlier checkpoint"
+        verdict = Verdict("stop", f"{verdict.reason}; the second time from one checkpoint: {remedy}")
     checkpoint = tracked_iteration(folder / "checkpoints")
     line = {"event": "end", "attempt": number, "verdict": verdict.what, "kind": kind, "reason": verdict.reason}
     append_attempt(folder, line | {"exit_code": exit_code, "checkpoint": checkpoint, "time": time.time()})
     return verdict
+
+
+def _diverged_before(lines: list[dict[str, Any]], trained: int | None) -> bool:
+    """Whether the attempt before this one diverged, and neither has saved a step since."""
+    ends = [line for line in lines if line["event"] == "end"]
+    return bool(ends) and ends[-1]["kind"] == "diverged" and attempts_without_progress(lines, trained) > 1
 
 
 def decide(outcomes: list[dict[str, Any]], hung: list[str], exit_code: int) -> tuple[Verdict, str]:
@@ -112,7 +130,7 @@ def decide(outcomes: list[dict[str, Any]], hung: list[str], exit_code: int) -> t
         kind, reason = "hang", f"{len(hung)} processes hung; their Python stacks: {hung[0]}"
     if kind in ("finished", "stopped"):
         return Verdict("done", reason), kind
-    if kind in ("user_error", "storage"):
+    if kind in ("user_error", "storage", "untrained"):
         return Verdict("stop", reason), kind
     suspects = sorted({one["host"] for one in outcomes if one["kind"] == "hardware" and one["suspect"]})
     return Verdict("requeue", reason, suspects), kind
@@ -129,7 +147,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("when", choices=["begin", "end"])
     parser.add_argument("folder", type=Path, help="the run folder")
-    parser.add_argument("--max-restarts", type=int, default=3, help="restarts without a new checkpoint (default 3)")
+    parser.add_argument("--max-restarts", type=int, default=3, help="restarts without a new trained step (default 3)")
     parser.add_argument("--exit-code", type=int, default=0, help="of srun or torchrun")
     args = parser.parse_args(argv)
     if args.when == "begin":

@@ -9,10 +9,22 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from yoco_megatron.checkpoint.layout import TRAINED
 from yoco_megatron.utils.small_files import BadFile, read_json, read_json_lines
 
 # Kinds of outcome; the first in this list that any process recorded decides for the attempt.
-Kind = Literal["user_error", "storage", "hardware", "rolled_back", "stopped", "finished", "requeue", "crash"]
+Kind = Literal[
+    "user_error",
+    "storage",
+    "hardware",
+    "diverged",
+    "rolled_back",
+    "untrained",
+    "stopped",
+    "finished",
+    "requeue",
+    "crash",
+]
 
 
 class _Start(TypedDict):
@@ -25,6 +37,7 @@ class Begin(_Start, total=False):
     """The line in attempts.jsonl of an attempt's start."""
 
     job: str | None
+    trained_steps: int | None
 
 
 class End(TypedDict):
@@ -76,3 +89,16 @@ def outcomes(folder: Path, attempt: int) -> list[dict[str, Any]]:
         except BadFile as error:
             warnings.warn(f"{error}: passed over", stacklevel=2)
     return found
+
+
+def trained_steps(checkpoint: Path) -> int:
+    """Steps that changed the weights of a checkpoint, on the way to it. Raises OSError.
+
+    Not its iteration: a run that skips every step saves, too. A checkpoint of another program counts by its iteration.
+    """
+    iteration = int(checkpoint.name.removeprefix("iter_"))
+    try:
+        return read_json(checkpoint / TRAINED, int, missing=iteration)
+    except BadFile as error:
+        warnings.warn(f"{error}: passed over", stacklevel=2)
+        return iteration

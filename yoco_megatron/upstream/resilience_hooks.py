@@ -14,7 +14,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import yaml
-from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+from megatron.core.rerun_state_machine import (
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    RerunState,
+    get_rerun_state_machine,
+)
 from megatron.training import get_args, get_signal_handler, training
 
 from yoco_megatron import runtime
@@ -23,16 +27,19 @@ from yoco_megatron.resilience import exit_record, run_folder
 from yoco_megatron.resilience.arguments import SKIPPED
 from yoco_megatron.resilience.exit_record import Outcome
 from yoco_megatron.resilience.guard import Guard
+from yoco_megatron.resilience.records import trained_steps
 from yoco_megatron.resilience.triggers import EXIT, SAVE, SIGNAL, Triggers
 from yoco_megatron.resilience.watchdog import SLOW, Watchdog
 from yoco_megatron.upstream import (
     checkpointing,
+    rejected_results,
     training_loop,  # noqa: F401 (its get_forward_backward_func must be entered before ours, which wraps it)
 )
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.files import write_json
 
 GUARD_STATE = "guard.json"
+FAILED = EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 TRAINING = "megatron.training.training"
 
 
@@ -43,6 +50,9 @@ class ManagedRun:
         self.folder = Path(args.run_folder)
         self.leaving: Outcome | None = None
         self.iteration = 0
+        self.trained_before = self.trained = 0  # steps that changed the weights: before this attempt, and in it
+        checkpointing.extra_files[checkpoints.TRAINED] = lambda: json.dumps(self.trained_before + self.trained)
+        checkpointing.after_load.append(self.note_start)
         self.guard = None
         if args.guard_sigmas is not None:
             self.guard = Guard(args.guard_sigmas, args.guard_window, args.guard_patience)
@@ -55,22 +65,45 @@ class ManagedRun:
         self.triggers = Triggers(self.folder) if args.rank == 0 else None
         self.last_beat: tuple[float, int] | None = None
 
-    def note_exit(self, result: tuple) -> tuple:
-        """`result` of train_step, through which Megatron's rerun state machine ends a run; if so, record why."""
-        _, _, _, leave, code, *_ = result
-        if leave and self.leaving is None:
-            machine = get_rerun_state_machine()
-            # This process's result was refused, and no other GPU has confirmed it yet.
-            suspect = machine.failed_validation_call is not None
-            suspect &= code == exit_record.RERUN_TO_DISAMBIGUATE or machine.suspicious_node is None
-            reason = f"Megatron's rerun state machine ended the run with code {code}"
-            self.leaving = Outcome("hardware", code, reason, self.iteration, suspect)
-            if machine.state == RerunState.RERUNNING_FROM_CHECKPOINT and dist.get_rank() == 0:
-                rerun = checkpoints.path_of(self.folder / "checkpoints", machine.current_iteration)
-                (rerun / checkpoints.ANSWERED).touch()
-            exit_record.record(self.folder, self.leaving)
-            dist.barrier()  # the first to end has the launcher kill the others: all must have written their record
-        return result
+    def note_start(self, checkpoint: Path) -> None:
+        """It starts from there."""
+        self.trained_before = trained_steps(checkpoint)
+
+    def note_step(self, result: tuple, step: int) -> tuple:
+        """`result` of train_step; if it ends the run, record why, and that no node is to blame where none is."""
+        loss, skipped, save, leave, code, norm, *others = result
+        if not leave and not skipped and norm != 0:  # a gradient of zero teaches nothing
+            self.trained += 1
+        spoiled = not leave and not skipped and norm is not None and not math.isfinite(norm)
+        if spoiled and get_args().check_for_nan_in_loss_and_grad:
+            # Megatron checks what each process has before the sum over all, and nothing in an attempt's first step.
+            self.leaving = Outcome("diverged", FAILED, f"diverged in step {step}: gradient norm {norm}", step)
+        elif leave and self.leaving is None:
+            self.answer_rerun()
+            everyone = rejected_results.gather()
+            reason = rejected_results.divergence(everyone)
+            if reason:
+                self.leaving = Outcome("diverged", FAILED, f"diverged in step {step}: {reason}", step)
+            else:
+                ended = f"Megatron's rerun state machine ended the run with code {code}"
+                suspect = rejected_results.is_suspect(everyone[dist.get_rank()])
+                self.leaving = Outcome("hardware", code, ended, self.iteration, suspect)
+        if self.leaving is None:
+            return result
+        if self.leaving.kind == "diverged":
+            save, leave, code = False, True, self.leaving.code  # a rerun elsewhere would show nothing
+            if dist.get_rank() == 0:
+                print(self.leaving.reason, flush=True)
+        exit_record.record(self.folder, self.leaving)
+        dist.barrier()  # the first to end has the launcher kill the others: all must have written their record
+        return loss, skipped, save, leave, code, norm, *others
+
+    def answer_rerun(self) -> None:
+        """If this attempt has rerun a step that another one rejected: no later attempt need do it again."""
+        machine = get_rerun_state_machine()
+        if machine.state == RerunState.RERUNNING_FROM_CHECKPOINT and dist.get_rank() == 0:
+            rerun = checkpoints.path_of(self.folder / "checkpoints", machine.current_iteration)
+            (rerun / checkpoints.ANSWERED).touch()
 
     def roll_back(self, guard: Guard, step: int) -> None:
         """Choose the checkpoint before the bad steps, and skip all batches between it and `step`."""
@@ -100,14 +133,23 @@ class ManagedRun:
             return Outcome("stopped", 0, f"--exit-interval {args.exit_interval}", iteration)
         return Outcome("requeue", 0, "--exit-duration-in-mins", iteration)
 
-    def end(self, code: int) -> None:
+    def end(self, code: int) -> Outcome:
         """Say in the run folder how the run ended: `code` is that of Megatron's sys.exit, or 0 where it returned."""
         if self.watchdog:
             self.watchdog.stop()
-        default = Outcome("finished", 0, "all of --train-iters", get_args().train_iters)
-        exit_record.record(
-            self.folder, self.leaving or (default if code == 0 else Outcome("crash", code, f"exit {code}"))
-        )
+        outcome = self.leaving or Outcome("crash", code, f"exit {code} in step {self.iteration}")
+        exit_record.record(self.folder, outcome)
+        return outcome
+
+    def reached_end(self) -> Outcome:
+        """The outcome of a run that Megatron's `pretrain` returned from."""
+        args = get_args()
+        if args.skip_train:
+            return Outcome("stopped", 0, "--skip-train")
+        if self.trained or args.iteration >= args.train_iters:
+            return Outcome("finished", 0, "all of --train-iters", args.train_iters)
+        reason = f"none of the steps {args.iteration + 1} to {args.train_iters} changed the weights"
+        return Outcome("untrained", 1, f"{reason}: all were skipped, or had no position with a loss", args.iteration)
 
 
 def _keep_in_checkpoints(guard: Guard) -> None:
@@ -206,21 +248,21 @@ _replace_nan("megatron.core.optimizer.layer_wise_optimizer", "LayerWiseDistribut
 def train_step(forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **kwargs: Any) -> tuple:
     """One step; with the guard, one whose update is skipped if its gradient is bad."""
     run, guard = _run, _run.guard
+    step = kwargs["iteration"] + 1
     if guard is None:
-        return run.note_exit(train_step.original(forward_step, data, model, optimizer, *rest, **kwargs))
+        return run.note_step(train_step.original(forward_step, data, model, optimizer, *rest, **kwargs), step)
     threshold = guard.threshold()
     for one in optimizer.chained_optimizers:
         one.config.grad_norm_skip_threshold = threshold
     result = train_step.original(forward_step, data, model, optimizer, *rest, **kwargs)
     loss, skipped, save, leave, code, norm, *others = result
     if norm is not None and not leave and guard.observe(norm):
-        step = kwargs["iteration"] + 1
         if dist.get_rank() == 0:
             print(f"guard: step {step} skipped, gradient norm {norm:.4g} above {threshold:.4g}", flush=True)
         if guard.diverged:
             run.roll_back(guard, step)
             save, leave, code = False, True, 0
-    return run.note_exit((loss, skipped, save, leave, code, norm, *others))
+    return run.note_step((loss, skipped, save, leave, code, norm, *others), step)
 
 
 relies_on(
@@ -331,4 +373,8 @@ def managed_run(args: Namespace) -> Iterator[None]:
         if run.iteration:
             raise RuntimeError(f"after iteration {run.iteration}: {error}") from error  # no user's mistake any more
         raise
-    run.end(0)
+    run.leaving = run.reached_end()
+    outcome = run.end(0)
+    if outcome.code:
+        print(f"pretrain_yoco.py: error: {outcome.reason}", file=sys.stderr)
+        sys.exit(outcome.code)
