@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 
 from yoco_megatron.convert import convert as conversion
-from yoco_megatron.convert import tensor_names, verify
+from yoco_megatron.convert import tensor_names, tokenizer_files, verify
 from yoco_megatron.convert.convert import convert
 from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 
 def config() -> YocoConfig:
@@ -63,7 +64,8 @@ def change(source: Path, **changes: torch.Tensor | None) -> None:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def refused(source: Path, match: str, kind: str = "hf", to: str = "fla") -> None:
@@ -136,7 +138,7 @@ def test_not_finite(value, to, source):
 def test_other_architecture(architecture, source):
     path = source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [architecture]}))
-    refused(source, f"says {architecture}, only YocoForCausalLM")
+    refused(source, f"says {architecture} under architectures, only YocoForCausalLM")
 
 
 def test_no_folder_and_no_config(source, tmp_path):
@@ -155,11 +157,17 @@ def test_no_folder_and_no_config(source, tmp_path):
     ("content", "said"),
     [
         (b"[]", "config.json is not a JSON object"),
-        (b"\xff\xfe", "config.json is not JSON"),
-        ({"architectures": None}, "says nothing, only YocoForCausalLM"),
+        (b"\xff\xfe", "config.json is not text"),
+        ({"architectures": None}, "says nothing under architectures, only YocoForCausalLM"),
         ({"hidden_size": "32"}, "config.json describes no YOCO: .*hidden_size.* expected int"),
-        ({"num_attention_heads": 0, "head_dim": None}, "config.json describes no YOCO: ZeroDivisionError"),
-        ({"self_decoder": "mamba"}, "self_decoder 'mamba' is unknown"),
+        ({"architectures": 5}, "says 5 under architectures, only YocoForCausalLM"),
+        ({"architectures": []}, "says nothing under architectures"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json describes no YOCO: num_attention_heads 0"),
+        ({"self_decoder": "mamba"}, "config.json describes no YOCO: self_decoder 'mamba' is unknown"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight, .*tie_word_embeddings"),
+        ({"training_facts": [1]}, "config.json: training_facts is list, no dict"),
+        ({"training_facts": {"iteration": "x"}}, "config.json: 'iteration' is 'x', no int"),
+        (b"[" * 100_000, "config.json is not JSON"),
     ],
 )
 def test_config_of_nothing(content, said, source):
@@ -168,6 +176,34 @@ def test_config_of_nothing(content, said, source):
         content = json.dumps(json.loads(path.read_text()) | content).encode()
     path.write_bytes(content)
     refused(source, said)
+
+
+def test_config_without_a_key(source):
+    """A default in its place would be another model."""
+    path = source / "config.json"
+    content = json.loads(path.read_text())
+    content["rope_tetha"] = content.pop("rope_theta")
+    path.write_text(json.dumps(content))
+    refused(source, r"config.json lacks rope_theta; did you mean rope_tetha\?")
+
+
+@pytest.mark.parametrize("to", ["hf", "fla"])
+def test_files_have_the_mode_that_the_umask_gives(to, source, monkeypatch):
+    """Those of libraries, and copies of files that are more private or more public, too."""
+    tokenizer = source.parent / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    (tokenizer / "tokenizer_config.json").chmod(0o600)
+    monkeypatch.setattr(tokenizer_files, "load", lambda _: [])
+    before = os.umask(0o027)
+    try:
+        convert("hf", str(source), to, str(source.parent / "output"))
+        tokenizer_files.copy(tokenizer, source.parent / "output")
+    finally:
+        os.umask(before)
+    files = [*(source.parent / "output").iterdir()]
+    assert {"model.safetensors", "config.json", "tokenizer_config.json"} <= {file.name for file in files}
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
 
 
 @pytest.mark.parametrize("attention", [None, {}, {"type": "gated_retention"}])
@@ -187,6 +223,7 @@ def test_config_of_no_fla_model(attention, source):
         ('{"weight_map": {"a": 1, "b": "model.safetensors"}}', "gives 'a' the file 1, no name"),
         ('{"weight_map": {"a": ["model.safetensors"]}}', r"gives 'a' the file \['model.safetensors'\], no name"),
         ('{"weight_map": {"a": ""}}', "gives 'a' the file '', no name"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "gives 'a' the file '../model.safetensors', no name"),
     ],
 )
 def test_broken_index(index, said, source):
@@ -194,9 +231,27 @@ def test_broken_index(index, said, source):
     refused(source, f"model.safetensors.index.json .*{said}")
 
 
+def test_tensor_in_two_files(source):
+    change(source, **{"model.embed_tokens.weight": torch.zeros(64, 32)})
+    refused(source, "model-00002-of-00002.safetensors holds model.embed_tokens.weight, as another file")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_pipes_are_not_waited_for(name, source):
+    for file in (name, "model.safetensors.index.json"):
+        (source / file).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    refused(source, f"{name} is (no regular file|missing)")
+
+
 def test_broken_params_and_tracker(source):
     torch.save({}, source / "checkpoint.pth")
-    for params, said in (("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "lacks dim, n_layers")):
+    for params, said in (
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "describes no YOCO: it lacks dim, n_layers"),
+    ):
         (source / "params.json").write_text(params)
         refused(source, f"params.json {said}", kind="official", to="hf")
     (source / "latest_checkpointed_iteration.txt").write_text("abc")
@@ -211,6 +266,29 @@ def test_weights_that_are_a_pickle_are_not_opened(source):
     torch.save({"model.norm.weight": Evil(source / "evil")}, source / "pytorch_model.bin")
     refused(source, "model.safetensors is missing")
     assert not (source / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("sliding_window", value) for value in (False, 0, True, -1, "128", 128.0)),
+        ("dim", "32"),
+        ("n_layers", None),
+        ("n_layers", 3),
+        ("n_layers", 10**9),
+        ("n_attn_kv_heads", 0),
+        ("max_seq_len", 1e9),
+        ("rope_theta", 0.0),
+        ("norm_eps", "x"),
+    ],
+)
+def test_params_of_no_model(key, value, source):
+    """The authors' code makes attention over everything of a window of false or 0, which is no YOCO."""
+    params = {"dim": 32, "n_layers": 4, "hidden_dim": 48, "n_self_heads": 2, "n_attn_heads": 4, "vocab_size": 64}
+    (source / "params.json").write_text(json.dumps(params | {key: value}))
+    torch.save({}, source / "checkpoint.pth")
+    theirs = {"n_layers": "n_layers|num_hidden_layers", "norm_eps": "rms_norm_eps"}.get(key, key)
+    refused(source, f"params.json describes no YOCO: .*({theirs})", kind="official", to="hf")
 
 
 def test_part_of_a_split_official_model(source):
@@ -277,6 +355,40 @@ def test_a_wrong_result_is_not_kept(source, monkeypatch):
 
     monkeypatch.setattr(conversion.writers, "write_fla", wrong_while_writing)
     refused(source, "logits differ from the source's")
+
+
+def sliding_source(folder: Path, window: int) -> Path:
+    """An exported folder of a model of windows."""
+    sizes = {name: getattr(config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    made = YocoConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, self_decoder="sliding_window",
+                      sliding_window=window, architectures=["YocoForCausalLM"], initializer_range=0.2)  # fmt: skip
+    torch.manual_seed(4)
+    YocoForCausalLM(made).save_pretrained(folder)
+    return folder
+
+
+def test_a_wrong_window_is_not_kept(tmp_path, monkeypatch):
+    """One key more than the source's: only a comparison longer than the window can tell."""
+    write = conversion.writers.write_hf
+
+    def longer(source, folder, shard_bytes):
+        write(source, folder, shard_bytes)
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"sliding_window": content["sliding_window"] + 1}))
+
+    monkeypatch.setattr(conversion.writers, "write_hf", longer)
+    refused(sliding_source(tmp_path / "source", 150), "logits differ from the source's", to="hf")
+
+
+def test_a_window_that_is_too_long_to_prove_is_named(tmp_path, monkeypatch):
+    source = sliding_source(tmp_path / "source", 150)
+    assert "logits of 214 tokens" in convert("hf", str(source), "hf", str(tmp_path / "output"))
+    monkeypatch.setattr(verify, "LONGEST", 50)
+    report = convert("hf", str(source), "hf", str(tmp_path / "short"))
+    assert (
+        "logits of 114 tokens" in report and "fewer tokens than its window of 150, which this does not prove" in report
+    )
 
 
 class Evil:

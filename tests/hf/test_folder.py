@@ -3,6 +3,7 @@
 Reload and original are compared by logits, because buffers that are not saved are lost silently otherwise.
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -112,5 +113,30 @@ def test_auto_classes(saved):
     body = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     assert torch.equal(body(TOKENS).last_hidden_state, model.model(TOKENS).last_hidden_state)
     half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
-    assert half.model.self_rotary.inv_freq.dtype == torch.float32
+    assert torch.equal(half.model.self_rotary.inv_freq, model.model.self_rotary.inv_freq)
     assert relative_error(half(TOKENS).logits, model(TOKENS).logits) < 3e-2  # roundings of 2^-9
+
+
+CASTS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "there and back": lambda model: model.bfloat16().float(),
+    "buffers alone": lambda model: [
+        setattr(buffer, "data", buffer.to(torch.bfloat16)) for buffer in model.buffers() if buffer.is_floating_point()
+    ],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cast", CASTS)
+def test_frequencies_survive_casts(saved, cast, tmp_path):
+    """Whatever casts a model: modules, FSDP its buffers; then saved and loaded again."""
+    model = copy.deepcopy(saved[0])
+    CASTS[cast](model)
+    position = torch.tensor([[4096]])
+    model.save_pretrained(tmp_path)
+    for one in (model, YocoForCausalLM.from_pretrained(tmp_path)):
+        for part in ("self_rotary", "cross_rotary"):
+            for found, wanted in zip(getattr(one.model, part)(position), getattr(saved[0].model, part)(position)):
+                assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    assert not [name for name in model.state_dict() if "inv_freq" in name]

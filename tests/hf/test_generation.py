@@ -232,10 +232,3 @@ def test_what_cannot_be_rolled_back_is_refused(model):
 def test_bad_input(model):
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
-    for wrong in (
-        {"self_decoder": "mamba"},
-        {"rope_variant": "yarn"},
-        {"num_hidden_layers": 2, "num_self_decoder_layers": 2},
-    ):
-        with pytest.raises(ValueError, match=next(reversed(wrong))):
-            YocoConfig(**wrong)

@@ -88,12 +88,26 @@ def to_flags(config: YocoConfig) -> dict[str, Any]:
 
 
 def from_official(params: dict[str, Any], tied: bool, max_position_embeddings: int) -> YocoConfig:
-    """The authors' params.json (YOCOArgs), whose tying shows in the weights alone."""
+    """The authors' params.json (YOCOArgs), whose tying shows in the weights alone.
+
+    Raises:
+        ValueError: a key that is missing, or a value that describes no model.
+    """
     needed = ("dim", "n_layers", "hidden_dim", "n_self_heads", "n_attn_heads", "vocab_size")
     missing = [name for name in needed if name not in params]
-    require(not missing, f"params.json lacks {', '.join(missing)}: is it a YOCO's?")
-    require(params["n_layers"] % 2 == 0, f"params.json: n_layers {params['n_layers']} is odd, which has no half")
-    window = params.get("sliding_window")
+    require(not missing, f"it lacks {', '.join(missing)}: is it a YOCO's?")
+    for name in (*needed, "n_attn_kv_heads", "max_seq_len"):
+        value = params.get(name)
+        whole = type(value) is int and (value >= 1 or name == "max_seq_len")
+        require(whole or (value is None and name not in needed), f"{name} {value!r} must be a whole number, at least 1")
+    require(params["n_layers"] % 2 == 0, f"n_layers {params['n_layers']} is odd, which has no half")
+    length, window = params.get("max_seq_len") or -1, params.get("sliding_window")
+    # dec/yoco.py takes windows for anything but None, and gives flash attention (window - 1, 0): -1 has no limit.
+    require(
+        window is None or (type(window) is int and window >= 1),
+        f"sliding_window {window!r} is no window: null is gated retention, a number of keys is sliding windows, and "
+        "attention over everything, which the authors' code makes of false and 0, no self-decoder of a YOCO has",
+    )
     return YocoConfig(
         vocab_size=params["vocab_size"],
         hidden_size=params["dim"],
@@ -103,10 +117,10 @@ def from_official(params: dict[str, Any], tied: bool, max_position_embeddings: i
         num_key_value_heads=params.get("n_attn_kv_heads"),
         self_decoder=(GATED_RETENTION if window is None else SLIDING_WINDOW).name,
         self_decoder_heads=params["n_self_heads"],
-        sliding_window=window or 1024,
+        **({} if window is None else {"sliding_window": window}),
         rope_theta=params.get("rope_theta", 10000.0),
         rms_norm_eps=params.get("norm_eps", 1e-5),
-        max_position_embeddings=params["max_seq_len"] if params.get("max_seq_len", -1) > 0 else max_position_embeddings,
+        max_position_embeddings=length if length > 0 else max_position_embeddings,
         tie_word_embeddings=tied,
     )
 
@@ -131,7 +145,7 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         "different rope_theta of the two halves": own.get("rope_theta") != cross.get("rope_theta"),
     }
     for what, found in no.items():
-        require(not found, f"config.json: {what} has no counterpart in this project's YOCO")
+        require(not found, f"{what} has no counterpart in this project's YOCO")
     ffn = config.get("intermediate_size")
     if ffn is None:  # fla's own default, a multiple of 256
         ffn = 256 * ((int(width * (config.get("hidden_ratio") or 4) * 2 / 3) + 255) // 256)

@@ -51,11 +51,11 @@ def model_card(source: Source, dtype: str) -> str:
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
         "vocabulary": f"{config.vocab_size:,} rows",
         "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies",
-        "trained to length": f"{facts.get('seq_length', config.max_position_embeddings):,}",
+        "trained to length": f"{facts.get('seq_length') or config.max_position_embeddings:,}",
     }
     if facts.get("iteration"):
         rows["iterations"] = f"{facts['iteration']:,}"
-    if facts.get("samples"):
+    if facts.get("samples") and facts.get("seq_length"):
         rows["tokens seen"] = f"{facts['samples'] * facts['seq_length']:,}"
     rows |= {f"`{name}`": str(value) for name, value in facts.get("flags", {}).items()}
     return CARD.format(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,7 +24,18 @@ from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of
 from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.utils import small_files
 from yoco_megatron.utils.errors import nearest
+
+
+class TrainingFacts(TypedDict, total=False):
+    """What an export says of the training, in its config.json."""
+
+    iteration: int | None
+    samples: int | None
+    seq_length: int | None
+    flags: dict[str, Any]
+
 
 Found = dict[str, tuple[tensor_names.Shape, torch.dtype]]
 # Flags of the run that the model card shows.
@@ -227,7 +238,7 @@ class SafeTensors:
                 raise BadSource(f"{index} has no weight_map: copy the folder again")
             for tensor, file in of.items():
                 _require(
-                    isinstance(file, str) and file != "",
+                    isinstance(file, str) and Path(file).name == file != "",
                     f"{index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
                 )
             listed = sorted(set(of.values()))
@@ -236,11 +247,13 @@ class SafeTensors:
         self.files: dict[str, Any] = {}
         for name in listed:
             file = folder / name
-            _require(file.exists(), f"{file} is missing: copy the folder again")
+            _require(file.is_file(), f"{file} is missing: copy the folder again")
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise BadSource(f"{file} is not a whole safetensors file ({error}): copy it again") from None
+            twice = sorted(self.files.keys() & opened.keys())
+            _require(not twice, f"{file} holds {''.join(twice[:1])}, as another file does: copy the folder again")
             self.files |= dict.fromkeys(opened.keys(), opened)
 
     def found(self) -> Found:
@@ -259,12 +272,16 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def _json(file: Path, what: str) -> dict[str, Any]:
     """The object in a file that the folder of `what` has. Raises ValueError."""
     try:
-        content = json.loads(file.read_text())
-    except OSError:
-        raise BadSource(f"{file.parent}: no {file.name} there; give the folder of {what}") from None
-    except ValueError as error:  # not text, or not JSON
+        text = small_files.read_text(file, missing=None)
+        content = None if text is None else json.loads(text)  # its numbers are checked, and named, by who reads them
+    except small_files.BadFile as error:
+        raise BadSource(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise BadSource(f"{file} is not JSON: {error}") from None
-    _require(isinstance(content, dict), f"{file} is not a JSON object: is it that of {what}?")
+    if text is None:
+        raise BadSource(f"{file.parent}: no {file.name} there; give the folder of {what}")
+    if not isinstance(content, dict):
+        raise BadSource(f"{file} is not a JSON object: is it that of {what}?")
     return content
 
 
@@ -272,16 +289,19 @@ def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: 
     """The configuration that `read` makes of the content. Raises ValueError for fields that describe no model."""
     try:
         return read(*args, **more)
-    except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        what = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise BadSource(f"{file} describes no YOCO: {what}") from None
+    except (StrictDataclassError, ValueError) as error:
+        raise BadSource(f"{file} describes no YOCO: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # a key of another file's that is missing or of another type
+        raise BadSource(f"{file} describes no YOCO: {type(error).__name__}: {error}") from None
 
 
 def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
     """A source whose names are `rename` of ours."""
     wanted = {rename(name): shape for name, shape in tensor_names.shapes(config).items()}
-    if config.tie_word_embeddings:  # some writers repeat the embedding as the head
-        found.pop(rename("lm_head.weight"), None)
+    head, embedding = rename("lm_head.weight"), rename("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head in found and embedding in found:  # some writers repeat it
+        same = found.pop(head) == found[embedding] and torch.equal(load(head), load(embedding))
+        _require(same, f"{folder}: {head} is not {embedding}, but its config says tie_word_embeddings")
     check_shapes(f"{folder}", found, wanted)
     dtypes = {name: found[rename(name)][1] for name in tensor_names.shapes(config)}
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
@@ -291,15 +311,23 @@ def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Ca
 def _hf(folder: Path, _: int | None) -> Source:
     file = folder / "config.json"
     config = _json(file, "an exported model")
-    architecture = (config.get("architectures") or ["nothing"])[0]
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
     _require(
         architecture == "YocoForCausalLM",
-        f"{folder}: its config.json says {architecture}, only YocoForCausalLM can be converted"
-        + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
+        f"{folder}: its config.json says {architecture or 'nothing'} under architectures, only YocoForCausalLM can be "
+        "converted" + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
     )
+    # Every writer gives them all; a default in the place of a misspelt one would be another model.
+    missing = [name for name in config_fields.SAME if name not in config]
+    _require(not missing, f"{file} lacks {', '.join(missing)}{nearest(missing[0], config) if missing else ''}")
+    described = _described(file, YocoConfig.from_dict, config)
     tensors = SafeTensors(folder)
-    source = _renamed("hf", folder, _described(file, YocoConfig.from_dict, config), tensors.found(), tensors.load, str)
-    source.facts = config.get("training_facts") or {}
+    source = _renamed("hf", folder, described, tensors.found(), tensors.load, str)
+    facts = config.get("training_facts") or {}
+    wrong = small_files.mismatch(facts, TrainingFacts, "training_facts")
+    _require(wrong is None, f"{file}: {wrong}")
+    source.facts = facts
     return source
 
 
@@ -330,7 +358,7 @@ def _official(folder: Path, _: int | None) -> Source:
     for part in folder.glob("*-model_part-*"):  # fairseq's names
         raise BadSource(f"{part} is {A_PART}")
     for file in (params, weights):
-        _require(file.exists(), f"{folder}: no {file.name} there; the authors' layout has params.json beside it")
+        _require(file.is_file(), f"{folder}: no {file.name} there; the authors' layout has params.json beside it")
     try:
         state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # a broken or hostile pickle raises any type

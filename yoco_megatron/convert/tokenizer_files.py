@@ -36,5 +36,5 @@ def copy(source: Path, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (source / name).exists():
-            shutil.copy(source / name, folder / name)
+            shutil.copyfile(source / name, folder / name)
     return load(folder)

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from yoco_megatron import runtime
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import Source, open_source
-from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.hf.modeling_yoco import CHUNK, YocoForCausalLM
+from yoco_megatron.mixers import SLIDING_WINDOW
 
 # The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.
 TOLERANCE = 1e-4
-LENGTH = 96
+# So many tokens beyond what a position sees directly: a window, or two chunks of the retention. With windows above
+# LONGEST the comparison would take longer than the conversion.
+BEYOND, LONGEST = 64, 2048
 TEXT = """The harbour master kept two books. In the first he wrote the name of every ship that came in, its captain,
 its cargo and the hour of the tide; in the second he wrote only what he would need to know tomorrow. When the first book
 was full he began another, and after thirty years the shelves of his office held nothing else. The second book never had
@@ -30,12 +33,27 @@ think of, he said, but it is the second one that I read. 3.14159 26535 89793; de
 
 
 def sample_tokens(source: Source) -> tuple[Tensor, str]:
-    """(ids [1, at most LENGTH], what they are): TEXT by the source's tokenizer, or random ids where it has none."""
+    """(ids [1, tokens], what they are): TEXT by the source's tokenizer, or random ids where it has none."""
+    length = BEYOND + (min(_window(source), LONGEST) or 2 * CHUNK)
     if source.tokenizer is not None:
-        ids = tokenizer_files.load(source.tokenizer)(TEXT, add_special_tokens=False)["input_ids"][:LENGTH]
-        return torch.tensor([ids]), "of English text"
+        ids = tokenizer_files.load(source.tokenizer)(TEXT, add_special_tokens=False)["input_ids"]
+        return torch.tensor([(ids * (length // len(ids) + 1))[:length]]), "of English text"
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, source.config.vocab_size, (1, LENGTH), generator=generator), "at random (no tokenizer)"
+    return torch.randint(0, source.config.vocab_size, (1, length), generator=generator), "at random (no tokenizer)"
+
+
+def _window(source: Source) -> int:
+    """Keys that a position of the self-decoder sees; 0: all that came before."""
+    return (source.config.sliding_window or 0) if source.config.self_decoder == SLIDING_WINDOW.name else 0
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """Norm of found - wanted over that of wanted, [1, tokens, vocabulary]; summed in fp64, some tokens at a time."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for ours, theirs in zip(found.split(CHUNK, dim=1), wanted.split(CHUNK, dim=1), strict=True):
+        theirs = theirs.double()
+        squares += torch.stack([(ours.double() - theirs).square().sum(), theirs.square().sum()])
+    return (squares[0] / squares[1]).sqrt().item()
 
 
 def compare(source: Source, kind: str, folder: Path, iteration: int | None, whole: bool | None = None) -> str:
@@ -58,14 +76,16 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
     logits = [of_source.get(source.kind, _by_layers)(source.kind, source.folder, iteration, tokens)]
     gc.collect()
     logits.append(of_result.get(kind, _by_layers)(kind, folder, None, tokens))
-    error = (torch.linalg.vector_norm(logits[1] - logits[0]) / torch.linalg.vector_norm(logits[0])).item()
+    error = relative_difference(logits[1], logits[0])
     how = "" if whole else ", layer by layer because the whole does not fit into memory"
     if not error < TOLERANCE:  # nan fails too
         raise ValueError(
             f"--input {source.folder}: the converted model's logits differ from the source's by {error:.1e} "
             f"(relative, {TOLERANCE:.0e} allowed); nothing was written"
         )
-    return f"logits of {tokens.shape[1]} tokens {what} agree within {error:.1e} (fp32{how})"
+    length, window = tokens.shape[1], _window(source)
+    unproved = f"; fewer tokens than its window of {window:,}, which this does not prove" if length <= window else ""
+    return f"logits of {length:,} tokens {what} agree within {error:.1e} (fp32{how}{unproved})"
 
 
 @torch.no_grad()
@@ -73,7 +93,7 @@ def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) 
     from yoco_megatron.startup.load_run import load_model
 
     model, _, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
-    return model(tokens.to(runtime.device())).double().cpu()
+    return model(tokens.to(runtime.device())).float().cpu()
 
 
 @torch.no_grad()
@@ -81,13 +101,13 @@ def _by_folder(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    return model(tokens, use_cache=False).logits.double()
+    return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()
 def _by_ours(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     model = YocoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(tokens, use_cache=False).logits.double()
+    return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -97,7 +117,7 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
     with torch.device("meta"):
         model = YocoForCausalLM(source.config).eval()
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
-        rotary.inv_freq = rotary.compute().cpu()
+        rotary.reset(torch.device("cpu"))
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if source.config.tie_word_embeddings else {}
 
     def load(path: str, module: nn.Module, *_: Any) -> None:
@@ -112,4 +132,4 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
         if [*module.parameters(recurse=False)]:
             module.register_forward_pre_hook(partial(load, path))
             module.register_forward_hook(drop)
-    return model(tokens, use_cache=False).logits.double()
+    return model(tokens, use_cache=False).logits

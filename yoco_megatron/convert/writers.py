@@ -68,7 +68,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
         generation["suppress_tokens"] = list(range(len(tokenizer), config.vocab_size))
     _write_json(folder / "generation_config.json", generation)
     for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
-        shutil.copy(file, folder)
+        shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(model_card(source, dtype))
 
 
@@ -88,8 +88,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Callable[[str], str]) -> None:
     """safetensors shards of at most `shard_bytes` (or one tensor) with their index."""
-    from safetensors.torch import save_file
-
     shapes = tensor_names.shapes(source.config)
     plan: list[list[str]] = [[]]
     size = 0
@@ -109,12 +107,22 @@ def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Calla
                 # A slice of a memory-mapped file would keep the whole mapping.
                 tensors[rename(name)] = checked(source, name).clone(memory_format=torch.contiguous_format)
                 progress.update(tensors[rename(name)].nbytes)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            _save_file(tensors, folder / file)
             weight_map |= dict.fromkeys(tensors, file)
             tensors.clear()
     if len(plan) > 1:
         index = {"metadata": {"total_size": source.bytes}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, readable by whom the folder's other files are: the library makes it for the owner alone."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _progress(source: Source) -> tqdm:

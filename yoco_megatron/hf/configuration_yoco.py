@@ -3,10 +3,35 @@
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 # transformers' cache knows closed names of layer kinds; a retention layer is one with a recurrent state.
 LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
+
+# Largest values: far above any model, and low enough that a damaged file cannot make a loader build for hours.
+MOST_LAYERS, MOST = 10_000, 2**31 - 1
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "self_decoder_heads",
+    "self_decoder_key_value_heads",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "sliding_window",
+)
+# Numbers and what they must lie between, inclusive.
+NUMBERS = {
+    "decay_temperature": (1e-3, 1e6),
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-30, 0.1),
+    "initializer_range": (0.0, 1e3),
+}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 # Type of a size whose default follows from other sizes: None may be passed in, and is replaced when the config is made.
 if TYPE_CHECKING:
@@ -78,10 +103,8 @@ class YocoConfig(PreTrainedConfig):
     layer_types: list[str] | NotGiven = None
 
     def __post_init__(self, **kwargs):
-        if self.self_decoder not in LAYER_TYPES:
-            raise ValueError(f"self_decoder {self.self_decoder!r} is unknown; choose one of {', '.join(LAYER_TYPES)}")
-        if self.rope_variant not in ("yoco", "standard"):
-            raise ValueError(f"rope_variant {self.rope_variant!r} is unknown; choose yoco or standard")
+        self._check_choices(kwargs)
+        self._check_sizes()  # those that are given: others are derived from them
         defaults = {
             "num_self_decoder_layers": self.num_hidden_layers // 2,
             "num_key_value_heads": self.num_attention_heads,
@@ -93,13 +116,76 @@ class YocoConfig(PreTrainedConfig):
                 setattr(self, name, value)
         if self.self_decoder_key_value_heads is None:
             self.self_decoder_key_value_heads = self.self_decoder_heads
+        self._check_shape()
+        cross = self.num_hidden_layers - self.num_self_decoder_layers
+        self.layer_types = [LAYER_TYPES[self.self_decoder]] * self.num_self_decoder_layers + ["full_attention"] * cross
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "YocoConfig":
+        """As transformers', with the folder in what is wrong with its config.json."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except (StrictDataclassError, ValueError) as error:
+            what = " ".join(str(error).split())
+            folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise ValueError(f"{folder}: config.json describes no YOCO: {what}") from error
+
+    def _check_choices(self, others: dict[str, Any]) -> None:
+        choices = {
+            "self_decoder": tuple(LAYER_TYPES),
+            "rope_variant": ("yoco", "standard"),
+            "hidden_act": ("silu", "swish"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(known)}")
+        for name in ("rope_scaling", "rope_parameters"):
+            if others.get(name):
+                raise ValueError(f"{name} is not supported: the frequencies are those of rope_theta and rope_variant")
+        if not isinstance(self.architectures, list | None):
+            raise ValueError(f"architectures {self.architectures!r} must be a list of names of classes")
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
+            text = str(dtype).removeprefix("torch.")
+            if dtype is not None and text not in ("float64", "float32", "bfloat16", "float16"):
+                raise ValueError(f"{name} {dtype!r} must be float32, bfloat16, float16 or float64")
+
+    def _check_sizes(self) -> None:
+        for name in SIZES:
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most}")
+        for name, (low, high) in NUMBERS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # NaN neither
+                raise ValueError(f"{name} {value!r} must be a number from {low:g} to {high:g}")
+        for name in TOKENS:
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} {token!r} is no token id: vocab_size is {self.vocab_size}")
+
+    def _check_shape(self) -> None:
+        parts = {
+            "num_attention_heads": ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
+            "hidden_size": ("self_decoder_heads", self.hidden_size, self.self_decoder_heads),
+        }
+        if self.self_decoder == "sliding_window":
+            groups = self.self_decoder_key_value_heads
+            parts["self_decoder_heads"] = ("self_decoder_key_value_heads", self.self_decoder_heads, groups)
+            if self.sliding_window is None:
+                raise ValueError("sliding_window is missing, which a self_decoder of this kind needs")
+        for whole, (part, number, divisor) in parts.items():
+            if number % divisor:
+                raise ValueError(f"{part} {divisor} does not divide {whole} {number}")
+        own = f"hidden_size {self.hidden_size} over self_decoder_heads {self.self_decoder_heads}"
+        for what, width in ((f"head_dim {self.head_dim}", self.head_dim), (own, self.self_decoder_head_dim)):
+            if width % 2 or not width:
+                raise ValueError(f"{what}: heads must have an even width for RoPE, not {width}")
         if not 0 <= self.num_self_decoder_layers < self.num_hidden_layers:
             raise ValueError(
                 f"num_self_decoder_layers {self.num_self_decoder_layers} must lie between 0 and num_hidden_layers - 1"
             )
-        cross = self.num_hidden_layers - self.num_self_decoder_layers
-        self.layer_types = [LAYER_TYPES[self.self_decoder]] * self.num_self_decoder_layers + ["full_attention"] * cross
-        super().__post_init__(**kwargs)
 
     @property
     def self_decoder_head_dim(self) -> int:

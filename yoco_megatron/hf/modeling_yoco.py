@@ -26,11 +26,13 @@ from transformers.masking_utils import (
     create_masks_for_generate,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yoco import YocoConfig
@@ -69,10 +71,20 @@ class YocoRotaryEmbedding(nn.Module):
     def __init__(self, config: YocoConfig, head_dim: int):
         super().__init__()
         self.config, self.head_dim = config, head_dim
-        self.inv_freq = nn.Buffer(self.compute(), persistent=False)
+        # As integers, which no cast of the model touches: in 16 bits a frequency is off by radians at position 4096.
+        self.reset()
+
+    def reset(self, device: torch.device | str | None = None) -> None:
+        """Make the frequencies anew, on this device."""
+        self.inv_freq_bits = nn.Buffer(self.compute().view(torch.int32).to(device), persistent=False)
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Angles per position, fp32 [D/2]."""
+        return self.inv_freq_bits.view(torch.float32)
 
     def compute(self) -> Tensor:
-        """Angles per position, fp32 [D/2]."""
+        """`inv_freq` as the configuration has it."""
         if self.config.rope_variant == "yoco":
             exponents = torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64)
         else:
@@ -81,7 +93,7 @@ class YocoRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(position_ids.device, torch.float)
+        angles = position_ids[..., None].float() * self.inv_freq.to(position_ids.device)
         return angles.cos(), angles.sin()
 
 
@@ -98,36 +110,47 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tenso
     return y.to(x.dtype)
 
 
-def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def retention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t, in chunks; k is scaled by D^-1/2.
 
-    q, k, v [b, H, s, D]; log_decay [b, H, s] and state [b, H, D, D] in fp32 (fp64). Returns (o in q's dtype, state).
+    q, k, v [b, H, s, D]; log_decay [b, H, s] and state [b, H, D, D] in fp32 (fp64); documents [b, s] as `documents_of`
+    returns them: the state does not cross from one to the next. Returns (o in q's dtype, state).
     """
     dtype, compute = q.dtype, state.dtype
     q, k, v = q.to(compute), k.to(compute) * k.shape[-1] ** -0.5, v.to(compute)
     if q.shape[2] == 1:
         state = log_decay[..., None].exp() * state + k.transpose(-1, -2) @ v
         return (q @ state).to(dtype), state
-    outputs = []
-    for q_, k_, v_, g_ in zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay))):
+    if documents is None:
+        documents = torch.zeros(1, q.shape[2], dtype=torch.int32, device=q.device)
+    outputs, before = [], documents[:, None, :1]
+    chunks = zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay, documents[:, None])))
+    for q_, k_, v_, g_, d_ in chunks:
         b = g_.cumsum(-1)
         # Masked before exp: above the diagonal the exponent is positive.
         causal = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
-        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * b.exp()[..., None]) @ state)
-        to_end = (b[..., -1:] - b).exp()[..., None]
-        state = b[..., -1, None, None].exp() * state + (k_ * to_end).transpose(-1, -2) @ v_
+        visible = causal & (d_[..., :, None] == d_[..., None, :])
+        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~visible, -torch.inf).exp()
+        from_start = b.masked_fill(d_ != before, -torch.inf).exp()[..., None]
+        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * from_start) @ state)
+        before = d_[..., -1:]
+        to_end = (b[..., -1:] - b).masked_fill(d_ != before, -torch.inf).exp()[..., None]
+        state = from_start[..., -1:, :] * state + (k_ * to_end).transpose(-1, -2) @ v_
     return torch.cat(outputs, dim=2).to(dtype), state
 
 
-def retention_by_kernel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def retention_by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The same by the trainer's kernels, whose layout is [b, s, H, D]."""
     if q.shape[2] == 1:
         q, k, v, log_decay = (t.squeeze(2) for t in (q, k, v, log_decay))
         o, state = retention_kernels.step(q, k, v, log_decay, state, in_place=not torch.is_grad_enabled())
         return o.unsqueeze(2), state
     q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
-    o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state)
+    o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state, document_ids=documents)
     return o.transpose(1, 2), state
 
 
@@ -139,6 +162,60 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         scores = scores + attention_mask
     probabilities = widen(scores).softmax(-1).to(query.dtype)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def documents_of(
+    position_ids: Tensor | None, batch: int, length: int, cu_seq_lens_q: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """Which document of its row each token belongs to, non-decreasing integers [b, s]; None: one document a row.
+
+    Packed documents are known, as in transformers, by their boundaries in the flattened batch (`cu_seq_lens_q`), by
+    their numbers (`seq_idx` [b, s]), or by position_ids that do not count on.
+    """
+    if cu_seq_lens_q is not None:
+        tokens = torch.arange(batch * length, device=cu_seq_lens_q.device, dtype=cu_seq_lens_q.dtype)
+        documents = torch.bucketize(tokens, cu_seq_lens_q[1:], right=True).view(batch, length)
+    elif seq_idx is not None:
+        documents = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(-1), (1, 0)).expand(batch, -1)
+    elif position_ids is not None:
+        return find_packed_sequence_indices(position_ids.expand(batch, -1))
+    else:
+        return None
+    return documents if is_tracing(documents) or (documents[:, 0] != documents[:, -1]).any() else None
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """The place of each token in its document [b, s]."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    return places - (places * starts).cummax(-1).values
+
+
+def flash_boundaries(documents: Tensor) -> dict[str, Any]:
+    """The documents as flash attention's arguments in transformers."""
+    ends = F.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True).flatten().nonzero().flatten() + 1
+    boundaries = F.pad(ends, (1, 0)).int()
+    longest = int(boundaries.diff().max())
+    both = {"cu_seq_lens": boundaries, "max_length": longest}
+    return {f"{name}_{side}": value for name, value in both.items() for side in "qk"}
+
+
+def check_one_document(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError for positions that start again where transformers takes a row for one document.
+
+    position_ids [b or 1, s]; attention_mask [b, keys] or None. Padding may have any position.
+    """
+    if is_tracing(position_ids) or position_ids.shape[1] == 1:
+        return
+    falls = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1] :].to(falls.device, torch.bool)
+        falls = falls & real[:, 1:] & real[:, :-1]
+    if falls.any():
+        what = "past_key_values" if attention_mask is None else "attention_mask"
+        raise ValueError(
+            f"position_ids start again within a row: packed documents cannot be told apart with {what}; give none"
+        )
 
 
 class YocoMLP(nn.Module):
@@ -194,7 +271,7 @@ class YocoSlidingAttention(YocoAttention):
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
 
-    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, documents=None, **kwargs):
         q = self.query(x, rotary)
         k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
         v = split_heads(self.v_proj(x), self.head_dim)
@@ -219,7 +296,7 @@ class YocoGatedRetention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.head_norm = YocoRMSNorm(self.head_dim, config.rms_norm_eps, affine=False)
 
-    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, x, rotary, mask, past_key_values: Cache | None = None, documents=None, **kwargs):
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         interleaved = self.config.rope_interleaved
         q, k = rotate(q, rotary, interleaved), rotate(k, rotary, interleaved)
@@ -233,7 +310,8 @@ class YocoGatedRetention(nn.Module):
         else:
             state = log_decay.new_zeros(*k.shape[:2], self.head_dim, self.head_dim)
         by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
-        o, state = (retention_by_kernel if by_kernel else retention)(q, k, v, log_decay, state)
+        with torch.autocast(q.device.type, enabled=False):
+            o, state = (retention_by_kernel if by_kernel else retention)(q, k, v, log_decay, state, documents)
         if layer is not None:
             layer.update_recurrent_state(state)
             # transformers marks a layer as filled with its convolution's state, which retention has none of.
@@ -308,7 +386,7 @@ class YocoPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, YocoRotaryEmbedding):
             # Loading builds the model without memory and restores no buffer that is not saved.
-            init.copy_(module.inv_freq, module.compute())
+            init.copy_(module.inv_freq_bits, module.compute().view(torch.int32))
 
 
 class YocoModel(YocoPreTrainedModel):
@@ -348,32 +426,50 @@ class YocoModel(YocoPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         length, shared = x.shape[1], self.shared_kv.layer_idx
+        documents, seq_idx = None, kwargs.pop("seq_idx", None)
+        if past_key_values is None and (attention_mask is None or getattr(attention_mask, "ndim", 4) == 4):
+            documents = documents_of(position_ids, x.shape[0], length, kwargs.get("cu_seq_lens_q"), seq_idx)
+        elif position_ids is not None and getattr(attention_mask, "ndim", 2) == 2:
+            check_one_document(position_ids, attention_mask)
+        # No cache holds several documents a row. A compiled graph cannot know how many there are.
+        if use_cache and past_key_values is None and (documents is None or is_tracing(documents)):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None and documents is not None:
+            position_ids = positions_in(documents)
         if position_ids is None:
             seen = past_key_values.get_seq_length(shared) if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=x.device) + seen).unsqueeze(0)
         kept = 0 if cross_positions is None else min(cross_positions, length) or length
-        self_mask, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept)
+        last = kept
+        if documents is not None:
+            kept = length if kept else 0  # masks of the last positions know no documents
+            if is_flash_attention_requested(self.config):
+                kwargs = flash_boundaries(documents) | kwargs
+        self_mask, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept, documents)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
 
         rotary = self.self_rotary(position_ids)
         for layer in self.self_layers:
-            x = layer(x, rotary=rotary, mask=self_mask, past_key_values=past_key_values, **kwargs)
+            own = {"mask": self_mask, "past_key_values": past_key_values, "documents": documents}
+            x = layer(x, rotary=rotary, **own, **kwargs)
         rotary = self.cross_rotary(position_ids)
         k, v = self.shared_kv(x, rotary, past_key_values)
         x, rotary = x[:, length - kept :], tuple(t[:, length - kept :] for t in rotary)
         for layer in self.cross_layers if kept else ():
             x = layer(x, k, v, rotary=rotary, mask=cross_mask, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x[:, kept - last :]), past_key_values=past_key_values
+        )
 
-    def _masks(self, x, attention_mask, past_key_values, position_ids, kept):
+    def _masks(self, x, attention_mask, past_key_values, position_ids, kept, documents):
         """(mask of the self-decoder, mask of the cross-decoder's last `kept` queries), as the attention wants them."""
         kind = self.config.layer_types[0]
         if isinstance(attention_mask, dict):  # of one query, by create_masks_for_generate
             return attention_mask[kind], attention_mask["full_attention"]
+        if documents is not None:
+            past_key_values, position_ids = None, positions_in(documents)
         common = {
             "config": self.config,
             "inputs_embeds": x,

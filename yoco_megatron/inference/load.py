@@ -48,6 +48,6 @@ def load_for_generation(
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
-        rotary.inv_freq = rotary.compute().to(device)
+        rotary.reset(torch.device(device))
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     return model.eval(), source.tokenizer and tokenizer_files.load(source.tokenizer)

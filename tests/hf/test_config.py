@@ -1,0 +1,71 @@
+"""A configuration that describes no model is one fast error that names the key, and the folder it was read from."""
+
+import json
+import math
+
+import pytest
+
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+WRONG = [
+    ("num_hidden_layers", 10**7),
+    ("num_hidden_layers", 10**30),
+    ("num_hidden_layers", 0),
+    ("num_hidden_layers", 4.0),
+    ("hidden_size", 10**12),
+    ("hidden_size", "32"),
+    ("hidden_size", True),
+    ("hidden_size", None),
+    ("hidden_size", 30),  # no whole heads
+    ("hidden_size", 36),  # heads of odd width
+    ("vocab_size", -1),
+    ("head_dim", 7),
+    ("num_key_value_heads", 3),
+    ("self_decoder_heads", 0),
+    ("self_decoder_heads", 5),
+    ("self_decoder_key_value_heads", 3),
+    ("num_self_decoder_layers", 4),
+    ("num_self_decoder_layers", -1),
+    ("sliding_window", -1),
+    ("sliding_window", 0),
+    ("sliding_window", None),
+    ("max_position_embeddings", -1),
+    ("decay_temperature", 0),
+    ("decay_temperature", -1.0),
+    ("rms_norm_eps", math.inf),
+    ("rms_norm_eps", 0.0),
+    ("rope_theta", -1),
+    ("rope_theta", math.nan),
+    ("initializer_range", math.nan),
+    ("rope_variant", "yarn"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("self_decoder", "mamba"),
+    ("hidden_act", "x"),
+    ("eos_token_id", 10**9),
+    ("eos_token_id", [1, 64]),
+    ("pad_token_id", -1),
+    ("bos_token_id", "a"),
+    ("tie_word_embeddings", "no"),
+    ("architectures", 5),
+    ("dtype", []),
+    ("dtype", "int8"),
+    ("torch_dtype", "float8"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=str)
+def test_what_describes_no_model_is_refused_by_name(key, value, tmp_path):
+    YocoConfig(**SIZES, self_decoder="sliding_window").save_pretrained(tmp_path)
+    assert YocoConfig.from_pretrained(tmp_path).num_hidden_layers == 4
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"config.json describes no YOCO: .*{key}") as error:
+        YocoConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_that_are_not_given_follow_from_others():
+    config = YocoConfig(**SIZES)
+    assert (config.num_key_value_heads, config.head_dim, config.self_decoder_heads) == (4, 8, 4)
+    assert YocoConfig(**SIZES, num_key_value_heads=2, self_decoder_heads=2).self_decoder_key_value_heads == 2
