@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import sys
 import types
 from argparse import Namespace
@@ -74,10 +75,13 @@ def test_code_in_an_entry_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "os.system", "torch.load", "torch.hub.load"])
+@pytest.mark.parametrize(
+    "name",
+    ["builtins.eval", "builtins.getattr", "os.system", "torch.load", "torch.hub.load"],
+)
 def test_lookups_are_a_short_list(name: str) -> None:
     module, _, attribute = name.rpartition(".")
-    with pytest.raises(ValueError, match="do not trust"):
+    with pytest.raises(ValueError, match=re.escape(name)):
         safe_unpickling.MetadataUnpickler(io.BytesIO()).find_class(module, attribute)
 
 

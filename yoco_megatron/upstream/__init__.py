@@ -11,7 +11,7 @@ def repair() -> None:
     from yoco_megatron.upstream import core_fixes, safe_loading  # noqa: F401 (an import enters a file's entries)
 
     registry.install(True, Namespace())
-    safe_loading.allow_rerun_states()
+    safe_loading.restrain_weights_only()
 
 
 def install(args: Namespace, only: Collection[str] | None = None) -> None:

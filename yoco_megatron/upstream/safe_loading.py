@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.planner import ReadItem
 
 from yoco_megatron import runtime
-from yoco_megatron.checkpoint.safe_unpickling import load_fp8_state, load_metadata
+from yoco_megatron.checkpoint.safe_unpickling import load_fp8_state, load_metadata, stand_in_for
 from yoco_megatron.upstream.registry import relies_on, replaces
 
 loads_safely = functools.partial(replaces, in_every_process=True)
@@ -79,8 +79,14 @@ def unsafe_pickle_extra_state_enabled() -> bool:
     return True
 
 
-def allow_rerun_states() -> None:
-    """Let torch load, with weights_only=True, a checkpoint that asks to run a step again elsewhere. A door of torch."""
+def restrain_weights_only() -> None:
+    """Change what torch.load lets in beside tensors with `weights_only=True`: Megatron's list. A door of torch.
+
+    One class more, of a checkpoint that asks to run a step again elsewhere; and stand-ins for what a pickle could
+    change for the whole process, the members of enumerations, or crash it with, a random generator's state.
+    """
     from megatron.core.rerun_state_machine import Call, Caller
 
-    torch.serialization.add_safe_globals([Call, Caller])
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*map(stand_in_for, allowed), Call, Caller])
