@@ -9,6 +9,7 @@ from mesh import Mesh
 from runs import ROOT, Failure, Run, attempt
 
 from yoco_megatron.config.yaml_files import load_config_files
+from yoco_megatron.costs.gpu_peak import peak_flops
 
 MODELS = {"GPT": "transformer_{}", "gated_retention": "yoco_{}", "sliding_window": "yoco_{}_swa"}
 PRECISIONS = {
@@ -21,8 +22,6 @@ PRECISIONS = {
 }
 # Forward and backward of a step as one CUDA graph, recorded in the fourth step; it cannot ask for NaN.
 GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3 --no-check-for-nan-in-loss-and-grad"
-# bf16 matrix units without sparsity, by the vendor's data sheet.
-STATED_PEAK = {"H100": 989e12, "H200": 989e12}
 # In a process of its own: a CUDA context would take half a gigabyte from every run.
 MEASURE_DEVICE = """
 import torch
@@ -46,7 +45,7 @@ def measure_device() -> tuple[str, float, float]:
         print(f"no GPU: {run.stderr.strip().splitlines()[-1]}", flush=True)
         return "CPU", 0.0, 0.0
     name, measured = run.stdout.strip().split("|")
-    stated = next((peak for part, peak in STATED_PEAK.items() if part in name), 0.0)
+    stated = peak_flops(name) or 0.0
     print(f"{name}: bf16 peak {stated / 1e12:.0f} TFLOP/s stated, {float(measured) / 1e12:.0f} measured", flush=True)
     return name, stated, float(measured)
 

@@ -44,7 +44,7 @@ class Log:
     """What the last rank printed; figures as printed, so that equal means bitwise equal as far as a user can see."""
 
     losses: dict[int, str]
-    """By iteration. A run's second one is left out: Megatron prints the mean of the first two there."""
+    """By iteration."""
     grad_norms: dict[int, str]
     validation: dict[tuple[int, str], str]
     """(iteration, 'validation' or 'test') -> loss."""
@@ -59,7 +59,7 @@ def parse(text: str) -> Log:
     steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", text)
     evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set \| lm loss value: (\S+) ", text)
     return Log(
-        losses={int(step): loss for step, loss, _ in steps[:1] + steps[2:]},
+        losses={int(step): loss for step, loss, _ in steps},
         grad_norms={int(step): norm for step, _, norm in steps},
         validation={(int(step), part): loss for step, part, loss in evaluations},
         text=text,

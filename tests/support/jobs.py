@@ -121,7 +121,7 @@ class Job:
         for attempt in self.folder.glob("logs/[0-9]*"):
             text = "".join(path.read_text() for path in attempt.rglob("*") if path.is_file())
             steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) ", text)
-            for step, loss in steps[:1] + steps[2:]:  # the second is printed as the mean of the first two
+            for step, loss in steps:
                 found.setdefault(int(step), set()).add(loss)
         return found
 

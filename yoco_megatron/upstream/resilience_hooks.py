@@ -33,7 +33,8 @@ from yoco_megatron.resilience.watchdog import SLOW, Watchdog
 from yoco_megatron.upstream import (
     checkpointing,
     rejected_results,
-    training_loop,  # noqa: F401 (its get_forward_backward_func must be entered before ours, which wraps it)
+    step_log,  # noqa: F401 (its training_log, and what follows, must be entered before ours, which wrap them)
+    training_loop,  # noqa: F401
 )
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.files import write_json
