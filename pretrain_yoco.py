@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 pretrain_yoco.py --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml \\
         --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER ...
 
-Every flag of Megatron's pretrain_gpt.py works; `--help` shows ours in the group YOCO. docs/configuration.md has more.
+The flags are those of Megatron's pretrain_gpt.py, and ours, which `--help` shows in the group YOCO. docs/flags.md says
+which work, and which are refused; docs/configuration.md has more.
 """
 
 import gc

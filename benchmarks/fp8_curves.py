@@ -26,7 +26,7 @@ INTERVAL = 10  # steps that one point of a curve is the mean of
 # All widths are multiples of 16, as FP8 wants them.
 MODEL = (
     "--architecture yoco --num-layers 8 --hidden-size 512 --ffn-hidden-size 1536 --num-attention-heads 8 "
-    "--group-query-attention --num-query-groups 4 --self-decoder-heads 8 --self-decoder-window 128 "
+    "--group-query-attention --num-query-groups 4 --self-decoder-heads 8 "
     "--seq-length 512 --max-position-embeddings 512 --bf16 --micro-batch-size 32 --global-batch-size 32 "
     "--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 50 --adam-beta2 0.95 --weight-decay 0.1 "
     "--clip-grad 1.0 --use-distributed-optimizer --untie-embeddings-and-output-weights"
@@ -60,7 +60,10 @@ def train(options: argparse.Namespace) -> dict[str, list[float]]:
         index, precision = numbered
         gpu = dict(CUDA_VISIBLE_DEVICES=str(index % options.gpus)) if options.gpus > 1 else {}
         cache = f"--data-cache-path {options.folder}/cache_{precision}"  # two runs that write one would race
-        flags = f"{MODEL} --self-decoder {options.self_decoder} {cache} {PRECISIONS[precision]} {options.flags}"
+        window = "--self-decoder-window 128" if options.self_decoder == "sliding_window" else ""
+        flags = (
+            f"{MODEL} --self-decoder {options.self_decoder} {window} {cache} {PRECISIONS[precision]} {options.flags}"
+        )
         run = attempt(precision, flags, 1, options.timeout, verbose=True, data=data, env=gpu)
         if not isinstance(run, Run):
             raise SystemExit(f"{precision} failed: {run.reason}")

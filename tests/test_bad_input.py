@@ -85,7 +85,11 @@ MISTAKES = {
     "two lengths": (1, ["--train-samples", "9"], ["--train-iters and --train-samples", "keep one"]),
     "interval": (1, ["--log-interval", "0"], ["--log-interval 0 must be at least 1"]),
     "evaluation interval": (1, ["--eval-interval", "0"], ["--eval-interval 0 must be at least 1"]),
-    "recompute": (1, ["--recompute-granularity", "selective", "--recompute-modules", "ffn"], ["recompute_modules"]),
+    "recompute": (
+        1,
+        ["--recompute-activations", "--recompute-modules", "ffn"],
+        ["--recompute-modules ffn", "core_attn"],
+    ),
     "bits that FP8 lacks": (
         1,
         ["--use-precision-aware-optimizer", "--fp8-format", "hybrid", "--fp8-param-gather"],
@@ -164,7 +168,6 @@ OTHER_MODELS = {
     "wider": (["--hidden-size", "64"], ["hidden-size is 32 there, 64 here"]),
     "deeper": (["--num-layers", "6"], ["num-layers is 4 there, 6 here", "num-self-decoder-layers is 2 there, 3 here"]),
     "other self-decoder": (["--self-decoder", "sliding_window"], ["self-decoder is gated_retention there"]),
-    "transformer": (["--architecture", "transformer"], ["architecture is yoco there, transformer here"]),
     "same shapes, other function": (["--rope-variant", "standard"], ["rope-variant is yoco there, standard here"]),
 }
 

@@ -39,6 +39,14 @@ def figures(released: Path) -> dict:
     return json.loads((released / "figures.json").read_text())
 
 
+def flags_of(released: list[str]) -> list[str]:
+    """The run's flags, without the window that was given to retention, which today is refused."""
+    if "gated_retention" not in released:
+        return released
+    at = released.index("--self-decoder-window")
+    return [*released[:at], *released[at + 2 :]]
+
+
 def model_tensors(tree: dict) -> dict[str, torch.Tensor]:
     """Those of a whole training checkpoint that are weights."""
     others = ("optimizer", "rng_state", "rerun_state")
@@ -61,7 +69,7 @@ def assert_same_logits(exported: Path, released: Path) -> None:
 def test_checkpoint_continues(released):
     """Weights, optimizer, schedule and place in the data: the remaining steps are those of the run that wrote it."""
     wanted = figures(released)
-    log = train(1, "--load", str(released / "checkpoint"), base=wanted["flags"])
+    log = train(1, "--load", str(released / "checkpoint"), base=flags_of(wanted["flags"]))
     assert list(log.grad_norms) == list(range(SAVED + 1, LAST + 1)), "did not start from the checkpoint"
     assert len(log.losses) == LAST - SAVED
     for step in log.losses:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import Log, checkpoint, train
+from support.cli import TINY, TINY_BASELINE, TINY_WINDOWS, Log, checkpoint, train
 
 from yoco_megatron.checkpoint.common_state import common_state, param_groups
 
@@ -21,7 +21,6 @@ HALF, WHOLE = 10, 20
 TOLERANCE = 2e-5
 DISTRIBUTED = ["--use-distributed-optimizer"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-WINDOWS = ["--self-decoder", "sliding_window"]
 
 # The device's own random state, see above.
 DEVICE_STATES = ("/torch_rng_state", "/cuda_rng_state")
@@ -30,14 +29,19 @@ DEVICE_STATES = ("/torch_rng_state", "/cuda_rng_state")
 RUNS: dict[str, tuple[int, list[str]]] = {
     "fp32": (1, []),
     "bf16, distributed optimizer": (1, ["--bf16", *DISTRIBUTED]),
-    "fp32, distributed optimizer, windows": (1, [*DISTRIBUTED, *WINDOWS]),
-    "bf16, windows": (1, ["--bf16", *WINDOWS]),
+    "fp32, distributed optimizer, windows": (1, [*DISTRIBUTED, *TINY_WINDOWS]),
+    "bf16, windows": (1, ["--bf16", *TINY_WINDOWS]),
     "transformer, bf16, distributed optimizer": (1, ["--architecture", "transformer", "--bf16", *DISTRIBUTED]),
     "TP2, bf16, distributed optimizer, dropout": (2, ["--bf16", *TP2, *DISTRIBUTED, "--hidden-dropout", "0.1"]),
 }
 QUICK = ["fp32", "bf16, distributed optimizer"]
 # Saved at one mesh, to be loaded at another.
 MESHES: dict[str, tuple[int, list[str]]] = {"TP2": (2, TP2), "DP2, distributed optimizer": (2, DISTRIBUTED)}
+
+
+def base_of(flags: list[str]) -> list[str]:
+    """What `flags` are added to."""
+    return TINY_BASELINE if "transformer" in flags else TINY
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,8 @@ def undisturbed(tmp_path_factory):
         if name not in done:
             folder = tmp_path_factory.mktemp("undisturbed")
             processes, flags = (RUNS | MESHES)[name]
-            done[name] = train(processes, *flags, "--save", str(folder), "--save-interval", str(HALF)), folder
+            saving = ("--save", str(folder), "--save-interval", str(HALF))
+            done[name] = train(processes, *flags, *saving, base=base_of(flags)), folder
         return done[name]
 
     return run
@@ -57,7 +62,7 @@ def undisturbed(tmp_path_factory):
 
 def resume(processes: int, flags: list[str], folder: Path, *more: str) -> Log:
     """Steps 11 to 20 of a run, from the checkpoint of step 10 in `folder`."""
-    log = train(processes, *flags, "--load", str(folder), "--ckpt-step", str(HALF), *more)
+    log = train(processes, *flags, "--load", str(folder), "--ckpt-step", str(HALF), *more, base=base_of(flags))
     assert list(log.grad_norms) == list(range(HALF + 1, WHOLE + 1)), "did not start from the checkpoint"
     return log
 
@@ -162,7 +167,7 @@ def test_another_learning_rate_when_told(name, undisturbed, tmp_path):
     want = {step: 2 * rate for step, rate in learning_rates(whole).items() if step > HALF}
     assert learning_rates(faster) == pytest.approx(want, rel=1e-5) and len(want) == WHOLE - HALF
     processes, flags = RUNS[name]
-    again = train(processes, *flags, *TWICE, "--load", str(tmp_path), "--ckpt-step", "15")
+    again = train(processes, *flags, *TWICE, "--load", str(tmp_path), "--ckpt-step", "15", base=base_of(flags))
     assert list(again.grad_norms) == list(range(16, WHOLE + 1))
     assert again.grad_norms == {step: norm for step, norm in faster.grad_norms.items() if step > 15}
 

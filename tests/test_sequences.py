@@ -8,13 +8,13 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
-from support.cli import TINY, run_script, train
+from support.cli import TINY, TINY_BASELINE, run_script, train
 from support.models import SELF_DECODERS
 
 LOSS = 2e-6
 EOD = NullTokenizer(255).eod
 MASK = "--dataloader-inter-document-masking"
-FLAGS = [flag for flag in TINY if flag != "--mock-data"]
+FLAGS, BASELINE = ([flag for flag in model if flag != "--mock-data"] for model in (TINY, TINY_BASELINE))
 PP = "--pipeline-model-parallel-size"
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 CP2 = ("--context-parallel-size", "2")
@@ -88,6 +88,6 @@ def test_checkpoints_do_not_know_the_mesh(data: str, tmp_path) -> None:
 
 
 def test_the_baseline_refuses(data: str) -> None:
-    code, text = run_script(1, *FLAGS, "--data-path", data, "--architecture", "transformer", MASK)[0]
+    code, text = run_script(1, *BASELINE, "--data-path", data, MASK)[0]
     assert code == 2
-    assert f"{MASK} is built for --architecture yoco alone" in text
+    assert f"{MASK} is refused: it is built for --architecture yoco alone" in text

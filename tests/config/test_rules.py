@@ -7,9 +7,7 @@ import pytest
 import torch
 from support.models import STORED_ATTENTION, tiny_config
 
-from yoco_megatron.config import rules
 from yoco_megatron.startup import arguments
-from yoco_megatron.startup.parser import build_parser
 
 GOOD = {
     "num-layers": 4,
@@ -30,7 +28,9 @@ GOOD = {
     "mock-data": True,
 }
 WORLD = 4
-RETENTION = {"self-decoder": "gated_retention"}
+RETENTION = {"self-decoder": "gated_retention", "self-decoder-query-groups": None, "self-decoder-window": None}
+BASELINE = {"architecture": "transformer", "self-decoder": None, "self-decoder-heads": None}
+BASELINE |= {"self-decoder-query-groups": None, "self-decoder-window": None}
 
 # what is wrong -> (the change, what the message must name)
 MISTAKES = {
@@ -125,43 +125,6 @@ MISTAKES = {
     "positions": ({"position-embedding-type": "learned_absolute"}, ["position-embedding-type", "rope-variant"]),
 }
 
-# A value other than the default for each Megatron flag that a YOCO would read past.
-IGNORED = {
-    "window_size": "(3,0)",
-    "window_attn_skip_freq": "2",
-    "rotary_percent": "0.5",
-    "use_rope_scaling": True,
-    "rotary_seq_len_interpolation_factor": "2",
-    "no_rope_freq": "2",
-    "qk_layernorm": True,
-    "qk_l2_norm": True,
-    "attention_output_gate": True,
-    "softmax_type": "off-by-one",
-    "add_qkv_bias": True,
-    "activation_func_clamp_value": "3.0",
-    "glu_linear_offset": "1.0",
-    "num_experts": "4",
-    "multi_latent_attention": True,
-    "mtp_num_layers": "1",
-    "heterogeneous_layers_config_path": "layers.json",
-    "hybrid_layer_pattern": "M*-",
-    "experimental_attention_variant": "dsa",
-    "spec": "a b",
-    "cpu_offloading_num_layers": "1",
-    "use_mup": True,
-    "normalization": "LayerNorm",
-    "layernorm_zero_centered_gamma": True,
-    "squared_relu": True,
-    "quick_geglu": True,
-    "apply_query_key_layer_scaling": True,
-    "qk_clip": True,
-    "cp_comm_type": "all_gather",
-    "hierarchical_context_parallel_sizes": "2 1",
-    "hybrid_context_parallel": True,
-    "reset_position_ids": True,
-    "reset_attention_mask": True,
-}
-
 
 def argv(**flags) -> list[str]:
     tokens = []
@@ -202,30 +165,8 @@ def test_mistake_names_its_flag(mistake):
         assert part in message, message
 
 
-def test_the_list_of_ignored_flags_is_tested_whole():
-    assert IGNORED.keys() == rules.IGNORED_BY_YOCO.keys()
-
-
-@pytest.fixture(scope="module")
-def flags():
-    """Megatron's flag for each attribute of its arguments."""
-    return {action.dest: action.option_strings[0] for action in build_parser()._actions}
-
-
-@pytest.mark.parametrize("dest", IGNORED)
-def test_flag_without_effect_is_refused(dest, flags):
-    flag = flags[dest]  # a KeyError here: Megatron has no such flag, and the rule never fires
-    message = message_of({flag.lstrip("-"): IGNORED[dest]})
-    assert message == f"{flag} has no effect on --architecture yoco: {rules.IGNORED_BY_YOCO[dest]}"
-
-
-@pytest.mark.parametrize("dest", ["normalization", "qk_layernorm", "rotary_percent", "window_size"])
-def test_the_transformer_baseline_may_use_them(dest, flags):
-    arguments.parse(argv(**GOOD | {"architecture": "transformer", flags[dest].lstrip("-"): IGNORED[dest]}))
-
-
 def test_the_transformer_baseline_may_use_pipelines():
-    change = {"architecture": "transformer", "pipeline-model-parallel-size": 2, "num-layers": 5, "mock-data": True}
+    change = BASELINE | {"pipeline-model-parallel-size": 2, "num-layers": 5, "mock-data": True}
     assert arguments.parse(argv(**GOOD | change)).pipeline_model_parallel_size == 2
 
 
@@ -273,7 +214,7 @@ def test_self_decoder_view():
     [
         ({}, 8192),
         ({"loss-chunk-size": 0}, 0),
-        ({"architecture": "transformer"}, 0),
+        (BASELINE, 0),
         ({"fp16": True, "fp16-lm-cross-entropy": True}, 0),
         ({"cross-entropy-loss-fusion": True}, 0),
     ],

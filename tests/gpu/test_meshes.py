@@ -39,7 +39,7 @@ SAME_WEIGHTS, TRAINED = 5e-4, 2e-3
 CONFIG = Path(__file__).resolve().parents[2] / "configs/model/yoco_tiny.yaml"
 # Four heads of width 64, so that every size can be divided by four and every kernel takes them.
 FLAGS = (
-    f"--config {CONFIG} --hidden-size 256 --num-query-groups 4 --self-decoder-heads 4 --self-decoder-window 300 "
+    f"--config {CONFIG} --hidden-size 256 --num-query-groups 4 --self-decoder-heads 4 "
     "--seq-length 2048 --max-position-embeddings 2048 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 "
     f"--micro-batch-size 1 --global-batch-size 8 --train-iters {WHOLE} --lr 1e-3 --log-interval 1 --eval-iters 0 "
@@ -48,7 +48,8 @@ FLAGS = (
 
 
 def flags_of(mesh: str, kind: str, more: str = "") -> list[str]:
-    return f"{FLAGS} --self-decoder {kind} {Mesh.of(mesh).flags} {more}".split()
+    window = "--self-decoder-window 300" if kind == "sliding_window" else ""
+    return f"{FLAGS} --self-decoder {kind} {window} {Mesh.of(mesh).flags} {more}".split()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cli import train
+from support.cli import TINY, TINY_BASELINE, train
 from support.models import build, tiny_config, train_step
 
 from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
@@ -40,20 +40,20 @@ def test_it_shows_in_the_model() -> None:
 
 @pytest.mark.parametrize("tying", [[], ["--untie-embeddings-and-output-weights"]], ids=["tied", "untied"])
 def test_gpt_trains_alike_with_the_chunked_loss(tying: list[str]) -> None:
-    flags = ["--architecture", "transformer", "--exit-interval", "4", "--eval-iters", "0", *tying]
-    plain, chunked = train(1, *flags), train(1, *flags, "--loss-chunk-size", "13")
+    flags = ["--exit-interval", "4", "--eval-iters", "0", *tying]
+    plain, chunked = (train(1, *flags, "--loss-chunk-size", size, base=TINY_BASELINE) for size in ("0", "13"))
     assert len(plain.losses) >= 3
     for step, loss in plain.losses.items():
         assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["yoco", "transformer"])
-def test_waits_for_the_gathered_weight(architecture: str) -> None:
+@pytest.mark.parametrize("model", [TINY, TINY_BASELINE], ids=["yoco", "transformer"])
+def test_waits_for_the_gathered_weight(model: list[str]) -> None:
     """The output layer's weight has a bucket of its own; nobody else would wait for it."""
-    flags = ["--architecture", architecture, "--exit-interval", "4", "--eval-iters", "0", "--ddp-bucket-size", "1000"]
+    flags = ["--exit-interval", "4", "--eval-iters", "0", "--ddp-bucket-size", "1000"]
     flags += ["--untie-embeddings-and-output-weights", "--use-distributed-optimizer"]
     flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
-    plain, chunked = (train(2, *flags, "--loss-chunk-size", size) for size in ("0", "13"))
+    plain, chunked = (train(2, *flags, "--loss-chunk-size", size, base=model) for size in ("0", "13"))
     assert len(plain.losses) >= 3
     for step, loss in plain.losses.items():
         assert chunked.loss(step) == pytest.approx(float(loss), rel=1e-5)

@@ -82,7 +82,7 @@ ROUND_TRIP = [
     ["--hidden-size=128", "--norm-epsilon=1e-6"],
     ["--data-path", "0.3", "a_text", "0.7", "b text", "--split", "90,5,5"],
     ["--rampup-batch-size", "2", "2", "100", "--global-batch-size", "8"],
-    ["--init-method-std=-1e-5", "--embedding-init-method-std", "-1.5"],
+    ["--init-law", "megatron", "--init-method-std=-1e-5", "--embedding-init-method-std", "-1.5"],
     ["--no-scale-embedding", "--bf16", "--disable-bias-linear", "--untie-embeddings-and-output-weights"],
     ["--wandb-exp-name", "007", "--wandb-project", "yes", "--tensorboard-dir", "1e3", "--log-interval", "10"],
     ["--tokenizer-model", "null", "--lr-decay-style", "cosine", "--self-decoder", "sliding_window"],

@@ -21,13 +21,17 @@ import torch
 from support.ports import free_port, free_ports
 from support.worlds import TIMEOUT_S, print_to, spawn
 
-TINY = shlex.split("""
+_MODEL = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
---num-query-groups 2 --self-decoder-heads 2 --self-decoder-window 5 --seq-length 32 --micro-batch-size 2
---global-batch-size 8 --train-iters 20 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3
+--num-query-groups 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 8
+--train-iters 20 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3
 --weight-decay 0.1 --clip-grad 1.0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
 --log-interval 1 --eval-iters 2 --eval-interval 100
 """)
+TINY = [*_MODEL, "--self-decoder-heads", "2"]
+TINY_WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-window", "5"]
+"""After TINY."""
+TINY_BASELINE = [*_MODEL, "--architecture", "transformer"]
 
 
 def parsed(processes: int, *flags: str) -> Namespace:

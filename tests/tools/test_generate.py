@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.cli import TINY, train
+from support.cli import TINY, TINY_BASELINE, train
 from support.tools import start
 
 TEXT = (
@@ -24,12 +24,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     )
     assert made.returncode == 0, made.stderr
     at = TINY.index("--tokenizer-type")
-    flags = [*TINY[:at], *TINY[at + 4 :]]
+    flags, baseline = ([*model[:at], *model[at + 4 :]] for model in (TINY, TINY_BASELINE))
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(base / "run"), "--save-interval", "1"]
     train(1, *named, *once, base=flags)
     once[once.index("--save") + 1] = str(base / "baseline")
-    train(1, *named, *once, "--architecture", "transformer", base=flags)
+    train(1, *named, *once, base=baseline)
     done = start(
         "convert_checkpoint",
         *("--from", "megatron", "--input", str(base / "run"), "--to", "hf", "--output", str(base / "model")),

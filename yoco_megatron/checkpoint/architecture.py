@@ -11,6 +11,7 @@ from pathlib import Path
 
 from yoco_megatron.checkpoint.layout import TRACKER
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.mixers import options_of_others
 from yoco_megatron.utils.files import write_atomically
 
 FILE_NAME = "architecture.json"
@@ -44,7 +45,11 @@ def check_loadable(args: Namespace) -> None:
         return
     saved = json.loads(path.read_text())
     wanted = describe(args)
-    ignored = FREE | ({"padded_vocab_size"} if wanted["padded_vocab_size"] is None else set())
+    ignored = (
+        FREE
+        | options_of_others(args.self_decoder)
+        | ({"padded_vocab_size"} if wanted["padded_vocab_size"] is None else set())
+    )
     different = [
         f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
         for name in wanted

@@ -10,43 +10,6 @@ from typing import Any
 from yoco_megatron.mixers import get_mixer
 from yoco_megatron.utils.errors import require
 
-# Megatron flags that a YOCO model would silently ignore. Left at their defaults, or refused.
-IGNORED_BY_YOCO = {
-    "window_size": "--self-decoder-window sets the window",
-    "window_attn_skip_freq": "--num-self-decoder-layers sets which layers are windowed",
-    "rotary_percent": "YOCO rotates the whole head",
-    "use_rope_scaling": "raise --rotary-base, as the paper does for long context",
-    "rotary_seq_len_interpolation_factor": "raise --rotary-base, as the paper does for long context",
-    "no_rope_freq": "all YOCO layers rotate",
-    "qk_layernorm": "YOCO has no norm on queries and keys",
-    "qk_l2_norm": "YOCO has no norm on queries and keys",
-    "attention_output_gate": "gated retention has its own gate",
-    "softmax_type": "the cross-decoder uses the plain softmax",
-    "add_qkv_bias": "YOCO has no biases",
-    "activation_func_clamp_value": "YOCO's SwiGLU is not clamped",
-    "glu_linear_offset": "YOCO's SwiGLU has no offset",
-    "num_experts": "mixture of experts is not built for YOCO",
-    "multi_latent_attention": "YOCO shares one K,V instead",
-    "mtp_num_layers": "multi-token prediction is not built for YOCO",
-    "heterogeneous_layers_config_path": "use --num-self-decoder-layers",
-    "hybrid_layer_pattern": "use --num-self-decoder-layers",
-    "experimental_attention_variant": "use --self-decoder",
-    "spec": "layers come from --self-decoder and --transformer-impl",
-    "cpu_offloading_num_layers": "offloading is not built for YOCO",
-    "use_mup": "use --init-law",
-    "normalization": "YOCO's norms are RMSNorm",
-    "layernorm_zero_centered_gamma": "the weights of YOCO's norms start at 1",
-    "squared_relu": "YOCO's FFN is SwiGLU",
-    "quick_geglu": "YOCO's FFN is SwiGLU",
-    "apply_query_key_layer_scaling": "YOCO scales scores by the head width alone",
-    "qk_clip": "clipping of queries and keys is not built for YOCO",
-    "cp_comm_type": "each kind of layer has its own exchange (docs/context_parallel.md)",
-    "hierarchical_context_parallel_sizes": "each kind of layer has its own exchange (docs/context_parallel.md)",
-    "hybrid_context_parallel": "sequences are cut into equal chunks, wherever documents end",
-    "reset_position_ids": "--dataloader-inter-document-masking separates documents, positions included",
-    "reset_attention_mask": "--dataloader-inter-document-masking separates documents",
-}
-
 # What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
 NOT_IN_A_CUDA_GRAPH = {
     "dataloader_inter_document_masking": "the host reads where documents end",
@@ -210,7 +173,7 @@ def check_optimizer(args: Namespace) -> None:
 
 def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
     """A YOCO can be captured whole, forward and backward of a step, but not layer by layer."""
-    if args.enable_cuda_graph or args.external_cuda_graph or args.cuda_graph_impl in ("local", "transformer_engine"):
+    if args.cuda_graph_impl in ("local", "transformer_engine"):
         raise ValueError(
             "--cuda-graph-impl local and transformer_engine record layers whose inputs are tensors; those of "
             "--architecture yoco get the shared K,V as an object that sums their gradients: use full_iteration"
@@ -232,7 +195,7 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
 
 
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
-    """Refuse Megatron flags that a YOCO model, or the baseline as it is built here, would read past."""
+    """Refuse flags that a YOCO model, or the baseline as it is built here, would read past."""
     for dest in OF_MEGATRONS_LOSS:
         require(
             not (args.loss_chunk_size and getattr(args, dest)),
@@ -240,25 +203,9 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
         )
     if args.architecture != "yoco":
         check_loss_chunk(args)
-        for dest in ("recompute_elementwise", "keep_cross_attention", "dataloader_inter_document_masking"):
-            require(
-                not getattr(args, dest),
-                f"--{dest.replace('_', '-')} is built for --architecture yoco alone: remove it",
-            )
-        return
-    check_cuda_graphs(args, parser)
-    require(
-        not args.dataloader_inter_document_masking or get_mixer(args.self_decoder).separates_documents is True,
-        f"--dataloader-inter-document-masking is not built for --self-decoder {args.self_decoder}: use only one",
-    )
-    flags = {action.dest: action.option_strings[0] for action in parser._actions}
-    for dest, instead in IGNORED_BY_YOCO.items():
-        if hasattr(args, dest):
-            require(
-                getattr(args, dest) == parser.get_default(dest),
-                f"{flags[dest]} has no effect on --architecture yoco: {instead}",
-            )
-    require(
-        args.position_embedding_type == "rope",
-        f"--position-embedding-type {args.position_embedding_type}: YOCO uses rope (see --rope-variant)",
-    )
+    else:
+        check_cuda_graphs(args, parser)
+        require(
+            not args.dataloader_inter_document_masking or get_mixer(args.self_decoder).separates_documents is True,
+            f"--dataloader-inter-document-masking is not built for --self-decoder {args.self_decoder}: use only one",
+        )

@@ -8,7 +8,17 @@ from yoco_megatron.mixers.record import Mixer, Sizes
 from yoco_megatron.mixers.sliding_window import SLIDING_WINDOW
 from yoco_megatron.utils.errors import nearest
 
-__all__ = ["BUILT_IN", "GATED_RETENTION", "MIXERS", "SLIDING_WINDOW", "Mixer", "Sizes", "get_mixer", "register"]
+__all__ = [
+    "BUILT_IN",
+    "GATED_RETENTION",
+    "MIXERS",
+    "SLIDING_WINDOW",
+    "Mixer",
+    "Sizes",
+    "get_mixer",
+    "options_of_others",
+    "register",
+]
 
 BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW)
 MIXERS: dict[str, Mixer] = {}
@@ -26,6 +36,11 @@ def get_mixer(name: str) -> Mixer:
     if name not in MIXERS:
         raise ValueError(f"--self-decoder {name} is unknown: use one of {', '.join(MIXERS)}{nearest(name, MIXERS)}")
     return MIXERS[name]
+
+
+def options_of_others(name: str) -> set[str]:
+    """Fields that only mixers other than `name` read."""
+    return {option for mixer in MIXERS.values() for option in mixer.options} - {*get_mixer(name).options}
 
 
 for mixer in BUILT_IN:

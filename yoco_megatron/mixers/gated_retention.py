@@ -66,6 +66,7 @@ def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
 
 GATED_RETENTION = Mixer(
     name="gated_retention",
+    options=("decay_temperature", "retention_backend", "retention_chunk_size"),
     check=check,
     layer_spec="yoco_megatron.model.self_decoder.gated_retention:layer_spec",
     init_law="yoco_megatron.model.self_decoder.gated_retention:init_law",

@@ -49,6 +49,9 @@ class Mixer:
     name: str
     """Value of --self-decoder."""
 
+    options: tuple[str, ...]
+    """Flags that no other mixer reads, by their fields; with one that lacks them they are refused."""
+
     check: Callable[[Sizes], None]
     """Rules of its own sizes, without `seq_length`: raises ValueError that names the flag."""
 

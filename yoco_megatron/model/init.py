@@ -75,7 +75,8 @@ def mixer_law(config: TransformerConfig) -> LawOf:
 
 
 def megatron_law(config: TransformerConfig) -> LawOf:
-    """Megatron's law: N(0, init_method_std), projections back into the residual stream divided by sqrt(2 layers).
+    """Megatron's law: N(0, init_method_std), projections back into the residual stream divided by sqrt(2 layers), the
+    embedding N(0, embedding_init_method_std).
 
     Of matrices; a mixer's other parameters have the law in its record.
     """
@@ -84,6 +85,8 @@ def megatron_law(config: TransformerConfig) -> LawOf:
     def law(name: str, shape: torch.Size) -> Law | None:
         if len(shape) != 2:
             return own_law(name, shape)
+        if name.endswith("word_embeddings.weight"):
+            return normal(config.embedding_init_method_std)
         back = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         return normal(config.init_method_std / (math.sqrt(2.0 * config.num_layers) if back else 1.0))
 

@@ -23,11 +23,12 @@ from yoco_megatron.startup import checks, defaults, record
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 
 
-def parse(argv: list[str], processes: int | None = None) -> Namespace:
+def parse(argv: list[str], processes: int | None = None, reading: bool = False) -> Namespace:
     """Parse a command line with its configs, fill in its defaults and check it; touches no process group and no GPU.
 
     Args:
         processes: parse as the first of so many would; by default as the environment says.
+        reading: the flags are those of an earlier run, whose result is read: what had no effect there has none here.
     Returns:
         Megatron's arguments, not yet through Megatron's own validation (see `finalize`), with one more attribute,
         `resolved_config`, the merged mapping of flags to values.
@@ -41,6 +42,8 @@ def parse(argv: list[str], processes: int | None = None) -> Namespace:
     resilience.fill_in(args)
     defaults.fill_in_defaults(args)
     checks.check_flags(args, parser)
+    if not reading:
+        checks.check_effects(args, parser)
     defaults.choose_pipeline_layout(args)
     checks.check_files(args)
     return args

@@ -10,12 +10,14 @@ import os
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_loadable
 from yoco_megatron.config import rules
+from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.check import check_data_prefixes, check_split, check_validation, data_prefixes_from_args
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.startup import resume_schedule
+from yoco_megatron.startup.parser import build_parser
 from yoco_megatron.utils.errors import require
 
 DATA_FLAGS = ("--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path")
@@ -47,6 +49,16 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     )
     if args.architecture == "yoco":
         rules.check_model(resolved(args))
+
+
+def check_effects(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Every flag does something, on a model like this.
+
+    Raises:
+        ValueError: flags that would not, or that are refused for another reason; all of them in one line.
+    """
+    refused = refusals(args, parser, args.architecture)
+    require(not refused, "; ".join(refused))
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -92,8 +104,11 @@ def check_machine(args: argparse.Namespace) -> None:
     """What only the machine that trains has to have: a login node that submits the job may lack it.
 
     Raises:
-        ValueError: Transformer Engine, a GPU or wandb is asked for, and missing.
+        ValueError: Transformer Engine, a GPU or wandb is asked for, and missing; flags that only Transformer Engine's
+            layers read, without it.
     """
+    refused = refusals(args, build_parser(), "torch") if args.transformer_impl == "local" else []
+    require(not refused, "; ".join(refused))
     require(
         not args.wandb_project or importlib.util.find_spec("wandb") is not None,
         f"--wandb-project {args.wandb_project} needs wandb, which is missing: pip install wandb",

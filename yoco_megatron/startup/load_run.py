@@ -76,7 +76,7 @@ def parse_run(folder: str, iteration: int | None = None, **more: object) -> Name
         raise ValueError(f"--load {folder}: no resolved_config.yaml there; give the folder that training had as --save")
     items = ONE_PROCESS | {"load": folder, "ckpt-step": iteration} | more
     overrides = [f"{key}={'null' if value is None else value}" for key, value in items.items()]
-    return arguments.parse(["--config", str(config), *overrides])
+    return arguments.parse(["--config", str(config), *overrides], reading=True)
 
 
 def load_model(
