@@ -57,7 +57,7 @@ PACKAGES = [
     Package("tokenizers", "tokenizers", "no tokenizer can be trained, data are not preprocessed", True),
     Package("safetensors", "safetensors", "no export to Hugging Face"),
     Package(
-        "nvidia-resiliency-ext", "nvidia-resiliency-ext", "no ft_launcher, no --inprocess-restart", False, (0, 6),
+        "nvidia-resiliency-ext", "nvidia-resiliency-ext", "no ft_launcher", False, (0, 6),
         "harmful: before 0.6.0 its presence makes `import megatron.core` 0.19 crash",
     ),
     Package("psutil", "psutil", "checkpoints cannot be saved", True),
