@@ -19,7 +19,15 @@ from support.upstream import restored
 from yoco_megatron import runtime
 
 # Importing them enters their entries.
-from yoco_megatron.upstream import core_fixes, registry, relied_on, resilience_hooks, safe_loading  # noqa: F401
+from yoco_megatron.upstream import (  # noqa: F401
+    background_writer,
+    core_fixes,
+    optimizer_state,
+    registry,
+    relied_on,
+    resilience_hooks,
+    safe_loading,
+)
 
 ROOT = Path(__file__).parents[2]
 REPLACED, RELIED_ON = registry.replacements, registry.dependencies

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,28 @@ from typing import Any
 import torch.distributed as dist
 
 from yoco_megatron.checkpoint import layout as checkpoints
+from yoco_megatron.checkpoint import timeline
 
 logger = logging.getLogger(__name__)
 ALGORITHM = "sha256"
 THREADS = 4  # files that a rank reads at a time; hashing releases the GIL
+NOTES = ".hashes_"  # and a rank: what its background writer has hashed
+
+
+def write_then_hash(write: Callable, files: Iterable[Path], notes: Path, *args: Any, **kwargs: Any) -> None:
+    """Call `write`, and note the hashes of the files that it made for `write_manifest`.
+
+    In the process that writes in the background, so that training does not wait for it.
+    """
+    write(*args, **kwargs)
+    written = [file for file in files if file.exists()]  # all of them, unless `write` has reported an error
+    with ThreadPoolExecutor(THREADS) as pool:
+        notes.write_text(json.dumps({file.name: found for file, found in zip(written, pool.map(_hash_of, written))}))
+
+
+def notes_of_rank(path: Path) -> Path:
+    """Where `write_then_hash` leaves them for this rank."""
+    return path / f"{NOTES}{_world()[0]}.json"
 
 
 def write_manifest(path: Path | str, extras: dict[str, str] | None = None) -> None:
@@ -39,8 +58,9 @@ def write_manifest(path: Path | str, extras: dict[str, str] | None = None) -> No
             (path / name).write_text(text)
         return sorted(entry.name for entry in path.iterdir() if _is_content(entry))
 
+    noted = _gather(_take_notes(path))
     names = run_on_rank0(list_files)
-    found = map_over_ranks({name: path / name for name in names}, _hash_of)
+    found = noted | map_over_ranks({name: path / name for name in names if name not in noted}, _hash_of)
     errors = [value for value in found.values() if isinstance(value, str)]
     if errors:
         raise OSError(f"checkpoint {path} cannot be read back after it was written: {errors[0]}")
@@ -72,6 +92,8 @@ def find_corruption(path: Path | str) -> str | None:
     def expected() -> dict[str, tuple[str, int | None]] | str:
         if not (path / checkpoints.COMPLETE).exists():
             return f"{checkpoints.COMPLETE} is missing: it was not written to its end"
+        if (path / checkpoints.ABANDONED).exists():
+            return f"the run has gone back from it, see {checkpoints.ABANDONED} there"
         if not (path / checkpoints.MANIFEST).exists():
             return {}
         try:
@@ -104,12 +126,16 @@ def newest_good(folder: Path | str) -> int | None:
     With an unreadable tracker, as a crash can leave it, the newest whole one. The tracker is corrected.
 
     Returns:
-        None if no checkpoint was ever completed, or if the tracker says `release`.
+        None if no checkpoint was ever completed, if the run went back to its beginning, or if the tracker says
+        `release`.
     Raises:
         ValueError: there are checkpoints, but none is whole.
     """
     folder = Path(folder)
     candidates, tracked = run_on_rank0(lambda: (_candidates(folder), checkpoints.tracked_iteration(folder)))
+    if tracked == timeline.BEGINNING:
+        run_on_rank0(lambda: timeline.begin_anew(folder))
+        return None
     if candidates is None:
         return None
     faults: list[str] = []
@@ -142,7 +168,16 @@ def _candidates(folder: Path) -> list[int] | None:
 
 
 def _is_content(entry: Path) -> bool:
-    return entry.is_file() and entry.name.lstrip(".") != checkpoints.MANIFEST
+    return entry.is_file() and entry.name.lstrip(".") != checkpoints.MANIFEST and not entry.name.startswith(NOTES)
+
+
+def _take_notes(path: Path) -> dict[str, Any]:
+    notes = notes_of_rank(path)
+    if not notes.exists():
+        return {}
+    found = json.loads(notes.read_text())
+    notes.unlink()
+    return found
 
 
 def _hash_of(file: Path) -> tuple[str, int]:
@@ -195,9 +230,13 @@ def map_over_ranks(files: dict[str, Path], function) -> dict:
 
     mine = sorted(files)[rank::size]
     with ThreadPoolExecutor(THREADS) as pool:
-        own = dict(zip(mine, pool.map(result_of, mine)))
+        return _gather(dict(zip(mine, pool.map(result_of, mine))))
+
+
+def _gather(own: dict) -> dict:
+    """The items of all ranks. Collective."""
     everyone: list[Any] = [own]
-    if size > 1:
-        everyone = [None] * size
+    if _world()[1] > 1:
+        everyone = [None] * _world()[1]
         dist.all_gather_object(everyone, own)
     return {name: value for part in everyone for name, value in part.items()}

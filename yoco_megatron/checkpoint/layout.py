@@ -7,6 +7,7 @@ tracker.
 import re
 from pathlib import Path
 
+from yoco_megatron.utils.files import write_atomically
 from yoco_megatron.utils.small_files import BadFile, read_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -15,6 +16,7 @@ COMPLETE = "metadata.json"
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 
 TRAINED = "trained_steps.json"  # how many steps changed the weights, on the way to this checkpoint
+ABANDONED = "abandoned"  # marker: the run went back to an older one, see `timeline`
 ANSWERED = "rerun_answered"  # marker beside what Megatron saved to rerun a step on other hardware: that is done
 
 
@@ -24,8 +26,13 @@ def path_of(folder: Path, iteration: int) -> Path:
 
 
 def iterations(folder: Path) -> list[int]:
-    """Iterations whose checkpoint was completed, newest first; `integrity` checks whether it is still whole."""
-    names = [path.name for path in folder.glob("iter_*") if (path / COMPLETE).exists()]
+    """Iterations whose checkpoint was completed and not abandoned, newest first.
+
+    `integrity` checks whether it is still whole.
+    """
+    names = [
+        path.name for path in folder.glob("iter_*") if (path / COMPLETE).exists() and not (path / ABANDONED).exists()
+    ]
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name)), reverse=True)
 
 
@@ -54,6 +61,4 @@ def tracked_iteration(folder: Path) -> int | None:
 
 def write_tracker(folder: Path, iteration: int) -> None:
     """Set the iteration to load. Raises OSError."""
-    aside = folder / f".{TRACKER}"
-    aside.write_text(str(iteration))
-    aside.replace(folder / TRACKER)
+    write_atomically(folder / TRACKER, str(iteration))

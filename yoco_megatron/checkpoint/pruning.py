@@ -16,7 +16,7 @@ def surplus(iterations: list[int], newest: int, keep: int, keep_every: int | Non
 
 
 def remove_surplus(folder: Path | str, keep: int, keep_every: int | None) -> list[int]:
-    """Remove surplus checkpoints; returns their iterations. Called by one rank.
+    """Remove surplus checkpoints, and abandoned ones; returns the iterations of the former. Called by one rank.
 
     Nothing is removed unless the newest checkpoint has its manifest. What cannot be removed stays, with a warning.
     """
@@ -26,12 +26,22 @@ def remove_surplus(folder: Path | str, keep: int, keep_every: int | None) -> lis
         return []
     removed = surplus(checkpoints.iterations(folder), newest, keep, keep_every)
     for iteration in removed:
-        path = checkpoints.path_of(folder, iteration)
-        if path.is_symlink():
-            continue
-        try:
-            (path / checkpoints.COMPLETE).unlink()  # first: half a folder must not look like a checkpoint
-            shutil.rmtree(path)
-        except OSError as error:
-            print(f"WARNING: old checkpoint {path} could not be removed: {error}", flush=True)
+        _remove(checkpoints.path_of(folder, iteration))
+    remove_abandoned(folder)
     return removed
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the checkpoints from which the run has gone back (`timeline`). Called by one rank."""
+    for marker in folder.glob(f"iter_*/{checkpoints.ABANDONED}"):
+        _remove(marker.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        return
+    try:
+        (path / checkpoints.COMPLETE).unlink(missing_ok=True)  # first: half a folder must not look like a checkpoint
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"WARNING: old checkpoint {path} could not be removed: {error}", flush=True)

@@ -14,6 +14,8 @@ def fill_in_defaults(args: Namespace) -> None:
     """Values that follow from other flags alone."""
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True  # without it Megatron saves synchronously
     resolve_loss_chunk(args)
 
 

@@ -32,6 +32,7 @@ YOCO_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "eval_interval": 1000,  # Megatron has none and then divides by it
     "ckpt_format": "torch_dist",
+    "async_strategy": "mcore",  # our writer (upstream/background_writer.py); Megatron's default is another package's
     # A checkpoint must load at any mesh, optimizer included.
     "dist_ckpt_optim_fully_reshardable": True,
 }

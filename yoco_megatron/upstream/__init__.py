@@ -8,7 +8,7 @@ from yoco_megatron.upstream import registry
 
 def repair() -> None:
     """Install what every process needs, tools and checkpoint writers too. May be the first to import megatron."""
-    from yoco_megatron.upstream import core_fixes, safe_loading  # noqa: F401 (an import enters a file's entries)
+    from yoco_megatron.upstream import background_writer, core_fixes, safe_loading  # noqa: F401 (an import enters a file's entries)
 
     registry.install(True, Namespace())
     safe_loading.restrain_weights_only()
@@ -21,7 +21,7 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
         args: Megatron's validated arguments; some entries are for some runs only.
         only: upstream names (`train_step`, `Class.method`): leave out all other entries. For baselines.
     """
-    from yoco_megatron.upstream import resilience_hooks, step_log, training_loop  # noqa: F401
+    from yoco_megatron.upstream import optimizer_state, resilience_hooks, step_log, training_loop  # noqa: F401
 
     registry.install(False, args, only)
     if only is None:

@@ -16,15 +16,49 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import async_utils, get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from yoco_megatron.checkpoint import integrity, pruning
+from yoco_megatron.checkpoint import integrity, pruning, timeline
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.upstream.resumed_learning_rates import checkpoint_rates_while_loading
+
+NON_PERSISTENT = "non_persistent"  # as megatron/training/checkpointing.py names its folder
 
 extra_files: dict[str, Callable[[], str]] = {}
 """Name of a small file that each checkpoint shall hold -> its text, asked for when the save begins."""
 after_load: list[Callable[[Path], None]] = []
 """Called on every process with the folder of the checkpoint that was loaded."""
+_loaded: int | None = 0  # the iteration that this run goes on from; None once newer checkpoints are left behind
+
+
+def folders_of_saves(options: Namespace) -> list[Path]:
+    """Where the run saves: what is not persistent first, if there is any, and --save."""
+    save = [Path(options.save)]
+    if options.non_persistent_ckpt_type != "global":
+        return save
+    return [Path(options.non_persistent_global_ckpt_dir or save[0] / NON_PERSISTENT), *save]
+
+
+def go_back(iteration: int) -> None:
+    """Never again load what the run has saved after `iteration`. Collective; raises OSError on every rank."""
+
+    def act() -> None:
+        for folder in folders_of_saves(get_args()):
+            timeline.go_back(folder, iteration)
+            if folder.name == NON_PERSISTENT:  # Megatron keeps the one with the highest number
+                pruning.remove_abandoned(folder)
+
+    integrity.run_on_rank0(act)
+
+
+def leave_newer_behind() -> None:
+    """Before the first save, or another choice among checkpoints: newer ones than the loaded one are not this run's.
+
+    They are there after --ckpt-step, or where newer ones are damaged. Collective.
+    """
+    global _loaded
+    if _loaded is not None:
+        go_back(_loaded)
+        _loaded = None
 
 
 @replaces(
@@ -42,10 +76,14 @@ def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: An
     """
     path = Path(checkpoint_dir)
 
+    leave_newer_behind()
+
     def make_room() -> None:
         # A damaged checkpoint of this iteration may be here: it is not one again until this save has ended.
-        for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST, checkpoints.ANSWERED):
+        for marker in (checkpoints.COMPLETE, checkpoints.MANIFEST, checkpoints.ANSWERED, checkpoints.ABANDONED):
             (path / marker).unlink(missing_ok=True)
+        for notes in path.glob(f"{integrity.NOTES}*"):
+            notes.unlink()
         _check_room(path)
 
     integrity.run_on_rank0(make_room)
@@ -54,9 +92,22 @@ def save_sharded(state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: An
     if request is None:
         integrity.write_manifest(path, extras)
     else:
+        if request.async_fn is not None and kwargs["async_strategy"] == "mcore":
+            files, notes = [Path(bucket[0]) for bucket in request.async_fn_args[1]], integrity.notes_of_rank(path)
+            write = functools.partial(integrity.write_then_hash, request.async_fn, files, notes)
+            request = request._replace(async_fn=write)
         request.finalize_fns[:] = [_raise_storage_errors(finish, path) for finish in request.finalize_fns]
         request.finalize_fns.append(lambda: integrity.write_manifest(path, extras))
     return request
+
+
+relies_on(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "FileSystemWriterAsync.get_save_function_and_args",
+    digest="2dbefbb27a2e1403",
+    used_by="upstream/checkpointing.py",
+    why="save_sharded: the second argument of what writes is a list of (path, ...)",
+)
 
 
 def _check_room(path: Path) -> None:
@@ -103,6 +154,27 @@ def save_checkpoint(*args: Any, **kwargs: Any) -> None:
     if options.async_save and not async_utils.is_empty_async_queue():
         async_utils.maybe_finalize_async_save(blocking=True)
     save_checkpoint.original(*args, **kwargs)
+    if not options.async_save:
+        _prune()
+
+
+@replaces(
+    "megatron.training.checkpointing",
+    "schedule_async_save",
+    digest="b0efc6de68ba2d03",
+    calls=2,
+    why="old checkpoints are pruned when the new one is complete",
+)
+def schedule_async_save(async_request: Any) -> None:
+    async_request.add_finalize_fn(_prune)
+    schedule_async_save.original(async_request)
+    if get_args().async_strategy == "mcore" and async_request.async_fn is not None:
+        for _, _, (_, tensors) in async_request.async_fn_args[1]:
+            tensors.clear()  # the writer has its copy, and Megatron holds the request until the save is complete
+
+
+def _prune() -> None:
+    options = get_args()
     if dist.get_rank() == 0 and options.keep_checkpoints:
         pruning.remove_surplus(options.save, options.keep_checkpoints, options.keep_every)
 
@@ -129,13 +201,15 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
     Raises:
         ValueError: there is none, or --ckpt-step names one that is not.
     """
+    global _loaded
     options = get_args()
     source = getattr(options, load_arg)
-    iteration = _choose(options, source) if source and options.ckpt_format == "torch_dist" else None
+    folder = _choose(options, Path(source)) if source and options.ckpt_format == "torch_dist" else None
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(options, "verify_integrity", False))  # done, and in parallel
-        if iteration is not None:
-            folder = checkpoints.path_of(Path(source), iteration)
+        if options.ckpt_step:  # else Megatron prefers what is newer than that and not persistent
+            patches.enter_context(mock.patch.object(options, "non_persistent_ckpt_type", None))
+        if folder is not None:
             patches.enter_context(checkpoint_rates_while_loading(folder, options, optimizer, scheduler))
             if (folder / checkpoints.ANSWERED).exists():
                 # Megatron would rerun the step, and end with the same code, in every attempt.
@@ -144,16 +218,37 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
             result = load_checkpoint.original(model, optimizer, scheduler, load_arg, **kwargs)
         except CheckpointException as error:  # no Exception, so nobody would note it
             raise RuntimeError(f"checkpoint {source} could not be loaded: {error}") from error
-    if iteration is not None:
+    _loaded = result[0]
+    if folder is not None:
         for act in after_load:
             act(folder)
     return result
 
 
-def _choose(options: Namespace, source: str) -> int | None:
-    if not options.ckpt_step:
-        return integrity.newest_good(source)
-    wrong = integrity.find_corruption(checkpoints.path_of(Path(source), options.ckpt_step))
-    if wrong:
-        raise ValueError(f"--ckpt-step {options.ckpt_step} of --load {source} is not whole: {wrong}; name another one")
-    return options.ckpt_step
+def _choose(options: Namespace, source: Path) -> Path | None:
+    """The folder of the checkpoint to load, None without one; the trackers name it."""
+    if options.ckpt_step:
+        path = checkpoints.path_of(source, options.ckpt_step)
+        if wrong := integrity.find_corruption(path):
+            raise ValueError(
+                f"--ckpt-step {options.ckpt_step} of --load {source} is not whole: {wrong}; name another one"
+            )
+        return path
+    iteration = integrity.newest_good(source)
+    if options.non_persistent_ckpt_type == "global":
+        aside = Path(options.non_persistent_global_ckpt_dir or source / NON_PERSISTENT)
+        newer = _newest_not_persistent(aside)
+        if newer is not None and newer >= (iteration or 0):
+            return checkpoints.path_of(aside, newer)
+    return None if iteration is None else checkpoints.path_of(source, iteration)
+
+
+def _newest_not_persistent(folder: Path) -> int | None:
+    try:
+        return integrity.newest_good(folder)
+    except ValueError as error:  # often there is but one
+        if dist.get_rank() == 0:
+            print(f"WARNING: {error}", flush=True)
+            (folder / checkpoints.TRACKER).unlink(missing_ok=True)
+        dist.barrier()
+        return None

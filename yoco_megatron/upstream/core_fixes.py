@@ -6,9 +6,6 @@ Some are for machines without Transformer Engine and Apex alone: they ask for th
 import functools
 import itertools
 from argparse import Namespace
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
-from typing import Any
 
 import torch
 
@@ -147,25 +144,6 @@ relies_on(
     used_by="upstream/core_fixes.py",
     why="sharded_param_state_fully_reshardable: it joins the buckets without their padding",
 )
-
-
-@repairs(
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
-    "get_write_results_queue",
-    digest="e597cbeffa89a63a",
-    why="its helper process outlives a trainer that is killed (half a gigabyte each), and is killed before its "
-    "last save by the SIGTERM that SLURM sends to all processes of a job",
-)
-def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    from yoco_megatron.runtime.child_process import follow_parent
-
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context(mp_mode))
-        manager.start(follow_parent)
-        filesystem_async._results_queue = manager.Queue()
-    return filesystem_async._results_queue
 
 
 _docstrings: dict[type, dict[str, str]] = {}

@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +19,7 @@ from megatron.core.rerun_state_machine import (
     RerunState,
     get_rerun_state_machine,
 )
-from megatron.training import get_args, get_signal_handler, training
+from megatron.training import async_utils, get_args, get_signal_handler, training
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint import layout as checkpoints
@@ -107,23 +107,26 @@ class ManagedRun:
             (rerun / checkpoints.ANSWERED).touch()
 
     def roll_back(self, guard: Guard, step: int) -> None:
-        """Choose the checkpoint before the bad steps, and skip all batches between it and `step`."""
+        """Go back for good to the checkpoint before the bad steps, and skip all batches between it and `step`."""
         first_bad = step - guard.bad_in_a_row + 1
-        folder = self.folder / "checkpoints"
-        older = [one for one in checkpoints.iterations(folder) if one < first_bad]
-        back_to = older[0] if older else 0
+        with self.slowly():
+            async_utils.maybe_finalize_async_save(blocking=True)  # what is being saved is chosen from, or abandoned
+        checkpointing.leave_newer_behind()
+        saved = [one for folder in checkpointing.folders_of_saves(get_args()) for one in checkpoints.iterations(folder)]
+        back_to = max((one for one in saved if one < first_bad), default=0)
         reason = f"{guard.bad_in_a_row} bad steps in a row up to {step}: back to {back_to}, without its batches"
         self.leaving = Outcome("rolled_back", 0, reason, step)
         dist.barrier()  # nobody may still be looking for the checkpoint
+        checkpointing.go_back(back_to)  # first: killed in between, the run would make the bad steps again, and go back
         if dist.get_rank() == 0:
             path = self.folder / SKIPPED
             known = json.loads(path.read_text()) if path.exists() else []
             write_json(path, sorted({*known, *range(back_to + 1, step + 1)}))
-            if older:
-                checkpoints.write_tracker(folder, back_to)
-            else:
-                (folder / checkpoints.TRACKER).unlink(missing_ok=True)
             print(f"guard: {reason}", flush=True)
+
+    def slowly(self) -> AbstractContextManager:
+        """Context in which the watchdog allows more time."""
+        return self.watchdog.slow() if self.watchdog else nullcontext()
 
     def reason_to_leave(self, args: Namespace, requests: int, iteration: int) -> Outcome:
         if requests & EXIT:
@@ -208,8 +211,21 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
     why="the watchdog allows more time for a save; the trigger file `save` calls it",
 )
 def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> None:
-    with _run.watchdog.slow() if _run.watchdog else nullcontext():
+    with _run.slowly():
         save_checkpoint_and_time.original(*args, **kwargs)
+
+
+@replaces(
+    TRAINING,
+    "maybe_finalize_async_save",
+    digest="4f63fdb80d6167f8",
+    calls=3,
+    when=_is_managed,
+    why="the watchdog allows more time for the last save",
+)
+def maybe_finalize_async_save(blocking: bool = False, terminate: bool = False) -> None:
+    with _run.slowly() if blocking else nullcontext():
+        maybe_finalize_async_save.original(blocking, terminate)
 
 
 relies_on(
