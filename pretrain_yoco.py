@@ -23,7 +23,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
 from yoco_megatron.data.provider import build_datasets
-from yoco_megatron.resilience import exit_record
+from yoco_megatron.resilience import exit_record, run_lock
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
 from yoco_megatron.training.step import forward_step
@@ -48,16 +48,19 @@ def main(argv: list[str]) -> None:
     Raises:
         ValueError: a mistake in the command line or in the files it names, before anything is started.
     """
-    args, model = parse_and_validate(argv)
-    record_run(args, model)
-    upstream.install(args)
-    with managed_run(args):
-        pretrain(
-            pretrain_cfg_container_from_args(args, model),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+    try:
+        args, model = parse_and_validate(argv)
+        record_run(args, model)
+        upstream.install(args)
+        with managed_run(args):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
+    finally:
+        run_lock.release()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from support.ports import free_port
 
 from yoco_megatron.checkpoint import integrity
 from yoco_megatron.checkpoint import layout as checkpoints
-from yoco_megatron.resilience import policy
+from yoco_megatron.resilience import policy, run_lock
 
 STEPS = 20
 SAVING = ["--save-interval", "5", "--num-workers", "0"]
@@ -67,6 +67,7 @@ def test_run_folder_holds_the_run(undisturbed):
     for iteration in (5, 20):
         assert (checkpoints.path_of(run / "checkpoints", iteration) / checkpoints.MANIFEST).exists()
     names = {path.name for path in (run / "records/0").iterdir()}
+    assert not (run / "checkpoints" / run_lock.NAME).exists()
     assert {"command.json", "resolved_config.yaml", "git_commit.txt", "packages.txt", "environment.json"} <= names
 
 

@@ -23,6 +23,10 @@ STORAGE = 74  # sysexits' EX_IOERR
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
+class InUse(ValueError):
+    """Another run is at work in the folder: nothing may be written there, no record either."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one process ended; `kind` is one of `policy.PRECEDENCE`."""
@@ -55,7 +59,8 @@ def record_exception(argv: list[str], error: Exception) -> Outcome:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--run-folder")
     how = of_exception(error)
-    record(flags.parse_known_args(argv)[0].run_folder, how)
+    if not isinstance(error, InUse):
+        record(flags.parse_known_args(argv)[0].run_folder, how)
     return how
 
 

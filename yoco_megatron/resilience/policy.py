@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from yoco_megatron.checkpoint.layout import path_of, tracked_iteration
-from yoco_megatron.resilience import run_folder
+from yoco_megatron.resilience import run_folder, run_lock
 from yoco_megatron.resilience.records import Kind, append_attempt, attempts, outcomes, trained_steps
 from yoco_megatron.utils.small_files import BadFile
 
@@ -65,6 +65,8 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     checkpoint = tracked_iteration(folder / "checkpoints")
     if ends and ends[-1]["verdict"] == "done" and ends[-1].get("kind") == "finished":
         return Verdict("done", f"the run has finished; to train longer, remove {folder / 'attempts.jsonl'}"), number
+    if other := run_lock.in_use(folder / "checkpoints"):
+        return Verdict("stop", other), number
     trained = newest_trained_steps(folder)
     failed = attempts_without_progress(lines, trained)
     if failed > max_restarts:

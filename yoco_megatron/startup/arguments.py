@@ -19,6 +19,7 @@ from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
+from yoco_megatron.resilience import run_lock
 from yoco_megatron.startup import checks, defaults, record
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 
@@ -68,7 +69,8 @@ def parse_for_job(argv: list[str], processes: int) -> tuple[Namespace, StagePlan
 
 
 def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[Namespace, GPTModelConfig]:
-    """Everything before training starts: parse, check, make the folders that are written into, set Megatron's globals.
+    """Everything before training starts: parse, check, make and lock the folders that are written into, set Megatron's
+    globals. `run_lock.release` unlocks them.
 
     Args:
         reduce_overhead: turn off features that cost host time without helping the GPU; False for a baseline.
@@ -83,6 +85,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     checks.check_launched()
     if args.rank == 0:
         record.make_folders(args)
+        run_lock.acquire(args)
     finalize(args, reduce_overhead)
     with assertions_as_value_errors():
         return args, model_config_from_args(args)
