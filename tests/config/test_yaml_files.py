@@ -91,13 +91,13 @@ def test_broken_file_is_named(kind, write):
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    for path in (tmp_path / "missing.yaml", tmp_path):
-        with pytest.raises(ValueError, match=f"--config {path}: cannot read it"):
+    for path, what in ((tmp_path / "missing.yaml", "is missing"), (tmp_path, "is no regular file")):
+        with pytest.raises(ValueError, match=f"--config {path} {what}"):
             load_config_files([str(path)])
 
 
 def test_missing_include_is_named(write):
-    with pytest.raises(ValueError, match=r"nowhere\.yaml: cannot read it"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml is missing"):
         load_config_files([write("a.yaml", "include: [nowhere.yaml]\n")])
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from yoco_megatron.utils.errors import nearest
+from yoco_megatron.utils.small_files import BadFile, read_text
 
 INCLUDE = "include"
+LIMIT = 1 << 20  # bytes of a config; YAML of that size takes some seconds
 
 
 def load_config_files(sources: list[str]) -> dict[str, Any]:
@@ -30,22 +32,28 @@ def load_config_files(sources: list[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for source in sources:
         if "=" in source and not Path(source).exists():
-            merged |= _mapping(source.replace("=", ": ", 1), source)
+            merged |= _mapping(source.replace("=", ": ", 1), f"--config {source}")
         else:
             merged |= _load_file(Path(source))
     return merged
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """The mapping in one file, as it stands there: `include` is a key like any other.
+
+    Raises:
+        ValueError: a file that is missing, not YAML, or not a mapping of names to plain values.
+    """
+    return _mapping(read_text(path, LIMIT), str(path))
 
 
 def _load_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in including:
         raise ValueError(f"--config {path}: the file includes itself")
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"--config {path}: cannot read it ({error.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--config {path}: not a text file; give the path of a YAML file") from None
-    own = _mapping(text, str(path))
+        own = load_config_file(path)
+    except BadFile as error:
+        raise ValueError(f"--config {error}; give the path of a YAML file") from None
     merged: dict[str, Any] = {}
     included = own.pop(INCLUDE, [])
     for name in [included] if isinstance(included, str) else included:
@@ -53,14 +61,48 @@ def _load_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged | own
 
 
+class _Loader(yaml.SafeLoader):
+    """No aliases, of which few lines make billions of values, and no key twice, of which the first would be lost."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases (& and *) are not supported: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.YAMLError("a key occurs twice")
+        return found
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as configs need it: plain values without aliases, tags of code, and keys that occur twice.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deep") from None
+    # A value that does not fit its tag (!!int x, !!timestamp 1) raises any of the others.
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {where}: not valid YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(text) or {}
+    except ValueError as error:
+        raise BadFile(f"{where}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {where}: must be a mapping of flag names to values, for example 'num-layers: 26'")
-    return {str(key).replace("_", "-"): value for key, value in content.items()}
+        raise BadFile(f"{where}: must be a mapping of flag names to values, for example 'num-layers: 26'")
+    for key, value in content.items():
+        values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not isinstance(key, str) or any(isinstance(one, list | dict | set | bytes) for one in values):
+            raise BadFile(f"{where}: {str(key)[:80]!r} must have a plain value, a list of them, or a mapping to them")
+    return {key.replace("_", "-"): value for key, value in content.items()}
 
 
 def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

@@ -26,6 +26,7 @@ from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.utils import small_files
 from yoco_megatron.utils.errors import nearest
+from yoco_megatron.utils.small_files import BadFile
 
 
 class TrainingFacts(TypedDict, total=False):
@@ -64,14 +65,10 @@ class Source:
         )
 
 
-class BadSource(ValueError):
-    """What is wrong with a folder; the text begins with a path, before which `open_source` puts the flag."""
-
-
 def _require(condition: bool, message: str) -> None:
-    """Raise BadSource with `message` unless `condition` holds."""
+    """Raise BadFile with `message` unless `condition` holds."""
     if not condition:
-        raise BadSource(message)
+        raise BadFile(message)
 
 
 def open_source(kind: str, folder: str, iteration: int | None = None, flag: str = "--input") -> Source:
@@ -87,7 +84,7 @@ def open_source(kind: str, folder: str, iteration: int | None = None, flag: str 
     try:
         _require(path.is_dir(), f"{folder}: no such folder")
         return {"megatron": _megatron, "hf": _hf, "fla": _fla, "official": _official}[kind](path, iteration)
-    except BadSource as error:
+    except BadFile as error:
         raise ValueError(f"{flag} {error}") from error
 
 
@@ -190,7 +187,7 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     args, found, common = parse_run(str(folder), iteration), tensors.found(), common_state(tensors.folder)
     embedding = found.get("embedding.word_embeddings.weight")
     if embedding is None:
-        raise BadSource(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
+        raise BadFile(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
     args.padded_vocab_size = embedding[0][0]
     config = config_fields.from_args(args)
     entries = tensor_names.megatron(config)
@@ -235,7 +232,7 @@ class SafeTensors:
         if index.exists():
             of = _json(index, "an exported model").get("weight_map")
             if not isinstance(of, dict):
-                raise BadSource(f"{index} has no weight_map: copy the folder again")
+                raise BadFile(f"{index} has no weight_map: copy the folder again")
             for tensor, file in of.items():
                 _require(
                     isinstance(file, str) and Path(file).name == file != "",
@@ -251,7 +248,7 @@ class SafeTensors:
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise BadSource(f"{file} is not a whole safetensors file ({error}): copy it again") from None
+                raise BadFile(f"{file} is not a whole safetensors file ({error}): copy it again") from None
             twice = sorted(self.files.keys() & opened.keys())
             _require(not twice, f"{file} holds {''.join(twice[:1])}, as another file does: copy the folder again")
             self.files |= dict.fromkeys(opened.keys(), opened)
@@ -274,14 +271,14 @@ def _json(file: Path, what: str) -> dict[str, Any]:
     try:
         text = small_files.read_text(file, missing=None)
         content = None if text is None else json.loads(text)  # its numbers are checked, and named, by who reads them
-    except small_files.BadFile as error:
-        raise BadSource(str(error)) from None
+    except BadFile:
+        raise
     except (ValueError, RecursionError) as error:
-        raise BadSource(f"{file} is not JSON: {error}") from None
+        raise BadFile(f"{file} is not JSON: {error}") from None
     if text is None:
-        raise BadSource(f"{file.parent}: no {file.name} there; give the folder of {what}")
+        raise BadFile(f"{file.parent}: no {file.name} there; give the folder of {what}")
     if not isinstance(content, dict):
-        raise BadSource(f"{file} is not a JSON object: is it that of {what}?")
+        raise BadFile(f"{file} is not a JSON object: is it that of {what}?")
     return content
 
 
@@ -290,9 +287,9 @@ def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: 
     try:
         return read(*args, **more)
     except (StrictDataclassError, ValueError) as error:
-        raise BadSource(f"{file} describes no YOCO: {' '.join(str(error).split())}") from None
+        raise BadFile(f"{file} describes no YOCO: {' '.join(str(error).split())}") from None
     except (KeyError, TypeError, AttributeError) as error:  # a key of another file's that is missing or of another type
-        raise BadSource(f"{file} describes no YOCO: {type(error).__name__}: {error}") from None
+        raise BadFile(f"{file} describes no YOCO: {type(error).__name__}: {error}") from None
 
 
 def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
@@ -356,14 +353,14 @@ A_PART = (
 def _official(folder: Path, _: int | None) -> Source:
     params, weights = folder / "params.json", folder / "checkpoint.pth"
     for part in folder.glob("*-model_part-*"):  # fairseq's names
-        raise BadSource(f"{part} is {A_PART}")
+        raise BadFile(f"{part} is {A_PART}")
     for file in (params, weights):
         _require(file.is_file(), f"{folder}: no {file.name} there; the authors' layout has params.json beside it")
     try:
         state = torch.load(weights, mmap=True, weights_only=True, map_location="cpu")
     except Exception as error:  # a broken or hostile pickle raises any type
         what = str(error).splitlines()[0]
-        raise BadSource(f"{weights}: cannot be read as weights alone; no code of it was run: {what}") from None
+        raise BadFile(f"{weights}: cannot be read as weights alone; no code of it was run: {what}") from None
     _require(isinstance(state, dict), f"{weights}: holds no state dict")
     state = {name.removeprefix("model."): tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     tied = "output_projection.weight" not in state

@@ -1,5 +1,6 @@
 """A trained model from its checkpoint folder, in one process, whatever mesh it was trained on."""
 
+import dataclasses
 import os
 import socket
 from argparse import Namespace
@@ -15,53 +16,52 @@ from megatron.training.initialize import initialize_megatron
 
 from yoco_megatron.checkpoint import safe_unpickling
 from yoco_megatron.checkpoint.layout import RESOLVED
+from yoco_megatron.config.yaml_files import load_config_file, to_argv
+from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.parser import build_parser
+from yoco_megatron.utils.small_files import BadFile
 
-# What a run's config says that one process reading its result must not take over.
-ONE_PROCESS = {
-    "tensor-model-parallel-size": 1,
-    "pipeline-model-parallel-size": 1,
-    "context-parallel-size": 1,
+# Of a run's config only these arguments are taken: which function the weights compute, in which precision, and how text
+# became tokens. The folder may be a stranger's: what else a run reads, writes or executes is not for it to say.
+TAKEN = {field.name for field in dataclasses.fields(YOCOFields)} | {
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
+    *(
+        "num_query_groups",
+        "kv_channels",
+        "seq_length",
+        "max_position_embeddings",
+        "untie_embeddings_and_output_weights",
+    ),
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_freq"),
+    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "window_size"),
+    *(
+        "normalization",
+        "layernorm_epsilon",
+        "norm_epsilon",
+        "layernorm_zero_centered_gamma",
+        "add_bias_linear",
+        "add_qkv_bias",
+    ),
+    *("swiglu", "squared_relu", "quick_geglu", "openai_gelu", "qk_layernorm", "qk_l2_norm", "softmax_type"),
+    *("window_attn_skip_freq", "attention_output_gate", "glu_linear_offset", "activation_func_clamp_value"),
+    *("bf16", "fp16", "fp32_residual_connection", "attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
+    *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "vocab_extra_ids"),
+    *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "special_tokens"),
+    *("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens", "tokenizer_sentencepiece_legacy"),
+    *("tiktoken_pattern", "tiktoken_num_special_tokens", "null_tokenizer_eod_id", "null_tokenizer_pad_id"),
+}
+# What one process that reads the result says itself.
+READING = {
     "micro-batch-size": 1,
     "global-batch-size": 1,
-    "rampup-batch-size": None,
-    "sequence-parallel": False,
-    "use-distributed-optimizer": False,
-    "overlap-grad-reduce": False,
-    "overlap-param-gather": False,
-    "overlap-param-gather-with-optimizer-step": False,
-    "defer-embedding-wgrad-compute": False,
-    "recompute-granularity": None,
-    "data-path": None,
-    "train-data-path": None,
-    "valid-data-path": None,
-    "test-data-path": None,
-    "data-args-path": None,
-    "per-split-data-args-path": None,
-    "save": None,
-    "tensorboard-dir": None,
-    "wandb-project": None,
-    "pretrained-checkpoint": None,
-    "async-save": False,
-    "num-virtual-stages-per-pipeline-rank": None,
-    "num-layers-per-virtual-pipeline-stage": None,
-    "pipeline-model-parallel-layout": None,
-    "tp-comm-overlap": False,
-    # What this machine has may be less than what the run had.
-    "transformer-impl": None,
-    "retention-backend": None,
-    "distributed-backend": None,
-    "cuda-graph-impl": None,
-    "fp8-format": None,
-    "fp8-param-gather": False,
-    "fp4-format": None,
-    "fp4-param-gather": False,
-    "reuse-grad-buf-for-mxfp8-param-ag": False,
     "skip-train": True,
     "no-load-optim": True,
     "no-load-rng": True,
     "exit-on-missing-checkpoint": True,
+    # What this machine has may be less than what the run had.
+    "retention-backend": None,
 }
 
 
@@ -69,14 +69,19 @@ def parse_run(folder: str, iteration: int | None = None, **more: object) -> Name
     """The arguments with which one process reads the run in `folder` (its --save); `more` are flags that win.
 
     Raises:
-        ValueError: no checkpoint of pretrain_yoco.py there.
+        ValueError: no checkpoint of pretrain_yoco.py there, or a config that describes no model.
     """
     config = Path(folder) / RESOLVED
     if not config.exists():
         raise ValueError(f"--load {folder}: no resolved_config.yaml there; give the folder that training had as --save")
-    items = ONE_PROCESS | {"load": folder, "ckpt-step": iteration} | more
-    overrides = [f"{key}={'null' if value is None else value}" for key, value in items.items()]
-    return arguments.parse(["--config", str(config), *overrides], reading=True)
+    parser = build_parser()
+    dests = {name: action.dest for name, action in parser._option_string_actions.items()}
+    recorded = {name: value for name, value in load_config_file(config).items() if dests.get(f"--{name}") in TAKEN}
+    own = READING | {"load": folder, "ckpt-step": iteration} | more
+    try:
+        return arguments.parse(to_argv(recorded | own, parser), reading=True)
+    except ValueError as error:
+        raise BadFile(f"{config} describes no model that can be read: {error}") from error
 
 
 def load_model(
