@@ -93,6 +93,18 @@ def test_crash_loop(tmp_path):
     assert policy.begin(tmp_path, 2)[0].what == "go"
 
 
+def test_last_reason_is_of_the_last_attempt(tmp_path):
+    """Which may have left none: then it is not the reason of one before."""
+    policy.begin(tmp_path, 0)
+    policy.end(tmp_path, 1)
+    assert "no process left a reason, exit 1" in policy.begin(tmp_path, 0)[0].reason
+    (tmp_path / "attempts.jsonl").unlink()
+    policy.begin(tmp_path, 1)
+    policy.end(tmp_path, 1)
+    policy.begin(tmp_path, 1)  # and its node is lost
+    assert "the last reason: it left none" in policy.begin(tmp_path, 1)[0].reason
+
+
 def test_progress_resets_the_count(tmp_path):
     for step in range(10):
         saved(tmp_path, step)

@@ -70,12 +70,13 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
     trained = newest_trained_steps(folder)
     failed = attempts_without_progress(lines, trained)
     if failed > max_restarts:
-        reasons = [line["reason"] for line in ends[-failed:]] or ["the nodes were lost"]
+        unknown = "it left none, as where a node is lost, or preflight finds one unfit"
+        reason = lines[-1]["reason"] if lines[-1]["event"] == "end" else unknown
         return (
             Verdict(
                 "stop",
                 f"{failed} attempts in a row saved no new trained step (newest checkpoint: iteration {checkpoint}); "
-                f"the last reason: {reasons[-1]}. Fix it, then remove {folder / 'attempts.jsonl'} and start again",
+                f"the last reason: {reason}. Fix it, then remove {folder / 'attempts.jsonl'} and start again",
             ),
             number,
         )

@@ -128,6 +128,27 @@ class ManagedRun:
         """Context in which the watchdog allows more time."""
         return self.watchdog.slow() if self.watchdog else nullcontext()
 
+    def beat(self, args: Namespace, iteration: int, loss: float | None) -> None:
+        """Write the heartbeat. A file system in trouble does not end the run before it must save."""
+        now, tokens = time.monotonic(), args.consumed_train_samples * args.seq_length
+        last, self.last_beat = self.last_beat, (now, tokens)
+        beat = {
+            "iteration": iteration,
+            "train_iters": args.train_iters,
+            "tokens": tokens,
+            "loss": loss if loss is not None and math.isfinite(loss) else None,
+            "tokens_per_second": (tokens - last[1]) / (now - last[0]) if last else None,
+            "time": time.time(),
+            "attempt": run_folder.attempt(),
+            "host": exit_record.host(),
+            "skipped": len(args.iterations_to_skip),
+            "world_size": args.world_size,
+        }
+        try:
+            write_json(self.folder / "heartbeat.json", beat)
+        except OSError as error:
+            print(f"warning: no heartbeat at step {iteration}: {error}", file=sys.stderr, flush=True)
+
     def reason_to_leave(self, args: Namespace, requests: int, iteration: int) -> Outcome:
         if requests & EXIT:
             return Outcome("stopped", 0, "the trigger file `exit`", iteration)
@@ -347,24 +368,7 @@ def training_log(losses: dict, totals: dict, rate: Any, iteration: int, *rest: A
     result = training_log.original(losses, totals, rate, iteration, *rest, **kwargs)
     args = get_args()
     if iteration % args.log_interval == 0 and dist.get_rank() == dist.get_world_size() - 1:
-        now, tokens = time.time(), args.consumed_train_samples * args.seq_length
-        last = _run.last_beat
-        _run.last_beat = now, tokens
-        write_json(
-            _run.folder / "heartbeat.json",
-            {
-                "iteration": iteration,
-                "train_iters": args.train_iters,
-                "tokens": tokens,
-                "loss": losses["lm loss"].item() if "lm loss" in losses else None,
-                "tokens_per_second": (tokens - last[1]) / (now - last[0]) if last else None,
-                "time": now,
-                "attempt": run_folder.attempt(),
-                "host": exit_record.host(),
-                "skipped": len(args.iterations_to_skip),
-                "world_size": args.world_size,
-            },
-        )
+        _run.beat(args, iteration, losses["lm loss"].item() if "lm loss" in losses else None)
     return result
 
 
@@ -384,7 +388,7 @@ def managed_run(args: Namespace) -> Iterator[None]:
     try:
         yield
     except SystemExit as left:  # Megatron's way to end before --train-iters
-        run.end(int(left.code or 0))
+        run.end(left.code if isinstance(left.code, int) else int(left.code is not None))
         raise
     except ValueError as error:
         if run.iteration:
