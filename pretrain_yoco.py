@@ -23,7 +23,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
 from yoco_megatron.data.provider import build_datasets
-from yoco_megatron.resilience import exit_record, run_lock
+from yoco_megatron.resilience import exit_record, run_lock, secrets
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
 from yoco_megatron.training.step import forward_step
@@ -71,5 +71,5 @@ if __name__ == "__main__":
         if how.kind == "crash" or os.environ.get("YOCO_TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") == "0" or how.kind == "storage":
-            print(f"pretrain_yoco.py: error: {error}", file=sys.stderr)
+            print(f"pretrain_yoco.py: error: {secrets.redact(str(error))}", file=sys.stderr)
         sys.exit(how.code)

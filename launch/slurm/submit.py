@@ -8,8 +8,10 @@ resumes; docs/resilience.md says what happens when. Submitting the same run fold
 """
 
 import argparse
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from yoco_megatron.resilience import preflight, run_folder
+from yoco_megatron.resilience import preflight, sbatch, secrets
 from yoco_megatron.resilience.launch_environment import launch_environment
 
 CLUSTER_KEYS = {
@@ -38,7 +40,11 @@ GPUS = ("ampere", "hopper", "blackwell", "none")
 # Settings that are mappings, and what their values may be.
 SCALAR = str | int | float
 MAPPINGS = {"sbatch": SCALAR | None, "container": str, "preflight": SCALAR, "env": SCALAR}
-OF_FLAGS = {"nodes", "time"}  # options of sbatch that are flags of this script, which reads them
+# Variables of launch/slurm/train.sbatch.
+SETTINGS = {
+    *("RUN_FOLDER", "TRAIN_ARGS", "LAUNCHER", "PROCS_PER_NODE", "REPO", "PYTHON", "MAX_RESTARTS", "PREFLIGHT_ARGS"),
+    *("CONTAINER_IMAGE", "CONTAINER_MOUNTS", "MASTER_ADDR", "MASTER_PORT", "YOCO_ATTEMPT", "LOGS"),
+}
 CONTAINER_KEYS = {"image", "mounts"}
 LAUNCHERS = ("srun", "torchrun")
 
@@ -97,14 +103,18 @@ def _checked(cluster: Any) -> dict[str, Any]:
             raise ValueError(f"{key} {cluster[key]} must be one of {', '.join(choices)}")
     if not isinstance(cluster.get("python", ""), str):
         raise ValueError(f"python must be the path of an interpreter, not {cluster['python']!r}")
+    sbatch.check_text("python", cluster.get("python", ""))
     for key, allowed in MAPPINGS.items():
         _check_mapping(key, cluster.get(key, {}), allowed)
-    if taken := OF_FLAGS & cluster.get("sbatch", {}).keys():
-        raise ValueError(f"sbatch: {min(taken)} is for the flag --{min(taken)}")
+    given = [(name, value) for name, value in cluster.get("sbatch", {}).items() if value is not None]
+    cluster["sbatch"] = dict(sbatch.checked("sbatch:", name, value) for name, value in given)
     if unknown := sorted(cluster.get("container", {}).keys() - CONTAINER_KEYS):
         raise ValueError(f"container: unknown key {unknown[0]}; known are {sorted(CONTAINER_KEYS)}")
-    if names := [name for name in cluster.get("env", {}) if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
-        raise ValueError(f"env: {names[0]!r} is no name of a variable")
+    for name in cluster.get("env", {}):
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError(f"env: {name!r} is no name of a variable")
+        if name in SETTINGS or name.startswith("SLURM_"):
+            raise ValueError(f"env: {name} is set by the batch script; remove it")
     try:
         _, surplus = preflight.parser(exit_on_error=False).parse_known_args(["RUN", *preflight_flags(cluster)])
     except argparse.ArgumentError as error:
@@ -125,6 +135,7 @@ def _check_mapping(key: str, value: Any, kind: Any) -> None:
             raise ValueError(
                 f"{key}: {name}: {item!r} is not the text or number that is expected; quote it if it is text"
             )
+        sbatch.check_text(f"{key}: {name!a}", f"{name}{item}")
 
 
 def preflight_flags(cluster: dict[str, Any]) -> list[str]:
@@ -146,9 +157,44 @@ def seconds_of(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str]) -> tuple[str, dict[str, str]]:
+def check_container(options: argparse.Namespace) -> list[Path] | None:
+    """Folders of this machine that the container will have; None: there is no container.
+
+    Raises:
+        ValueError: mounts without an image, or that pyxis would not take.
+    """
+    mounts = options.container_mounts
+    if not options.container_image:
+        if mounts:
+            raise ValueError("--container-mounts (container: mounts) has no effect without an image: name it, too")
+        return None
+    if not mounts:
+        for path in (str(ROOT), options.run_folder):
+            if set(path) & set(",:"):
+                raise ValueError(f"{path} holds a comma or a colon, which mounts cannot: name other folders")
+        return [ROOT, Path(options.run_folder)]
+    for mount in mounts.split(","):
+        if not re.fullmatch(r"/[^:]*:/[^:]*(:[a-z+-]+)?", mount):
+            raise ValueError(f"--container-mounts (container: mounts) {mount!r}: write /SOURCE:/TARGET[:FLAGS],...")
+    return [Path(mount.partition(":")[0]) for mount in mounts.split(",")]
+
+
+def not_mounted(args: argparse.Namespace, cluster: dict[str, Any], run: str, mounted: list[Path]) -> list[str]:
+    """What the job reads or writes and its container will not have; of Pythons, one of this machine alone."""
+    data = [word for words in (args.data_path, args.train_data_path, args.valid_data_path) for word in words or ()]
+    files = [run, str(ROOT), args.tokenizer_model, args.load, args.save, args.data_cache_path, args.data_args_path]
+    files += data if "python" in cluster else [*data, sys.executable]
+    paths = {Path(file).absolute() for file in files if file and "/" in file and "://" not in file}
+    return sorted(str(path) for path in paths if not any(path.is_relative_to(folder) for folder in mounted))
+
+
+def check(
+    options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str], mounted: list[Path] | None
+) -> tuple[str, dict[str, str]]:
     """The plan as text, and the environment that it asks for.
 
+    Args:
+        mounted: of `check_container`.
     Raises:
         ValueError: what would make the job fail at its start.
     """
@@ -189,32 +235,18 @@ def check(options: argparse.Namespace, cluster: dict[str, Any], train_args: list
         )
     if limit and memory.total > 0.9 * limit * GIB:
         lines.append(f"WARNING: that is close to or above {limit} GiB: see --recompute-granularity, --micro-batch-size")
+    for path in [] if mounted is None else not_mounted(args, cluster, options.run_folder, mounted):
+        lines.append(f"WARNING: the container will not have {path}: see --container-mounts, and python of the settings")
     if args.save_interval is None:
         raise ValueError("--save-interval is missing: a node failure would lose everything since the start")
     return "\n".join(lines), launch_environment(cluster.get("gpu", "hopper"), args, options.run_folder)
-
-
-def refuse_secrets(words: list[str], environment: dict[str, Any]) -> None:
-    """Raise ValueError for a secret among flags or settings: script and flags are written into the run folder."""
-    pairs = [(name, str(value)) for name, value in environment.items()]
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, _, word = word.partition("=")
-        pairs.append((name, word))
-    for name, value in pairs:
-        if run_folder.is_secret(name, value):
-            raise ValueError(
-                f"{name} holds a secret, which would be written into the run folder: export it in the shell that "
-                "submits, sbatch passes the environment on"
-            )
 
 
 def render(options: argparse.Namespace, cluster: dict[str, Any], environment: dict[str, str]) -> str:
     """The batch script: header, settings, then launch/slurm/train.sbatch as it is."""
     run, per_node = Path(options.run_folder), cluster.get("gpus-per-node", 8)
     launcher = options.launcher or cluster.get("launcher", "srun")
-    sbatch = {
+    header = {
         "job-name": options.job_name or run.name,
         "nodes": options.nodes,
         "ntasks-per-node": per_node if launcher == "srun" else 1,
@@ -225,16 +257,14 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "requeue": True,
     }
     if cluster.get("gpu", "hopper") != "none":
-        sbatch["gpus-per-node"] = per_node
-    sbatch |= cluster.get("sbatch", {})
-    sbatch |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
-    sbatch |= {name: value or True for name, _, value in (item.partition("=") for item in options.sbatch)}
-    header = [
+        header["gpus-per-node"] = per_node
+    header |= {name: value for name, value in cluster.get("sbatch", {}).items() if value is not False}
+    header |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
+    header |= options.sbatch
+    directives = [
         f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
-        for name, value in sbatch.items()
-        if value is not None and value is not False
+        for name, value in header.items()
     ]
-    container = cluster.get("container", {})
     settings = {
         "RUN_FOLDER": str(run),
         "TRAIN_ARGS": str(run / "train_args.txt"),
@@ -244,11 +274,13 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "PYTHON": cluster.get("python") or sys.executable,
         "MAX_RESTARTS": options.max_restarts,
         "PREFLIGHT_ARGS": "skip" if options.no_preflight else " ".join(preflight_flags(cluster)),
-        "CONTAINER_IMAGE": options.container_image or container.get("image", ""),
-        "CONTAINER_MOUNTS": options.container_mounts or container.get("mounts", ""),
+        "CONTAINER_IMAGE": options.container_image,
+        "CONTAINER_MOUNTS": options.container_mounts,
     }
     exports = environment | {name: str(value) for name, value in cluster.get("env", {}).items()}
-    lines = ["#!/usr/bin/env bash", *header, ""]
+    for name, value in ({f"--{name}": value for name, value in header.items()} | settings | exports).items():
+        sbatch.check_text(name, value)
+    lines = ["#!/usr/bin/env bash", *directives, ""]
     lines += [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     body = (ROOT / "launch/slurm/train.sbatch").read_text().split("\n", 1)[1]
@@ -262,8 +294,8 @@ def main(argv: list[str]) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes < 1:
         raise ValueError(f"--nodes {options.nodes} must be at least 1")
-    if taken := OF_FLAGS & {item.partition("=")[0] for item in options.sbatch}:
-        raise ValueError(f"--sbatch {min(taken)}=...: use --{min(taken)}")
+    items = [item.partition("=") for item in options.sbatch]
+    options.sbatch = dict(sbatch.checked("--sbatch", name, value if equals else True) for name, equals, value in items)
     if options.max_restarts < 0:
         raise ValueError(f"--max-restarts {options.max_restarts} must not be negative")
     early = 60  # SLURM's signal may come so many seconds before its time
@@ -272,10 +304,20 @@ def main(argv: list[str]) -> int:
             f"--save-seconds {options.save_seconds} leaves no time to train in --time {options.time}: it must be at "
             "least 1, and a minute or more below --time"
         )
-    if any("\n" in word for word in train_args):
-        raise ValueError("a flag of pretrain_yoco.py holds a line break")
-    refuse_secrets([*train_args, *(f"--{item}" for item in options.sbatch)], cluster.get("env", {}))
-    text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args)
+    settings = {f"--{name}": value for name, value in vars(options).items() if name != "sbatch"}
+    settings |= options.sbatch | cluster.get("sbatch", {}) | cluster.get("env", {}) | cluster.get("container", {})
+    secrets.refuse(train_args, settings)
+    for word in train_args:  # a line each of a file
+        sbatch.check_text(f"a flag of pretrain_yoco.py, {word[:40]!a},", word.replace("\t", " "))
+    if "\\" in options.run_folder:
+        raise ValueError(f"--run-folder {options.run_folder}: SLURM takes no backslash in the names of logs")
+    sbatch.check_environment(dict(os.environ))
+    options.container_image = options.container_image or cluster.get("container", {}).get("image", "")
+    options.container_mounts = options.container_mounts or cluster.get("container", {}).get("mounts", "")
+    mounted = check_container(options)
+    if not options.dry_run and shutil.which("sbatch") is None:
+        raise ValueError("no sbatch on this machine: submit where SLURM is, or add --dry-run to see the script")
+    text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args, mounted)
     script = render(options, cluster, environment)
     print(text)
     if options.dry_run:
@@ -296,9 +338,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> int:
+    """`main`, with mistakes as one line. Returns the exit code."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        return main(argv)
     except (ValueError, OSError) as error:
-        print(f"submit.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"submit.py: error: {secrets.redact(str(error))}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,7 +1,9 @@
 """launch/slurm/submit.py: the plan, the script, and every mistake before a job is queued."""
 
+import contextlib
+import importlib.util
+import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -15,6 +17,9 @@ from yoco_megatron.resilience.launch_environment import launch_environment
 
 ROOT = Path(__file__).parents[2]
 SUBMIT = ROOT / "launch/slurm/submit.py"
+spec = importlib.util.spec_from_file_location("submit", SUBMIT)
+submit_py = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(submit_py)
 FLAGS = [*TINY, "--save-interval", "10"]
 HEADS4 = ["--num-query-groups", "4", "--self-decoder-heads", "4"]
 BIG = ["--config", str(ROOT / "configs/model/yoco_13b.yaml"), str(ROOT / "configs/recipe/scaling_large.yaml")]
@@ -22,9 +27,13 @@ BIG += ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100
 
 
 def submit(*words: str, nodes: int = 1, cluster: str = "cpu") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SUBMIT), "--run-folder", "/nowhere/run", "--time", "1:00:00", "--dry-run"]
+    """What submit.py does with these words; in this process, whose imports it needs."""
+    command = ["--run-folder", "/nowhere/run", "--time", "1:00:00", "--dry-run"]
     command += ["--nodes", str(nodes), "--cluster", str(ROOT / f"configs/cluster/{cluster}.yaml"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "0"})
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = submit_py.run(command)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def test_environment_by_generation_and_mode():
@@ -67,6 +76,42 @@ def test_folder_with_spaces_and_percent_signs():
     done = submit("--no-check", "--run-folder", "/nowhere/100% mine/it's", *FLAGS)
     (line,) = [line for line in done.stdout.splitlines() if "--output" in line and line.startswith("#SBATCH")]
     assert shlex.split(line, comments=False)[1] == "--output=/nowhere/100%% mine/it's/logs/job-%j.log"
+
+
+def test_shell_in_any_value_is_text(tmp_path):
+    """The head of the script is run: it makes variables, and nothing else."""
+    text = f"$(touch {tmp_path}/made) `touch {tmp_path}/made`; touch {tmp_path}/made # 'x\" $HOME"
+    settings = {"gpu": "none", "gpus-per-node": 1, "python": text, "env": {"A": text}, "sbatch": {"comment": text}}
+    (tmp_path / "site.yaml").write_text(json.dumps(settings | {"container": {"image": text}}))
+    flags = ["--cluster", str(tmp_path / "site.yaml"), "--run-folder", f"/nowhere/{text}", "--job-name", text]
+    done = submit("--no-check", *flags, "--partition", text, "--account", text, "--sbatch", f"qos={text}", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    head = done.stdout[done.stdout.index("#!") :].partition("\n# One attempt")[0]
+    shown = 'echo "$A"; echo "$PYTHON"; echo "$RUN_FOLDER"; echo "$CONTAINER_IMAGE"'
+    ran = subprocess.run(["bash", "-c", f"{head}\n{shown}"], capture_output=True, text=True)
+    assert ran.stdout.splitlines() == [text, text, f"/nowhere/{text}", text] and not ran.stderr
+    assert not (tmp_path / "made").exists()
+    assert sum(text.split("'")[0] in line for line in head.splitlines() if line.startswith("#SBATCH")) == 6
+
+
+def test_no_sbatch_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    cluster = str(ROOT / "configs/cluster/cpu.yaml")
+    flags = ["--nodes", "1", "--time", "1:00:00", "--cluster", cluster, "--run-folder", str(tmp_path / "run"), *FLAGS]
+    assert submit_py.run(flags) == 2 and "no sbatch on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_container_lacks_is_in_the_plan(tmp_path):
+    cluster = {"gpu": "none", "gpus-per-node": 1, "python": "/usr/bin/python3", "container": {"image": "x"}}
+    (tmp_path / "site.yaml").write_text(json.dumps(cluster))
+    words = ["--cluster", str(tmp_path / "site.yaml"), *FLAGS, "--data-cache-path", "/elsewhere/cache"]
+    done = submit(*words)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "WARNING: the container" in line] == [
+        "WARNING: the container will not have /elsewhere/cache: see --container-mounts, and python of the settings"
+    ]
+    assert "the container will not have" not in submit(*words, "--container-mounts", "/:/").stdout
 
 
 def test_container_only_when_named():
@@ -143,7 +188,17 @@ def test_unknown_key_of_a_cluster(tmp_path):
         ("env: {A B: 1}", "env: 'A B' is no name of a variable"),
         ("env: {A: [1, 2]}", "env: A: [1, 2] is not the text or number that is expected"),
         ("container: {image: [a]}", "container: image: ['a'] is not the text"),
-        ("sbatch: {time: 60}", "sbatch: time is for the flag --time"),
+        ("sbatch: {time: 60}", "sbatch: time cannot be set: use --time"),
+        ("sbatch: {requeue: false}", "sbatch: requeue cannot be set: every job is submitted with it"),
+        ("sbatch: {array: 0-3}", "sbatch: array cannot be set: every element would run the same run folder"),
+        ("sbatch: {exclusiv: true}", "sbatch: exclusiv is no option of sbatch; did you mean exclusive?"),
+        ('sbatch: {"x\\ny": 1}', "sbatch: 'x\\ny' holds a line break"),
+        ('sbatch: {comment: "x\\ny"}', "sbatch: 'comment' holds a line break"),
+        ('python: "/bin/python\\n"', "python holds a line break"),
+        ('env: {A: "x\\ny"}', "env: 'A' holds a line break"),
+        ("env: {REPO: /x}", "env: REPO is set by the batch script"),
+        ("container: {mounts: '/a:/b'}", "has no effect without an image"),
+        ("container: {image: x, mounts: 'a:/b'}", "'a:/b': write /SOURCE:/TARGET[:FLAGS],..."),
         ("{1: 2, x: 3}", "unknown key 1; known are"),
         ("- a", "must be a mapping of settings, not ['a']"),
         ("container: {mount: /data}", "container: unknown key mount; known are ['image', 'mounts']"),
@@ -162,7 +217,14 @@ def test_wrong_value_of_a_cluster(line, said, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--sbatch", "time=1:00:00"], "--sbatch time=...: use --time"),
+        (["--sbatch", "time=1:00:00"], "--sbatch time cannot be set: use --time"),
+        (["--sbatch", "a=0-3"], "--sbatch a cannot be set: every element would run the same run folder"),
+        (["--job-name", "x\ny"], "--job-name holds a line break"),
+        (["--partition", "x\r"], "--partition holds a line break"),
+        (["--run-folder", "/nowhere/a\nb"], "holds a line break"),
+        (["--run-folder", "/nowhere/a\\b"], "no backslash"),
+        (["--container-image", "x\x1b"], "CONTAINER_IMAGE holds the character '\\x1b', which is no text"),
+        (["--app-tag-run-name", "x\ny"], "'x\\ny', holds a line break"),
         (["--max-restarts", "-3"], "--max-restarts -3 must not be negative"),
         (["--time", "²"], "--time ²: write minutes"),
     ],

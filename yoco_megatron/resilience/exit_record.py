@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from yoco_megatron.resilience import run_folder
+from yoco_megatron.resilience import run_folder, secrets
 from yoco_megatron.utils.files import write_json
 
 USER_ERROR = 2
@@ -66,7 +66,7 @@ def record_exception(argv: list[str], error: Exception) -> Outcome:
 
 def of_exception(error: BaseException) -> Outcome:
     """The outcome of a process that an exception ended."""
-    reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:500]
+    reason = secrets.redact(f"{type(error).__name__}: {error}".split("\n", 1)[0])[:500]
     if storage_error(error):
         return Outcome("storage", STORAGE, reason)
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):

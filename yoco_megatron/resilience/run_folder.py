@@ -17,23 +17,16 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-# Flags that take a secret, and variables whose values are never recorded. Values that look like a credential or a long
-# hash are hidden whatever the name.
-SECRET_FLAG = re.compile(r"api[-_]key|token$|secret|password", re.IGNORECASE)
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|SIGNATURE|DSN|WEBHOOK", re.IGNORECASE)
-CREDENTIAL = r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}"
-SECRET_VALUE = re.compile(CREDENTIAL + r"|[0-9a-fA-F]{32,}")
-URL_PASSWORD = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
+from yoco_megatron.resilience import secrets
+
 # Only variables that can change what a run computes are recorded.
 RECORDED = re.compile(
     r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|NVIDIA|TRITON|GLOO|UCX|FI|OMP|MKL|OPENBLAS|SLURM|CUBLAS|CUDNN|YOCO|MASTER|PYTHON|"
     r"TORCHDYNAMO|TORCHINDUCTOR)(_|$)|(PATH|LD_LIBRARY_PATH|LD_PRELOAD|WORLD_SIZE|RANK|LOCAL_RANK|HOSTNAME|VIRTUAL_ENV)$"
 )
-HIDDEN = "<hidden>"
 
 
 def attempt() -> str:
@@ -58,36 +51,6 @@ def make(folder: Path) -> None:
         raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None
 
 
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a run's record may hold, with secrets hidden."""
-    return {
-        name: HIDDEN if SECRET_NAME.search(name) else redact(value)
-        for name, value in sorted(environment.items())
-        if RECORDED.match(name)
-    }
-
-
-def redact(text: str) -> str:
-    """`text` with everything that looks like a credential hidden."""
-    return URL_PASSWORD.sub(rf"\1:{HIDDEN}@", SECRET_VALUE.sub(HIDDEN, text))
-
-
-def redact_command(argv: list[str]) -> list[str]:
-    """A command line with the values of secret flags hidden (`--wandb-api-key X`, `--token=X`)."""
-    plain, hide = [], False
-    for word in argv:
-        flag, equals, _ = word.partition("=")
-        secret = flag.startswith("--") and bool(SECRET_FLAG.search(flag))
-        plain.append(HIDDEN if hide else f"{flag}={HIDDEN}" if secret and equals else redact(word))
-        hide = secret and not equals
-    return plain
-
-
-def is_secret(name: str, value: str) -> bool:
-    """Whether a flag or variable surely holds a credential. A hash does not count: a path may contain one."""
-    return bool((value and SECRET_FLAG.search(name)) or re.search(CREDENTIAL, value) or URL_PASSWORD.search(value))
-
-
 def _git(*command: str) -> str:
     here = Path(__file__).parent
     done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, errors="replace", check=False)
@@ -100,13 +63,14 @@ def write_records(folder: Path, argv: list[str], resolved_config: str) -> Path:
     records.mkdir(parents=True, exist_ok=True)
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
     status = _git("status", "--porcelain")
+    recorded = {name: value for name, value in sorted(os.environ.items()) if RECORDED.match(name)}
     texts = {
-        "command.json": json.dumps(redact_command([sys.executable, *argv])) + "\n",
-        "resolved_config.yaml": redact(resolved_config),
+        "command.json": json.dumps(secrets.redact_command([sys.executable, *argv])) + "\n",
+        "resolved_config.yaml": secrets.redact(resolved_config),
         "git_commit.txt": (_git("rev-parse", "HEAD") or "not a git checkout\n") + status,
-        "git_diff.patch": redact(_git("diff", "HEAD")),
+        "git_diff.patch": secrets.redact(_git("diff", "HEAD")),
         "packages.txt": "\n".join([f"python=={platform.python_version()}", *packages]) + "\n",
-        "environment.json": json.dumps(without_secrets(os.environ), indent=1) + "\n",
+        "environment.json": json.dumps(secrets.without_secrets(recorded), indent=1) + "\n",
     }
     for name, text in texts.items():
         (records / name).write_text(text)

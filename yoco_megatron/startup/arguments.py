@@ -19,7 +19,7 @@ from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
-from yoco_megatron.resilience import run_lock
+from yoco_megatron.resilience import run_lock, secrets
 from yoco_megatron.startup import checks, defaults, record
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 
@@ -62,6 +62,7 @@ def parse_for_job(argv: list[str], processes: int) -> tuple[Namespace, StagePlan
         (arguments with the padded vocabulary, stages of a YOCO's pipeline or None).
     """
     args = parse(argv, processes)
+    secrets.refuse((), args.resolved_config)
     checks.check_training(args)
     defaults.fill_in_padded_vocab_size(args)
     is_yoco = args.architecture == "yoco"
@@ -80,6 +81,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
         ValueError: a mistake in the command line or in the files it names.
     """
     args = parse(argv)
+    secrets.refuse((), args.resolved_config)
     checks.check_machine(args)
     checks.check_training(args)
     checks.check_launched()
