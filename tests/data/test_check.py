@@ -53,9 +53,9 @@ def test_missing_files_get_the_likely_fix(prefix: str, tmp_path: Path) -> None:
     assert "give the prefix without .bin" in problem(f"{prefix}.bin")
     assert f"did you mean {prefix}?" in problem(str(tmp_path / "data"))
     assert "tools/preprocess_data.py" in problem(str(tmp_path / "other"))
-    # Megatron takes a list that is not all pairs for a list of prefixes.
-    mixed = data_prefixes_from_args(arguments(data_path=["30", prefix, prefix, prefix]))
-    assert "30 is not a prefix: give W1 P1 W2 P2" in problem(*mixed)
+    # A list of odd length has prefixes alone.
+    odd = data_prefixes_from_args(arguments(data_path=["30", prefix, prefix]))
+    assert "30 is not a prefix: give W1 P1 W2 P2" in problem(*odd)
 
 
 @pytest.mark.parametrize(("change", "state"), [(-1, "shorter"), (-1000, "shorter"), (1, "longer"), (2, "longer")])
@@ -143,7 +143,7 @@ def test_prefixes_are_collected_from_every_flag(tmp_path: Path) -> None:
 
 
 def test_unreadable_lists_are_refused_with_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^--data-path"):
+    with pytest.raises(ValueError, match=r"^--valid-data-path"):
         data_prefixes_from_args(arguments(train_data_path=["a"], valid_data_path=[]))
     with pytest.raises(ValueError, match=r"^--data-args-path .*gone"):
         data_prefixes_from_args(arguments(data_args_path=str(tmp_path / "gone")))

@@ -11,13 +11,6 @@ SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
 MINIMAL = [*SIZES.split(), "--mock-data"]
 
 
-def test_an_assertion_of_megatron_is_quoted():
-    """Most of Megatron's checks are assertions without a message: the condition is then shown."""
-    args = arguments.parse([*MINIMAL, "--train-iters", "2", "--lr", "1e-4", "--min-lr", "1e-3"])
-    with pytest.raises(ValueError, match=r"assert args\.min_lr <= args\.lr"):
-        arguments.finalize(args)
-
-
 PIPELINE = ["--pipeline-model-parallel-size", "2", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
 
 

@@ -27,11 +27,12 @@ from yoco_megatron.upstream import (  # noqa: F401
     relied_on,
     resilience_hooks,
     safe_loading,
+    validation,
 )
 
 ROOT = Path(__file__).parents[2]
 REPLACED, RELIED_ON = registry.replacements, registry.dependencies
-ANY_RUN = Namespace(run_folder="run", guard_sigmas=6.0)
+ANY_RUN = Namespace(run_folder="run", guard_sigmas=6.0, validates_whole=True, validation_sets=[])
 
 
 def name_of(entry: registry.Replacement | registry.Dependency) -> str:
@@ -122,11 +123,13 @@ def test_of_two_entries_for_one_name_the_later_one_is_outside() -> None:
 def test_conditions_and_only() -> None:
     def installed(run_folder: str | None, only: set[str] | None) -> set[str]:
         with restored():
-            registry.install(False, Namespace(run_folder=run_folder, guard_sigmas=None), only)
+            args = Namespace(run_folder=run_folder, guard_sigmas=None, validates_whole=False, validation_sets=[])
+            registry.install(False, args, only)
             return {name_of(entry) for entry in REPLACED if entry.is_installed and not entry.in_every_process}
 
     every = {name_of(entry) for entry in REPLACED if not entry.in_every_process}
-    assert installed("run", None) == {name for name in every if not name.endswith(".get_grad_norm")}
+    by_flag = (".get_grad_norm", ".evaluate_and_print_results")
+    assert installed("run", None) == {name for name in every if not name.endswith(by_flag)}
     assert installed(None, None).isdisjoint({"training.train_step", "training.save_checkpoint_and_time"})
     assert installed("run", {"train_step"}) == {"training.train_step"}
     with pytest.raises(AssertionError, match="no such entries"):

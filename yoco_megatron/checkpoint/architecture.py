@@ -32,15 +32,18 @@ def save(args: Namespace, folder: str) -> Path:
 
 
 def check_loadable(args: Namespace) -> None:
-    """Compare the model of the --load checkpoint with the flags.
+    """Compare the model of the checkpoint that will be loaded with the flags.
 
     Raises:
         ValueError: every field that differs, with both values. A folder without architecture.json (another program's
         checkpoint) passes; Megatron's own checks then apply.
     """
-    if args.load is None:
+    flag, folder = "--load", args.load
+    if args.pretrained_checkpoint is not None and (folder is None or _is_empty(folder)):
+        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if folder is None:
         return
-    path = Path(args.load) / FILE_NAME
+    path = Path(folder) / FILE_NAME
     if not path.exists():
         return
     saved = json.loads(path.read_text())
@@ -57,9 +60,13 @@ def check_loadable(args: Namespace) -> None:
     ]
     if different:
         raise ValueError(
-            f"--load {args.load} holds another model: {'; '.join(different)}. "
+            f"{flag} {folder} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
         )
+
+
+def _is_empty(folder: str) -> bool:
+    return "://" not in folder and not (Path(folder) / TRACKER).exists()
 
 
 def check_checkpoint_exists(args: Namespace) -> None:
@@ -68,15 +75,11 @@ def check_checkpoint_exists(args: Namespace) -> None:
     Raises:
         ValueError: no checkpoint in --load (another folder than --save) or --pretrained-checkpoint.
     """
-
-    def empty(folder: str) -> bool:
-        return "://" not in folder and not (Path(folder) / TRACKER).exists()
-
-    if args.load is not None and not empty(args.load):
+    if args.load is not None and not _is_empty(args.load):
         return
     fresh = args.load is not None and args.save is not None and Path(args.load) == Path(args.save)
     for flag, folder in (("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)):
         if folder is None or (flag == "--load" and (fresh or args.pretrained_checkpoint)):
             continue
-        if empty(folder):
+        if _is_empty(folder):
             raise ValueError(f"{flag} {folder} holds no checkpoint ({TRACKER} is missing): give the --save of that run")

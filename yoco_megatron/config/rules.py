@@ -165,6 +165,11 @@ def check_mesh(args: Namespace) -> None:
 def check_optimizer(args: Namespace) -> None:
     """Of every architecture."""
     require(
+        not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
+        "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
+        "remove it",
+    )
+    require(
         not (args.use_precision_aware_optimizer and args.fp8_param_gather),
         "--use-precision-aware-optimizer does not go with --fp8-param-gather: it keeps the bits that bf16 weights "
         "lack, and these are in FP8; use only one of them",

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from yoco_megatron.data.blend import read_blends, shares
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Tokens counted at a time, so that a dataset need not fit into memory.
@@ -27,22 +29,11 @@ def data_prefixes_from_args(args: Namespace) -> list[str]:
     """All dataset prefixes in Megatron's data flags, each once, in order; [] for --mock-data or no flag.
 
     Raises:
-        ValueError: a list that Megatron cannot read, or a missing --data-args-path or --per-split-data-args-path file.
+        ValueError: see `blend.read_blends`.
     """
-    from megatron.training.utils import get_blend_and_blend_per_split
-
     if getattr(args, "mock_data", False):
         return []
-    try:
-        blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except OSError as error:
-        flag = "--data-args-path" if args.data_args_path is not None else "--per-split-data-args-path"
-        raise ValueError(f"{flag} {error.filename}: cannot read it ({error.strerror})") from None
-    except (AssertionError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            "--data-path (or its per-split or file form) is not a list of prefixes 'P1 P2 ...' or of weights and "
-            f"prefixes 'W1 P1 W2 P2 ...', for each of train, valid and test ({type(error).__name__}: {error})"
-        ) from None
+    blend, blend_per_split = read_blends(args)
     prefixes = [prefix for part in [blend, *(blend_per_split or [])] if part is not None for prefix in part[0]]
     return list(dict.fromkeys(prefixes))
 
@@ -91,40 +82,18 @@ def check_split(prefixes: list[str], split: str) -> None:
     """
     from megatron.core.datasets.utils import Split
 
-    shares = _shares(split)
     for prefix in prefixes:
         if "://" in prefix:
             continue
         with open(f"{prefix}.idx", "rb") as stream:
             sequences = HEADER.unpack(stream.read(HEADER.size))[3]
-        for part, share in zip(Split, shares):
+        for part, share in zip(Split, shares(split)):
             first, end = sequences_of(sequences, split, part.name)
             if share > 0 and first == end:
                 raise ValueError(
                     f"--split {split}: none of the {sequences:,} documents of {prefix} is in the part {part.name}; "
                     "give it a larger share, or 0"
                 )
-
-
-def check_validation(split: str) -> None:
-    """Raises ValueError where --split leaves no validation data: Megatron would only fail at the end."""
-    if _shares(split)[1] == 0:
-        raise ValueError(
-            f"--split {split} leaves nothing to evaluate on: give its second part, valid, a share, or --eval-iters 0"
-        )
-
-
-def _shares(split: str) -> list[float]:
-    """Normalised shares of train, valid and test. Raises ValueError."""
-    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
-
-    try:
-        shares = parse_and_normalize_split(split)
-    except (AssertionError, ValueError):
-        shares = [np.nan]
-    if not np.isfinite(shares).all():
-        raise ValueError(f"--split {split}: give the shares of train, valid and test, such as 98,1,1")
-    return shares
 
 
 def _problem(prefix: str) -> str | None:
@@ -196,6 +165,15 @@ def count_documents(prefix: str) -> tuple[int, int]:
     return len(dataset.document_indices) - 1, int(dataset.sequence_lengths.sum(dtype=np.int64))
 
 
+def count_tokens(prefix: str, split: str | None, part: str | None) -> int:
+    """Tokens of a part of the indexed dataset `prefix`, of all of it where split and part are None."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    first, end = sequences_of(len(dataset), split, part)
+    return int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
+
+
 def unigram_entropy(prefix: str, split: str | None = None, part: str | None = None) -> float:
     """Entropy of the token frequencies, in nats a token: the loss of the best model that ignores all context.
 
@@ -247,7 +225,7 @@ def sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[i
         return 0, sequences
     if part not in Split.__members__:
         raise ValueError(f"--part {part}: choose one of {', '.join(Split.__members__)}")
-    bounds = convert_split_vector_to_split_matrix(_shares(split))[Split[part].value]
+    bounds = convert_split_vector_to_split_matrix(shares(split))[Split[part].value]
     if bounds is None:
         return 0, 0
     return round(bounds[0] * sequences), round(bounds[1] * sequences)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from yoco_megatron.data.blend import read_blends
+
 # Megatron's, where --data-path is given without --split (training/arguments.py).
 DEFAULT_SPLIT = "969, 30, 1"
 # Below this share of an epoch GPTDataset shuffles the last epoch separately (datasets/gpt_dataset.py).
@@ -56,12 +58,11 @@ def plan(args: Namespace, samples: int) -> list[Source]:
     Raises:
         ValueError: no data flag, or a source whose training part holds no token.
     """
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    blend, per_split = get_blend_and_blend_per_split(args)
-    if blend is None and (per_split is None or per_split[0] is None):
+    blend, per_split = read_blends(args)
+    training = blend if per_split is None else per_split[0]
+    if training is None:
         raise ValueError("--data-path is missing: mock data need no plan")
-    prefixes, weights = blend if blend is not None else per_split[0]
+    prefixes, weights = training
     split = (args.split or DEFAULT_SPLIT) if blend is not None else None
     parts = [_training_part(prefix, split) for prefix in prefixes]
     for prefix, (_, tokens) in zip(prefixes, parts):

@@ -1,30 +1,33 @@
 """The datasets of a run: Megatron's GPTDataset over .bin/.idx files, blended as Megatron's flags say."""
 
 from argparse import Namespace
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
-from megatron.training.utils import get_blend_and_blend_per_split
+from torch.utils.data import Dataset
 
+from yoco_megatron.data import validation_sets
+from yoco_megatron.data.blend import read_blends
 from yoco_megatron.data.boundary_loss_mask import BoundaryMaskedGPTDataset
-from yoco_megatron.data.plan import DEFAULT_SPLIT, train_samples
+from yoco_megatron.data.plan import train_samples
 from yoco_megatron.data.tokenizer import check_flags
 
 
 def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
     """GPTDatasetConfig from Megatron's flags. No attention mask is made: YOCO is causal everywhere."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blend, blend_per_split = (None, None) if args.mock_data else read_blends(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
@@ -54,12 +57,44 @@ def _is_built_here(every_stage: bool) -> bool:
 
 
 def build_datasets(
-    args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: list[int]
-) -> tuple[GPTDataset | None, GPTDataset | None, GPTDataset | None]:
-    """(train, validation, test); `num_samples` says how many samples each must yield at least."""
+    args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: Sequence[int]
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """(train, validation, test), each None where nothing of it is to be read or this rank reads no data.
+
+    Args:
+        num_samples: how many samples each must yield at least.
+    """
+    return _build(args, tokenizer, num_samples, partial(_is_built_here, args.dataloader_inter_document_masking))
+
+
+def _build(
+    args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: Sequence[int], is_built_here: Callable[[], bool]
+) -> tuple[Any, Any, Any]:
     kind = MockGPTDataset if args.mock_data else dataset_kind(args)
-    is_built_here = partial(_is_built_here, args.dataloader_inter_document_masking)
-    return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, dataset_config(args, tokenizer)).build()
+
+    def build(config: GPTDatasetConfig, sizes: Sequence[int | None], parts: Collection[Split]) -> list[Any]:
+        for part in set(Split) - set(parts):  # of which Megatron would build one epoch, or a blend of length 0
+            for sources in (config.split_matrix, config.blend_per_split):
+                if sources is not None:
+                    sources[part.value] = None
+        return BlendedMegatronDatasetBuilder(kind, list(sizes), is_built_here, config).build()
+
+    def build_set(prefix: str | None, samples: int | None) -> GPTDataset | None:
+        config = dataset_config(args, tokenizer)
+        if config.blend is not None:
+            config.blend = [prefix], None
+        elif config.blend_per_split is not None:
+            config.blend_per_split[Split.valid.value] = [prefix], None
+        return build(config, [0, samples, 0], [Split.valid])[Split.valid.value]
+
+    has_sets = args.validates_whole or args.validation_sets
+    wanted = [part for part in Split if num_samples[part.value] and not (has_sets and part is Split.valid)]
+    if not args.evaluates_test:
+        wanted = [part for part in wanted if part is not Split.test]
+    train, valid, test = build(dataset_config(args, tokenizer), num_samples, wanted)
+    if has_sets:
+        valid = validation_sets.build(args, build_set, num_samples[Split.valid.value])
+    return train, valid, test
 
 
 def prepare_cache(args: Namespace) -> dict[str, int]:
@@ -84,7 +119,6 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
             "--rampup-batch-size with --train-samples: the number of evaluations is known in training only"
         )
     # What Megatron fills in when training starts.
-    args.split = args.split or (DEFAULT_SPLIT if args.data_path is not None else None)
     args.train_iters = args.train_iters or train_samples(args) // args.global_batch_size
     args.eval_global_batch_size = args.eval_global_batch_size or args.global_batch_size
     set_args(args)
@@ -92,6 +126,5 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
         sizes = get_train_valid_test_num_samples()
     finally:
         set_args(None)
-    config = dataset_config(args, build_tokenizer(args))
-    datasets = BlendedMegatronDatasetBuilder(dataset_kind(args), sizes, lambda: True, config).build()
+    datasets = _build(args, build_tokenizer(args), sizes, lambda: True)
     return {name: len(part) for name, part in zip(("train", "valid", "test"), datasets) if part is not None}

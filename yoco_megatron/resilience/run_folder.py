@@ -46,7 +46,7 @@ def make(folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # all ranks do this at once
     except OSError as error:
         raise ValueError(f"--run-folder {folder}: cannot write there ({error.strerror})") from None
 

@@ -164,7 +164,13 @@ STAND_INS: dict[str, tuple[Any, str]] = {
     "max_memory_allocated": (_memory(), "training/utils: report_memory"),
     "memory_reserved": (_memory(), "training/utils: report_memory"),
     "max_memory_reserved": (_memory(), "training/utils: report_memory"),
+    "device_memory_used": (_memory(), "training/utils: --log-device-memory-used"),
     "reset_peak_memory_stats": (_nothing(), "training/training.py"),
+    # Sensors, of which there are none
+    "temperature": (_always(0), "core/utils.py: straggler detector"),
+    "power_draw": (_always(0), "core/utils.py: straggler detector"),
+    "utilization": (_always(0), "core/utils.py: straggler detector"),
+    "clock_rate": (_always(0), "core/utils.py: straggler detector"),
     "mem_get_info": (lambda *a: psutil.virtual_memory()[1::-1], "training/training.py"),
 }
 

@@ -5,22 +5,25 @@ All errors that a user can make are raised as ValueError, before anything is sta
 
 import contextlib
 import os
-import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from unittest import mock
 
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 
+from yoco_megatron.checkpoint.architecture import check_loadable
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.data import validation_sets
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
 from yoco_megatron.resilience import run_lock, secrets
-from yoco_megatron.startup import checks, defaults, record
+from yoco_megatron.startup import checks, defaults, numbers, record
+from yoco_megatron.startup.megatrons_errors import as_value_errors
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 
 
@@ -39,8 +42,11 @@ def parse(argv: list[str], processes: int | None = None, reading: bool = False) 
     with _as_first_of(processes):
         parser = build_parser()
         args = parse_flags(argv, parser)
+    numbers.check(args, parser)
     resilience.check(args)
     resilience.fill_in(args)
+    if not reading:
+        validation_sets.check(args)
     defaults.fill_in_defaults(args)
     checks.check_flags(args, parser)
     if not reading:
@@ -85,41 +91,35 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     checks.check_machine(args)
     checks.check_training(args)
     checks.check_launched()
+    record.make_folders(args)
     if args.rank == 0:
-        record.make_folders(args)
         run_lock.acquire(args)
+    defaults.fill_in_save_interval(args)
     finalize(args, reduce_overhead)
-    with assertions_as_value_errors():
-        return args, model_config_from_args(args)
+    check_loadable(args)  # again: the size of the vocabulary is known now
+    with megatrons_errors(args):
+        model = model_config_from_args(args)
+        pretrain_cfg_container_from_args(args, model)  # for its checks: of the optimizer, among others
+        return args, model
 
 
 def finalize(args: Namespace, reduce_overhead: bool = True) -> Namespace:
     """Megatron's own validation, then its global state (tokenizer, timers, writers).
 
     Raises:
-        ValueError: what Megatron asserts, as its message.
+        ValueError: what Megatron finds wrong.
     """
     if reduce_overhead:
         defaults.reduce_host_overhead(args)
-    with assertions_as_value_errors():
+    with megatrons_errors(args):
         validate_args(args)
         set_global_variables(args)
     return args
 
 
-@contextlib.contextmanager
-def assertions_as_value_errors() -> Iterator[None]:
-    """Inside, what Megatron asserts about the arguments is a ValueError."""
-    try:
-        yield
-    except AssertionError as error:
-        raise ValueError(str(error) or _failed_assertion(error)) from error
-
-
-def _failed_assertion(error: AssertionError) -> str:
-    """Most of Megatron's assertions have no message: then the condition itself must say what is wrong."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron refuses these arguments: {place.line} ({place.filename}, line {place.lineno})"
+def megatrons_errors(args: Namespace) -> contextlib.AbstractContextManager[None]:
+    """Inside, what Megatron finds wrong with the arguments is a ValueError that names the flags."""
+    return as_value_errors(args, build_parser())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ No check changes its input. `startup/arguments.py` calls them in order, between 
 """
 
 import argparse
-import importlib.util
 import os
 
 from yoco_megatron import runtime
@@ -13,14 +12,10 @@ from yoco_megatron.config import rules
 from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.data import fingerprint
-from yoco_megatron.data.check import check_data_prefixes, check_split, check_validation, data_prefixes_from_args
-from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
-from yoco_megatron.startup import resume_schedule
+from yoco_megatron.startup import data_flags, packages, resume_schedule
 from yoco_megatron.startup.parser import build_parser
 from yoco_megatron.utils.errors import require
-
-DATA_FLAGS = ("--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path")
 
 
 def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -67,18 +62,7 @@ def check_files(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no data, or data that are missing or damaged; a checkpoint of another model.
     """
-    if args.mock_data:
-        named = [name for name in DATA_FLAGS if getattr(args, name[2:].replace("-", "_"))]
-        require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
-    else:
-        prefixes = data_prefixes_from_args(args)
-        require(
-            bool(prefixes) or args.skip_train,
-            "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
-        )
-        check_data_prefixes(prefixes)
-        if args.data_path is not None or (args.data_args_path is not None and args.split is not None):
-            check_split(prefixes, args.split or DEFAULT_SPLIT)
+    data_flags.check_named(args)
     check_loadable(args)
 
 
@@ -92,8 +76,7 @@ def check_training(args: argparse.Namespace) -> None:
     """
     check_tokenizer_flags(args)
     resume_schedule.check(args)
-    if args.data_path is not None and not args.skip_train and (args.eval_iters > 0 or args.full_validation):
-        check_validation(args.split or DEFAULT_SPLIT)
+    data_flags.check_enough(args)
     fingerprint.check_tokenizer(args)
     check_checkpoint_exists(args)
     fingerprint.check_resumable(args)
@@ -104,15 +87,12 @@ def check_machine(args: argparse.Namespace) -> None:
     """What only the machine that trains has to have: a login node that submits the job may lack it.
 
     Raises:
-        ValueError: Transformer Engine, a GPU or wandb is asked for, and missing; flags that only Transformer Engine's
-            layers read, without it.
+        ValueError: Transformer Engine, a GPU or a package is asked for, and missing; flags that only the layers of
+            Transformer Engine read, without it.
     """
     refused = refusals(args, build_parser(), "torch") if args.transformer_impl == "local" else []
     require(not refused, "; ".join(refused))
-    require(
-        not args.wandb_project or importlib.util.find_spec("wandb") is not None,
-        f"--wandb-project {args.wandb_project} needs wandb, which is missing: pip install wandb",
-    )
+    packages.check(args)
     for flag, wanted in (("--fp8-format", args.fp8), ("--tp-comm-overlap", args.tp_comm_overlap)):
         require(
             not (wanted and args.transformer_impl == "local"),
@@ -122,6 +102,11 @@ def check_machine(args: argparse.Namespace) -> None:
         args.transformer_impl != "transformer_engine" or runtime.has_transformer_engine(),
         "--transformer-impl transformer_engine: Transformer Engine is not usable here; remove the flag for plain "
         "torch, or see tools/doctor.py for how to install it",
+    )
+    require(
+        not args.use_precision_aware_optimizer or args.optimizer_cpu_offload or runtime.has_transformer_engine(),
+        "--use-precision-aware-optimizer needs the optimizer of Transformer Engine, which is not usable here: remove "
+        "it, or see tools/doctor.py",
     )
     require(
         args.cuda_graph_impl == "none" or runtime.has_gpu(),

@@ -6,8 +6,13 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.data import validation_sets
+from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.parallel.pipeline.layout import check_micro_batches, plan_stages, set_layout
+
+# Of iterations: beyond the end of any run.
+NEVER = 2**31
 
 
 def fill_in_defaults(args: Namespace) -> None:
@@ -16,6 +21,9 @@ def fill_in_defaults(args: Namespace) -> None:
         args.max_position_embeddings = args.seq_length
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron saves synchronously
+    if args.split is None and (args.data_path is not None or args.data_args_path is not None):
+        args.split = DEFAULT_SPLIT  # Megatron has it for the first of them alone
+    validation_sets.take_over(args)
     resolve_loss_chunk(args)
 
 
@@ -44,6 +52,15 @@ def choose_pipeline_layout(args: Namespace) -> None:
     if plan is not None:
         check_micro_batches(args, plan.count)
         set_layout(args, plan)
+
+
+def fill_in_save_interval(args: Namespace) -> None:
+    """--save without an interval: the last step is saved, and what --exit-* asks for."""
+    if args.save is None or args.save_interval is not None:
+        return
+    args.save_interval = args.train_iters or NEVER
+    if args.rank == 0:
+        print("--save-interval is missing: the run saves at its end alone, and loses all work if it fails before")
 
 
 def reduce_host_overhead(args: Namespace) -> None:

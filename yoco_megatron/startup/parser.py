@@ -7,6 +7,7 @@ that its value has the right type.
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -64,6 +65,8 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     resilience.add(parser)
     for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
+        if action.type not in (None, int, float, str, bool):
+            action.type = _reading(action)
     known = {action.dest for action in parser._actions}
     parser.set_defaults(
         **{dest: v for dest, v in (YOCO_DEFAULTS | runtime.argument_defaults()).items() if dest in known}
@@ -78,6 +81,20 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
 
     parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def _reading(action: argparse.Action) -> Callable[[str], Any]:
+    """The type of a flag, a function, with errors that argparse knows."""
+    function, choices = action.type, action.choices
+
+    def read(text: str) -> Any:
+        try:
+            return function(text)  # type: ignore[operator, misc]
+        except Exception as error:
+            names = f", choose from {', '.join(getattr(one, 'name', str(one)) for one in choices)}" if choices else ""
+            raise argparse.ArgumentTypeError(f"invalid value: {text!r}{names} ({error})") from None
+
+    return read
 
 
 def parse_flags(argv: list[str], parser: argparse.ArgumentParser) -> argparse.Namespace:

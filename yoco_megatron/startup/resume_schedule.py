@@ -38,12 +38,14 @@ def check(args: Namespace) -> None:
 
 
 def check_resumable(args: Namespace) -> None:
-    """Compare the schedule of the flags with that of the checkpoint that --load will take. On the first rank alone.
+    """Compare the schedule of the flags with that of the checkpoint that --load will take.
+
+    On every rank, so that none waits for one that ended.
 
     Raises:
         ValueError: everything that differs and that Megatron would refuse, with both values; no schedule in it.
     """
-    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or args.rank:
+    if args.load is None or args.finetune or args.no_load_optim or args.skip_train:
         return
     saved = _saved(args)
     if saved is None:

@@ -21,7 +21,7 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
         args: Megatron's validated arguments; some entries are for some runs only.
         only: upstream names (`train_step`, `Class.method`): leave out all other entries. For baselines.
     """
-    from yoco_megatron.upstream import optimizer_state, resilience_hooks, step_log, training_loop  # noqa: F401
+    from yoco_megatron.upstream import optimizer_state, resilience_hooks, step_log, training_loop, validation  # noqa: F401
 
     registry.install(False, args, only)
     if only is None:

@@ -1,0 +1,82 @@
+"""The data that the flags name: found, whole, and enough for what the run does with them."""
+
+from argparse import Namespace
+
+from yoco_megatron.data import validation_sets
+from yoco_megatron.data.blend import DATA_FLAGS, PARTS, flag_of, read_blends, shares
+from yoco_megatron.data.check import check_data_prefixes, check_split, count_tokens, data_prefixes_from_args
+from yoco_megatron.data.plan import plan, train_samples
+from yoco_megatron.utils.errors import require
+
+
+def check_named(args: Namespace) -> None:
+    """Of every command that reads flags of a run.
+
+    Raises:
+        ValueError: flags that contradict each other, data that are missing or damaged.
+    """
+    if args.mock_data:
+        named = [flag_of(dest) for dest in DATA_FLAGS if getattr(args, dest)]
+        require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
+        return
+    prefixes = data_prefixes_from_args(args)
+    require(
+        bool(prefixes) or args.skip_train,
+        "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
+    )
+    check_data_prefixes(prefixes)
+    if prefixes and args.split is not None:
+        check_split(prefixes, args.split)
+
+
+def check_enough(args: Namespace) -> None:
+    """What is trained on and evaluated on must be there: Megatron finds out once the model is built.
+
+    Raises:
+        ValueError: a part of the data that the run reads, and that is empty or too short.
+    """
+    require(
+        args.mock_data or bool(data_prefixes_from_args(args)),
+        "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
+    )
+    blend, per_part = (None, None) if args.mock_data else read_blends(args)
+    if per_part is None:
+        split = args.split or "1,1,1"  # Megatron's for mock data
+        present = {part: share > 0 for part, share in zip(PARTS, shares(split))}
+        where = f"--split {split} leaves"
+    else:
+        present = {part: one is not None for part, one in zip(PARTS, per_part)}
+        where = "the data flags of single parts leave"
+    require(
+        present["train"] or args.skip_train,
+        f"{where} nothing to train on: give the first part, train, a share or data of its own",
+    )
+    require(
+        present["valid"] or args.eval_iters == 0,
+        f"{where} nothing to evaluate on: give the second part, valid, a share or data of its own, or --eval-iters 0",
+    )
+    if args.validates_whole and not args.mock_data:
+        for prefix in validation_sets.prefixes(args):
+            tokens = count_tokens(str(prefix), args.split, "valid" if args.split else None)
+            require(
+                tokens > args.seq_length,
+                f"--full-validation: the validation data of {prefix} are {tokens:,} tokens, less than one sample of "
+                f"--seq-length {args.seq_length}",
+            )
+    _check_read_once(args, blend or (per_part[0] if per_part else None))
+
+
+def _check_read_once(args: Namespace, blend: tuple[list[str], list[float] | None] | None) -> None:
+    """Several datasets without weights are read once: with them, the run ends."""
+    if args.skip_train or blend is None or blend[1] is not None or len(blend[0]) == 1:
+        return
+    try:
+        wanted = train_samples(args)
+    except ValueError:  # the batch follows from the number of processes
+        return
+    samples = sum(source.samples for source in plan(args, wanted))
+    require(
+        samples >= wanted,
+        f"several datasets without weights are read once: they hold {samples:,} samples, and the run needs "
+        f"{wanted:,}. Give weights (W1 P1 W2 P2 ...), or train less",
+    )
