@@ -58,7 +58,7 @@ def test_what_it_relies_on_exists(parser):
             name, *values = need.split()
             choices = parser._option_string_actions[f"--{name}"].choices
             assert {*values} <= {*(choices or values)}, need
-        assert {*entry.where} <= {"yoco", "transformer", "torch"}
+        assert {*entry.where} <= flags.PLACES.keys()
         for named in re.findall(r"(?:tests|docs|configs|tools|launch|config)/[\w./]*\w|megatron/[\w./]*\w", entry.text):
             places = [ROOT / named, ROOT / "yoco_megatron" / named, MEGATRON.parent / named]
             assert any(place.exists() for place in places), f"{entry.flags[0]}: {named}"
@@ -115,7 +115,7 @@ def test_an_option_of_what_is_not_in_use(tiny, parser):
             args = given(tiny, parser, flag)
             for need in entry.needs:
                 setattr(args, parser._option_string_actions[f"--{need.split()[0]}"].dest, None)
-            (said,) = flags.refusals(args, parser, "yoco")
+            (said,) = flags.refusals(args, parser, entry.where[0] if entry.where else "yoco")
             assert said.startswith(f"--{flag} has no effect without --{entry.needs[0]}")
             for need in entry.needs:
                 name, *values = need.split()
@@ -142,8 +142,11 @@ def test_options_of_another_mixer(tiny, parser):
                 args = given(tiny, parser, flag)
                 args.self_decoder = chosen.name
                 expected = f"--{flag} has no effect with --self-decoder {chosen.name}: it is an option of {mixer.name}"
+                args.retention_backend = "torch"
                 said = flags.refusals(args, parser, "yoco")
                 assert said == ([] if option in chosen.options else [expected])
+            (said,) = flags.refusals(args, parser, "transformer")
+            assert said == f"--{flag} has no effect on --architecture transformer: it has no self-decoder"
 
 
 @pytest.mark.parametrize(

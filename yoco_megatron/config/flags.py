@@ -11,8 +11,14 @@ from typing import Any
 
 import yaml
 
-from yoco_megatron.mixers import MIXERS, options_of_others
+from yoco_megatron.mixers import MIXERS
 
+PLACES = {
+    "yoco": "--architecture yoco",
+    "transformer": "--architecture transformer",
+    "torch": "layers of plain torch",
+    "cpu": "a machine without a GPU",
+}
 VERDICTS = ("works", "no effect", "refused")
 HEAD = """\
 # Flags: what works, what has no effect, what is refused
@@ -21,8 +27,8 @@ Every flag of `pretrain_yoco.py --help`, in its groups: Megatron's under Megatro
 **resilience** at the end. A flag that would do nothing is refused before anything starts, for the reason that stands
 here; so is an option of a part that is not in use (*with*: that part). The value that a flag has anyway is not refused.
 
-The baseline, `--architecture transformer`, is Megatron's GPT. What is refused *on yoco* alone it takes as Megatron
-does, untested. *Plain torch* is `--transformer-impl local`, of either architecture.
+The baseline, `--architecture transformer`, is Megatron's GPT: what is refused on `yoco` alone it takes as Megatron does,
+untested. Layers of plain torch are `--transformer-impl local`, of either architecture.
 
 Made by `python -m yoco_megatron.config.flags` from `yoco_megatron/config/flags.yaml`: do not edit."""
 
@@ -76,32 +82,40 @@ def refusals(args: Namespace, parser: ArgumentParser, where: str) -> list[str]:
 
     Args:
         args: parsed by `parser`, with `resolved_config`, which names what was given. A default is not refused.
-        where: yoco or transformer, for all that this architecture refuses; torch, for what plain torch layers refuse.
+        where: yoco or transformer, for all that this architecture refuses; torch and cpu, for what these alone refuse.
     """
     actions = {name.lstrip("-").replace("_", "-"): action for name, action in parser._option_string_actions.items()}
     said = []
     for name in args.resolved_config:
         action = actions[name]
         value = getattr(args, action.dest)
-        if value == parser.get_default(action.dest):
+        entry = _entries().get(action.option_strings[0].lstrip("-"))  # None: a flag that a program of one's own adds
+        if entry is None or value == parser.get_default(action.dest):
             continue
-        entry = _entries()[action.option_strings[0].lstrip("-")]
-        reason = _reason(entry, value, args, actions) if where in (entry.where or ("yoco", "transformer")) else ""
-        if where == "yoco" and action.dest in options_of_others(args.self_decoder):
-            owners = " and ".join(mixer.name for mixer in MIXERS.values() if action.dest in mixer.options)
-            reason = f"has no effect with --self-decoder {args.self_decoder}: it is an option of {owners}"
+        reason = _of_another_mixer(action.dest, where, args) or _reason(entry, where, value, args, actions)
         if reason:
             said.append(f"--{name} {reason}")
     return said
 
 
-def _reason(entry: Entry, value: Any, args: Namespace, actions: dict[str, Any]) -> str:
+def _of_another_mixer(dest: str, where: str, args: Namespace) -> str:
+    """Why an option of a mixer that is not in use is refused; empty for all other flags."""
+    owners = [mixer.name for mixer in MIXERS.values() if dest in mixer.options]
+    if owners and where == "transformer":
+        return "has no effect on --architecture transformer: it has no self-decoder"
+    if owners and where == "yoco" and args.self_decoder not in owners:
+        return f"has no effect with --self-decoder {args.self_decoder}: it is an option of {' and '.join(owners)}"
+    return ""
+
+
+def _reason(entry: Entry, where: str, value: Any, args: Namespace, actions: dict[str, Any]) -> str:
     """Why a flag of `entry` with this value is refused; empty where it is not."""
+    if where not in (entry.where or ("yoco", "transformer")):
+        return ""
     if entry.verdict == "no effect":
-        where = f" on --architecture {entry.where[0]}" if entry.where else ""
-        return f"has no effect{where}: {entry.text}"
+        return f"has no effect{f' on {PLACES[where]}' if entry.where else ''}: {entry.text}"
     if entry.verdict == "refused":
-        return f"is refused: {entry.text}"
+        return f"is refused{f' on {PLACES[where]}' if entry.where else ''}: {entry.text}"
     if entry.needs and not any(_holds(need, args, actions) for need in entry.needs):
         return f"has no effect without {' or '.join(f'--{need}' for need in entry.needs)}: set both, or remove it"
     other = [_name(item) for item in (value if isinstance(value, list) else [value]) if _name(item) not in entry.values]
@@ -137,10 +151,10 @@ def _by_group() -> dict[str, list[Entry]]:
 
 
 def _verdict(entry: Entry) -> str:
-    on = f" on {' and '.join({'torch': 'plain torch'}.get(name, name) for name in entry.where)}" if entry.where else ""
+    on = f" on {' and '.join(PLACES[name] for name in entry.where)}" if entry.where else ""
     said = [f"**{entry.verdict}**{on if entry.verdict != 'works' else ''}: {entry.text}"]
     if entry.needs:
-        said.append("with " + " or ".join(f"`--{need}`" for need in entry.needs))
+        said.append("with " + " or ".join(f"`--{need}`" for need in entry.needs) + on)
     if entry.values:
         said.append(f"{', '.join(f'`{value}`' for value in entry.values)} alone{on}: {entry.instead}")
     return "; ".join(said)

@@ -53,7 +53,7 @@ def check_effects(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         ValueError: flags that would not, or that are refused for another reason; all of them in one line.
     """
     refused = refusals(args, parser, args.architecture)
-    require(not refused, "; ".join(refused))
+    require(not refused, f"{'; '.join(refused)} (docs/flags.md has every flag)")
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -90,7 +90,9 @@ def check_machine(args: argparse.Namespace) -> None:
         ValueError: Transformer Engine, a GPU or a package is asked for, and missing; flags that only the layers of
             Transformer Engine read, without it.
     """
-    refused = refusals(args, build_parser(), "torch") if args.transformer_impl == "local" else []
+    places = ["torch"] * (args.transformer_impl == "local") + ["cpu"] * (not runtime.has_gpu())
+    parser = build_parser()
+    refused = [said for place in places for said in refusals(args, parser, place)]
     require(not refused, "; ".join(refused))
     packages.check(args)
     for flag, wanted in (("--fp8-format", args.fp8), ("--tp-comm-overlap", args.tp_comm_overlap)):
