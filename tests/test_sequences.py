@@ -90,4 +90,4 @@ def test_checkpoints_do_not_know_the_mesh(data: str, tmp_path) -> None:
 def test_the_baseline_refuses(data: str) -> None:
     code, text = run_script(1, *BASELINE, "--data-path", data, MASK)[0]
     assert code == 2
-    assert f"{MASK} is refused: it is built for --architecture yoco alone" in text
+    assert f"{MASK} is refused on --architecture transformer" in text

@@ -156,7 +156,7 @@ def test_options_of_another_mixer(tiny, parser):
         (["--config", "openai-gelu=true"], ["--openai-gelu has no effect: "]),
         (["--init-method-std", "0.5"], ["--init-method-std has no effect without --init-law megatron"]),
         (["--self-decoder-window", "3"], ["--self-decoder-window has no effect with --self-decoder gated_retention"]),
-        (["--offload-modules", "core_attn"], ["--offload-modules is refused: ", "--recompute-granularity"]),
+        (["--offload-modules", "core_attn"], ["--offload-modules is refused on ", "use --recompute-granularity"]),
         (["--recompute-activations", "--recompute-modules", "mlp", "moe"], ["--recompute-modules moe: "]),
         (["--optimizer", "sgd", "--adam-beta1", "0.5"], ["--adam-beta1 has no effect without --optimizer adam"]),
     ],

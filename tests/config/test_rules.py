@@ -53,7 +53,7 @@ MISTAKES = {
     ),
     "document masks of the baseline": (
         {"dataloader-inter-document-masking": True, "architecture": "transformer"},
-        ["dataloader-inter-document-masking", "architecture yoco"],
+        ["dataloader-inter-document-masking", "architecture transformer"],
     ),
     "global batch": ({"global-batch-size": 15}, ["global-batch-size 15", "micro-batch-size 2 x 2 data-parallel"]),
     "no layers": ({"num-layers": 0}, ["num-layers 0"]),
