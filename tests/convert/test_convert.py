@@ -25,6 +25,7 @@ from yoco_megatron.convert.readers import SafeTensors, Source, TrainingTensors, 
 from yoco_megatron.convert.writers import write_megatron
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.mixers import options_of_others
 from yoco_megatron.startup.arguments import parse
 
 ONE_STEP = ["--train-iters", "1", "--lr-warmup-iters", "0", "--bf16"]
@@ -287,8 +288,8 @@ def test_every_field_survives(changed, tmp_path):
     common = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--micro-batch-size", "1"]
     needed = {"num-layers": 4, "hidden-size": 24, "num-attention-heads": 3}
     values = {name: value for name, value in UNUSUAL.items() if name != changed}
-    if changed == "self-decoder":
-        del values["self-decoder-query-groups"]
+    for option in options_of_others(values.get("self-decoder", "gated_retention")):
+        values.pop(option.replace("_", "-"), None)
     if changed == "group-query-attention":
         del values["num-query-groups"]
     if changed == "num-query-groups":

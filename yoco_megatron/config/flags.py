@@ -27,8 +27,8 @@ Every flag of `pretrain_yoco.py --help`, in its groups: Megatron's under Megatro
 **resilience** at the end. A flag that would do nothing is refused before anything starts, for the reason that stands
 here; so is an option of a part that is not in use (*with*: that part). The value that a flag has anyway is not refused.
 
-The baseline, `--architecture transformer`, is Megatron's GPT: what is refused on `yoco` alone it takes as Megatron does,
-untested. Layers of plain torch are `--transformer-impl local`, of either architecture.
+The baseline, `--architecture transformer`, is Megatron's GPT: what is refused on `yoco` alone it takes as Megatron
+does, untested. Layers of plain torch are `--transformer-impl local`, of either architecture.
 
 Made by `python -m yoco_megatron.config.flags` from `yoco_megatron/config/flags.yaml`: do not edit."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, get_mixer
+from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, get_mixer, options_of_others
 from yoco_megatron.utils.errors import require
 
 # YocoConfig's field -> Megatron's argument; the flag is its name with dashes.
@@ -72,8 +72,9 @@ def sizes(config: YocoConfig) -> ModelShape:
 
 
 def to_flags(config: YocoConfig) -> dict[str, Any]:
-    """The flags of pretrain_yoco.py that describe the model, as a config file holds them."""
-    names = {field: FLAGS.get(dest, dest) for field, dest in SAME.items()}
+    """The flags of pretrain_yoco.py that describe the model, as a config file holds them: none of another mixer."""
+    unused = options_of_others(config.self_decoder)
+    names = {field: FLAGS.get(dest, dest) for field, dest in SAME.items() if dest not in unused}
     flags = {name: getattr(config, field) for field, name in names.items() if name is not None}
     flags |= {
         "architecture": "yoco",
