@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=TARGETS, help="format of the output")
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--iteration", type=int, help="which training checkpoint (default: the latest)")
-    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship, where the input has none")
+    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship instead of the input's own")
     parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB per safetensors file (default 2)")
     options = parser.parse_args()
     # Slow imports, after --help and after mistyped flags.

@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, help="a run's --save, or the folder of an exported model")
     parser.add_argument("--iteration", type=int, help="training checkpoint to load (default: the latest)")
+    parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to use instead of the model's own")
     parser.add_argument("--prompt", action="append", help="text to continue; several of them make a batch")
     parser.add_argument("--prompt-file", help="file of prompts, one a line")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.startup.prepare import prepare
 
     prepare()
+    from yoco_megatron.convert import tokenizer_files
     from yoco_megatron.inference.generation import Decoder, Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
     from yoco_megatron.inference.uncached import UncachedDecoder
@@ -70,13 +72,18 @@ def run(options: argparse.Namespace) -> None:
     model: Any  # Megatron's or transformers'
     with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
         if baseline:
-            model, tokenizer, max_length = load_baseline(options.load, options.iteration)
+            model, tokenizer, max_length = load_baseline(options.load, options.iteration, options.tokenizer)
         else:
-            model, tokenizer = load_for_generation(options.load, options.iteration, runtime.device())
+            model, tokenizer = load_for_generation(
+                options.load, options.iteration, runtime.device(), tokenizer=options.tokenizer
+            )
     if tokenizer is None:
-        raise ValueError(f"--load {options.load}: the model has no Hugging Face tokenizer, so it cannot read text")
-    sampling = replace(sampling, vocab_size=len(tokenizer))
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        raise ValueError(
+            f"--load {options.load}: the model has no Hugging Face tokenizer, so it cannot read text: name one with "
+            "--tokenizer"
+        )
+    sampling = replace(sampling, vocab_size=tokenizer_files.rows(tokenizer))
+    prompts = [tokenizer_files.ids(tokenizer, text) for text in texts]
     if baseline:
         decoder: Decoder = UncachedDecoder(model, max_length)
     else:

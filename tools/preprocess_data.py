@@ -16,7 +16,7 @@ from yoco_megatron.corpus.encoders import BACKENDS
 from yoco_megatron.corpus.preprocess import MAX_BAD_LINES, Report, preprocess
 from yoco_megatron.corpus.readers import expand_inputs
 from yoco_megatron.corpus.sentences import SentenceSplitter
-from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, tokenizer_sha256
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, describe
 
 # Bad records that are printed.
 SHOWN = 10
@@ -58,12 +58,7 @@ def main() -> None:
         parser.error("--keep-newlines and --lang have no effect without --split-sentences")
     try:
         tokenizer = build_tokenizer(args)
-        about = {
-            "type": args.tokenizer_type,
-            "model": args.tokenizer_model,
-            "sha256": tokenizer_sha256(args.tokenizer_model),
-            "vocab_size": tokenizer.vocab_size,
-        }
+        about = describe(args) | {"vocab_size": tokenizer.vocab_size}
         reports = preprocess(
             expand_inputs(args.input),
             args.output_prefix,

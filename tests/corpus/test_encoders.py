@@ -19,11 +19,10 @@ from yoco_megatron.corpus.encoders import (
     compared,
     find_special,
     join,
-    special_tokens,
     with_ends,
 )
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD
-from yoco_megatron.data.tokenizer import build_tokenizer
+from yoco_megatron.data.tokenizer import build_tokenizer, special_tokens
 
 TEXTS = [*HARD_TEXTS, f"one{EOD}two", f"{PAD}{PAD}", "def f(x):\n\treturn x"]
 

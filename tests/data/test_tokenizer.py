@@ -1,11 +1,13 @@
 """The trained tokenizer, as Hugging Face and as Megatron load it, and batched encoding against text by text."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, constants
 from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer
@@ -13,7 +15,14 @@ from transformers import AutoTokenizer
 
 from yoco_megatron.corpus.encoders import choose_encoder
 from yoco_megatron.corpus.tokenizer_training import EOD, MIN_VOCAB_SIZE, PAD, byte_tokenizer, train_tokenizer
-from yoco_megatron.data.tokenizer import build_tokenizer, tokenizer_sha256
+from yoco_megatron.data.tokenizer import (
+    HUB_SECONDS,
+    build_tokenizer,
+    check_flags,
+    check_vocabulary,
+    describe,
+    tokenizer_sha256,
+)
 
 # Not in the training text: other scripts, control characters, spaces at both ends, the special token itself.
 TEXTS = ["def f(x):\n\treturn x", "  two  spaces ", "größer 漢字 🙂", "\x00\x7f\r\n", f"one{EOD}two", "", "naïve"]
@@ -34,7 +43,7 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def config(model: Path | None, kind: str = "HuggingFaceTokenizer", **more: object) -> TokenizerConfig:
+def config(model: Path | str | None, kind: str = "HuggingFaceTokenizer", **more: object) -> TokenizerConfig:
     return TokenizerConfig(tokenizer_type=kind, tokenizer_model=None if model is None else str(model), **more)
 
 
@@ -150,3 +159,89 @@ def test_unusable_flags_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"--tokenizer-model .* cannot be loaded"):
         build_tokenizer(config(tmp_path))
+    for flag, field in (("--vocab-file", "vocab_file"), ("--tokenizer-metadata", "metadata_path")):
+        with pytest.raises(ValueError, match=rf"{flag} nowhere does not exist"):
+            build_tokenizer(config(tmp_path, **{field: "nowhere"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("HuggingFaceTokenizer", "a/b/c"),
+        ("HuggingFaceTokenizer", "./bpe"),
+        ("HuggingFaceTokenizer", "tests/bpe"),  # its folder is here
+        ("GPTSentencePieceTokenizer", "pieces.model"),
+        ("TikTokenizer", "vocab.json"),
+    ],
+)
+def test_a_path_is_never_looked_up_on_the_hub(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=rf"--tokenizer-model {model} does not exist") as error:
+        build_tokenizer(config(model, kind))
+    assert "hub" not in str(error.value).lower()
+
+
+@pytest.mark.parametrize(("kind", "model"), [("HuggingFaceTokenizer", "nobody/bpe"), ("GPT2BPETokenizer", None)])
+def test_a_name_that_the_hub_does_not_give_is_one_question(
+    kind: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a short patience; the library itself tries for a minute."""
+    asked = []
+
+    def unreachable(self: HfApi, name: str, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
+    for file in files.values():
+        Path(file).write_text("{}")
+    more = files if model is None else {}
+    with pytest.raises(ValueError, match=rf"{model or kind}: .*{model or 'gpt2'}.*service not known.*Give a folder"):
+        build_tokenizer(config(model, kind, **more))
+    assert asked == [(model or "gpt2", HUB_SECONDS)]
+
+
+def test_vocab_and_merges_load_as_the_error_says(tmp_path: Path) -> None:
+    vocabulary = {chr(33 + byte): byte for byte in range(90)} | {"ab": 90, EOD: 91}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = build_tokenizer(config(tmp_path))
+    assert tokenizer.tokenize("abc") == [90, vocabulary["c"]] and tokenizer.eod == 91
+
+
+def test_a_name_in_the_hubs_cache_is_its_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    here = tmp_path / "models--some--bpe"
+    shutil.copytree(folder, here / "snapshots/abc")
+    (here / "refs").mkdir()
+    (here / "refs/main").write_text("abc")
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    check_flags(config("some/bpe"))
+    assert tokenizer_sha256("some/bpe") == tokenizer_sha256(str(folder)) is not None
+
+
+def test_the_vocabulary_has_rows_for_all_ids(folder: Path) -> None:
+    tokenizer = build_tokenizer(config(folder))
+    check_vocabulary(tokenizer, config(folder, padded_vocab_size=300))
+    check_vocabulary(tokenizer, config(folder, padded_vocab_size=300, vocab_size=300))
+    with pytest.raises(ValueError, match=r"has the id 299, the embedding 256 rows"):
+        check_vocabulary(tokenizer, config(folder, padded_vocab_size=256))
+    for size in (200, 400):
+        with pytest.raises(ValueError, match=rf"--vocab-size {size}: the tokenizer has 300 ids"):
+            check_vocabulary(tokenizer, config(folder, padded_vocab_size=512, vocab_size=size))
+    null = config(None, "NullTokenizer", vocab_size=100, padded_vocab_size=128, null_tokenizer_eod_id=500)
+    with pytest.raises(ValueError, match=r"has the id 500, the embedding 128 rows"):
+        check_vocabulary(build_tokenizer(null), null)
+
+
+def test_a_report_describes_the_flags(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    more = {"trust_remote_code": True, "tokenizer_hf_no_include_special_tokens": True}
+    assert describe(config(folder.name, **more)) == {
+        "type": "HuggingFaceTokenizer",
+        "model": str(folder),
+        "sha256": tokenizer_sha256(str(folder)),
+        "options": {"tokenizer_hf_no_include_special_tokens": True},
+    }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.cli import TINY, TINY_BASELINE, train
 from support.tools import start
+from tokenizers import Tokenizer, processors
 
 TEXT = (
     "the quick brown fox jumps over the lazy dog; " * 40 + "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. "
@@ -39,10 +40,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"run": base / "run", "model": base / "model", "baseline": base / "baseline"}
 
 
-def generated(folder: Path, *flags: str, text: str = "") -> str:
+def generated(folder: Path, *flags: str, text: str = "", said: str = "") -> str:
     done = start("generate", "--load", str(folder), "--max-new-tokens", "12", "--temperature", "0", *flags, text=text)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "tokens/s decoded, cache of " in done.stderr
+    assert "tokens/s decoded, cache of " in done.stderr and said in done.stderr
     return done.stdout
 
 
@@ -109,27 +110,50 @@ def test_bad_flags(flags, said):
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
+def begin_texts(tokenizer: Path, token: str) -> None:
+    """Give a tokenizer a token of its own before every text."""
+    stored = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    stored.add_special_tokens([token])
+    ids = [(token, stored.token_to_id(token))]
+    stored.post_processor = processors.TemplateProcessing(single=[token, "$A"], special_tokens=ids)
+    stored.save(str(tokenizer / "tokenizer.json"))
+
+
 def test_bytes_are_tokens_all_the_way(tmp_path):
-    """The tokenizer of bytes: preprocessing, training on its data, generation, and the exported model with it."""
+    """The tokenizer of bytes, which begins texts with a token: preprocessing, training on its data, generation, and the
+    exported model with it. The tokenizer itself is gone once the run has its copy."""
     tokenizer, prefix = tmp_path / "bytes", tmp_path / "d"
     made = start("train_tokenizer", "--bytes", "--output", str(tokenizer))
     assert made.returncode == 0, made.stderr
+    begin_texts(tokenizer, "<|begin|>")
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     (tmp_path / "corpus.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 9)
     flags = ["--input", str(tmp_path / "corpus.jsonl"), "--output-prefix", str(prefix), "--append-eod"]
     done = start("preprocess_data", *flags, *named)
     assert done.returncode == 0, done.stderr
     data = np.fromfile(f"{prefix}_text_document.bin", np.uint16)
-    assert data.tolist() == [*TEXT.encode(), 256] * 9
+    assert data.tolist() == [258, *TEXT.encode(), 256] * 9
 
     at = TINY.index("--mock-data")
     flags = [*TINY[:at], *TINY[at + 7 :], *named, "--data-path", f"{prefix}_text_document", "--split", "1,0,0"]
     once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(tmp_path / "run"), "--save-interval", "1"]
     train(1, *once, "--eval-iters", "0", "--dataloader-inter-document-masking", "--eod-mask-loss", base=flags)
+    assert json.loads((tmp_path / "run/data.json").read_text())["document_start"] == [258]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    tokenizer.rename(tmp_path / "elsewhere")
     model = tmp_path / "model"
-    flags = ("--from", "megatron", "--input", str(tmp_path / "run"), "--to", "hf", "--output", str(model))
+    flags = ("--from", "megatron", "--input", str(tmp_path / "moved"), "--to", "hf", "--output", str(model))
     done = start("convert_checkpoint", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = generated(tmp_path / "run", "--prompt", "größer")
+    assert json.loads((model / "generation_config.json").read_text())["bos_token_id"] == 258
+    expected = generated(tmp_path / "moved", "--prompt", "größer", said="9 prompt tokens")
     assert expected.startswith("größer")
-    assert generated(model, "--prompt", "größer") == expected
+    assert generated(model, "--prompt", "größer", said="9 prompt tokens") == expected
+
+    # Its data may do without what its tokenizer's template has: then so do generation and export.
+    record = json.loads((tmp_path / "moved/data.json").read_text()) | {"document_start": []}
+    (tmp_path / "moved/data.json").write_text(json.dumps(record))
+    generated(tmp_path / "moved", "--prompt", "größer", said="8 prompt tokens")
+    generated(
+        tmp_path / "moved", "--prompt", "größer", "--tokenizer", str(tmp_path / "elsewhere"), said="8 prompt tokens"
+    )

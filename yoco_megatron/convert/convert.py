@@ -10,6 +10,7 @@ import yaml
 from yoco_megatron.checkpoint.layout import RESOLVED
 from yoco_megatron.convert import tokenizer_files, verify, writers
 from yoco_megatron.convert.readers import Source, open_source
+from yoco_megatron.data.tokenizer import template_ids
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.files import write_atomically
 
@@ -29,7 +30,7 @@ def convert(
     """Convert the model in `folder` (format `kind`, of convert.SOURCES) to `output` (`to`, of TARGETS), and verify it.
 
     Args:
-        tokenizer: folder of a tokenizer to ship, where the source has none.
+        tokenizer: folder of a tokenizer to ship instead of the source's own.
         shard_bytes: size limit of a safetensors file; one such shard and the largest tensors are in memory.
     Returns:
         a sentence about the comparison of the two models.
@@ -47,9 +48,7 @@ def convert(
         f"--output {output} exists already: name a new folder",
     )
     source = open_source(kind, folder, iteration)
-    if tokenizer is not None:
-        require(Path(tokenizer).is_dir(), f"--tokenizer {tokenizer}: no such folder")
-        source.tokenizer = Path(tokenizer)
+    tokenizer_files.choose(source, tokenizer)
     _check_tokenizer(source)
     aside = final.parent / f".{final.name}.incomplete-{os.getpid()}"
     try:
@@ -82,11 +81,16 @@ def _check_tokenizer(source: Source) -> None:
     if source.tokenizer is None:
         logger.warning("no tokenizer folder is known: the result will have none (--tokenizer names one)")
         return
-    size = len(tokenizer_files.load(source.tokenizer))
+    tokenizer = tokenizer_files.load(source.tokenizer, source.document_start)
+    size = tokenizer_files.rows(tokenizer)
     require(
         size <= source.config.vocab_size,
-        f"--tokenizer {source.tokenizer} has {size} ids, the model only {source.config.vocab_size} rows",
+        f"--tokenizer {source.tokenizer} has ids up to {size - 1}, the model only {source.config.vocab_size} rows",
     )
+    if template_ids(tokenizer)[1]:
+        logger.warning(
+            "the tokenizer's template ends texts: give transformers' generate prompts with add_special_tokens=False"
+        )
 
 
 def _final_tokenizer_path(aside: Path, final: Path) -> None:

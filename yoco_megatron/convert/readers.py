@@ -53,8 +53,11 @@ class Source:
     dtypes: dict[str, torch.dtype]
     load: Callable[[str], Tensor]
     tokenizer: Path | None = None
+    """Of a training run only after `tokenizer_files.choose`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of its training, for the model card."""
+    document_start: list[int] | None = None
+    """The special tokens that begin a text; None: as the tokenizer's template says."""
 
     @property
     def bytes(self) -> int:
@@ -199,7 +202,6 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     def split(entry: tensor_names.Fused) -> dict[str, Tensor]:
         return entry.split(tensors.load(entry.name))
 
-    tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
     trained = common.get("args")
     flags = load_config_files([str(folder / RESOLVED)])
     facts = {
@@ -214,7 +216,6 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
         config=config,
         dtypes={name: found[entry.name][1] for name, entry in of.items()},
         load=lambda name: split(of[name])[name],
-        tokenizer=tokenizer if tokenizer is not None and tokenizer.is_dir() else None,
         facts=facts,
     )
 

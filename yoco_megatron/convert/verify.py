@@ -92,7 +92,7 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
 def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     from yoco_megatron.startup.load_run import load_model
 
-    model, _, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
+    model, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
     return model(tokens.to(runtime.device())).float().cpu()
 
 

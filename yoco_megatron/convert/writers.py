@@ -20,6 +20,8 @@ from yoco_megatron.checkpoint.layout import COMPLETE, RESOLVED, TRACKER
 from yoco_megatron.convert import config_fields, tensor_names, tokenizer_files
 from yoco_megatron.convert.model_card import model_card
 from yoco_megatron.convert.readers import Source
+from yoco_megatron.data import carried_tokenizer
+from yoco_megatron.data.tokenizer import template_ids
 
 AUTO_MAP = {
     "AutoConfig": "configuration_yoco.YocoConfig",
@@ -43,10 +45,12 @@ def checked(source: Source, name: str) -> Tensor:
 def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     """The folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads."""
     _write_tensors(source, folder, shard_bytes, rename=str)
-    tokenizer: Any = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder)
+    tokenizer: Any = source.tokenizer and tokenizer_files.copy(source.tokenizer, folder, source.document_start)
     config = source.config
     knows = config if tokenizer is None else tokenizer
     special = {name: getattr(knows, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if tokenizer is not None and (start := template_ids(tokenizer)[0]):
+        special["bos_token_id"] = start[0]  # whatever the tokenizer calls it: so training began
     special = {name: value for name, value in special.items() if value is not None}
     dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     facts = {name: value for name, value in source.facts.items() if value is not None}
@@ -63,9 +67,10 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
     }
     _write_json(folder / "config.json", config_json)
     generation: dict[str, Any] = {"do_sample": False, **special}
-    if tokenizer is not None and len(tokenizer) < config.vocab_size:
+    if tokenizer is not None:
         # Padding of the vocabulary was never trained: its ids must not be generated.
-        generation["suppress_tokens"] = list(range(len(tokenizer), config.vocab_size))
+        unused = set(range(config.vocab_size)) - set(tokenizer.get_vocab().values())
+        generation |= {"suppress_tokens": sorted(unused)} if unused else {}
     _write_json(folder / "generation_config.json", generation)
     for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
         shutil.copyfile(file, folder / file.name)
@@ -77,7 +82,7 @@ def write_fla(source: Source, folder: Path, shard_bytes: int) -> None:
     config = config_fields.to_fla(source.config)
     _write_tensors(source, folder, shard_bytes, rename=tensor_names.fla)
     if source.tokenizer is not None:
-        tokenizer_files.copy(source.tokenizer, folder)
+        tokenizer_files.copy(source.tokenizer, folder, source.document_start)
     dtype = str(source.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     _write_json(folder / "config.json", config | {"torch_dtype": dtype})
 
@@ -164,8 +169,8 @@ def write_megatron(source: Source, folder: Path) -> None:
 def _tokenizer_flags(source: Source, folder: Path) -> dict[str, Any]:
     if source.tokenizer is None:
         return {"tokenizer-type": "NullTokenizer", "vocab-size": source.config.vocab_size - 1}
-    tokenizer_files.copy(source.tokenizer, folder / "tokenizer")
-    return {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(folder / "tokenizer")}
+    tokenizer_files.copy(source.tokenizer, folder / carried_tokenizer.FOLDER)
+    return {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": str(folder / carried_tokenizer.FOLDER)}
 
 
 def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> None:

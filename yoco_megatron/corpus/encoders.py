@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from yoco_megatron.corpus.long_texts import WINDOW, encode_in_windows
-from yoco_megatron.data.tokenizer import template_ids
+from yoco_megatron.data.tokenizer import hugging_face_wrapper, template_ids
 
 BACKENDS = ("auto", "gigatoken", "library")
 # What tokenizers disagree about: spaces, controls, marks that normalizers join, other scripts, digits, contractions.
@@ -160,32 +160,8 @@ def gigatoken_encoder(tokenizer: Any, split_special_tokens: bool = False) -> Enc
 
 def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after every text, such as a beginning of sequence."""
-    wrapper = _hugging_face_wrapper(tokenizer)
+    wrapper = hugging_face_wrapper(tokenizer)
     return template_ids(wrapper.tokenizer) if wrapper is not None and wrapper.include_special_tokens else ([], [])
-
-
-def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Id -> text of the tokens that mean something else than text: ends, beginnings, padding, roles.
-
-    Without the unknown token, which stands for text; NullTokenizer, whose texts are ids, has its end of document.
-    """
-    from megatron.core.tokenizers.text import libraries
-
-    hugging_face, wrapper = _hugging_face_wrapper(tokenizer), getattr(tokenizer, "_tokenizer", None)
-    found: dict[int, str] = {}
-    if hugging_face is not None:
-        inner = hugging_face.tokenizer
-        found = {id_: token.content for id_, token in inner.added_tokens_decoder.items() if token.special}
-        found |= dict(zip(inner.all_special_ids, inner.all_special_tokens))
-        found.pop(inner.unk_token_id, None)
-    elif isinstance(wrapper, libraries.TikTokenTokenizer):
-        found = dict(enumerate(wrapper.special_tokens))
-    elif isinstance(wrapper, libraries.SentencePieceTokenizer):
-        pieces = wrapper.tokenizer
-        found = {id_: pieces.id_to_piece(id_) for id_ in range(pieces.get_piece_size()) if pieces.is_control(id_)}
-        found |= wrapper.id_to_special_token
-    eod = getattr(tokenizer, "eod", None)
-    return found if eod is None or eod in found else found | {eod: "the end of document"}
 
 
 def find_special(found: Ids, special: dict[int, str]) -> dict[int, list[str]]:
@@ -216,17 +192,9 @@ def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
     return Ids(ids, lengths)
 
 
-def _hugging_face_wrapper(tokenizer: Any) -> Any:
-    """Megatron's wrapper of a Hugging Face tokenizer, or None for one of another library."""
-    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
-
-    wrapper = getattr(tokenizer, "_tokenizer", None)
-    return wrapper if isinstance(wrapper, HuggingFaceTokenizer) else None
-
-
 def _rust_core(tokenizer: Any) -> Any:
     """The Rust tokenizer behind a Hugging Face one, without what its last use left there; None if there is none."""
-    core = getattr(getattr(_hugging_face_wrapper(tokenizer), "tokenizer", None), "backend_tokenizer", None)
+    core = getattr(getattr(hugging_face_wrapper(tokenizer), "tokenizer", None), "backend_tokenizer", None)
     if core is not None:
         # A tokenizer.json may store the truncation of its last use; transformers resets it in each call, the core not.
         core.no_truncation()
@@ -242,7 +210,7 @@ def library_encoder(tokenizer: Any, split_special_tokens: bool = False) -> tuple
     core = _rust_core(tokenizer)
     if core is not None:
         return "tokenizers", _hugging_face(core, split_special_tokens)
-    if (slow := _hugging_face_wrapper(tokenizer)) is not None:
+    if (slow := hugging_face_wrapper(tokenizer)) is not None:
         more = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
         return "one by one", lambda texts: join([slow.tokenizer(text.decode(), **more)["input_ids"] for text in texts])
     if isinstance(wrapper, libraries.TikTokenTokenizer):

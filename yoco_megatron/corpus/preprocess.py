@@ -21,11 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, find_special, special_tokens, with_ends
+from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, find_special, with_ends
 from yoco_megatron.corpus.idx_writer import write_index
 from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, describe, read_batches
 from yoco_megatron.corpus.resume_state import ResumeState
 from yoco_megatron.corpus.sentences import SentenceSplitter
+from yoco_megatron.data.tokenizer import special_tokens
 from yoco_megatron.utils.files import write_atomically
 
 # Time between two saves of the progress.

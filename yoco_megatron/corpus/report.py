@@ -10,7 +10,7 @@ import numpy as np
 
 from yoco_megatron.corpus.preprocess import file_sha256
 from yoco_megatron.data.check import read_report
-from yoco_megatron.data.tokenizer import build_tokenizer, tokenizer_sha256
+from yoco_megatron.data.tokenizer import build_tokenizer, known_options, tokenizer_sha256
 
 
 def verify(prefix: str) -> dict[str, str]:
@@ -42,6 +42,7 @@ def tokenizer_for(prefix: str, args: Namespace) -> Any:
                 f"--samples: {prefix}.json names no tokenizer; give --tokenizer-type and --tokenizer-model"
             )
         args.tokenizer_type, args.tokenizer_model = about["type"], about["model"]
+        vars(args).update(known_options(about.get("options", {})))
     ours, theirs = tokenizer_sha256(args.tokenizer_model), about.get("sha256")
     if ours and theirs and ours != theirs:
         raise ValueError(f"--tokenizer-model {args.tokenizer_model} did not make {prefix} (see {prefix}.json)")

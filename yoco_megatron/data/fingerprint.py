@@ -24,6 +24,7 @@ FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_docume
 # Hashed of an .idx without a report: the lengths of the first quarter million documents.
 HEAD_BYTES = 1 << 20
 ORDER = "sample_order"
+START = "document_start"
 
 
 def describe(args: Namespace) -> dict[str, object]:
@@ -73,9 +74,9 @@ def dataset_fingerprint(prefix: str) -> dict[str, object]:
         return found | {"idx_head_sha256": sha256(stream.read(HEAD_BYTES)).hexdigest()}
 
 
-def save(args: Namespace, folder: str) -> Path:
-    """Write data.json into a checkpoint folder, atomically."""
-    content = describe(args) | {ORDER: sample_order(args)}
+def save(args: Namespace, folder: str, start: list[int] | None = None) -> Path:
+    """Write data.json into a checkpoint folder, atomically. `start`: the special tokens that begin each document."""
+    content = describe(args) | {ORDER: sample_order(args), START: start}
     return write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -126,6 +127,9 @@ def check_resumable(args: Namespace) -> None:
         return
     saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
     was = saved.pop(ORDER, {})
+    saved.pop(START, None)  # follows from the data
+    if None in (saved.get("tokenizer_sha256"), wanted["tokenizer_sha256"]):  # one was not in the hub's cache
+        saved["tokenizer_sha256"] = wanted["tokenizer_sha256"]
     # Only rank 0 reads all lengths.
     now = json.loads(json.dumps(sample_order(args))) if was and args.rank == 0 else {}
     different = [

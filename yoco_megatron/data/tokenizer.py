@@ -6,14 +6,28 @@ yoco_megatron/corpus/tokenizer_training.py.
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 NEEDS_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
-# Files of a Hugging Face tokenizer without a tokenizer.json.
+# What Megatron makes of these comes from the Hugging Face hub, also where a vocabulary and merges are given.
+NAMES_ON_HUB = {
+    "GPT2BPETokenizer": "gpt2",
+    "BertWordPieceLowerCase": "bert-large-uncased",
+    "BertWordPieceCase": "bert-large-cased",
+}
+# How long the hub may take to answer whether it has a name.
+HUB_SECONDS = 5.0
+# Files of Hugging Face tokenizers, and what is hashed of those without a tokenizer.json.
+FILES = (
+    *("tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens_map*", "chat_template*"),
+    *("*.model", "*.tiktoken", "*.bpe", "*.spm"),
+)
 SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
@@ -25,8 +39,32 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
 
 
+def describe(args: Any) -> dict[str, Any]:
+    """What a dataset's report says of the tokenizer flags: type, absolute path, SHA-256, and other `options` given."""
+    from megatron.training.config import TokenizerConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(TokenizerConfig)}
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) != defaults[name]}
+    model = args.tokenizer_model
+    return {
+        "type": args.tokenizer_type,
+        "model": os.path.abspath(model) if model is not None and os.path.exists(model) else model,
+        "sha256": tokenizer_sha256(model),
+        "options": known_options(given),
+    }
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of them that a report has: none that a model decides, and not --trust-remote-code, which a user says."""
+    from megatron.training.config import TokenizerConfig
+
+    names = {field.name for field in dataclasses.fields(TokenizerConfig)}
+    names -= {"tokenizer_type", "tokenizer_model", "trust_remote_code", "padded_vocab_size", "pad_vocab_size"}
+    return {name: value for name, value in options.items() if name in names}
+
+
 def check_flags(args: Any) -> None:
-    """Raises ValueError for flags that do not name a tokenizer."""
+    """Raises ValueError for flags that do not name a tokenizer, or one that is not to be had here."""
     if args.tokenizer_type is None:
         raise ValueError(
             "--tokenizer-type is missing; for a folder with a tokenizer.json it is HuggingFaceTokenizer, for mock data "
@@ -37,9 +75,36 @@ def check_flags(args: Any) -> None:
     model = args.tokenizer_model
     if model is None and args.tokenizer_type in NEEDS_MODEL:
         raise ValueError(f"--tokenizer-model is missing: the file or folder of --tokenizer-type {args.tokenizer_type}")
-    # A name on the Hugging Face hub has at most one slash: do not look up a path on the network.
-    if model and not Path(model).exists() and (model.startswith((".", "/")) or model.count("/") > 1):
-        raise ValueError(f"--tokenizer-model {model} does not exist; give the folder of the tokenizer.json")
+    for flag in ("--vocab-file", "--merge-file", "--tokenizer-metadata"):
+        file = getattr(args, {"--tokenizer-metadata": "metadata_path"}.get(flag, flag[2:].replace("-", "_")))
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"{flag} {file} does not exist")
+    if args.tokenizer_type in NAMES_ON_HUB:
+        _check_hub(NAMES_ON_HUB[args.tokenizer_type], f"--tokenizer-type {args.tokenizer_type}")
+    elif model is not None and not Path(model).exists():
+        folder, _, _ = model.rpartition("/")
+        is_path = model.startswith((".", "/", "~")) or "/" in folder or (folder != "" and Path(folder).is_dir())
+        if is_path or args.tokenizer_type != "HuggingFaceTokenizer":
+            raise ValueError(f"--tokenizer-model {model} does not exist; give the file or folder of the tokenizer")
+        _check_hub(model, f"--tokenizer-model {model}")
+
+
+def _check_hub(name: str, flags: str) -> None:
+    """Raises ValueError for a name that is neither in the cache of the Hugging Face hub nor, after seconds, on it."""
+    if local_path(name) is not None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # each layer of the network raises its own types
+        what = "no such file or folder here" if name in flags else f"it is made from {name!r} of the Hugging Face hub"
+        raise ValueError(
+            f"{flags}: {what}, and {name!r} is neither in the cache of the Hugging Face hub nor can it be had from "
+            f"there ({' '.join(str(error).split())[:200]}). Give a folder: --tokenizer-type HuggingFaceTokenizer "
+            "--tokenizer-model FOLDER, with its tokenizer.json and tokenizer_config.json; for a vocab.json and a "
+            'merges.txt that is {"tokenizer_class": "GPT2Tokenizer"}'
+        ) from None
 
 
 def build_tokenizer(args: Any) -> Any:
@@ -52,16 +117,74 @@ def build_tokenizer(args: Any) -> Any:
 
     check_flags(args)
     model = args.tokenizer_model
-    missing = model is not None and not Path(model).exists()
     args = copy.copy(args)
     args.pad_vocab_size = False  # the padded size depends on a model and its parallelism; data have neither
     try:
         return build(args)
     except Exception as error:  # each tokenizer library raises its own types
-        here = " (no such file or folder here)" if missing else ""
         raise ValueError(
-            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model}{here} cannot be loaded: {error}"
+            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {model} cannot be loaded: {error}"
         ) from error
+
+
+def id_limit(tokenizer: Any) -> int:
+    """1 + the largest id of a tokenizer that Megatron built: more than its vocab_size where its ids have gaps."""
+    library: Any = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    ids = library.get_vocab().values() if hasattr(library, "get_vocab") else []
+    eod = getattr(tokenizer, "eod", None)  # NullTokenizer's may lie beyond its words
+    return max(tokenizer.vocab_size, *(number + 1 for number in ids), -1 if eod is None else eod + 1)
+
+
+def check_vocabulary(tokenizer: Any, args: Any) -> None:
+    """Compare a tokenizer that Megatron built with the rows of the embedding, `args.padded_vocab_size`.
+
+    Raises:
+        ValueError: an id without a row, or a --vocab-size that Megatron would ignore.
+    """
+    size, rows = tokenizer.vocab_size, args.padded_vocab_size
+    if args.vocab_size is not None and args.vocab_size != size:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size}: the tokenizer has {size} ids, and --tokenizer-type {args.tokenizer_type} "
+            "takes no other size: remove it, or ask for more rows with --make-vocab-size-divisible-by"
+        )
+    largest = id_limit(tokenizer) - 1
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has the id {largest}, the embedding {rows} rows: give --padded-vocab-size {largest + 1} or "
+            "more, or another tokenizer"
+        )
+
+
+def hugging_face_wrapper(tokenizer: Any) -> Any:
+    """Megatron's wrapper of a Hugging Face tokenizer, or None for one of another library."""
+    from megatron.core.tokenizers.text.libraries import HuggingFaceTokenizer
+
+    wrapper = getattr(tokenizer, "_tokenizer", None)
+    return wrapper if isinstance(wrapper, HuggingFaceTokenizer) else None
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of the tokens that mean something else than text: ends, beginnings, padding, roles.
+
+    Without the unknown token, which stands for text; NullTokenizer, whose texts are ids, has its end of document.
+    """
+    from megatron.core.tokenizers.text import libraries
+
+    hugging_face, wrapper = hugging_face_wrapper(tokenizer), getattr(tokenizer, "_tokenizer", None)
+    found: dict[int, str] = {}
+    if hugging_face is not None:
+        inner = hugging_face.tokenizer
+        found = {id_: token.content for id_, token in inner.added_tokens_decoder.items() if token.special}
+        found |= dict(zip(inner.all_special_ids, inner.all_special_tokens))
+        found.pop(inner.unk_token_id, None)
+    elif isinstance(wrapper, libraries.TikTokenTokenizer):
+        found = dict(enumerate(wrapper.special_tokens))
+    elif isinstance(wrapper, libraries.SentencePieceTokenizer):
+        pieces = wrapper.tokenizer
+        found = {id_: pieces.id_to_piece(id_) for id_ in range(pieces.get_piece_size()) if pieces.is_control(id_)}
+        found |= wrapper.id_to_special_token
+    eod = getattr(tokenizer, "eod", None)
+    return found if eod is None or eod in found else found | {eod: "the end of document"}
 
 
 def template_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -88,20 +211,47 @@ def template_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def tokenizer_sha256(path: str | None) -> str | None:
+def local_path(model: str | None) -> Path | None:
+    """The file or folder of --tokenizer-model; of a name on the Hugging Face hub its folder in the cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if model is None:
+        return None
+    if Path(model).exists():
+        return Path(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            found = try_to_load_from_cache(model, name)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The file itself, or those of a tokenizer in a folder, which may hold a whole model; no code."""
+    if path.is_file():
+        return [path]
+    return sorted({file for pattern in FILES for file in path.glob(pattern) if file.is_file() and file.suffix != ".py"})
+
+
+def tokenizer_sha256(model: str | None) -> str | None:
     """SHA-256, in hex, of a tokenizer's content: a Hugging Face folder, or the one file of another library.
 
     It does not change when a tokenizer.json is saved again, by another version or with truncation. None if there is no
-    such file here (a name on the hub).
+    such file here.
     """
-    if path is None or not Path(path).exists():
+    path = local_path(model)
+    if path is None:
         return None
-    if Path(path).is_file():
-        files = [Path(path)]
+    if path.is_file():
+        files = [path]
     else:
-        files = [Path(path) / "tokenizer.json"]
+        files = [path / "tokenizer.json"]
         if not files[0].exists():
-            files = [file for name in SLOW_FILES if (file := Path(path) / name).exists()]
+            files = [file for name in SLOW_FILES if (file := path / name).exists()] or tokenizer_files(path)
     digest = hashlib.sha256()
     for file in files:
         digest.update(_canonical(file) if file.name == "tokenizer.json" else file.read_bytes())

@@ -9,6 +9,7 @@ import torch
 from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import open_source
+from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 
@@ -18,30 +19,40 @@ def is_baseline(folder: str) -> bool:
     return path.exists() and json.loads(path.read_text())["architecture"] == "transformer"
 
 
-def load_baseline(folder: str, iteration: int | None = None) -> tuple[torch.nn.Module, Any, int]:
+def load_baseline(
+    folder: str, iteration: int | None = None, tokenizer: str | None = None
+) -> tuple[torch.nn.Module, Any, int]:
     """(Megatron's model, its tokenizer or None, its longest sequence), for `UncachedDecoder`."""
     from yoco_megatron.startup.load_run import load_model
 
-    model, args, _ = load_model(folder, iteration)
-    path = Path(args.tokenizer_model) if args.tokenizer_model else None
-    tokenizer = tokenizer_files.load(path) if path is not None and path.is_dir() else None
-    return model, tokenizer, args.max_position_embeddings
+    path = carried_tokenizer.of_run(Path(folder), tokenizer)
+    start = carried_tokenizer.recorded(Path(folder)).get("document_start")
+    loaded = path and tokenizer_files.load(path, start)
+    model, args = load_model(folder, iteration)
+    return model, loaded, args.max_position_embeddings
 
 
 def load_for_generation(
-    folder: str, iteration: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str,
+    iteration: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[YocoForCausalLM, Any]:
-    """(model in evaluation mode on `device`, its transformers tokenizer or None).
+    """(model in evaluation mode on `device`, its transformers tokenizer or None, which begins texts as training did).
 
     Args:
         folder: a run's --save, or the folder of an exported model.
         iteration: which training checkpoint; the latest by default.
         dtype: of the weights; by default as they are stored.
+        tokenizer: folder of one to use instead of the model's own.
     Raises:
-        ValueError: no model there.
+        ValueError: no model there, or another tokenizer than it was trained with.
     """
     exported = (Path(folder) / "config.json").exists()
     source = open_source("hf" if exported else "megatron", folder, iteration, flag="--load")
+    tokenizer_files.choose(source, tokenizer)
+    loaded = source.tokenizer and tokenizer_files.load(source.tokenizer, source.document_start)
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
     state = {name: source.load(name).to(device, dtype) for name in tensor_names.shapes(source.config)}
@@ -50,4 +61,4 @@ def load_for_generation(
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
         rotary.reset(torch.device(device))
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval(), source.tokenizer and tokenizer_files.load(source.tokenizer)
+    return model.eval(), loaded

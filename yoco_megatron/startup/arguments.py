@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from unittest import mock
 
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
@@ -17,6 +18,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from yoco_megatron.checkpoint.architecture import check_loadable
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.data import validation_sets
+from yoco_megatron.data.document_ends import check_document_end
+from yoco_megatron.data.tokenizer import check_vocabulary
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
@@ -97,6 +100,8 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     defaults.fill_in_save_interval(args)
     finalize(args, reduce_overhead)
     check_loadable(args)  # again: the size of the vocabulary is known now
+    check_vocabulary(get_tokenizer(), args)
+    check_document_end(args, get_tokenizer())
     with megatrons_errors(args):
         model = model_config_from_args(args)
         pretrain_cfg_container_from_args(args, model)  # for its checks: of the optimizer, among others

@@ -9,6 +9,7 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
+from yoco_megatron.data.tokenizer import check_vocabulary
 from yoco_megatron.parallel.pipeline.layout import check_micro_batches, plan_stages, set_layout
 
 # Of iterations: beyond the end of any run.
@@ -35,7 +36,7 @@ def fill_in_padded_vocab_size(args: Namespace) -> None:
     """
     if args.padded_vocab_size is None:
         check_tokenizer_flags(args)
-        build_tokenizer(args)
+        check_vocabulary(build_tokenizer(args), args)
 
 
 def choose_pipeline_layout(args: Namespace) -> None:

@@ -5,23 +5,27 @@ import os
 import socket
 from argparse import Namespace
 from pathlib import Path
+from typing import TypedDict
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
-from megatron.training import get_tokenizer
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
-from yoco_megatron.checkpoint import safe_unpickling
+from yoco_megatron.checkpoint import architecture, safe_unpickling
 from yoco_megatron.checkpoint.layout import RESOLVED
 from yoco_megatron.config.yaml_files import load_config_file, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.parser import build_parser
-from yoco_megatron.utils.small_files import BadFile
+from yoco_megatron.utils.small_files import BadFile, read_json
+
+
+class _Rows(TypedDict):
+    padded_vocab_size: int
+
 
 # Of a run's config only these arguments are taken: which function the weights compute, in which precision, and how text
 # became tokens. The folder may be a stranger's: what else a run reads, writes or executes is not for it to say.
@@ -84,17 +88,17 @@ def parse_run(folder: str, iteration: int | None = None, **more: object) -> Name
         raise BadFile(f"{config} describes no model that can be read: {error}") from error
 
 
-def load_model(
-    folder: str, iteration: int | None = None, **more: object
-) -> tuple[MegatronModule, Namespace, MegatronTokenizerBase]:
-    """Load the checkpoint in `folder` (the run's --save), the latest or the given iteration.
+def load_model(folder: str, iteration: int | None = None, **more: object) -> tuple[MegatronModule, Namespace]:
+    """Load the checkpoint in `folder` (the run's --save), the latest or the given iteration; its tokenizer is not used.
 
     Returns:
-        (model in evaluation mode, Megatron's arguments, tokenizer).
+        (model in evaluation mode, Megatron's arguments).
     Raises:
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
-    args = parse_run(folder, iteration, **more)
+    rows = read_json(Path(folder) / architecture.FILE_NAME, _Rows)["padded_vocab_size"]
+    tokenizer = {"tokenizer-type": "NullTokenizer", "tokenizer-model": None, "vocab-size": rows}
+    args = parse_run(folder, iteration, **{"padded-vocab-size": rows, **tokenizer, **more})
     set_environment_of_one_process()
     args = arguments.finalize(args)
     safe_unpickling.check_installed()
@@ -105,7 +109,7 @@ def load_model(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     load_checkpoint(models, None, None)
-    return unwrap_model(models)[0].eval(), args, get_tokenizer()
+    return unwrap_model(models)[0].eval(), args
 
 
 def set_environment_of_one_process() -> None:

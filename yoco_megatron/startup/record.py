@@ -4,13 +4,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import yaml
+from megatron.training import get_tokenizer
 from megatron.training.models.gpt import GPTModelConfig
 
 from yoco_megatron.checkpoint import architecture
 from yoco_megatron.checkpoint.layout import RESOLVED
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run
-from yoco_megatron.data import fingerprint
+from yoco_megatron.data import carried_tokenizer, fingerprint
+from yoco_megatron.data.document_ends import document_start
 from yoco_megatron.parallel.pipeline import planner
 from yoco_megatron.parallel.pipeline.layout import sequences_at_a_time
 from yoco_megatron.parallel.pipeline.stages import StagePlan
@@ -47,7 +49,8 @@ def record_run(args: Namespace, model: GPTModelConfig) -> None:
     if args.save:
         save_resolved_config(args, args.save)
         architecture.save(args, args.save)
-        fingerprint.save(args, args.save)
+        fingerprint.save(args, args.save, document_start(args, get_tokenizer()))
+        carried_tokenizer.carry(args, args.save)
 
 
 def pipeline_table(args: Namespace, plan: StagePlan) -> str:
@@ -66,4 +69,5 @@ def pipeline_table(args: Namespace, plan: StagePlan) -> str:
 
 def save_resolved_config(args: Namespace, folder: str) -> Path:
     """Write the merged flags beside the checkpoints; `--config` reads the file back."""
-    return write_atomically(Path(folder) / RESOLVED, yaml.safe_dump(args.resolved_config, sort_keys=True))
+    flags = carried_tokenizer.absolute_paths(args.resolved_config)
+    return write_atomically(Path(folder) / RESOLVED, yaml.safe_dump(flags, sort_keys=True))
