@@ -107,7 +107,7 @@ def test_truncated_shard(source):
 
 def test_missing_tensor(source):
     change(source, **{"model.norm.weight": None})
-    refused(source, r"1 tensors are missing, first \['model.norm.weight'\]")
+    refused(source, r"1 tensors of its config.json are missing, first \['model.norm.weight'\]")
 
 
 def test_extra_tensor(source):
@@ -117,7 +117,7 @@ def test_extra_tensor(source):
 
 def test_wrong_shape(source):
     change(source, **{"model.norm.weight": torch.zeros(31)})
-    refused(source, r"model.norm.weight is \[31\], its config asks for \[32\]")
+    refused(source, r"model.norm.weight is \[31\], its config.json asks for \[32\]")
 
 
 def test_integers(source):

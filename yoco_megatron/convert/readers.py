@@ -6,6 +6,7 @@ unpickled by checkpoint/safe_unpickling.py.
 
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,15 +92,21 @@ def open_source(kind: str, folder: str, iteration: int | None = None, flag: str 
         raise ValueError(f"{flag} {error}") from error
 
 
-def check_shapes(where: str, found: Found, wanted: dict[str, tensor_names.Shape]) -> None:
-    """Raises ValueError unless exactly the wanted tensors are there, with these shapes and a float dtype."""
+def check_shapes(where: Path, found: Found, wanted: dict[str, tensor_names.Shape], config: str) -> None:
+    """Raises ValueError unless exactly the wanted tensors are there, with these shapes and a float dtype.
+
+    Args:
+        where: file or folder of the tensors.
+        config: file that describes them.
+    """
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    _require(not missing, f"{where}: {len(missing)} tensors are missing, first {missing[:1]}{_near(missing, found)}")
-    _require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of this config, first {extra[:1]}")
+    near = _near(missing, found)
+    _require(not missing, f"{where}: {len(missing)} tensors of its {config} are missing, first {missing[:1]}{near}")
+    _require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of its {config}, first {extra[:1]}")
     for name, shape in wanted.items():
         _require(
             tuple(found[name][0]) == tuple(shape),
-            f"{where}: {name} is {list(found[name][0])}, its config asks for {list(shape)}",
+            f"{where}: {name} is {list(found[name][0])}, its {config} asks for {list(shape)}",
         )
         _require(found[name][1].is_floating_point, f"{where}: {name} is {found[name][1]}, not a float type")
 
@@ -195,7 +202,7 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     config = config_fields.from_args(args)
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)
-    check_shapes(f"{tensors.folder}", found, {entry.name: entry.shape(shapes) for entry in entries})
+    check_shapes(tensors.folder, found, {entry.name: entry.shape(shapes) for entry in entries}, RESOLVED)
     of = {name: entry for entry in entries for name in entry.names}
 
     @functools.lru_cache(maxsize=1)  # the parts of one fused matrix are loaded one after another
@@ -236,20 +243,23 @@ class SafeTensors:
                 raise BadFile(f"{index} has no weight_map: copy the folder again")
             for tensor, file in of.items():
                 _require(
-                    isinstance(file, str) and Path(file).name == file != "",
-                    f"{index} gives {tensor!r} the file {file!r}, no name: copy the folder again",
+                    isinstance(file, str) and re.fullmatch(r"[\w.-]{1,255}", file) is not None,
+                    f"{index} gives {tensor!r:.80} the file {file!r:.80}, no name: copy the folder again",
                 )
             listed = sorted(set(of.values()))
         else:
             listed = ["model.safetensors"]
+        self.place = index if index.exists() else folder / listed[0]
+        """The file that names the tensors."""
         self.files: dict[str, Any] = {}
         for name in listed:
             file = folder / name
-            _require(file.is_file(), f"{file} is missing: copy the folder again")
+            named = f", which {index.name} names" if index.exists() else ""
+            _require(file.is_file(), f"{file} is missing{named}: copy the folder again")
             try:
                 opened = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise BadFile(f"{file} is not a whole safetensors file ({error}): copy it again") from None
+                raise BadFile(f"{file} is not a whole safetensors file ({error}){named}: copy it again") from None
             twice = sorted(self.files.keys() & opened.keys())
             _require(not twice, f"{file} holds {''.join(twice[:1])}, as another file does: copy the folder again")
             self.files |= dict.fromkeys(opened.keys(), opened)
@@ -283,8 +293,8 @@ def _json(file: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: Any) -> YocoConfig:
-    """The configuration that `read` makes of the content. Raises ValueError for fields that describe no model."""
+def _described(file: Path, read: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """What `read` makes of the content. Raises ValueError for fields that describe no model."""
     try:
         return read(*args, **more)
     except (StrictDataclassError, ValueError) as error:
@@ -293,15 +303,25 @@ def _described(file: Path, read: Callable[..., YocoConfig], *args: Any, **more: 
         raise BadFile(f"{file} describes no YOCO: {type(error).__name__}: {error}") from None
 
 
-def _renamed(kind: str, folder: Path, config: YocoConfig, found: Found, load: Callable, rename: Callable) -> Source:
-    """A source whose names are `rename` of ours."""
-    wanted = {rename(name): shape for name, shape in tensor_names.shapes(config).items()}
+def _renamed(
+    kind: str, file: Path, config: YocoConfig, tensors: Any, rename: Callable[[str], str], described_by: str
+) -> Source:
+    """A source whose names are `rename` of ours.
+
+    Args:
+        file: that has the tensors, or names them.
+        tensors: with `found()` and `load(name)`.
+        described_by: file of the configuration.
+    """
+    folder, found, load = file.parent, tensors.found(), tensors.load
+    shapes = _described(folder / described_by, tensor_names.shapes, config)
+    wanted = {rename(name): shape for name, shape in shapes.items()}
     head, embedding = rename("lm_head.weight"), rename("model.embed_tokens.weight")
     if config.tie_word_embeddings and head in found and embedding in found:  # some writers repeat it
         same = found.pop(head) == found[embedding] and torch.equal(load(head), load(embedding))
-        _require(same, f"{folder}: {head} is not {embedding}, but its config says tie_word_embeddings")
-    check_shapes(f"{folder}", found, wanted)
-    dtypes = {name: found[rename(name)][1] for name in tensor_names.shapes(config)}
+        _require(same, f"{file}: {head} is not {embedding}, but its {described_by} says tie_word_embeddings")
+    check_shapes(file, found, wanted, described_by)
+    dtypes = {name: found[rename(name)][1] for name in shapes}
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else None
     return Source(kind, folder, config, dtypes, lambda name: load(rename(name)), tokenizer)
 
@@ -321,7 +341,7 @@ def _hf(folder: Path, _: int | None) -> Source:
     _require(not missing, f"{file} lacks {', '.join(missing)}{nearest(missing[0], config) if missing else ''}")
     described = _described(file, YocoConfig.from_dict, config)
     tensors = SafeTensors(folder)
-    source = _renamed("hf", folder, described, tensors.found(), tensors.load, str)
+    source = _renamed("hf", tensors.place, described, tensors, str, file.name)
     facts = config.get("training_facts") or {}
     wrong = small_files.mismatch(facts, TrainingFacts, "training_facts")
     _require(wrong is None, f"{file}: {wrong}")
@@ -338,10 +358,23 @@ def _fla(folder: Path, _: int | None) -> Source:
     )
     tensors = SafeTensors(folder)
     described = _described(file, config_fields.from_fla, config)
-    return _renamed("fla", folder, described, tensors.found(), tensors.load, tensor_names.fla)
+    return _renamed("fla", tensors.place, described, tensors, tensor_names.fla, file.name)
 
 
 # -- the authors' layout
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Tensors of a state dict."""
+
+    state: dict[str, Tensor]
+
+    def found(self) -> Found:
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.state.items()}
+
+    def load(self, name: str) -> Tensor:
+        return self.state[name]
 
 
 # microsoft/unilm YOCO/yoco/models/decoder/yoco.py:CrossDecoder views its K,V with all heads on every rank.
@@ -369,8 +402,8 @@ def _official(folder: Path, _: int | None) -> Source:
         tied = state["output_projection.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
     content = _json(params, "the authors' layout")
     config = _described(params, config_fields.from_official, content, tied, max_position_embeddings=4096)
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    rows = found.get("embed_tokens.weight", ((0,), None))[0][0]
+    tensors = _Loaded(state)
+    rows = tensors.found().get("embed_tokens.weight", ((0,), None))[0][0]
     split = 0 < rows < config.vocab_size and config.vocab_size % rows == 0
     _require(not split, f"{weights}: {rows} of {config.vocab_size} rows of embed_tokens are there; it is {A_PART}")
-    return _renamed("official", folder, config, found, state.__getitem__, tensor_names.official)
+    return _renamed("official", weights, config, tensors, tensor_names.official, params.name)

@@ -175,6 +175,11 @@ class YocoConfig(PreTrainedConfig):
             parts["self_decoder_heads"] = ("self_decoder_key_value_heads", self.self_decoder_heads, groups)
             if self.sliding_window is None:
                 raise ValueError("sliding_window is missing, which a self_decoder of this kind needs")
+        elif self.self_decoder_key_value_heads != self.self_decoder_heads:
+            raise ValueError(
+                f"self_decoder_key_value_heads {self.self_decoder_key_value_heads} must be self_decoder_heads "
+                f"{self.self_decoder_heads}: retention shares no K,V"
+            )
         for whole, (part, number, divisor) in parts.items():
             if number % divisor:
                 raise ValueError(f"{part} {divisor} does not divide {whole} {number}")
