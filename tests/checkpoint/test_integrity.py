@@ -18,7 +18,7 @@ def write(run: Path, iteration: int, manifest: bool = True, seed: int = 0) -> Pa
     for rank in range(3):
         (path / f"__{rank}_0.distcp").write_bytes(rng.randbytes(10_000))
     (path / ".metadata").write_bytes(rng.randbytes(100))
-    (path / "metadata.json").write_text("{}")
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     if manifest:
         integrity.write_manifest(path)
     layout.write_tracker(run, iteration)
@@ -138,7 +138,7 @@ def test_processes_share_the_work_and_agree(tmp_path):
     alone = json.loads((path / "integrity.json").read_text())
     together = json.loads((layout.path_of(tmp_path, 20) / "integrity.json").read_text())
     assert alone["files"].keys() == together["files"].keys() and len(together["files"]) == 5
-    assert set(together["sizes"].values()) == {10_000, 100, 2}
+    assert set(together["sizes"].values()) == {10_000, 100, 33}
 
 
 def _unreadable(run: str) -> str:

@@ -89,7 +89,7 @@ def kill_after(folder: Path, batches: int) -> None:
 def test_killed_again_and_again_it_gives_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for batches in (20, 15, 25):  # within the first file; beyond the text files; in the compressed file
         kill_after(folder, batches)
-    state = json.loads((folder / "out.unfinished" / "state.json").read_text())
+    state = json.loads((folder / "out.unfinished" / "state.json").read_text())["state"]
     assert state["position"][0] == len(inputs(folder)) - 1
     read: list[int] = []
     texts = readers.Batch.texts

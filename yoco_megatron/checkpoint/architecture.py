@@ -8,17 +8,26 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal, TypedDict
 
-from yoco_megatron.checkpoint.layout import TRACKER
+from yoco_megatron.checkpoint.layout import TRACKER, format_of, path_of, tracked_iteration
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.mixers import options_of_others
 from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.small_files import BadFile, read_json
 
 FILE_NAME = "architecture.json"
 # Flags that change the function but not the parameter shapes.
 SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
+
+
+FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
+
+
+class _Recorded(TypedDict):
+    architecture: Literal["yoco", "transformer"]
 
 
 def describe(args: Namespace) -> dict[str, object]:
@@ -31,6 +40,11 @@ def save(args: Namespace, folder: str) -> Path:
     return write_atomically(Path(folder) / FILE_NAME, json.dumps(describe(args), indent=1) + "\n")
 
 
+def read(folder: str | Path) -> dict[str, Any]:
+    """What the architecture.json in `folder` says; {} without one. Raises BadFile for one that is damaged."""
+    return read_json(Path(folder) / FILE_NAME, _Recorded, missing={}, fix=FIX)
+
+
 def check_loadable(args: Namespace) -> None:
     """Compare the model of the checkpoint that will be loaded with the flags.
 
@@ -38,16 +52,16 @@ def check_loadable(args: Namespace) -> None:
         ValueError: every field that differs, with both values. A folder without architecture.json (another program's
         checkpoint) passes; Megatron's own checks then apply.
     """
-    flag, folder = "--load", args.load
-    if args.pretrained_checkpoint is not None and (folder is None or _is_empty(folder)):
-        flag, folder = "--pretrained-checkpoint", args.pretrained_checkpoint
+    flag, folder = _source(args)
     if folder is None:
         return
-    path = Path(folder) / FILE_NAME
-    if not path.exists():
+    saved = read(folder)
+    if not saved:
         return
-    saved = json.loads(path.read_text())
     wanted = describe(args)
+    lacking = sorted(wanted.keys() - saved.keys())
+    if lacking:
+        raise BadFile(f"{Path(folder) / FILE_NAME} says nothing of {lacking[0]}: {FIX}")
     ignored = (
         FREE
         | options_of_others(args.self_decoder)
@@ -56,13 +70,34 @@ def check_loadable(args: Namespace) -> None:
     different = [
         f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
         for name in wanted
-        if name in saved and name not in ignored and saved[name] != wanted[name]
+        if name not in ignored and saved[name] != wanted[name]
     ]
     if different:
         raise ValueError(
             f"{flag} {folder} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
         )
+
+
+def check_format(args: Namespace) -> None:
+    """Raises ValueError where the checkpoint that will be loaded has another format than --ckpt-format."""
+    flag, source = _source(args)
+    if source is None or "://" in source:
+        return
+    folder = Path(source)
+    iteration = args.ckpt_step or tracked_iteration(folder)
+    path = folder / "release" if iteration is None else path_of(folder, iteration)
+    found, given = format_of(path), args.ckpt_format
+    # Megatron's loader of `torch` finds the other one, if told to; ours of `torch_dist` chooses among its own.
+    if {found, given} == {"torch", "torch_dist"} and not (args.auto_detect_ckpt_format and found == "torch_dist"):
+        raise ValueError(f"{flag} {folder}: {path.name} is in the format {found}: add --ckpt-format {found}")
+
+
+def _source(args: Namespace) -> tuple[str, str | None]:
+    """(flag, folder) of the checkpoint that will be loaded."""
+    if args.pretrained_checkpoint is not None and (args.load is None or _is_empty(args.load)):
+        return "--pretrained-checkpoint", args.pretrained_checkpoint
+    return "--load", args.load
 
 
 def _is_empty(folder: str) -> bool:

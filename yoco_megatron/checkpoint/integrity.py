@@ -12,17 +12,35 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch.distributed as dist
 
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.checkpoint import timeline
+from yoco_megatron.utils.small_files import BadFile, read_json
 
 logger = logging.getLogger(__name__)
 ALGORITHM = "sha256"
 THREADS = 4  # files that a rank reads at a time; hashing releases the GIL
 NOTES = ".hashes_"  # and a rank: what its background writer has hashed
+
+
+class _Written(TypedDict):
+    """What Megatron's manifest holds."""
+
+    algorithm: Literal["sha256"]
+    files: dict[str, str]
+
+
+class _Manifest(_Written, total=False):
+    sizes: dict[str, int]
+
+
+class _Format(TypedDict):
+    """The metadata.json of a checkpoint."""
+
+    sharded_backend: str
 
 
 def write_then_hash(write: Callable, files: Iterable[Path], notes: Path, *args: Any, **kwargs: Any) -> None:
@@ -94,14 +112,24 @@ def find_corruption(path: Path | str) -> str | None:
             return f"{checkpoints.COMPLETE} is missing: it was not written to its end"
         if (path / checkpoints.ABANDONED).exists():
             return f"the run has gone back from it, see {checkpoints.ABANDONED} there"
-        if not (path / checkpoints.MANIFEST).exists():
+        try:
+            read_json(path / checkpoints.COMPLETE, _Format)
+        except BadFile as error:
+            return f"{checkpoints.COMPLETE} cannot be read: {error}"
+        if not os.path.lexists(path / checkpoints.MANIFEST):
             return {}
         try:
-            manifest = json.loads((path / checkpoints.MANIFEST).read_text())
-            sizes = manifest.get("sizes", {})
-            return {name: (digest, sizes.get(name)) for name, digest in manifest["files"].items()}
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+            manifest = read_json(path / checkpoints.MANIFEST, _Manifest)
+        except BadFile as error:
             return f"{checkpoints.MANIFEST} cannot be read: {error}"
+        files, sizes = manifest["files"], manifest.get("sizes", {})
+        outside = [name for name in files if Path(name).name != name or "\x00" in name]
+        if outside:
+            return f"{checkpoints.MANIFEST} names files outside the checkpoint: {outside[0]!r:.80}"
+        unlisted = sorted({entry.name for entry in path.iterdir() if _is_loaded(entry)} - files.keys())
+        if unlisted:
+            return f"{checkpoints.MANIFEST} lacks {unlisted[0]}"
+        return {name: (digest, sizes.get(name)) for name, digest in files.items()}
 
     wanted = run_on_rank0(expected)
     if isinstance(wanted, str):
@@ -112,6 +140,8 @@ def find_corruption(path: Path | str) -> str | None:
 
     def check(file: Path) -> str | None:
         digest, size = wanted[file.name]
+        if not file.is_file():
+            return f"{file.name} is missing, or no file"
         if size is not None and file.stat().st_size != size:  # the cheap check first
             return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
         return None if _hash_of(file)[0] == digest else f"{file.name} is not what was written (hash differs)"
@@ -152,7 +182,7 @@ def newest_good(folder: Path | str) -> int | None:
         return None
     raise ValueError(
         f"--load {folder}: no checkpoint there is whole: {'; '.join(faults)}. "
-        "Restore one, or remove the folder to start from the beginning"
+        "Restore one, or start from the beginning in another folder"
     )
 
 
@@ -171,11 +201,20 @@ def _is_content(entry: Path) -> bool:
     return entry.is_file() and entry.name.lstrip(".") != checkpoints.MANIFEST and not entry.name.startswith(NOTES)
 
 
+def _is_loaded(entry: Path) -> bool:
+    """Whether loading reads the file; others may have been put there since."""
+    return entry.name in (checkpoints.COMPLETE, ".metadata") or entry.suffix in (".distcp", ".pt")
+
+
 def _take_notes(path: Path) -> dict[str, Any]:
     notes = notes_of_rank(path)
     if not notes.exists():
         return {}
-    found = json.loads(notes.read_text())
+    try:
+        found = read_json(notes, dict[str, tuple[str, int]])
+    except BadFile as error:  # of a process that was killed; the files are hashed again
+        logger.warning("%s: passed over", error)
+        found = {}
     notes.unlink()
     return found
 
@@ -203,13 +242,13 @@ def _world() -> tuple[int, int]:
 
 
 def run_on_rank0(function):
-    """Call `function` on rank 0; its result, or its OSError, is returned or raised on all ranks. Collective."""
+    """Call `function` on rank 0; all ranks return its result, or raise its OSError or ValueError. Collective."""
     rank, size = _world()
     result: list[Any] = [None, None]
     if rank == 0:
         try:
             result[0] = function()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             result[1] = error
     if size > 1:
         dist.broadcast_object_list(result, src=0)

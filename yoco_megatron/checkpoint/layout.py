@@ -36,6 +36,13 @@ def iterations(folder: Path) -> list[int]:
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d+", name)), reverse=True)
 
 
+def format_of(path: Path) -> str | None:
+    """The --ckpt-format of one checkpoint, by the names of its files; None if they are of none."""
+    if (path / COMPLETE).exists():
+        return "torch_dist"
+    return "torch" if any(path.glob("mp_rank_*/model_optim_rng.pt")) else None
+
+
 def size_of(path: Path) -> int:
     """Bytes of one checkpoint, whole or not."""
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
@@ -44,17 +51,23 @@ def size_of(path: Path) -> int:
 def tracked(folder: Path) -> str | None:
     """What Megatron's tracker says: an iteration in digits, or `release`. None if it is missing or says neither.
 
-    So a tracker that a crash cut short counts as missing. Raises OSError where the file system fails.
+    So a tracker that a crash cut short counts as missing.
+
+    Raises:
+        BadFile: a folder stands in its place, so that no other can be written.
+        OSError: the file system fails.
     """
     try:
         text = read_text(folder / TRACKER, missing="").strip()
     except BadFile:
+        if (folder / TRACKER).is_dir():
+            raise
         return None
     return text if re.fullmatch(r"[0-9]{1,18}|release", text) else None
 
 
 def tracked_iteration(folder: Path) -> int | None:
-    """The iteration that Megatron's tracker names; None as for `tracked`, and for a release. Raises OSError."""
+    """The iteration that the tracker names; None as for `tracked`, and for a release. Raises as `tracked`."""
     text = tracked(folder)
     return None if text in (None, "release") else int(text)
 

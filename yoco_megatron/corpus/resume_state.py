@@ -11,14 +11,35 @@ written later and are cut off on resume.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from yoco_megatron.corpus.idx_writer import sync
 from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.small_files import BadFile, read_json
+
+
+class _Content(TypedDict):
+    """Of state.json. Every number in it decides where the output goes on, so it says whether it is whole."""
+
+    sha256: str
+    state: dict[str, Any]
+
+
+def _sha256(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The state; None without a file. Raises BadFile for one that is not as it was written."""
+    content = read_json(path, _Content, missing=None)
+    if content is not None and content["sha256"] != _sha256(content["state"]):
+        raise BadFile(f"{path} is not as it was written")
+    return content and content["state"]
 
 
 class ResumeState:
@@ -51,9 +72,15 @@ class ResumeState:
 
     def _saved(self, restart: bool) -> dict[str, Any] | None:
         path = self.folder / "state.json"
-        if not path.exists():
+        try:
+            saved = _read(path)
+        except BadFile as error:
+            if not restart:
+                raise ValueError(f"--output-prefix: {error}; start over with --overwrite") from None
+            path.unlink()
             return None
-        saved = json.loads(path.read_text())
+        if saved is None:
+            return None
         changed = [name for name in self.job if saved["job"].get(name) != self.job[name]]
         if changed and restart:
             path.unlink()
@@ -80,7 +107,8 @@ class ResumeState:
             sync(stream)
         sizes = {name: stream.tell() for name, stream in self.files.items()}
         self.state = {"job": self.job, "sizes": sizes, **progress}
-        write_atomically(self.folder / "state.json", json.dumps(self.state))
+        content = {"sha256": _sha256(self.state), "state": self.state}
+        write_atomically(self.folder / "state.json", json.dumps(content))
 
     def close(self, keep: bool) -> None:
         """Unlock the folder, and remove it unless a later run should resume from it."""

@@ -7,17 +7,17 @@ A truncated copy shows up in Megatron as wrong tokens or an error on some rank, 
     .bin   ends where its last sequence ends: pointer[S - 1] + length[S - 1] * item size
 """
 
-import json
 import os
 import re
 import struct
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from yoco_megatron.data.blend import read_blends, shares
+from yoco_megatron.utils.small_files import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -38,26 +38,39 @@ def data_prefixes_from_args(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefixes))
 
 
+class _File(TypedDict):
+    sha256: str
+
+
+class _Bin(TypedDict):
+    bin: _File
+
+
+class _Files(_Bin, total=False):
+    idx: _File
+
+
+class _Tokenizer(TypedDict, total=False):
+    sha256: str | None
+    vocab_size: int
+    eod: int | None
+
+
+class _Report(TypedDict, total=False):
+    files: _Files | None
+    tokenizer: _Tokenizer | None
+    documents: int
+    tokens: int
+
+
 def read_report(prefix: str) -> dict[str, Any]:
     """The report that preprocessing wrote beside a dataset; {} if there is none.
 
     Raises:
         ValueError: a file that is damaged or not such a report.
     """
-    path = Path(f"{prefix}.json")
-    if not path.is_file():
-        return {}
-    try:
-        report = json.loads(path.read_text())
-        files, about = report.get("files") or {}, report.get("tokenizer") or {}
-        if not all(isinstance(file["sha256"], str) for file in files.values()) or not isinstance(about, dict):
-            raise TypeError("wrong types")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a report of tools/preprocess_data.py ({type(error).__name__}: {error}): copy it again, or "
-            "remove it to continue without checksums"
-        ) from None
-    return report
+    fix = "it is no report of tools/preprocess_data.py; copy it again, or remove it to continue without checksums"
+    return read_json(Path(f"{prefix}.json"), _Report, missing={}, fix=fix)
 
 
 def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:

@@ -9,12 +9,14 @@ import math
 from argparse import Namespace
 from hashlib import sha256
 from pathlib import Path
+from typing import TypedDict
 
 from yoco_megatron.checkpoint.layout import TRACKER
 from yoco_megatron.data.check import data_prefixes_from_args, read_report
 from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
 from yoco_megatron.data.tokenizer import tokenizer_sha256
 from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.small_files import read_json
 
 FILE_NAME = "data.json"
 # Flags that decide the content and order of samples. --seq-length may differ on resume, as it may for the model.
@@ -25,6 +27,15 @@ FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_docume
 HEAD_BYTES = 1 << 20
 ORDER = "sample_order"
 START = "document_start"
+
+
+class _Order(TypedDict):
+    seq_length: int
+    epochs: dict[str, tuple[int, bool]]
+
+
+class _Recorded(TypedDict, total=False):
+    sample_order: _Order | dict[str, None]
 
 
 def describe(args: Namespace) -> dict[str, object]:
@@ -121,11 +132,12 @@ def check_resumable(args: Namespace) -> None:
     """
     if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
         return
-    path = Path(args.load) / FILE_NAME
+    fix = "copy it again from the run, or add --allow-changed-data"
+    saved = read_json(Path(args.load) / FILE_NAME, _Recorded, missing=None, fix=fix)
     # A run that ended before its first checkpoint has consumed nothing.
-    if not path.exists() or not (Path(args.load) / TRACKER).exists():
+    if saved is None or not (Path(args.load) / TRACKER).exists():
         return
-    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(describe(args)))
+    wanted = json.loads(json.dumps(describe(args)))
     was = saved.pop(ORDER, {})
     saved.pop(START, None)  # follows from the data
     if None in (saved.get("tokenizer_sha256"), wanted["tokenizer_sha256"]):  # one was not in the hub's cache

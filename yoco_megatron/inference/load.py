@@ -1,6 +1,5 @@
 """A trained model ready to generate, from a training checkpoint or an exported folder, without starting Megatron."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 def is_baseline(folder: str) -> bool:
     """Whether the run in `folder` trained the Transformer baseline."""
-    path = Path(folder) / architecture.FILE_NAME
-    return path.exists() and json.loads(path.read_text())["architecture"] == "transformer"
+    return architecture.read(folder).get("architecture") == "transformer"
 
 
 def load_baseline(

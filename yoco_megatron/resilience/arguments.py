@@ -1,12 +1,12 @@
 """The flags of this package, their checks, and what they imply for Megatron's flags."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 from yoco_megatron.resilience.guard import LEAST_WINDOW
 from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.small_files import read_json
 
 SKIPPED = "skipped_iterations.json"
 
@@ -78,6 +78,10 @@ def fill_in(args: argparse.Namespace) -> None:
             setattr(args, dest, str(folder / name))
     if not args.exit_signal_handler:
         args.exit_signal_handler = True
-    skipped = folder / SKIPPED
-    if skipped.exists():
-        args.iterations_to_skip = sorted({*args.iterations_to_skip, *json.loads(skipped.read_text())})
+    args.iterations_to_skip = sorted({*args.iterations_to_skip, *skipped_iterations(folder)})
+
+
+def skipped_iterations(run_folder: Path) -> list[int]:
+    """The iterations whose batches the guard has given up. Raises BadFile for a list that is damaged."""
+    fix = "restore it, or remove it to train on these batches again"
+    return read_json(run_folder / SKIPPED, list[int], missing=[], fix=fix)

@@ -12,12 +12,19 @@ import math
 import statistics
 import sys
 from collections import deque
-from typing import Any
+from typing import TypedDict
 
 MINIMUM = 16  # good norms before the statistics are used; until then only non-finite norms are skipped
 LEAST_WINDOW = 8  # norms from which a deviation can be told at all
 # Least deviation, as a share of the mean: with norms that hardly vary everything would be an outlier.
 RELATIVE_FLOOR = 0.05
+
+
+class GuardState(TypedDict):
+    """What a checkpoint holds of it, as JSON."""
+
+    norms: list[float]
+    bad_in_a_row: int
 
 
 class Guard:
@@ -62,11 +69,11 @@ class Guard:
         """True after `patience` bad steps in a row."""
         return self.bad_in_a_row >= self.patience
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         """State with which a resumed run decides as the undisturbed one would; JSON."""
         return {"norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: GuardState) -> None:
         """Restore what `state` returned."""
         self.norms.clear()
         self.norms.extend(norm for norm in state["norms"] if math.isfinite(norm) and norm > 0)

@@ -7,7 +7,7 @@ import argparse
 import os
 
 from yoco_megatron import runtime
-from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_loadable
+from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_format, check_loadable
 from yoco_megatron.config import rules
 from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
@@ -64,6 +64,7 @@ def check_files(args: argparse.Namespace) -> None:
     """
     data_flags.check_named(args)
     check_loadable(args)
+    check_format(args)
 
 
 def check_training(args: argparse.Namespace) -> None:

@@ -24,9 +24,9 @@ from megatron.training import async_utils, get_args, get_signal_handler, trainin
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import exit_record, run_folder
-from yoco_megatron.resilience.arguments import SKIPPED
+from yoco_megatron.resilience.arguments import SKIPPED, skipped_iterations
 from yoco_megatron.resilience.exit_record import Outcome
-from yoco_megatron.resilience.guard import Guard
+from yoco_megatron.resilience.guard import Guard, GuardState
 from yoco_megatron.resilience.records import trained_steps
 from yoco_megatron.resilience.triggers import EXIT, SAVE, SIGNAL, Triggers
 from yoco_megatron.resilience.watchdog import SLOW, Watchdog
@@ -38,6 +38,7 @@ from yoco_megatron.upstream import (
 )
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.files import write_json
+from yoco_megatron.utils.small_files import read_json
 
 GUARD_STATE = "guard.json"
 FAILED = EXIT_CODE_FAILED_ON_RESULT_VALIDATION
@@ -120,7 +121,7 @@ class ManagedRun:
         checkpointing.go_back(back_to)  # first: killed in between, the run would make the bad steps again, and go back
         if dist.get_rank() == 0:
             path = self.folder / SKIPPED
-            known = json.loads(path.read_text()) if path.exists() else []
+            known = skipped_iterations(self.folder)
             write_json(path, sorted({*known, *range(back_to + 1, step + 1)}))
             print(f"guard: {reason}", flush=True)
 
@@ -182,7 +183,7 @@ def _keep_in_checkpoints(guard: Guard) -> None:
 
     def load(path: Path) -> None:
         if (path / GUARD_STATE).exists():
-            guard.load_state(json.loads((path / GUARD_STATE).read_text()))
+            guard.load_state(read_json(path / GUARD_STATE, GuardState))
 
     checkpointing.extra_files[GUARD_STATE] = lambda: json.dumps(guard.state())
     checkpointing.after_load.append(load)

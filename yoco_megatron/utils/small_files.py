@@ -67,23 +67,26 @@ def read_text(path: Path, limit: int = LIMIT, missing: Any = REQUIRED) -> Any:
         raise BadFile(f"{path} is not text: {error}") from None
 
 
-def read_json(path: Path, kind: Any = dict[str, Any], missing: Any = REQUIRED, limit: int = LIMIT) -> Any:
+def read_json(
+    path: Path, kind: Any = dict[str, Any], missing: Any = REQUIRED, fix: str = "", limit: int = LIMIT
+) -> Any:
     """The content of a JSON file.
 
     Args:
         kind: its type, as `mismatch` takes it.
         missing: what to return where there is no file.
+        fix: what to do where it cannot be read, to end the error with.
     Raises:
         BadFile: as `read_bytes`, and where it is not JSON or of another type.
         OSError: the file system fails.
     """
-    text = read_text(path, limit, missing)
-    if text is missing:
-        return missing
     try:
-        return parse_json(text, kind)
+        text = read_text(path, limit, missing)
+        return missing if text is missing else parse_json(text, kind)
+    except BadFile as error:
+        raise BadFile(f"{error}{fix and ': '}{fix}") from None
     except ValueError as error:
-        raise BadFile(f"{path} {error}") from None
+        raise BadFile(f"{path} {error}{fix and ': '}{fix}") from None
 
 
 def read_json_lines(path: Path, kind: Any = dict[str, Any]) -> list[Any]:
@@ -149,8 +152,8 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
     """What makes a JSON value no `kind`, or None if it is one.
 
     Args:
-        kind: Any, None, a class (an int is a float too, a bool is neither), list[X], dict[str, X], Literal, X | Y, or a
-            TypedDict, whose values may have further entries.
+        kind: Any, None, a class (an int is a float too, a bool is neither), list[X], tuple[X, Y] for a list of so
+            many, dict[str, X], Literal, X | Y, or a TypedDict, whose values may have further entries.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -168,10 +171,15 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
             return wrong_type or f"{where} has no {missing[0]!r}"
         types_of = get_type_hints(kind)
         return _first(mismatch(value[key], types_of[key], repr(key)) for key in value if key in types_of)
+    if origin is tuple:
+        wrong_type = mismatch(value, list, where)
+        if wrong_type or len(value) != len(parts):
+            return wrong_type or f"{where} has {len(value)} entries, not {len(parts)}"
+        return _first(mismatch(item, part, where) for item, part in zip(value, parts))
     expected = origin or (type(None) if kind is None else kind)
     fits = isinstance(value, (int, float) if expected is float else expected)
     if not fits or (isinstance(value, bool) and expected is not bool):
-        return f"{where} is {_short(value)}, no {expected.__name__}"
+        return f"{where} is {_short(value)}, not {expected.__name__}"
     if not parts:
         return None
     if expected is list:
