@@ -145,6 +145,8 @@ def test_end_is_of_its_own_attempt(tmp_path, monkeypatch):
     said(tmp_path, 0, monkeypatch, FINISHED)
     assert policy.end(tmp_path, 0).what == "done"
     assert policy.attempts(tmp_path)[-1]["attempt"] == 0
+    monkeypatch.delenv("YOCO_ATTEMPT")
+    assert policy.end(tmp_path, 0).what == "stop", "the newest, where a launcher does not say which"
 
 
 def test_finished_is_not_started_again_but_stopped_may(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from yoco_megatron.checkpoint.layout import path_of, tracked_iteration
-from yoco_megatron.resilience import run_folder, run_lock
+from yoco_megatron.resilience import run_lock
 from yoco_megatron.resilience.records import Kind, append_attempt, attempts, outcomes, trained_steps
 from yoco_megatron.utils.small_files import BadFile
 
@@ -94,8 +94,9 @@ def begin(folder: Path, max_restarts: int) -> tuple[Verdict, int]:
 def end(folder: Path, exit_code: int) -> Verdict:
     """What to do after this launcher's attempt (YOCO_ATTEMPT, or the newest), which exited so. Records its end."""
     lines = attempts(folder)
-    begun = [line["attempt"] for line in lines if line["event"] == "begin"]
-    number = int(run_folder.attempt()) if run_folder.attempt() in map(str, begun) else len(begun) - 1
+    begun = [str(line["attempt"]) for line in lines if line["event"] == "begin"]
+    mine = os.environ.get("YOCO_ATTEMPT")
+    number = int(mine) if mine in begun else len(begun) - 1
     hung = [path for path in sorted((folder / "stacks" / str(number)).glob("*.txt")) if path.stat().st_size]
     verdict, kind = decide(outcomes(folder, number), [str(path) for path in hung], exit_code)
     if kind == "diverged" and _diverged_before(lines, newest_trained_steps(folder)):

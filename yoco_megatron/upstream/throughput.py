@@ -32,11 +32,12 @@ class Rates:
         return self.flops_per_gpu / self.peak_per_gpu if self.peak_per_gpu else None
 
     def text(self) -> str:
-        """For the line of a step, in Megatron's style; four digits, however small."""
-        mfu = "" if self.mfu is None else f" MFU: {100 * self.mfu:.1f}% |"
+        """For the line of a step, in Megatron's style; some digits, however small."""
+        mfu = "" if self.mfu is None else f" MFU: {100 * self.mfu:.3G}% |"
+        tokens = self.tokens_per_second / self.gpus
         return (
             f"throughput per GPU (TFLOP/s/GPU): {self.flops_per_gpu / 1e12:.4G} |"
-            f" tokens/s/GPU: {self.tokens_per_second / self.gpus:.4G} |{mfu}"
+            f" tokens/s/GPU: {f'{tokens:,.0f}' if tokens >= 100 else f'{tokens:.3G}'} |{mfu}"
             f" time left: {timedelta(seconds=round(self.seconds_left))} |"
         )
 
