@@ -10,6 +10,10 @@ case ${1-} in
 esac
 cd "$(dirname "$0")/.."
 run=${1:-runs/blend}
+if [[ $run == *[!A-Za-z0-9_./\ -]* ]]; then # it becomes text of a YAML file
+    echo "blend.sh: error: $run: name a folder of letters, digits and _ . / - alone" >&2
+    exit 2
+fi
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$run"
 step() { printf '\n== %s\n' "$*"; }

@@ -17,17 +17,50 @@ from pathlib import Path
 from typing import Any
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts from --prompt, from --prompt-file (one a line), or standard input as one prompt."""
+def read_prompts(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """(what gave them, the prompts): --prompt, --prompt-file (one a line), or standard input as one prompt.
+
+    Raises:
+        ValueError: a file that cannot be read, bytes that are no text, no prompt at all.
+    """
     if options.prompt:
-        return options.prompt
-    if options.prompt_file is None:
-        return [sys.stdin.read()]
+        for prompt in options.prompt:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of the command line
+                raise ValueError(f"--prompt {prompt!a:.60} is no text: its bytes are not UTF-8")
+        return "--prompt", options.prompt
+    where = f"--prompt-file {options.prompt_file}" if options.prompt_file else "standard input"
     try:
-        lines = Path(options.prompt_file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt-file {options.prompt_file}: {error}") from None
-    return [line for line in lines if line]
+        content = Path(options.prompt_file).read_bytes() if options.prompt_file else sys.stdin.buffer.read()
+        text = content.decode()
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is no text: {error}") from None
+    prompts = [line for line in text.splitlines() if line] if options.prompt_file else [text]
+    if not any(prompts):
+        raise ValueError(f"{where} holds no prompt")
+    return where, prompts
+
+
+def new_tokens(asked: int | None, where: str, prompts: list[list[int]], length: int) -> int:
+    """How many tokens to generate.
+
+    Args:
+        asked: --max-new-tokens; None: 128, or what is left.
+        where: what gave the prompts.
+        length: of the longest sequence of the model, in tokens.
+    Raises:
+        ValueError: too many, or prompts that leave no room.
+    """
+    longest = max(map(len, prompts))
+    if longest >= length:
+        raise ValueError(f"{where} has {longest:,} tokens, but the model's sequences end at {length:,}: shorten it")
+    if asked is not None and asked > length - longest:
+        raise ValueError(
+            f"--max-new-tokens {asked}: at most {length - longest} fit, as the prompt has {longest} tokens and the "
+            f"model's sequences end at {length}"
+        )
+    return asked or min(128, length - longest)
 
 
 def main() -> None:
@@ -37,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to use instead of the model's own")
     parser.add_argument("--prompt", action="append", help="text to continue; several of them make a batch")
     parser.add_argument("--prompt-file", help="file of prompts, one a line")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 128, or what the model's length leaves")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,8 +79,9 @@ def main() -> None:
     if options.prompt and options.prompt_file:
         parser.error("--prompt and --prompt-file: use only one of them")
     for name in ("max_new_tokens", "prefill_piece"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     try:
         run(options)
     except ValueError as error:
@@ -67,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.inference.uncached import UncachedDecoder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    texts = read_prompts(options)
+    where, texts = read_prompts(options)
     baseline = is_baseline(options.load)
     model: Any  # Megatron's or transformers'
     with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
@@ -84,11 +118,13 @@ def run(options: argparse.Namespace) -> None:
         )
     sampling = replace(sampling, vocab_size=tokenizer_files.rows(tokenizer))
     prompts = [tokenizer_files.ids(tokenizer, text) for text in texts]
+    length = max_length if baseline else model.config.max_position_embeddings
+    most = new_tokens(options.max_new_tokens, where, prompts, length)
     if baseline:
         decoder: Decoder = UncachedDecoder(model, max_length)
     else:
-        decoder = decoder_for(model, prompts, options.max_new_tokens, options.prefill_piece)
-    steps = generate(decoder, prompts, options.max_new_tokens, sampling, end=tokenizer.eos_token_id)
+        decoder = decoder_for(model, prompts, most, options.prefill_piece)
+    steps = generate(decoder, prompts, most, sampling, end=tokenizer.eos_token_id)
     new: list[list[int]] = [[] for _ in prompts]
     shown = ""
     started = time.perf_counter()

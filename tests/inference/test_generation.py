@@ -78,6 +78,19 @@ def test_top_p_and_temperature():
     kept = probabilities[:2] / probabilities[:2].sum()  # 0.455 and 0.276 reach 0.7
     shares = torch.bincount(ids, minlength=4) / len(ids)
     assert torch.allclose(shares[:2], kept, atol=0.015) and shares[2:].sum() == 0
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}):
-        with pytest.raises(ValueError, match="--t"):
-            Sampling(**wrong)
+    ids = Sampling(temperature=0.001).draw(1e4 * logits, generator)
+    assert (ids == 4).all(), "the smallest temperature does not overflow"
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("temperature", (-1, float("nan"), float("inf"), 1e-300, 1e300)),
+        ("top_p", (0, 1.5, -0.1, float("nan"))),
+        ("seed", (-1, 2**63)),
+    ],
+)
+def test_numbers_that_sample_nothing_are_refused(flag, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value}".replace("+", r"\+")):
+            Sampling(**{flag: value})

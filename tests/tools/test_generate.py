@@ -1,6 +1,9 @@
 """The whole way of a user: train with a tokenizer, export, generate from either folder."""
 
+import importlib.util
+import io
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +90,9 @@ def test_an_output_that_cannot_be_is_one_error(output, folders):
     [
         (["--load", "nowhere", "--prompt", "a"], "--load nowhere: no such folder"),
         (["--prompt", ""], "no token"),
-        (["--prompt", "a", "--top-p", "2"], "--top-p 2.0"),
-        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be from 0.001"),
+        (["--prompt", "a\udcffb"], r"--prompt 'a\udcffb' is no text"),
+        (["--prompt", "a", "--max-new-tokens", "32"], "--max-new-tokens 32: at most 31 fit"),
     ],
 )
 def test_bad_input(flags, said, folders):
@@ -108,6 +112,43 @@ def test_bad_input(flags, said, folders):
 def test_bad_flags(flags, said):
     done = start("generate", "--load", "nowhere", *flags)
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+
+
+GENERATE = Path(__file__).parents[2] / "tools/generate.py"
+spec = importlib.util.spec_from_file_location("generate", GENERATE)
+generate_py = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate_py)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "No such file"), (b"a\xff", "is no text"), (b"", "no prompt"), (b"\n\n", "no prompt")]
+)
+def test_prompts_that_are_none(content, said, tmp_path, monkeypatch):
+    """In a file, and on standard input."""
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+        if content != b"\n\n":
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+            with pytest.raises(ValueError, match=f"standard input .*{said}"):
+                generate_py.read_prompts(Namespace(prompt=None, prompt_file=None))
+    with pytest.raises(ValueError, match=f"--prompt-file {path}.* {said}"):
+        generate_py.read_prompts(Namespace(prompt=None, prompt_file=str(path)))
+
+
+def test_text_ends_with_the_models_sequences():
+    prompts = [[1] * 5, [1] * 20]
+    assert generate_py.new_tokens(None, "--prompt", prompts, 4096) == 128
+    assert (
+        generate_py.new_tokens(None, "--prompt", prompts, 32)
+        == generate_py.new_tokens(12, "--prompt", prompts, 32)
+        == 12
+    )
+    for asked in (13, 10**18):
+        with pytest.raises(ValueError, match=f"--max-new-tokens {asked}: at most 12 fit"):
+            generate_py.new_tokens(asked, "--prompt", prompts, 32)
+    with pytest.raises(ValueError, match="--prompt-file x has 20 tokens, but the model's sequences end at 20"):
+        generate_py.new_tokens(None, "--prompt-file x", prompts, 20)
 
 
 def begin_texts(tokenizer: Path, token: str) -> None:

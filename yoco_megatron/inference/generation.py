@@ -29,8 +29,12 @@ class Sampling:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative; 0 takes the most likely token")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:  # NaN neither; beyond, logits overflow
+            raise ValueError(
+                f"--temperature {self.temperature} must be from 0.001 to 1000, or 0 for the most likely token"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} must be above 0 and at most 1")
 
