@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD
@@ -52,6 +52,14 @@ def test_texts_begin_as_they_should(single: str | None, start: Any, bpe_folder: 
 def test_a_start_that_the_tokenizer_lacks(bpe_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"\[99999\] \(data\.json\), which the tokenizer does not have"):
         tokenizer_files.load(bpe_folder, [99999])
+
+
+def test_a_tokenizer_in_python_keeps_its_ends(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    loaded = tokenizer_files.load(tmp_path, [])
+    assert template_ids(loaded) == ([], [1]) and tokenizer_files.ids(loaded, "ab") == [100, 101]
+    with pytest.raises(ValueError, match=r"\[0\] \(data\.json\), and ByT5Tokenizer always"):
+        tokenizer_files.load(tmp_path, [0])
 
 
 def test_rows_of_a_vocabulary_with_gaps(bpe_folder: Path, tmp_path: Path) -> None:

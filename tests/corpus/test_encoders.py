@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from megatron.training.config import TokenizerConfig
 from tokenizers import Tokenizer, normalizers, processors
+from transformers import ByT5Tokenizer
 
 from yoco_megatron.corpus import encoders
 from yoco_megatron.corpus.encoders import (
@@ -123,6 +124,18 @@ def test_other_libraries(tmp_path: Path) -> None:
     assert find_special(join([[1, 99], [5]]), special_tokens(null)) == {0: ["'the end of document' (99)"]}
     with pytest.raises(ValueError, match=r"--split-special-tokens: NullTokenizer reads ids"):
         choose_encoder(null, split_special_tokens=True)
+
+
+def test_a_tokenizer_in_python(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = built(tmp_path)
+    texts = ["größer", "", "a</s>b"]
+    encoder = choose_encoder(tokenizer)
+    ids = encoded(encoder.encode, texts)
+    assert [[*row, 1] for row in ids] == [tokenizer.tokenize(text) for text in texts]
+    assert (encoder.prefix, encoder.suffix) == ([], [1]) and 1 in ids[2]
+    split = encoded(choose_encoder(tokenizer, split_special_tokens=True).encode, texts)
+    assert split == [[byte + 3 for byte in text.encode()] for text in texts]
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

@@ -122,10 +122,10 @@ def test_another_tokenizer_is_refused_unless_it_is_named(
     assert now in caplog.text and was in caplog.text
 
 
-def test_there_may_be_none(run: Path, tmp_path: Path) -> None:
+def test_there_may_be_none(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(run / "tokenizer")
     (tmp_path / "bpe").rename(tmp_path / "elsewhere")
-    assert of_run(run) is None
+    assert of_run(run) is None and f"{tmp_path / 'bpe'}, the tokenizer of the run, is not there" in caplog.text
     assert of_run(run, given=str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
     with pytest.raises(ValueError, match=r"--tokenizer nowhere: no such folder"):
         of_run(run, given="nowhere")

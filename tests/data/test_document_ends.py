@@ -31,7 +31,8 @@ def dataset(prefix: Path, *documents: list[int]) -> str:
 
 def flags(*prefixes: str, mock: bool = False) -> Namespace:
     none = ("train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path")
-    more = {"split": None, "mock_data": mock, "tokenizer_model": "bpe"}
+    more = {"split": None, "mock_data": mock, "tokenizer_model": "bpe", "eod_mask_loss": False}
+    more["dataloader_inter_document_masking"] = False
     return Namespace(data_path=list(prefixes) or None, **dict.fromkeys(none) | more)
 
 
@@ -74,3 +75,16 @@ def test_another_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> N
     Path(f"{prefix}.json").write_text(json.dumps({"tokenizer": {"eod": 7}}))
     with pytest.raises(ValueError, match=r"--tokenizer-model bpe: .*id 0, that of .*a is 7 \(see .*a\.json\)"):
         check_document_end(flags(prefix), tokenizer)
+
+
+def test_a_loss_mask_needs_an_end_of_document(tokenizer: Any) -> None:
+    args, without = flags(mock=True), Namespace(eod=None)
+    check_document_end(args, without)
+    args.eod_mask_loss = True
+    check_document_end(args, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"--eod-mask-loss has no effect: --tokenizer-model bpe has no end of document"
+    ):
+        check_document_end(args, without)
+    args.dataloader_inter_document_masking = True
+    check_document_end(args, without)

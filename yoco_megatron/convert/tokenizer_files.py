@@ -53,6 +53,10 @@ def _set_start(tokenizer: Any, start: list[int]) -> None:
 
     end = template_ids(tokenizer)[1]
     names = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in (*start, *end)}
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"documents begin with the ids {start} (data.json), and {type(tokenizer).__name__} always adds others"
+        )
     if None in names.values():
         raise ValueError(f"documents begin with the ids {start} (data.json), which the tokenizer does not have")
     before, after = [names[id_] for id_ in start], [names[id_] for id_ in end]

@@ -92,6 +92,7 @@ def of_run(folder: Path, given: str | None = None) -> Path | None:
     carried, original = folder / FOLDER, Path(str(flags.get("tokenizer-model")))
     used = carried if carried.is_dir() else original
     if not used.is_dir():
+        logger.warning("%s, the tokenizer of the run, is not there: name a folder with --tokenizer", original)
         return None
     found = tokenizer_sha256(str(used))
     if expected is not None and found != expected:

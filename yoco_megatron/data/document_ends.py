@@ -43,12 +43,22 @@ def document_start(args: Namespace, tokenizer: Any) -> list[int] | None:
 
 
 def check_document_end(args: Namespace, tokenizer: Any) -> None:
-    """Raises ValueError for data whose report names another end of document than the tokenizer has now."""
+    """Compare the end of document that the tokenizer has now with that of the data.
+
+    Raises:
+        ValueError: data whose report names another one, or none in the tokenizer where --eod-mask-loss looks for it.
+    """
+    found = getattr(tokenizer, "eod", None)
+    if found is None and args.eod_mask_loss and not args.dataloader_inter_document_masking:
+        raise ValueError(
+            f"--eod-mask-loss has no effect: --tokenizer-model {args.tokenizer_model} has no end of document "
+            "(eos_token); name one in its tokenizer_config.json, or add --dataloader-inter-document-masking"
+        )
     for prefix in data_prefixes_from_args(args):
         end = read_report(prefix).get("tokenizer", {}).get("eod")
-        if end is not None and end != tokenizer.eod:
+        if end is not None and end != found:
             raise ValueError(
-                f"--tokenizer-model {args.tokenizer_model}: its end of document has the id {tokenizer.eod}, that of "
+                f"--tokenizer-model {args.tokenizer_model}: its end of document has the id {found}, that of "
                 f"{prefix} is {end} (see {prefix}.json): give the tokenizer as it was, its eos_token too"
             )
 
