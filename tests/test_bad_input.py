@@ -73,7 +73,12 @@ MISTAKES = {
     "not a number": (1, ["--hidden-size", "wide"], ["--hidden-size", "'wide'"]),
     "unknown config key": (1, ["--config", "hiden-size=32"], ["'hiden-size'", "did you mean hidden-size?"]),
     "missing config": (1, ["--config", "nowhere.yaml"], ["--config nowhere.yaml", "give the path"]),
-    "a check of Megatron's": (1, ["--min-lr", "1"], ["args.min_lr <= args.lr"]),
+    "a check of Megatron's": (
+        1,
+        ["--log-interval", "2", "--log-memory-interval", "3"],
+        ["--log-memory-interval 3, --log-interval 2: Megatron needs"],
+    ),
+    "a rate": (1, ["--min-lr", "1"], ["--min-lr 1.0 must be at most --lr 0.01"]),
     "backend": (1, ["--retention-backend", "abacus"], ["--retention-backend abacus", "choose one of auto"]),
     "no tokenizer model": (1, ["--tokenizer-type", "HuggingFaceTokenizer"], ["--tokenizer-model is missing"]),
     "no such tokenizer": (

@@ -46,12 +46,14 @@ def test_ten_steps_equal_one_process(mesh: str, one_process: Log) -> None:
     assert_same_losses(log, one_process)
 
 
-def test_batch_size_ramp_up() -> None:
+def test_batch_size_schedule() -> None:
     """The number of micro-batches changes during the run; the transport plans each call anew."""
-    ramp = ("--rampup-batch-size", "4", "4", "24", "--train-samples", "80", "--lr-warmup-samples", "8")
-    by_samples = [flag for flag in TINY if flag not in ("--train-iters", "20", "--lr-warmup-iters", "3")]
+    # Five steps of 4 sequences of 32 tokens, then of 8.
+    ramp = ("--step-batch-size-schedule", "0:4 640:8", "--train-samples", "60", "--lr-warmup-samples", "8")
+    without = {"--train-iters", "--lr-warmup-iters", "--global-batch-size"}
+    by_samples = [word for word, before in zip(TINY, ["", *TINY]) if not {word, before} & without]
     reference, log = train(1, *ramp, base=by_samples), train(2, *ramp, *PP2, base=by_samples)
-    assert len(reference.losses) > 8
+    assert len(reference.losses) == 10, "steps"
     assert_same_losses(log, reference)
 
 

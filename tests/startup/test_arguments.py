@@ -8,7 +8,7 @@ from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.startup import arguments
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
-MINIMAL = [*SIZES.split(), "--mock-data"]
+MINIMAL = [*SIZES.split(), "--mock-data", "--train-iters", "9", "--lr", "1e-3"]
 
 
 PIPELINE = ["--pipeline-model-parallel-size", "2", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]

@@ -11,7 +11,7 @@ from yoco_megatron.startup.load_run import parse_run
 from yoco_megatron.startup.parser import build_parser, parse_flags
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
-MINIMAL = [*SIZES.split(), "--mock-data"]
+MINIMAL = [*SIZES.split(), "--mock-data", "--train-iters", "9", "--lr", "1e-3"]
 
 
 def test_checks_change_nothing(tmp_path, monkeypatch):

@@ -102,12 +102,6 @@ def test_a_checkpoint_without_its_optimizer(tmp_path: Path) -> None:
     resume(tmp_path, "--no-load-optim")
 
 
-def test_one_schedule_is_chosen() -> None:
-    both = ["--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"]
-    with pytest.raises(ValueError, match="are both set: keep one"):
-        resume_schedule.check(arguments.parse([*RUN, *both]))
-
-
 def test_a_fresh_start_names_one_folder(tmp_path: Path) -> None:
     """However its path is written; another one must hold a checkpoint."""
     check_checkpoint_exists(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}/"]))

@@ -13,7 +13,6 @@ from yoco_megatron.utils.errors import require
 # What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
 NOT_IN_A_CUDA_GRAPH = {
     "dataloader_inter_document_masking": "the host reads where documents end",
-    "rampup_batch_size": "a graph has one number of micro-batches",
     "step_batch_size_schedule": "a graph has one number of micro-batches",
     "check_for_spiky_loss": "the host reads the loss",
     "timing_log_level": "Megatron's timers wait for the GPU",
@@ -165,14 +164,14 @@ def check_mesh(args: Namespace) -> None:
 def check_optimizer(args: Namespace) -> None:
     """Of every architecture."""
     require(
-        not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
-        "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
-        "remove it",
-    )
-    require(
         not (args.use_precision_aware_optimizer and args.fp8_param_gather),
         "--use-precision-aware-optimizer does not go with --fp8-param-gather: it keeps the bits that bf16 weights "
         "lack, and these are in FP8; use only one of them",
+    )
+    require(
+        not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
+        "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
+        "remove it",
     )
 
 

@@ -114,10 +114,8 @@ def prepare_cache(args: Namespace) -> dict[str, int]:
     if args.mock_data:
         raise ValueError("--mock-data needs no cache")
     check_flags(args)
-    if args.rampup_batch_size is not None and args.train_iters is None:
-        raise ValueError(
-            "--rampup-batch-size with --train-samples: the number of evaluations is known in training only"
-        )
+    if args.step_batch_size_schedule is not None:
+        raise ValueError("--step-batch-size-schedule: the number of evaluations is known in training only")
     # What Megatron fills in when training starts.
     args.train_iters = args.train_iters or train_samples(args) // args.global_batch_size
     args.eval_global_batch_size = args.eval_global_batch_size or args.global_batch_size

@@ -25,7 +25,7 @@ from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
 from yoco_megatron.resilience import run_lock, secrets
-from yoco_megatron.startup import checks, defaults, numbers, record
+from yoco_megatron.startup import agreement, checks, defaults, numbers, record
 from yoco_megatron.startup.megatrons_errors import as_value_errors
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 
@@ -78,6 +78,7 @@ def parse_for_job(argv: list[str], processes: int) -> tuple[Namespace, StagePlan
     return args, plan_stages(args, ModelShape.from_args(args)) if is_yoco else None
 
 
+@agreement.of_all_ranks()
 def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[Namespace, GPTModelConfig]:
     """Everything before training starts: parse, check, make and lock the folders that are written into, set Megatron's
     globals. `run_lock.release` unlocks them.
@@ -87,7 +88,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     Returns:
         (Megatron's validated arguments, what builds the model).
     Raises:
-        ValueError: a mistake in the command line or in the files it names.
+        ValueError: a mistake in the command line or in the files it names, found by any of the processes.
     """
     args = parse(argv)
     secrets.refuse((), args.resolved_config)

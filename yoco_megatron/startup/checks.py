@@ -13,7 +13,7 @@ from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
-from yoco_megatron.startup import data_flags, packages, resume_schedule
+from yoco_megatron.startup import data_flags, packages, resume_schedule, schedule
 from yoco_megatron.startup.parser import build_parser
 from yoco_megatron.utils.errors import require
 
@@ -76,7 +76,7 @@ def check_training(args: argparse.Namespace) -> None:
             schedule.
     """
     check_tokenizer_flags(args)
-    resume_schedule.check(args)
+    schedule.check(args)
     data_flags.check_enough(args)
     fingerprint.check_tokenizer(args)
     check_checkpoint_exists(args)

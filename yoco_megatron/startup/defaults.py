@@ -25,6 +25,8 @@ def fill_in_defaults(args: Namespace) -> None:
     if args.split is None and (args.data_path is not None or args.data_args_path is not None):
         args.split = DEFAULT_SPLIT  # Megatron has it for the first of them alone
     validation_sets.take_over(args)
+    if args.skip_train and not args.train_samples:
+        args.train_iters = args.train_iters or 1  # Megatron counts with it
     resolve_loss_chunk(args)
 
 

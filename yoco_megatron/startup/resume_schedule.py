@@ -1,7 +1,4 @@
-"""The length of a run and its learning rate: what Megatron finds wrong only when the model is built or loaded.
-
-A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py).
-"""
+"""A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py), which a resumed run goes on with."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -14,38 +11,13 @@ from yoco_megatron.checkpoint.common_state import common_state
 from yoco_megatron.utils.errors import require
 
 
-def check(args: Namespace) -> None:
-    """Raises ValueError for intervals, lengths and warm-ups that Megatron would only reject later."""
-    require(
-        not (args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler),
-        "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler are both set: keep one",
-    )
-    for dest in ("log_interval", "eval_interval"):
-        value = getattr(args, dest)
-        require(value is None or value >= 1, f"--{dest.replace('_', '-')} {value} must be at least 1")
-    require(
-        not (args.train_iters and args.train_samples),
-        "--train-iters and --train-samples are both set: keep one (--config ... train-iters=null unsets a recipe's)",
-    )
-    for unit in ("iters", "samples"):
-        warmup, run = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
-        decay = getattr(args, f"lr_decay_{unit}") or run
-        if run and args.lr_warmup_fraction is None and not args.skip_train:
-            require(
-                warmup < decay,
-                f"--lr-warmup-{unit} {warmup} must be below --lr-decay-{unit} {decay}, by default --train-{unit}",
-            )
-
-
 def check_resumable(args: Namespace) -> None:
-    """Compare the schedule of the flags with that of the checkpoint that --load will take.
-
-    On every rank, so that none waits for one that ended.
+    """Compare the schedule of the flags with that of the checkpoint that --load will take. On the first rank alone.
 
     Raises:
         ValueError: everything that differs and that Megatron would refuse, with both values; no schedule in it.
     """
-    if args.load is None or args.finetune or args.no_load_optim or args.skip_train:
+    if args.load is None or args.finetune or args.no_load_optim or args.skip_train or args.rank:
         return
     saved = _saved(args)
     if saved is None:

@@ -1,0 +1,55 @@
+"""A mistake that one process finds ends all, without a launcher that would."""
+
+import pytest
+from support.ports import free_port
+from support.worlds import spawn
+
+from yoco_megatron.resilience.exit_record import InUse
+from yoco_megatron.startup import agreement
+
+
+def _check(errors: dict[int, ValueError]) -> list[str]:
+    """What this process raises in three checks in a row, the second of which finds `errors`, by rank."""
+    import os
+
+    import torch
+
+    said = []
+    for found in ({}, errors, {}):
+        try:
+            with agreement.of_all_ranks():
+                if int(os.environ["RANK"]) in found:
+                    raise found[int(os.environ["RANK"])]
+            said.append("")
+        except ValueError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    torch.distributed.init_process_group("gloo")  # on the same port
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ({0: ValueError("--load is\nanother")}, "ValueError: --load is\nanother"),
+        ({2: ValueError("no such file")}, "ValueError: no such file"),
+        ({0: InUse("run"), 1: InUse("run"), 2: InUse("run")}, "InUse: run"),
+        ({0: InUse("run")}, "InUse: run"),
+    ],
+)
+def test_all_raise_what_one_found(errors, said):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    assert spawn(_check, 3, (errors,), env=meeting) == [["", said, ""]] * 3
+
+
+@pytest.mark.parametrize(
+    "world", [{}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}]
+)
+def test_where_there_is_nobody_to_ask(world, monkeypatch):
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="mine"), agreement.of_all_ranks():
+        raise ValueError("mine")
+    with agreement.of_all_ranks():
+        pass

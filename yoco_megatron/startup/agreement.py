@@ -1,0 +1,68 @@
+"""A mistake that one process finds before there are process groups ends all of them.
+
+The first one reads large files for all, and takes the run folder's lock; a machine may lack a file that others have.
+Under torchrun all processes end with one. Elsewhere the others would wait in the rendezvous until it times out.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+from yoco_megatron.resilience.exit_record import InUse
+
+TIMEOUT = timedelta(minutes=30)  # the first process may read for minutes
+_calls = itertools.count()
+_stores: list[TCPStore] = []  # the server ends with its store, and process groups will use the same one
+
+
+@contextlib.contextmanager
+def of_all_ranks() -> Iterator[None]:
+    """Inside are checks. A ValueError of any process is raised by all, at the end.
+
+    Nothing is done for a process that is alone, under torchrun, or where nothing says where the others are.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    is_known = {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys()
+    if world == 1 or not is_known or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        yield
+        return
+    rank = int(os.environ["RANK"])
+    try:
+        yield
+    except ValueError as error:
+        _first_error(rank, world, f"{type(error).__name__}\n{error}")
+        raise
+    found = _first_error(rank, world, "")
+    if found:
+        kind, text = found.split("\n", 1)
+        raise InUse(text) if kind == InUse.__name__ else ValueError(text)
+
+
+def _first_error(rank: int, world: int, own: str) -> str:
+    """Type and text of the first error of all ranks, in their order; empty where there is none."""
+    # As torch makes it for process groups, which share the server of this port.
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    _stores.append(store)
+    key = f"yoco_megatron/checks/{next(_calls)}"
+    others = range(1, world)
+    if rank:
+        store.set(f"{key}/{rank}", own)
+        found = store.get(f"{key}/found").decode()
+        store.set(f"{key}/read/{rank}", "")
+        return found
+    found = next(filter(None, [own, *(store.get(f"{key}/{other}").decode() for other in others)]), "")
+    store.set(f"{key}/found", found)
+    if found:  # the server must outlive what the others read
+        store.wait([f"{key}/read/{other}" for other in others])
+    return found
