@@ -84,6 +84,14 @@ def assert_same_run(log: Log, whole: Log) -> None:
     assert log.validation == whole.validation and len(log.validation) == 2
 
 
+def assert_same_checkpoint(found: dict, expected: dict) -> None:
+    ours, wanted = tensors(found), tensors(expected)
+    assert ours.keys() == wanted.keys() and any("exp_avg_sq" in key for key in ours)
+    different = [key for key, value in wanted.items() if not torch.equal(ours[key], value)]
+    different = [key for key in different if not key.endswith(DEVICE_STATES)]
+    assert not different, f"{len(different)} of {len(wanted)} tensors differ: {different[:5]}"
+
+
 def learning_rates(log: Log) -> dict[int, float]:
     return {int(step): float(rate) for step, rate in re.findall(r"iteration +(\d+)/.*?learning rate: (\S+) ", log.text)}
 
@@ -101,11 +109,7 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(name, undisturbed, tmp_path)
     assert whole.loss(WHOLE) < 0.7 * whole.loss(1), "it learns something"
     log = resume(*RUNS[name], folder, "--save", str(tmp_path), "--save-interval", str(WHOLE))
     assert_same_run(log, whole)
-    ours, wanted = tensors(checkpoint(tmp_path, WHOLE)), tensors(checkpoint(folder, WHOLE))
-    assert ours.keys() == wanted.keys() and any("exp_avg_sq" in key for key in ours)
-    different = [key for key, value in wanted.items() if not torch.equal(ours[key], value)]
-    different = [key for key in different if not key.endswith(DEVICE_STATES)]
-    assert not different, f"{len(different)} of {len(wanted)} tensors differ: {different[:5]}"
+    assert_same_checkpoint(checkpoint(tmp_path, WHOLE), checkpoint(folder, WHOLE))
 
 
 def test_without_its_optimizer_it_is_another_run(undisturbed):
@@ -141,14 +145,18 @@ def test_checkpoint_of_another_mesh(saved, processes, flags, undisturbed):
 
 
 def test_asynchronous_save(undisturbed, tmp_path):
-    """A run stopped by --exit-interval whose checkpoints are written in the background."""
-    whole, _ = undisturbed("fp32")
-    saving = ["--async-save", "--save", str(tmp_path), "--save-interval", str(HALF)]
-    first = train(1, *saving, "--exit-interval", str(HALF))
-    assert list(first.grad_norms) == list(range(1, HALF + 1))
-    assert first.losses == {step: loss for step, loss in whole.losses.items() if step <= HALF}
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(HALF)
-    second = train(1, *saving, "--load", str(tmp_path))
+    """Steps are made while a checkpoint is written, and it holds what was there before them."""
+    name = "bf16, distributed optimizer"
+    (_, flags), (whole, folder) = RUNS[name], undisturbed(name)
+    saving = [*flags, "--async-save", "--save", str(tmp_path), "--save-interval", str(HALF)]
+    first = train(1, *saving, "--exit-interval", str(HALF + 2))
+    assert first.losses == {step: loss for step, loss in whole.losses.items() if step <= HALF + 2}
+    said = ["scheduled an async checkpoint save at iteration      10", " iteration       11/", "successfully saved"]
+    places = [first.text.index(text) for text in said]
+    assert places == sorted(places), "the step after it did not wait"
+    assert_same_checkpoint(checkpoint(tmp_path, HALF), checkpoint(folder, HALF))
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(HALF + 2)
+    second = train(1, *saving, "--load", str(tmp_path), "--ckpt-step", str(HALF))
     assert_same_run(second, whole)
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(WHOLE)
 

@@ -5,6 +5,7 @@ Equal means equal as printed: an interrupted run computes what the undisturbed o
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import worlds
+from support import in_writer, worlds
 from support.cli import TINY, Log, _main, _script, parse, run_script, train
 from support.disks import make_read_only, own_mount
 from support.ports import free_port
@@ -92,27 +93,36 @@ def test_no_whole_checkpoint_is_the_users_to_decide(undisturbed, tmp_path):
     assert json.loads((run / "outcomes/0/0.json").read_text())["kind"] == "user_error"
 
 
-def _killed_at(place: str, flags: list[str]) -> None:
-    """Train, and die at a place of the save of step 10."""
+def _killed_at(place: str, flag: str, flags: list[str]) -> None:
+    """Train, and die at a place of the background save of step 10."""
     from yoco_megatron.upstream import checkpointing
+    from yoco_megatron.upstream.background_writer import BackgroundWriter
 
     def die(*_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def of_step_10(function):
-        return lambda path, *rest: die() if Path(path).name == "iter_0000010" else function(path, *rest)
+    write_manifest, schedule = integrity.write_manifest, BackgroundWriter.schedule_async_call
 
-    if place == "before the manifest":
-        checkpointing.integrity.write_manifest = of_step_10(integrity.write_manifest)
-    elif place == "before the tracker":
-        write_manifest = integrity.write_manifest
-
-        def write_and_die(path, *rest):
+    def manifest(path, *rest):
+        if place != "before the manifest" or path.name != "iter_0000010":
             write_manifest(path, *rest)
-            if Path(path).name == "iter_0000010":
-                die()
+        if path.name == "iter_0000010":
+            die()
 
-        checkpointing.integrity.write_manifest = write_and_die
+    def scheduled(self, request):
+        writes = {"half written": in_writer.write_half, "written": in_writer.write_all}
+        if "iter_0000010" not in request.async_fn_args[1][0][0]:
+            return schedule(self, request)
+        if place not in writes:
+            schedule(self, request)
+            return die() if place == "scheduled" else None
+        schedule(self, request._replace(async_fn=functools.partial(writes[place], request.async_fn, flag)))
+        while not Path(flag).exists():
+            time.sleep(0.01)
+        die()
+
+    checkpointing.integrity.write_manifest = manifest
+    BackgroundWriter.schedule_async_call = scheduled
     _main(flags)
 
 
@@ -126,35 +136,28 @@ def start(function, *arguments) -> multiprocessing.Process:
     return process
 
 
-@pytest.mark.parametrize("place", ["before the manifest", "before the tracker"])
-def test_killed_while_saving(place, undisturbed, tmp_path):
+@pytest.mark.parametrize("place", ["scheduled", "half written", "written", "before the manifest", "before the tracker"])
+def test_killed_while_saving_in_the_background(place, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = start(_killed_at, place, [*TINY, *SAVING, "--run-folder", str(run)])
+    flags = [*TINY, *SAVING, "--async-save", "--run-folder", str(run)]
+    process = start(_killed_at, place, str(tmp_path / "flag"), flags)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert checkpoints.tracked_iteration(run / "checkpoints") == 5
+    assert checkpoints.path_of(run / "checkpoints", 10).exists()
     resumed(run, 6, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_ms", [0, 5, 20, 60, 150])
-def test_killed_at_any_moment_of_a_save(after_ms, undisturbed, tmp_path):
-    """Killed some milliseconds after the folder of step 10 appeared: whatever there is then, the run goes on."""
-    run = tmp_path / "run"
-    process = start(_main, [*TINY, *SAVING, "--run-folder", str(run)])
-    target = checkpoints.path_of(run / "checkpoints", 10)
-    end = time.monotonic() + 120
-    while not target.exists():
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-    time.sleep(after_ms / 1000)
-    process.kill()
-    process.join()
-    saved = checkpoints.tracked_iteration(run / "checkpoints")
-    assert saved is None or saved in (5, 10, 15, 20)
-    first = (saved or 0) + 1
-    if first <= STEPS:
-        resumed(run, first, undisturbed)
+def test_killed_at_random_moments():
+    """Of a run that saves in the background; 50 of them: benchmarks/kill_minus_nine.py."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kill_minus_nine.py", "--kills", "3", "--steps", "40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "3 kills" in done.stdout, done.stdout + done.stderr
 
 
 def _killed_beside_its_writer(pid_file: str) -> None:
@@ -315,6 +318,29 @@ def test_divergence_rolls_back_and_leaves_the_batches_out(tmp_path):
     assert list(again.grad_norms) == list(range(14, STEPS + 1)), "batches 11 to 13 are not used"
     assert "guard: step" not in again.text
     assert policy.end(run, 0) == policy.Verdict("done", policy.attempts(run)[-1]["reason"])
+
+
+def test_rolling_back_is_final(tmp_path):
+    """What is being saved when the guard decides, and what an earlier attempt has saved, is never loaded again."""
+    run, nan = tmp_path / "run", float("nan")
+    saving = ["--async-save", "--save-interval", "4"]
+    for attempt, bad in ((0, (3, 4, 5)), (1, (6, 7, 8))):
+        log = guarded(run, dict.fromkeys(bad, nan), *saving, attempt=str(attempt))
+        assert f"3 bad steps in a row up to {bad[-1]}: back to 0, without its batches" in log.text
+        assert "loading distributed checkpoint" not in log.text
+        assert ("successfully saved checkpoint from iteration       4" in log.text) == (attempt == 0)
+    assert json.loads((run / "skipped_iterations.json").read_text()) == list(range(1, 9))
+    assert integrity.newest_good(run / "checkpoints") is None
+
+
+def test_going_back_by_hand_is_final(undisturbed, tmp_path):
+    """--ckpt-step 5, another way from there: a rollback then does not find checkpoints 10 and 15 of the old one."""
+    run = copy_of(undisturbed, tmp_path, 15)
+    bad = dict.fromkeys((16, 17, 18), float("nan"))
+    log = guarded(run, bad, "--ckpt-step", "5", "--save-interval", "7", attempt="1")
+    assert "back to 14, without its batches" in log.text and checkpoints.iterations(run / "checkpoints") == [14, 7, 5]
+    code, text = run_script(1, *TINY, *SAVING, "--run-folder", str(run), "--ckpt-step", "15")[0]
+    assert code == 2 and "--ckpt-step 15" in text and "see abandoned there" in text
 
 
 def test_transient_fault_excludes_its_node(undisturbed, tmp_path):

@@ -5,13 +5,14 @@ It has neither a GPU nor more of Megatron than it needs, and lives as long as it
 
 import argparse
 import os
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+from yoco_megatron.utils.child_process import follow_parent
 
-from yoco_megatron.runtime.child_process import follow_parent
-from yoco_megatron.runtime.host_buffer import HostBuffer
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from yoco_megatron.runtime.host_buffer import HostBuffer
 
 
 class _Results:
@@ -24,8 +25,8 @@ class _Results:
         self.found.append(one)
 
 
-def serve(connection: Connection, buffer: HostBuffer) -> None:
-    """Run what the trainer puts into the buffer, one after another, until it says None or ends.
+def serve(connection: "Connection", buffer: "HostBuffer") -> None:
+    """Run what the trainer puts into the buffer, one after another, until it says None.
 
     An exception ends this process; the trainer sees that, and its save fails.
     """
@@ -38,16 +39,22 @@ def serve(connection: Connection, buffer: HostBuffer) -> None:
 
 
 def main() -> None:
-    follow_parent()
     parser = argparse.ArgumentParser()
-    for name in ("connection", "buffer", "cpu_priority", "io_priority"):
+    for name in ("trainer", "connection", "buffer", "cpu_priority", "io_priority"):
         parser.add_argument(name, type=int)
     options = parser.parse_args()
+    follow_parent(options.trainer)  # before all that takes time
     os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), options.cpu_priority))
-    if options.io_priority >= 0:
-        psutil.Process().ionice(options.io_priority)
+
+    from multiprocessing.connection import Connection
+
+    import psutil
+
+    from yoco_megatron.runtime.host_buffer import HostBuffer
     from yoco_megatron.startup.prepare import prepare
 
+    if options.io_priority >= 0:
+        psutil.Process().ionice(options.io_priority)
     prepare()  # what it will be given names functions of Megatron
     serve(Connection(options.connection), HostBuffer(options.buffer))
 

@@ -42,7 +42,7 @@ class _Process:
         self.buffer = HostBuffer()
         self.connection, theirs = Pipe()
         descriptors = theirs.fileno(), self.buffer.descriptor
-        numbers = (*descriptors, cpu_priority, -1 if io_priority is None else io_priority)
+        numbers = (os.getpid(), *descriptors, cpu_priority, -1 if io_priority is None else io_priority)
         root = str(Path(yoco_megatron.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINER)  # which the child inherits
