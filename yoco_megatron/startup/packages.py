@@ -23,6 +23,7 @@ def needed(args: Namespace) -> dict[str, tuple[str, str]]:
         "--log-device-memory-used": (args.log_device_memory_used and runtime.has_gpu(), ("pynvml", "nvidia-ml-py")),
         "--log-energy": (args.log_energy, ("pynvml", "nvidia-ml-py")),
         "--non-persistent-ckpt-type local": (args.non_persistent_ckpt_type == "local", resiliency),
+        "--async-strategy nvrx": (args.async_save and args.async_strategy == "nvrx", resiliency),
         "--enable-ft-package": (args.enable_ft_package, resiliency),
         "--inprocess-restart": (args.inprocess_restart, resiliency),
     }
