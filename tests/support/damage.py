@@ -12,6 +12,7 @@ reading that takes longer than SECONDS, and memory that grows by more than MEMOR
 
 import contextlib
 import json
+import logging
 import os
 import random
 import resource
@@ -98,7 +99,8 @@ def _read(form: Format, path: Path, whole: Any, what: str) -> bool:
         assert result == whole or form.valid(result), f"{where}: taken without a word: {str(result)[:300]}"
         return False
     ours = type(error) is ValueError or (isinstance(error, ValueError) and "yoco" in type(error).__module__)
-    assert ours, f"{where}: {type(error).__name__}: {error}"
+    if not ours:
+        raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
     assert not form.named or path.name in str(error), f"{where}: no file named: {error}"
     return True
 
@@ -108,6 +110,7 @@ def _in_time() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise TimeoutError(f"takes longer than {SECONDS} s")
 
+    logging.disable()
     previous = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -115,6 +118,7 @@ def _in_time() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        logging.disable(logging.NOTSET)
 
 
 # -- what may stand in a file's place

@@ -292,6 +292,13 @@ def _other_than_metadata(metadata: Any) -> str | None:
     return None
 
 
+def check_regular(checkpoint: Path) -> None:
+    """Raises BadFile unless the files that torch opens are files: it would wait for a pipe, and never end a device."""
+    for path in (checkpoint / ".metadata", *checkpoint.glob("*.distcp"), *checkpoint.glob("*.pt")):
+        if not path.is_file():
+            raise BadFile(f"{path} is missing, or no regular file: copy the checkpoint again")
+
+
 def check_installed() -> None:
     """RuntimeError where loading a checkpoint could run code from it: call before anything loads one."""
     if filesystem.pickle.load is not load_metadata:

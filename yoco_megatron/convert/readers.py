@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from yoco_megatron.checkpoint import safe_unpickling
@@ -155,6 +155,7 @@ class TrainingTensors:
 
     def __init__(self, folder: Path) -> None:
         safe_unpickling.check_installed()
+        safe_unpickling.check_regular(folder)
         self.folder = folder
         self.reader = _Reader(folder)
         self.metadata = self.reader.metadata
@@ -162,7 +163,7 @@ class TrainingTensors:
             file = folder / info.relative_path
             _require(file.exists(), f"{file} is missing: copy the checkpoint again")
             whole = file.stat().st_size >= info.offset + info.length
-            _require(whole, f"{file} is cut short: copy the checkpoint again")
+            _require(whole, f"{file} is shorter than .metadata says: copy the checkpoint again")
 
     def found(self) -> Found:
         """The model's tensors: no optimizer, no random states."""
@@ -186,7 +187,10 @@ class TrainingTensors:
         state = {name: into}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is")
-            dcp.load(state, storage_reader=self.reader, no_dist=True)
+            try:
+                dcp.load(state, storage_reader=self.reader, no_dist=True)
+            except CheckpointException as error:  # no Exception
+                raise BadFile(f"{self.folder}: {name} is damaged: copy the checkpoint again") from error
         return state[name]
 
 
