@@ -158,6 +158,11 @@ def test_options_of_another_mixer(tiny, parser):
         (["--self-decoder-window", "3"], ["--self-decoder-window has no effect with --self-decoder gated_retention"]),
         (["--offload-modules", "core_attn"], ["--offload-modules is refused on ", "use --recompute-granularity"]),
         (["--recompute-activations", "--recompute-modules", "mlp", "moe"], ["--recompute-modules moe: "]),
+        (
+            ["--validation-set-names", "a", "b"],
+            ["--validation-set-names has no effect without --multiple-validation-sets"],
+        ),
+        (["--dataloader-type", "external"], ["--dataloader-type external: ", "use single or cyclic"]),
         (["--optimizer", "sgd", "--adam-beta1", "0.5"], ["--adam-beta1 has no effect without --optimizer adam"]),
     ],
 )

@@ -48,11 +48,11 @@ MISTAKES = {
         ["seq-length 66", "2 x --context-parallel-size 2 = 4"],
     ),
     "context parallel baseline in torch": (
-        {"context-parallel-size": 2, "architecture": "transformer"},
+        BASELINE | {"context-parallel-size": 2},
         ["context-parallel-size 2", "architecture transformer", "transformer-impl transformer_engine"],
     ),
     "document masks of the baseline": (
-        {"dataloader-inter-document-masking": True, "architecture": "transformer"},
+        BASELINE | {"dataloader-inter-document-masking": True},
         ["dataloader-inter-document-masking", "architecture transformer"],
     ),
     "global batch": ({"global-batch-size": 15}, ["global-batch-size 15", "micro-batch-size 2 x 2 data-parallel"]),
@@ -79,7 +79,7 @@ MISTAKES = {
         ["num-query-groups 1", "tensor-model-parallel-size 2"],
     ),
     "self-decoder heads against tensor parallelism": (
-        {**RETENTION, "self-decoder-heads": 1, "self-decoder-query-groups": 1},
+        {**RETENTION, "self-decoder-heads": 1},
         ["self-decoder-heads 1", "tensor-model-parallel-size 2"],
     ),
     "sequence against tensor parallelism": ({"seq-length": 63}, ["seq-length 63", "sequence-parallel"]),
@@ -116,7 +116,7 @@ MISTAKES = {
         ["loss-chunk-size", "cross-entropy-loss-fusion"],
     ),
     "window -1": ({"self-decoder-window": -1}, ["self-decoder-window -1"]),
-    "temperature 0": ({"decay-temperature": 0}, ["decay-temperature 0"]),
+    "temperature 0": (RETENTION | {"decay-temperature": 0}, ["decay-temperature 0"]),
     "chunk 0": ({"retention-chunk-size": 0}, ["retention-chunk-size"]),
     "no sequence": ({"seq-length": 0}, ["seq-length 0"]),
     "batch of nothing": ({"micro-batch-size": 0}, ["micro-batch-size 0"]),

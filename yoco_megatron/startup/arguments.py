@@ -49,11 +49,10 @@ def parse(argv: list[str], processes: int | None = None, reading: bool = False) 
     resilience.check(args)
     resilience.fill_in(args)
     if not reading:
+        checks.check_effects(args, parser)
         validation_sets.check(args)
     defaults.fill_in_defaults(args)
     checks.check_flags(args, parser)
-    if not reading:
-        checks.check_effects(args, parser)
     defaults.choose_pipeline_layout(args)
     checks.check_files(args)
     return args

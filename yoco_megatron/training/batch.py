@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None = None
+    data_iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int, vp_stage: int | None = None
 ) -> dict[str, Tensor | None]:
     """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None if this stage does not need them).
 
-    s is the number of tokens of this context-parallel rank. With --dataloader-inter-document-masking also document_ids
-    int32 [b, whole sequence], which every stage and rank needs (else None).
+    b is `micro_batch_size`, which may be another one in evaluation; s is the number of tokens of this context-parallel
+    rank. With --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which every stage and
+    rank needs (else None).
     """
     args = get_args()
     documents = args.dataloader_inter_document_masking
@@ -39,7 +40,7 @@ def get_batch(
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -71,10 +71,11 @@ def forward_step(
     Returns:
         (losses fp32 [b, s], or the boundary tensor before the last stage; the function that reduces losses).
     """
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
+    micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     timers("batch-generator", log_level=2).start()
     with straggler(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        batch = get_batch(data_iterator, micro_batch_size, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
         documents = {"document_ids": batch["document_ids"]} if batch["document_ids"] is not None else {}
