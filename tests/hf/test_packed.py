@@ -162,3 +162,15 @@ def test_retention_under_autocast_is_fp32():
         patch.setattr(modeling_yoco, "retention", watched)
         model(torch.arange(20)[None])
     assert seen == [False]
+
+
+def test_kernels_take_the_documents():
+    """The trainer's op, as a GPU runs it, computes what the exported model's own code computes."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, 3, 300, 16, generator=generator) for _ in range(3))
+    decay, state = -torch.rand(2, 3, 300, generator=generator) / 16, torch.randn(2, 3, 16, 16, generator=generator)
+    documents = modeling_yoco.documents_of(packed()[1], 2, 300, None, None)
+    for one in (documents, documents[:1].expand(2, -1), None):
+        found = modeling_yoco.retention_by_kernel(q, k, v, decay, state, one)
+        for ours, theirs in zip(retention(q, k, v, decay, state, one), found):
+            assert relative_error(ours, theirs) < CLOSE
