@@ -33,6 +33,7 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 source "$here/launch/lib/follow.sh"
 policy() { "$python" -m yoco_megatron.resilience.policy "$@"; }
 
+rm -f "$run/triggers/exit" # of a Ctrl-C that came after the run had ended
 while true; do
     verdict=$(policy begin "$run" --max-restarts "$max_restarts") || exit 2
     echo "local.sh: $verdict"

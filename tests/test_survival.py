@@ -371,6 +371,18 @@ def test_divergence_blames_no_node(tmp_path):
     assert checkpoints.iterations(run / "checkpoints") == []
 
 
+def test_nan_in_the_first_step_is_not_saved(tmp_path):
+    """Megatron checks nothing in an attempt's first step."""
+    run = tmp_path / "run"
+    words = [*TINY, "--save-interval", "1", "--num-workers", "0", "--run-folder", str(run)]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with pytest.raises(AssertionError, match="17"):
+        worlds.spawn(_with_bad_steps, 1, ({1: float("nan")}, words, -1), env=rendezvous)
+    said = json.loads((run / "outcomes/0/0.json").read_text())
+    assert (said["kind"], said["reason"]) == ("diverged", "diverged in step 1: gradient norm nan")
+    assert checkpoints.iterations(run / "checkpoints") == []
+
+
 def test_run_that_trained_nothing_is_not_done(tmp_path):
     run = tmp_path / "run"
     policy.begin(run, 3)

@@ -1,4 +1,5 @@
-"""Runs that survive faults: run folder, exit records and policy, preflight, divergence guard, hang watchdog, triggers.
+"""Runs that survive faults: run folder and lock, exit records and policy, preflight, guard, hang watchdog, triggers.
 
-`run_folder`, `exit_record` and `policy` are plain Python, so that launchers can use them on a login node.
+`run_folder`, `run_lock`, `exit_record`, `records` and `policy` are plain Python, so that launchers can use them on a
+login node.
 """

@@ -1,6 +1,7 @@
 """The run folder: everything that a run writes, and the records needed to repeat it.
 
 RUN/checkpoints, tensorboard   Megatron's
+RUN/checkpoints/run.lock       which run is at work here (see `run_lock`)
 RUN/records/ATTEMPT/           command, resolved config, git commit and diff, packages, environment without secrets
 RUN/logs/ATTEMPT/              one log per process
 RUN/attempts.jsonl             one line when an attempt starts and one when it ends (see `policy`)
