@@ -105,7 +105,10 @@ def test_standard_library_is_python_without_installed_packages() -> None:
         (b'{"text": "caf\xe9"}', "not a line of JSON"),
         (b'["text"]', "must be an object .* not list"),
         (b'{"body": "x"}', r"no text under the key 'text' \(keys: body\); see --json-keys"),
-        (b'{"text": 3}', "no text under the key"),
+        (b'{"text": 3}', "value under the key 'text' is of the type int, not text"),
+        (b'{"text": null}', "value under the key 'text' is null, not text"),
+        (b'{"text": "\x00"}', "not a line of JSON"),
+        ('{"text": "x"}'.encode("utf-16-be"), "not a line of JSON"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
     ],
 )

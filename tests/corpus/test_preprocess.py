@@ -24,7 +24,7 @@ from yoco_megatron.corpus import readers
 from yoco_megatron.corpus.preprocess import preprocess
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD, train_tokenizer
-from yoco_megatron.data.tokenizer import build_tokenizer
+from yoco_megatron.data.tokenizer import build_tokenizer, id_limit
 
 TEXTS = [f"document {n}: " + "words and größer words " * (n % 11) for n in range(57)]
 
@@ -135,6 +135,35 @@ def test_text_that_spells_a_special_token_is_listed(tokenizer: Any, tmp_path: Pa
     assert report.documents_with_special_tokens == 0
     found = documents(tmp_path / "split_text_document")[1]
     assert not {0, 1} & set(found) and tokenizer.detokenize(found) == texts[2]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(255, np.uint16), (65_499, np.uint16), (70_000, np.int32)])
+def test_ids_that_the_vocabulary_lacks(tmp_path: Path, vocab_size: int, dtype: type[np.integer]) -> None:
+    """Bad for one key is bad for all; what is no id at all is bad, too."""
+    null = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size))
+    last = vocab_size - 1
+    texts = ["1 2", f"1 {last} 2", f"1 {last + 1} 2", "5 -1", "one two", "9" * 30, "1 70001", ""]
+    path = tmp_path / "f.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "other": "7 8"}) + "\n" for text in texts))
+    reports = run([path], tmp_path / "out", null, append_eod=False, keys=["text", "other"])
+    assert documents(tmp_path / "out_text_document") == [[1, 2], [1, last, 2]]
+    assert documents(tmp_path / "out_other_document") == [[7, 8]] * 3  # an empty text takes no other with it
+    assert IndexedDataset(str(tmp_path / "out_text_document")).index.dtype == dtype
+    assert (reports["text"].max_id, reports["other"].max_id, reports["text"].bad_lines) == (last, 8, 5)
+    lines = Path(reports["text"].problems).read_text().splitlines()
+    listed = {entry["place"]: entry["reason"] for entry in map(json.loads, lines) if entry["kind"] != "kept"}
+    assert [int(place.rpartition(":")[2]) for place in listed] == [3, 4, 5, 6, 7, 8]
+    assert f"'text' gives the token id {last + 1}, and those of the vocabulary end at {last}" in listed[f"{path}:3"]
+    assert "cannot be encoded (invalid literal" in listed[f"{path}:5"]
+
+
+def test_the_largest_id_decides_where_ids_have_gaps(tokenizer: Any) -> None:
+    class Gapped:
+        vocab_size, eod = 300, 0
+        _tokenizer = type("", (), {"tokenizer": type("", (), {"get_vocab": lambda self: {"a": 0, "b": 70_000}})()})
+
+    assert id_limit(Gapped()) == 70_001
+    assert id_limit(tokenizer) == tokenizer.vocab_size
 
 
 def test_empty_texts_are_counted_and_are_no_documents(tokenizer: Any, tmp_path: Path) -> None:
@@ -294,7 +323,9 @@ def test_files_are_those_of_megatrons_builder(tokenizer: Any, tmp_path: Path, mo
         for suffix, about in report.files.items():
             ours = (tmp_path / f"out_text_document.{suffix}").read_bytes()
             assert ours == (tmp_path / f"megatron.{suffix}").read_bytes()
-            assert about == {"bytes": len(ours), "sha256": hashlib.sha256(ours).hexdigest()}
+            digest = hashlib.sha256(ours).hexdigest()  # a small file is its own sample
+            sampled = {"sampled_sha256": digest} if suffix == "bin" else {}
+            assert about == {"bytes": len(ours), "sha256": digest} | sampled
 
 
 def test_every_odd_record_is_counted_and_listed(tokenizer: Any, tmp_path: Path) -> None:

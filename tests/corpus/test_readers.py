@@ -73,6 +73,49 @@ def test_all_formats_from_every_place(corpus: list[Path], monkeypatch: pytest.Mo
             assert read(corpus, ["text"], batch.end)[1] == places[seen:]
 
 
+ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lines_in_utf_16_are_refused_with_the_fix(tmp_path: Path, encoding: str, suffix: str) -> None:
+    path = tmp_path / f"f.jsonl{suffix}"
+    path.write_bytes(COMPRESSORS[suffix]('\n{"text": "漢字 и Привет"}\n'.encode(encoding)))
+    with pytest.raises(ValueError, match=rf"--input {path}: it is UTF-(16|32).* text, .*: iconv -f UTF-"):
+        list(read_batches([path], ["text"]))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_texts_in_utf_16_are_bad(tmp_path: Path, encoding: str) -> None:
+    """Not learned with a NUL beside each character: most of them are valid UTF-8."""
+    texts = [f"a plain text {n}" * 9 for n in range(2)] + ["größer als größer", "Привет, мир", "{}"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode(encoding)))
+    table = parquet(tmp_path / "9.parquet", {"text": [text.encode(encoding) for text in texts]})
+    good, _, bad, _ = read([*sorted(tmp_path.glob("*.gz")), table], ["text"])
+    assert good == [] and len(bad) == 2 * len(texts)
+    assert all(f"UTF-{encoding[4:6]}" in reason and "iconv" in reason for _, reason in bad)
+
+
+def test_what_is_no_utf_16(tmp_path: Path) -> None:
+    texts = [
+        "",
+        "a",
+        "x\0",
+        "a\0b",
+        "\0" * 99,
+        "a\tb\tc\n" * 50,
+        "tail" * 1000 + "\0a" * 1000,
+        "漢字" * 2000,
+        "\ufeffmark",
+    ]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, newline="")
+    (tmp_path / "9.jsonl").write_text('\ufeff{"text": "mark"}\n')
+    good, _, bad, _ = read(sorted(tmp_path.iterdir()), ["text"])
+    assert [row[0] for row in good] == [*texts[:-1], "mark", "mark"] and bad == []
+
+
 def test_bad_records_are_listed_with_their_place(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     records = [

@@ -104,6 +104,37 @@ def test_all_damaged_datasets_are_listed(prefix: str, tmp_path: Path) -> None:
     assert "empty.idx holds no documents" in message
 
 
+def test_the_report_of_other_data_is_refused(prefix: str, tmp_path: Path) -> None:
+    """An .idx or .bin that was copied over the old one, without its report."""
+    from yoco_megatron.corpus.preprocess import describe_files
+
+    binary, index = (Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx"))
+    report = {"files": describe_files(binary, index)}
+    Path(f"{prefix}.json").write_text(json.dumps(report))
+    check_data_prefixes([prefix])
+    content = bytearray(binary.read_bytes())
+    content[4] ^= 1
+    binary.write_bytes(content)
+    assert f"{prefix}.json describes another {prefix}.bin" in problem(prefix)
+    write(Path(prefix), [DOCUMENTS[1], DOCUMENTS[0], *DOCUMENTS[2:]])
+    assert f"{prefix}.json describes another {prefix}.idx" in problem(prefix)
+    Path(f"{prefix}.json").unlink()
+    check_data_prefixes([prefix])
+
+
+def test_other_ranks_read_headers_and_sizes_alone(prefix: str) -> None:
+    check_data_prefixes([prefix], inside=False)
+    path = Path(f"{prefix}.idx")
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1  # the length of document 1
+    path.write_bytes(content)
+    check_data_prefixes([prefix], inside=False)
+    assert "begins at byte" in problem(prefix)
+    Path(f"{prefix}.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="is shorter than"):
+        check_data_prefixes([prefix], inside=False)
+
+
 def test_terabytes_are_checked_without_reading_them(tmp_path: Path) -> None:
     """Three hundred sequences of 2^31 - 1 tokens: 2.6 TB, as sparse files."""
     sequences, length, size = 300, 2**31 - 1, 4

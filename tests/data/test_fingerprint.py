@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.training.config import TokenizerConfig
 
 from yoco_megatron.data import fingerprint
 
@@ -71,7 +72,7 @@ def test_changed_weights_order_and_documents_are_named(run: Namespace, tmp_path:
             fingerprint.check_resumable(run)
     run.data_path = paths
     dataset(tmp_path / "b", [6, 5])  # as many tokens and documents
-    with pytest.raises(ValueError, match=r"other data: b was .*idx_head_sha256"):
+    with pytest.raises(ValueError, match=r"other data: b was .*idx_sha256"):
         fingerprint.check_resumable(run)
 
 
@@ -105,6 +106,59 @@ def test_words_that_a_model_would_not_have(tmp_path: Path) -> None:
     args.vocab_size = 256
     with pytest.raises(ValueError, match=r"--vocab-size 256 is too small for .*a, whose tokenizer has 300 "):
         fingerprint.check_tokenizer(args)
+
+
+@pytest.mark.parametrize(("recorded", "refused"), [(None, 299), (400, 400), (299, 299)])
+def test_ids_that_the_vocabulary_lacks(tmp_path: Path, recorded: int | None, refused: int) -> None:
+    """Those of the data, or the largest that preprocessing recorded, which a sample may miss; at any mesh."""
+    path = dataset(tmp_path / "a", [3, 300])
+    if recorded is not None:
+        Path(f"{path}.json").write_text(json.dumps({"max_id": recorded}))
+    flags = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=refused + 1)
+    args = arguments(**vars(flags) | {"data_path": [path]})
+    fingerprint.check_ids(args)
+    args.vocab_size = refused
+    with pytest.raises(ValueError, match=rf"--data-path .*a holds the token id {refused}, .* end at {refused - 1}"):
+        fingerprint.check_ids(args)
+    args.rank = 1
+    fingerprint.check_ids(args)  # rank 0 has ended
+
+
+def test_datasets_of_one_name_are_kept_apart(run: Namespace, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("de", "en")]
+    for folder, lengths in zip(folders, ([3, 4], [5, 6])):
+        folder.mkdir()
+        dataset(folder / "text", lengths)
+    run.data_path = ["0.3", str(folders[0] / "text"), "0.7", str(folders[1] / "text")]
+    fingerprint.save(run, run.load)
+    fingerprint.check_resumable(run)
+    dataset(folders[0] / "text", [4, 3])
+    with pytest.raises(ValueError, match=r"other data: text was "):
+        fingerprint.check_resumable(run)
+    dataset(folders[0] / "text", [3, 4])
+    run.data_path = ["0.3", str(folders[1] / "text"), "0.7", str(folders[0] / "text")]
+    with pytest.raises(ValueError, match=r"other data: text was .*; text#2 was "):
+        fingerprint.check_resumable(run)
+
+
+def test_other_tokens_of_the_same_lengths_are_changed_data(run: Namespace, tmp_path: Path) -> None:
+    content = bytearray((tmp_path / "a.bin").read_bytes())
+    content[2] ^= 1
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"other data: a was .*bin_sampled_sha256"):
+        fingerprint.check_resumable(run)
+
+
+def test_data_of_an_older_version_are_compared_by_what_it_saved(run: Namespace, tmp_path: Path) -> None:
+    path = Path(run.load) / fingerprint.FILE_NAME
+    saved = json.loads(path.read_text())
+    saved["a"] = {"bin": saved["a"]["bin"], "idx": saved["a"]["idx"], "idx_head_sha256": "0"}
+    path.write_text(json.dumps(saved))
+    fingerprint.check_resumable(run)
+    saved["a"]["idx"] += 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"other data: a was"):
+        fingerprint.check_resumable(run)
 
 
 def test_before_the_first_checkpoint_data_may_change(run: Namespace) -> None:

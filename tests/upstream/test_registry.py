@@ -22,6 +22,7 @@ from yoco_megatron import runtime
 from yoco_megatron.upstream import (  # noqa: F401
     background_writer,
     core_fixes,
+    index_caches,
     optimizer_state,
     registry,
     relied_on,

@@ -46,6 +46,10 @@ class Ids:
         return self.ids[end - int(self.lengths[index]) : end]
 
 
+class TextError(ValueError):
+    """A text that the tokenizer cannot encode, such as a word for NullTokenizer, which reads numbers."""
+
+
 Encoder = Callable[[list[bytes]], Ids]
 
 
@@ -221,7 +225,14 @@ def library_encoder(tokenizer: Any, split_special_tokens: bool = False) -> tuple
         return _sentencepiece(wrapper, split_special_tokens)
     if split_special_tokens:
         raise ValueError(f"--split-special-tokens: {type(wrapper).__name__} reads ids, not text: remove the flag")
-    return "one by one", lambda texts: join([list(tokenizer.tokenize(text.decode())) for text in texts])
+    return "one by one", lambda texts: join([_encode_one(tokenizer, text) for text in texts])
+
+
+def _encode_one(tokenizer: Any, text: bytes) -> np.ndarray:
+    try:
+        return np.array(tokenizer.tokenize(text.decode()) if text else [], np.int64)
+    except (ValueError, OverflowError) as error:
+        raise TextError(f"cannot be encoded ({error})") from None
 
 
 def _sentencepiece(wrapper: Any, split_special_tokens: bool) -> tuple[str, Encoder]:

@@ -4,6 +4,7 @@ Megatron's `--split 95,4,1` cuts an indexed dataset by position. In the order of
 whatever sorts last (all of one package, one author, one year); after a shuffle by a fixed seed it is a fair sample.
 """
 
+import codecs
 import json
 import random
 import sysconfig
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from yoco_megatron.corpus.text_encoding import foreign_encoding
 
 # Installed packages are not the standard library, and Debian calls their folder dist-packages.
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -75,6 +78,9 @@ def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> Gat
                 except UnicodeDecodeError:
                     not_utf8 += 1
                     continue
+                if foreign_encoding(raw):  # as ASCII characters in UTF-16, which are valid UTF-8
+                    not_utf8 += 1
+                    continue
                 if not text.strip():
                     empty += 1
                     continue
@@ -106,13 +112,17 @@ def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
         ValueError: what is wrong with the line, beginning with `where` ("file:line").
     """
     try:
-        record = json.loads(line)
+        # Of bytes, json would guess the encoding: a line cut from UTF-16 becomes other characters.
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # malformed JSON, bytes that are not UTF-8, brackets without end
         raise ValueError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where}: a line must be an object such as {{"text": "..."}}, not {type(record).__name__}')
     for key in keys:
-        if not isinstance(record.get(key), str):
+        if key in record and not isinstance(record[key], str):
+            found = "null" if record[key] is None else f"of the type {type(record[key]).__name__}"
+            raise ValueError(f"{where}: the value under the key {key!r} is {found}, not text")
+        if key not in record:
             raise ValueError(f"{where}: no text under the key {key!r} (keys: {', '.join(record)}); see --json-keys")
     try:
         return [record[key].encode("utf-8") for key in keys]

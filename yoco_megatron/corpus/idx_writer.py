@@ -1,7 +1,7 @@
 """Writes the .idx of an indexed dataset from document lengths, which need not fit into memory.
 
 megatron.core's IndexedDatasetBuilder keeps Python lists (about 100 bytes a document) and counts in a Python loop; this
-writes the same bytes block by block, in constant memory. The layout is in yoco_megatron/data/check.py.
+writes the same bytes block by block, in constant memory. The layout is in yoco_megatron/data/idx.py.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from yoco_megatron.data.check import HEADER, MAGIC
+from yoco_megatron.data.idx import HEADER, MAGIC
 
 BLOCK = 1 << 20
 

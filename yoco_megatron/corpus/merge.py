@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from yoco_megatron.corpus.idx_writer import sync, write_index
 from yoco_megatron.corpus.preprocess import BLOCK_BYTES, describe_files, move_into_place
-from yoco_megatron.data.check import HEADER, check_data_prefixes, read_report
+from yoco_megatron.data.check import check_data_prefixes, read_report
+from yoco_megatron.data.idx import HEADER, Header, check_index, read_header
 
 # Counts of a report that are summed.
 SUMS = (
@@ -54,10 +55,10 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
         raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
     if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
         raise ValueError(f"--output-prefix {output} is one of the inputs; choose another prefix")
-    headers = {prefix: _header(prefix) for prefix in prefixes}
-    codes = {prefix: code for prefix, (code, _, _) in headers.items()}
+    headers = {prefix: read_header(Path(f"{prefix}.idx")) for prefix in prefixes}
     reports = [read_report(prefix) for prefix in prefixes]
-    _require_one(codes, "dtype code", "datasets of one tokenizer have one")
+    dtypes = {prefix: header.dtype for prefix, header in headers.items()}
+    _require_one(dtypes, "dtype", "datasets of one tokenizer have one")
     hashes = {prefix: report.get("tokenizer", {}).get("sha256") for prefix, report in zip(prefixes, reports)}
     _require_one({prefix: sha for prefix, sha in hashes.items() if sha}, "tokenizer", "its SHA-256 is in the .json")
     ends = {
@@ -68,9 +69,8 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     known = {prefix: tuple(start) for prefix, start in starts.items() if start is not None}
     _require_one(known, "document start", "preprocess all with --tokenizer-hf-no-include-special-tokens, or none")
 
-    from megatron.core.datasets.indexed_dataset import DType
-
-    dtype = DType.dtype_from_code(codes[prefixes[0]])
+    dtype = dtypes[prefixes[0]].type
+    max_id = 0
     binary, index, lengths = aside = [Path(f"{output}.{name}.tmp") for name in ("bin", "idx", "lengths")]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,12 +84,14 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
                 with open(f"{prefix}.bin", "rb") as source:
                     while block := source.read(BLOCK_BYTES):
                         ids.write(block)
+                        max_id = max(max_id, int(np.frombuffer(block, dtype).max()))
                         progress.update(len(block))
-                counts.write(memoryview(_lengths(prefix, headers[prefix][1])))
+                counts.write(memoryview(_lengths(prefix, headers[prefix])))
             sync(ids)
             sync(counts)
         write_index(index, np.memmap(lengths, np.int32, "r"), dtype)
-        report = _merged(prefixes, reports, headers, dtype)
+        check_index(index, binary)
+        report = _merged(prefixes, reports, headers, dtype) | {"max_id": max_id}
         report["files"] = describe_files(binary, index)
         move_into_place(binary, index, output, report)
     finally:
@@ -107,22 +109,16 @@ def _require_one(values: dict[str, Any], what: str, advice: str) -> None:
         )
 
 
-def _header(prefix: str) -> tuple[int, int, int]:
-    """dtype code, sequences, document indices."""
-    with open(f"{prefix}.idx", "rb") as stream:
-        return HEADER.unpack(stream.read(HEADER.size))[2:]
-
-
-def _lengths(prefix: str, documents: int) -> np.ndarray:
-    return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (documents,))
+def _lengths(prefix: str, header: Header) -> np.ndarray:
+    return np.memmap(f"{prefix}.idx", np.int32, "r", HEADER.size, (header.sequences,))
 
 
 def _merged(
-    prefixes: list[str], reports: list[dict[str, Any]], headers: dict[str, Any], dtype: type[np.integer]
+    prefixes: list[str], reports: list[dict[str, Any]], headers: dict[str, Header], dtype: type[np.integer]
 ) -> dict[str, Any]:
     """The merged report. Text counts need a report of each dataset; documents and tokens are always known."""
     sums = {name: sum(report[name] for report in reports) for name in SUMS if all(name in report for report in reports)}
-    sums["documents"] = sum(headers[prefix][1] for prefix in prefixes)
+    sums["documents"] = sum(headers[prefix].sequences for prefix in prefixes)
     sums["tokens"] = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes) // np.dtype(dtype).itemsize
     tokenizers = [report["tokenizer"] for report in reports if report.get("tokenizer")]
     known = tokenizers[0] if len(tokenizers) == len(reports) else {}

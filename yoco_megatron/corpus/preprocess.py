@@ -21,12 +21,22 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from yoco_megatron.corpus.encoders import Encoder, Ids, choose_encoder, find_special, with_ends
+from yoco_megatron.corpus.encoders import (
+    Encoder,
+    Ids,
+    TextError,
+    choose_encoder,
+    find_special,
+    join,
+    with_ends,
+)
 from yoco_megatron.corpus.idx_writer import write_index
 from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, describe, read_batches
 from yoco_megatron.corpus.resume_state import ResumeState
 from yoco_megatron.corpus.sentences import SentenceSplitter
-from yoco_megatron.data.tokenizer import special_tokens
+from yoco_megatron.data.idx import check_index
+from yoco_megatron.data.token_sample import sample_tokens
+from yoco_megatron.data.tokenizer import id_limit, special_tokens
 from yoco_megatron.utils.files import write_atomically
 
 # Time between two saves of the progress.
@@ -74,6 +84,7 @@ class Encoded:
     empty: dict[str, int]
     nul: dict[str, int]
     special: dict[str, int]
+    max_id: dict[str, int]
     bad: int
     problems: list[Problem]
 
@@ -82,8 +93,8 @@ class Encoded:
 class Report:
     """What one output holds (`bytes` of UTF-8 text) and what made it; written as PREFIX_KEY_document.json.
 
-    `files` is the suffix, "bin" or "idx", -> bytes and sha256 of that file; `problems` the list of bad, empty and odd
-    records ("" if there is none).
+    `max_id` is the largest token id; `files` the suffix, "bin" or "idx", -> bytes, sha256 and, of a sample of the .bin,
+    sampled_sha256; `problems` the list of bad, empty and odd records ("" if there is none).
     """
 
     documents: int = 0
@@ -93,6 +104,7 @@ class Report:
     empty_documents: int = 0
     documents_with_nul: int = 0
     documents_with_special_tokens: int = 0
+    max_id: int = 0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     dtype: str = ""
@@ -103,23 +115,34 @@ class Report:
     problems: str = ""
 
 
-def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], ends: Ends) -> Encoded:
+def encode_batch(
+    batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.integer], limit: int, ends: Ends
+) -> Encoded:
     """Read and encode one batch; a record that is bad for one key is left out for all.
 
+    Args:
+        limit: ids from here on are not in the vocabulary; a text that gives one is bad.
     Raises:
         ValueError: a document longer than an index can hold.
     """
     rows, indices, bad = batch.texts(keys)
+    texts = {key: [row[column] for row in rows] for column, key in enumerate(keys)}
+    ids: dict[str, Ids] = {}
+    wrong: dict[int, str] = {}
+    for key in keys:
+        ids[key], reasons = _encode(texts[key], encode, limit)
+        wrong |= {row: f"the text under {key!r} {reason}" for row, reason in reasons.items()}
+    good = [row for row in range(len(rows)) if row not in wrong]
+    bad += [(indices[row], reason) for row, reason in wrong.items()]
     odd = [(index, reason, "bad") for index, reason in bad]
-    encoded = Encoded({}, {}, {}, {}, {}, len(bad), [])
-    for column, key in enumerate(keys):
-        texts = [row[column] for row in rows]
-        found = encode(texts)
-        nul = [index for index, text in enumerate(texts) if b"\0" in text]
-        empty = [index for index, text in enumerate(texts) if not text or not found.lengths[index]]
+    encoded = Encoded({}, {}, {}, {}, {}, {}, len(bad), [])
+    for key in keys:
+        used = [texts[key][row] for row in good]
+        found = _without(ids[key], list(wrong))
+        nul = [place for place, text in enumerate(used) if b"\0" in text]
+        empty = [place for place, text in enumerate(used) if not text or not found.lengths[place]]
         special = find_special(found, ends.special)
-        if empty:
-            found = _without(found, empty)
+        found = _without(found, empty)
         found = with_ends(found, ends.prefix, ends.suffix)
         if (found.lengths > MAX_TOKENS).any():
             raise ValueError(
@@ -127,13 +150,14 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
                 f"index counts up to {MAX_TOKENS:,}: cut it"
             )
         encoded.ids[key] = Ids(found.ids.astype(dtype), found.lengths)
-        encoded.text_bytes[key] = sum(map(len, texts))
+        encoded.max_id[key] = int(found.ids.max(initial=0))
+        encoded.text_bytes[key] = sum(map(len, used))
         encoded.empty[key], encoded.nul[key], encoded.special[key] = len(empty), len(nul), len(special)
-        odd += [(indices[index], f"{key!r} is empty or gives no token", "empty") for index in empty]
-        odd += [(indices[index], f"{key!r} holds NUL characters", "kept") for index in nul]
+        odd += [(indices[good[place]], f"{key!r} is empty or gives no token", "empty") for place in empty]
+        odd += [(indices[good[place]], f"{key!r} holds NUL characters", "kept") for place in nul]
         odd += [
-            (indices[index], f"{key!r} holds special tokens: {', '.join(tokens)}", "kept")
-            for index, tokens in special.items()
+            (indices[good[place]], f"{key!r} holds special tokens: {', '.join(tokens)}", "kept")
+            for place, tokens in special.items()
         ]
     odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on batch boundaries
     encoded.problems = [
@@ -142,10 +166,34 @@ def encode_batch(batch: Batch, keys: list[str], encode: Encoder, dtype: type[np.
     return encoded
 
 
-def _without(found: Ids, empty: list[int]) -> Ids:
-    nonempty = np.ones(len(found.lengths), bool)
-    nonempty[empty] = False
-    return Ids(found.ids[np.repeat(nonempty, found.lengths)], found.lengths[nonempty])
+def _encode(texts: list[bytes], encode: Encoder, limit: int) -> tuple[Ids, dict[int, str]]:
+    """The ids of all texts, and why some of these texts are bad, by their places."""
+    reasons: dict[int, str] = {}
+    try:
+        found = encode(texts)
+    except TextError:  # of one of them
+        parts = []
+        for place, text in enumerate(texts):
+            try:
+                parts.append(encode([text]).ids)
+            except TextError as error:
+                reasons[place] = str(error)
+                parts.append(np.empty(0, np.int64))
+        found = join(parts)
+    if found.ids.size and (found.ids.max() >= limit or found.ids.min() < 0):
+        owners = np.repeat(np.arange(len(texts)), found.lengths)
+        outside = (found.ids >= limit) | (found.ids < 0)
+        for place, number in zip(owners[outside].tolist(), found.ids[outside].tolist()):
+            reasons.setdefault(place, f"gives the token id {number}, and those of the vocabulary end at {limit - 1}")
+    return found, reasons
+
+
+def _without(found: Ids, places: list[int]) -> Ids:
+    if not places:
+        return found
+    kept = np.ones(len(found.lengths), bool)
+    kept[places] = False
+    return Ids(found.ids[np.repeat(kept, found.lengths)], found.lengths[kept])
 
 
 def output_prefixes(output_prefix: str, keys: list[str], overwrite: bool) -> dict[str, str]:
@@ -157,11 +205,7 @@ def output_prefixes(output_prefix: str, keys: list[str], overwrite: bool) -> dic
     prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
     for prefix in prefixes.values():
         if not overwrite and Path(f"{prefix}.idx").exists():
-            # Megatron finds its cached sample index by the prefix: it would fit the old data only.
-            raise ValueError(
-                f"--output-prefix: {prefix}.idx exists; choose another prefix, or pass --overwrite and remove the "
-                "cached sample indices of the old data (--data-cache-path, by default the folder 'cache' beside them)"
-            )
+            raise ValueError(f"--output-prefix: {prefix}.idx exists; choose another prefix, or pass --overwrite")
     return prefixes
 
 
@@ -186,8 +230,8 @@ def preprocess(
         tokenizer: as Megatron builds it (`data.tokenizer.build_tokenizer`).
         append_eod: end each document with `tokenizer.eod`, unless the tokenizer's template does.
         workers: threads that encode.
-        max_bad_lines: bad records (malformed, not UTF-8, no text under a key) that are skipped and listed; one more
-            ends the run.
+        max_bad_lines: bad records (malformed, not UTF-8, no text under a key, ids that the vocabulary lacks) that are
+            skipped and listed; one more ends the run.
         backend: one of `encoders.BACKENDS`.
         about_tokenizer: what to write about the tokenizer into the reports, besides what documents begin and end with.
         sentences: encode each sentence of a document by itself.
@@ -209,7 +253,8 @@ def preprocess(
         raise ValueError(f"--max-bad-lines {max_bad_lines}: 0 stops at the first bad record, N at one more than N")
     files = _without_own(files, output_prefix, keys)
     check_keys(files, keys)
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    limit = id_limit(tokenizer)
+    dtype = DType.optimal_dtype(limit)
     # Parallelism comes from the threads below; the tokenizer's own pool would only compete with them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = choose_encoder(tokenizer, backend, split_special_tokens)
@@ -230,6 +275,7 @@ def preprocess(
     job = {"input": describe(files), "json-keys": keys, "tokenizer": about_tokenizer or {}, "dtype": base.dtype}
     job |= {"document-start": ends.prefix or None, "eod": eod}
     job["split-special-tokens"] = split_special_tokens or None
+    job["id-limit"] = limit
     job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
     streams = [f"{key}.{suffix}" for key in keys for suffix in ("bin", "lengths")]
     resume = ResumeState(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
@@ -238,7 +284,7 @@ def preprocess(
         finished = resume.state is not None and "finished" in resume.state
         prefixes = output_prefixes(output_prefix, keys, overwrite or finished)
         if not finished:
-            _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, ends))
+            _write_all(files, resume, base, workers, max_bad_lines, (keys, encode, dtype, limit, ends))
         assert resume.state is not None
         reports = {key: Report(**saved) for key, saved in resume.state["reports"].items()}
         for key, prefix in prefixes.items():
@@ -340,6 +386,7 @@ def _no_documents(key: str, report: Report, problems: BinaryIO) -> str:
 def _finish(folder: Path, key: str, dtype: type[np.integer]) -> dict[str, dict[str, Any]]:
     """Write the .idx; returns sizes and checksums of .bin and .idx, by suffix."""
     write_index(folder / f"{key}.idx", np.memmap(folder / f"{key}.lengths", np.int32, "r"), dtype)
+    check_index(folder / f"{key}.idx", folder / f"{key}.bin")
     return describe_files(folder / f"{key}.bin", folder / f"{key}.idx")
 
 
@@ -349,6 +396,7 @@ def _append(resume: ResumeState, key: str, encoded: Encoded, report: Report) -> 
     resume.files[f"{key}.lengths"].write(found.lengths.astype(np.int32).tobytes())
     report.documents += len(found.lengths)
     report.tokens += len(found.ids)
+    report.max_id = max(report.max_id, encoded.max_id[key])
     report.bytes += encoded.text_bytes[key]
     report.empty_documents += encoded.empty[key]
     report.documents_with_nul += encoded.nul[key]
@@ -377,8 +425,11 @@ def _encode_in_order(
 
 def describe_files(binary: Path, index: Path) -> dict[str, dict[str, Any]]:
     """Sizes and checksums of a .bin and its .idx, by suffix, as reports hold them."""
-    paths = {"bin": binary, "idx": index}
-    return {suffix: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for suffix, path in paths.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for suffix, path in {"bin": binary, "idx": index}.items():
+        found[suffix] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    found["bin"]["sampled_sha256"] = sample_tokens(binary, np.dtype(np.uint8)).sha256
+    return found
 
 
 def move_into_place(binary: Path, index: Path, prefix: str, report: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from yoco_megatron.corpus.decompress import COMPRESSED_SUFFIXES, DAMAGED, decompressed, skip
 from yoco_megatron.corpus.gather import parse_line
+from yoco_megatron.corpus.text_encoding import foreign_encoding, refuse
 
 # A batch ends at either: enough text to be worth a thread's turn, few enough records to keep the memory of ids small.
 BATCH_BYTES = 1 << 20
@@ -92,7 +93,9 @@ def _texts(record: bytes | tuple[Any, ...] | Path, keys: list[str], place: str) 
 
 def _utf8(value: Any, place: str) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError(f"{place}: no text in the column but {type(value).__name__}")
+        raise ValueError(f"{place}: no text in the column but {'null' if value is None else type(value).__name__}")
+    if name := foreign_encoding(value):
+        raise ValueError(f"{place}: {refuse(name)}")
     try:
         value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -167,7 +170,7 @@ def read_batches(files: list[Path], keys: list[str], start: Position | None = No
     """All records of `files` in order, from `start` on.
 
     Raises:
-        ValueError: a compressed or parquet file that is damaged or ends too early.
+        ValueError: a compressed or parquet file that is damaged or ends too early, JSON lines that are not UTF-8.
     """
     start = start or Position()
     ends = list(accumulate(path.stat().st_size for path in files))
@@ -196,6 +199,8 @@ def _read_lines(path: Path, start: Position, before: int, keys: list[str]) -> It
     lines: list[bytes] = []
     size, place = 0, start
     with path.open("rb") as raw, decompressed(raw) as stream:
+        if not start.offset:
+            _check_encoding(path, stream)
         skip(stream, start.offset)
         for line in stream:
             lines.append(line)
@@ -207,6 +212,14 @@ def _read_lines(path: Path, start: Position, before: int, keys: list[str]) -> It
     if lines:
         end = Position(place.file, place.offset + size, place.record + len(lines))
         yield Batch(path, place.record + 1, lines, size, end, before + path.stat().st_size)
+
+
+def _check_encoding(path: Path, stream: Any) -> None:
+    """Raises ValueError for JSON lines in UTF-16 or UTF-32: a NUL beside their first character tells them, too."""
+    start = stream.peek(4)[:4]
+    name = foreign_encoding(start) or ("UTF-16 or UTF-32" if b"\0" in start else None)
+    if name is not None:
+        raise ValueError(f"--input {path}: {refuse(name)}")
 
 
 def _read_rows(path: Path, start: Position, before: int, keys: list[str]) -> Iterator[Batch]:

@@ -1,28 +1,28 @@
 """Checks and statistics of Megatron's indexed datasets, before a run depends on them.
 
-A truncated copy shows up in Megatron as wrong tokens or an error on some rank, hours in. File sizes reveal it:
-
-    .idx   9 B magic | u64 version | u8 dtype code | u64 sequences S | u64 document indices D
-           | int32 length[S] | int64 byte pointer[S] | int64 document index[D]  (| int8 mode[S] if multimodal)
-    .bin   ends where its last sequence ends: pointer[S - 1] + length[S - 1] * item size
+A truncated copy shows up in Megatron as wrong tokens or an error on some rank, hours in.
 """
 
+import functools
 import os
 import re
 import struct
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from yoco_megatron.data.blend import read_blends, shares
+from yoco_megatron.data.idx import IndexContent, check_index, holds_tokens, read_header
+from yoco_megatron.data.token_sample import sample_tokens
 from yoco_megatron.utils.small_files import read_json
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
 # Tokens counted at a time, so that a dataset need not fit into memory.
 BLOCK_TOKENS = 1 << 22
+# Datasets that are looked at together: each waits for its disk.
+THREADS = 8
 
 
 def data_prefixes_from_args(args: Namespace) -> list[str]:
@@ -42,8 +42,12 @@ class _File(TypedDict):
     sha256: str
 
 
+class _Sampled(_File, total=False):
+    sampled_sha256: str
+
+
 class _Bin(TypedDict):
-    bin: _File
+    bin: _Sampled
 
 
 class _Files(_Bin, total=False):
@@ -61,6 +65,7 @@ class _Report(TypedDict, total=False):
     tokenizer: _Tokenizer | None
     documents: int
     tokens: int
+    max_id: int
 
 
 def read_report(prefix: str) -> dict[str, Any]:
@@ -73,22 +78,39 @@ def read_report(prefix: str) -> dict[str, Any]:
     return read_json(Path(f"{prefix}.json"), _Report, missing={}, fix=fix)
 
 
-def check_data_prefixes(prefixes: list[str], flag: str = "--data-path") -> None:
-    """Check that each dataset exists and is whole. Reads 46 bytes of an .idx and the file sizes.
+def check_data_prefixes(prefixes: list[str], flag: str = "--data-path", inside: bool = True) -> None:
+    """Check that each dataset exists, is whole and is the one that its report describes.
 
-    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers. `flag`: the one that named them.
+    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers.
 
+    Args:
+        flag: the one that named them.
+        inside: read every .idx in full, and a sample of every .bin. False: only headers and sizes, as the other ranks
+            of a run do.
     Raises:
         ValueError: all missing or damaged datasets, each with its fix.
     """
-    found = [_problem(prefix) for prefix in prefixes if "://" not in prefix]
+    here = [prefix for prefix in prefixes if "://" not in prefix]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(functools.partial(_problem, inside=inside), here))
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise ValueError(f"{flag}: " + "\n  ".join(problems))
 
 
+def index_of(prefix: str) -> IndexContent:
+    """What the .idx of a dataset holds, checked, once for the same files. Raises ValueError."""
+    states = [os.stat(f"{prefix}.{suffix}") for suffix in ("idx", "bin")]
+    return _index_of(prefix, tuple((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
+
+
+@functools.cache
+def _index_of(prefix: str, _: tuple[tuple[int, ...], ...]) -> IndexContent:
+    return check_index(Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+
+
 def check_split(prefixes: list[str], split: str) -> None:
-    """Check that each part with a share in --split has a document of each dataset; Megatron would loop forever.
+    """Check that each part with a share in --split has a token of each dataset; Megatron would loop forever.
 
     Raises:
         ValueError: the first empty part, or a --split that cannot be parsed.
@@ -98,30 +120,57 @@ def check_split(prefixes: list[str], split: str) -> None:
     for prefix in prefixes:
         if "://" in prefix:
             continue
-        with open(f"{prefix}.idx", "rb") as stream:
-            sequences = HEADER.unpack(stream.read(HEADER.size))[3]
+        idx = Path(f"{prefix}.idx")
+        sequences = read_header(idx).sequences
         for part, share in zip(Split, shares(split)):
             first, end = sequences_of(sequences, split, part.name)
-            if share > 0 and first == end:
+            if share > 0 and not holds_tokens(idx, first, end):
                 raise ValueError(
-                    f"--split {split}: none of the {sequences:,} documents of {prefix} is in the part {part.name}; "
-                    "give it a larger share, or 0"
+                    f"--split {split}: none of the {sequences:,} documents of {prefix} is in the part {part.name}, or "
+                    "only empty ones; give it a larger share, or 0"
                 )
 
 
-def _problem(prefix: str) -> str | None:
+def _problem(prefix: str, inside: bool) -> str | None:
     idx, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, binary):
         if not path.is_file():
             return f"{path} is missing; {_advice(prefix)}"
-    expected = _expected_sizes(idx)
-    if isinstance(expected, str):
-        return f"{idx} {expected}" + ("" if "sentences" in expected else "; copy or preprocess it again")
-    size = binary.stat().st_size
+    try:
+        if inside:
+            _check_report(prefix, index_of(prefix))
+        else:
+            _check_size(idx, binary)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_report(prefix: str, content: IndexContent) -> None:
+    """Raises ValueError where the report is that of other files, such as the ones before an --overwrite."""
+    files = read_report(prefix).get("files") or {}
+    sampled = sample_tokens(Path(f"{prefix}.bin"), content.header.dtype).sha256
+    for suffix, name, value in (("idx", "sha256", content.sha256), ("bin", "sampled_sha256", sampled)):
+        recorded = files.get(suffix, {}).get(name, value)
+        if recorded != value:
+            raise ValueError(
+                f"{prefix}.json describes another {prefix}.{suffix} ({name} {recorded}, not {value}); copy .bin, .idx "
+                "and .json again, or remove the .json to continue without checksums"
+            )
+
+
+def _check_size(idx: Path, binary: Path) -> None:
+    """That the .bin ends where its last document ends. Raises ValueError."""
+    header = read_header(idx)
+    with idx.open("rb") as stream:
+        stream.seek(header.pointers_at - 4)
+        (length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(header.documents_at - 8)
+        (pointer,) = struct.unpack("<q", stream.read(8))
+    size, expected = binary.stat().st_size, pointer + length * header.dtype.itemsize
     if size != expected:
         state = "shorter" if size < expected else "longer"
-        return f"{binary} is {state} than its .idx says ({size:,} bytes, not {expected:,}); copy both again"
-    return None
+        raise ValueError(f"{binary} is {state} than its .idx says ({size:,} bytes, not {expected:,}); copy both again")
 
 
 def _advice(prefix: str) -> str:
@@ -135,39 +184,6 @@ def _advice(prefix: str) -> str:
     if near:
         return f"did you mean {' or '.join(str(path.with_suffix('')) for path in near[:3])}?"
     return "give PREFIX of the PREFIX.bin and PREFIX.idx that tools/preprocess_data.py wrote"
-
-
-def _expected_sizes(idx: Path) -> int | str:
-    """Bytes of the .bin that belongs to `idx`, or what is wrong with `idx`."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    size = idx.stat().st_size
-    with idx.open("rb") as stream:
-        header = stream.read(HEADER.size)
-        if not header.startswith(MAGIC):
-            return "is not the index of a Megatron indexed dataset"
-        if len(header) < HEADER.size:
-            return f"is truncated ({size} bytes, in the header)"
-        _, version, code, sequences, document_indices = HEADER.unpack(header)
-        if version != 1 or code not in {member.value for member in DType}:
-            return f"has version {version} and dtype code {code}, which Megatron does not know"
-        text_size = HEADER.size + sequences * (4 + 8) + document_indices * 8
-        if size not in (text_size, text_size + sequences):
-            state = "truncated" if size < text_size else "longer than its header says"
-            return f"is {state} ({size:,} bytes, not {text_size:,})"
-        if sequences == 0:
-            return "holds no documents"
-        # Empty documents have no sequence. Of more sequences than documents, GPTDataset would treat each as a document.
-        if sequences > document_indices - 1:
-            return (
-                f"is an index of sentences ({sequences:,} in {document_indices - 1:,} documents), which training would "
-                "shuffle; preprocess the text with tools/preprocess_data.py, whose --split-sentences keeps documents"
-            )
-        stream.seek(HEADER.size + 4 * (sequences - 1))
-        (length,) = struct.unpack("<i", stream.read(4))
-        stream.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        (pointer,) = struct.unpack("<q", stream.read(8))
-    return pointer + length * DType.size(code)
 
 
 def count_documents(prefix: str) -> tuple[int, int]:

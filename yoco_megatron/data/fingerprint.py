@@ -7,14 +7,17 @@ With other data, another order or another tokenizer it would silently resume els
 import json
 import math
 from argparse import Namespace
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
 
 from yoco_megatron.checkpoint.layout import TRACKER
-from yoco_megatron.data.check import data_prefixes_from_args, read_report
+from yoco_megatron.data.check import data_prefixes_from_args, index_of, read_report
+from yoco_megatron.data.content import dataset_fingerprint
 from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
-from yoco_megatron.data.tokenizer import tokenizer_sha256
+from yoco_megatron.data.token_sample import sample_tokens
+from yoco_megatron.data.tokenizer import build_tokenizer, id_limit, tokenizer_sha256
 from yoco_megatron.utils.files import write_atomically
 from yoco_megatron.utils.small_files import read_json
 
@@ -23,8 +26,6 @@ FILE_NAME = "data.json"
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 LISTS = ("data_args_path", "per_split_data_args_path")
 FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
-# Hashed of an .idx without a report: the lengths of the first quarter million documents.
-HEAD_BYTES = 1 << 20
 ORDER = "sample_order"
 START = "document_start"
 
@@ -39,7 +40,7 @@ class _Recorded(TypedDict, total=False):
 
 
 def describe(args: Namespace) -> dict[str, object]:
-    """Flags, the tokenizer's hash, and the fingerprint of each dataset; fast for data of any size.
+    """Flags, the tokenizer's hash, and the fingerprint of each dataset, for which every .idx is read.
 
     Folders of the prefixes are left out, so that data may move.
     """
@@ -50,7 +51,7 @@ def describe(args: Namespace) -> dict[str, object]:
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     flags |= {name: sha256(Path(path).read_bytes()).hexdigest() for name, path in lists.items()}
     prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
-    datasets = {Path(prefix).name: dataset_fingerprint(prefix) for prefix in prefixes}
+    datasets = {name: dataset_fingerprint(prefix) for prefix, name in _names(prefixes).items()}
     return flags | {"tokenizer_sha256": tokenizer_sha256(args.tokenizer_model)} | datasets
 
 
@@ -67,22 +68,24 @@ def sample_order(args: Namespace) -> dict[str, object]:
         sources = plan(args, train_samples(args))
     except ValueError:  # unknown length of the run, or no training part
         return {}
-    return {"seq_length": args.seq_length, "epochs": {Path(source.prefix).name: source.order for source in sources}}
+    names = _names(prefixes)
+    return {"seq_length": args.seq_length, "epochs": {names[source.prefix]: source.order for source in sources}}
+
+
+def _names(prefixes: list[str]) -> dict[str, str]:
+    """Prefix -> its name without the folder; the second of one name is NAME#2."""
+    names: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for prefix in prefixes:
+        name = Path(prefix).name
+        seen[name] += 1
+        names[prefix] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+    return names
 
 
 def _epochs(order: list) -> str:
     epochs, last_apart = order
     return f"{epochs} epochs" + (", the last separately" if last_apart else "")
-
-
-def dataset_fingerprint(prefix: str) -> dict[str, object]:
-    """Sizes of .bin and .idx, and the .bin's SHA-256 from the report beside it, or that of the .idx's beginning."""
-    found: dict[str, object] = {suffix: Path(f"{prefix}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
-    report = read_report(prefix)
-    if report.get("files"):
-        return found | {"sha256": report["files"]["bin"]["sha256"]}
-    with open(f"{prefix}.idx", "rb") as stream:
-        return found | {"idx_head_sha256": sha256(stream.read(HEAD_BYTES)).hexdigest()}
 
 
 def save(args: Namespace, folder: str, start: list[int] | None = None) -> Path:
@@ -124,13 +127,43 @@ def check_tokenizer(args: Namespace) -> None:
             )
 
 
+def check_ids(args: Namespace) -> None:
+    """Compare the token ids of the data with the vocabulary, on rank 0: the largest that preprocessing recorded, or
+    those of a sample of the .bin.
+
+    Raises:
+        ValueError: an id that the vocabulary lacks; with tensor parallelism Megatron would train on it without a word.
+    """
+    prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
+    if args.rank != 0 or not prefixes:
+        return
+    limit = id_limit(build_tokenizer(args))
+    for prefix in prefixes:
+        sample = sample_tokens(Path(f"{prefix}.bin"), index_of(prefix).header.dtype)
+        largest = max(sample.largest, read_report(prefix).get("max_id", 0))
+        if sample.smallest < 0 or largest >= limit:
+            wrong = sample.smallest if sample.smallest < 0 else largest
+            raise ValueError(
+                f"--data-path {prefix} holds the token id {wrong:,}, and those of {args.tokenizer_model} "
+                f"(--tokenizer-type {args.tokenizer_type}) end at {limit - 1:,}: give the tokenizer that made the data"
+            )
+
+
+def _differ(saved: object, wanted: object) -> bool:
+    """Of datasets what both know is compared: a report may be missing, or an older version have saved less."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return any(saved[name] != wanted[name] for name in saved.keys() & wanted.keys())
+    return saved != wanted
+
+
 def check_resumable(args: Namespace) -> None:
     """Compare the data of the --load checkpoint with the flags, unless --finetune starts over or nothing is trained.
 
     Raises:
         ValueError: everything that differs, with both values. A folder without data.json or a checkpoint passes.
     """
-    if args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
+    # Only rank 0 reads the data.
+    if args.rank != 0 or args.load is None or args.finetune or args.skip_train or args.allow_changed_data:
         return
     fix = "copy it again from the run, or add --allow-changed-data"
     saved = read_json(Path(args.load) / FILE_NAME, _Recorded, missing=None, fix=fix)
@@ -142,12 +175,11 @@ def check_resumable(args: Namespace) -> None:
     saved.pop(START, None)  # follows from the data
     if None in (saved.get("tokenizer_sha256"), wanted["tokenizer_sha256"]):  # one was not in the hub's cache
         saved["tokenizer_sha256"] = wanted["tokenizer_sha256"]
-    # Only rank 0 reads all lengths.
-    now = json.loads(json.dumps(sample_order(args))) if was and args.rank == 0 else {}
+    now = json.loads(json.dumps(sample_order(args))) if was else {}
     different = [
         f"{name} was {saved.get(name)}, is {wanted.get(name)}"
         for name in {**saved, **wanted}
-        if saved.get(name) != wanted.get(name)
+        if _differ(saved.get(name), wanted.get(name))
     ]
     if now and was["seq_length"] == now["seq_length"]:
         different += [

@@ -7,22 +7,32 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from torch.utils.data import Dataset
 
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import read_blends
-from yoco_megatron.data.boundary_loss_mask import BoundaryMaskedGPTDataset
+from yoco_megatron.data.check import data_prefixes_from_args
+from yoco_megatron.data.content import index_hashes
+from yoco_megatron.data.dataset import (
+    MAX_ID,
+    BoundaryMaskedGPTDataset,
+    CheckedGPTDataset,
+    CheckedMockDataset,
+    DatasetConfig,
+)
 from yoco_megatron.data.plan import train_samples
-from yoco_megatron.data.tokenizer import check_flags
+from yoco_megatron.data.tokenizer import check_flags, id_limit
 
 
-def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
-    """GPTDatasetConfig from Megatron's flags. No attention mask is made: YOCO is causal everywhere."""
+def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase, index_sha256: dict[str, str]) -> DatasetConfig:
+    """DatasetConfig from Megatron's flags. No attention mask is made: YOCO is causal everywhere.
+
+    index_sha256: see `DatasetConfig`.
+    """
     blend, blend_per_split = (None, None) if args.mock_data else read_blends(args)
-    return GPTDatasetConfig(
+    return DatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -42,12 +52,18 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase) -> GPTData
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        # The model has rows for so many; None before Megatron has set it.
+        id_limit=min(id_limit(tokenizer), args.padded_vocab_size or MAX_ID),
+        index_sha256=index_sha256,
     )
 
 
-def dataset_kind(args: Namespace) -> type[GPTDataset]:
-    """Ours where documents are masked and their last tokens are left out of the loss; else Megatron's."""
-    return BoundaryMaskedGPTDataset if args.dataloader_inter_document_masking and args.eod_mask_loss else GPTDataset
+def dataset_kind(args: Namespace) -> type[CheckedGPTDataset]:
+    """Mock data, or documents; with a mask of their ends where they are masked and their last tokens not learned."""
+    if args.mock_data:
+        return CheckedMockDataset
+    masked = args.dataloader_inter_document_masking and args.eod_mask_loss
+    return BoundaryMaskedGPTDataset if masked else CheckedGPTDataset
 
 
 def _is_built_here(every_stage: bool) -> bool:
@@ -63,6 +79,8 @@ def build_datasets(
 
     Args:
         num_samples: how many samples each must yield at least.
+    Raises:
+        ValueError: this machine's copy of the data is not that of rank 0.
     """
     return _build(args, tokenizer, num_samples, partial(_is_built_here, args.dataloader_inter_document_masking))
 
@@ -70,17 +88,18 @@ def build_datasets(
 def _build(
     args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: Sequence[int], is_built_here: Callable[[], bool]
 ) -> tuple[Any, Any, Any]:
-    kind = MockGPTDataset if args.mock_data else dataset_kind(args)
+    kind = dataset_kind(args)
+    new_config = partial(dataset_config, args, tokenizer, index_hashes(data_prefixes_from_args(args), is_built_here()))
 
-    def build(config: GPTDatasetConfig, sizes: Sequence[int | None], parts: Collection[Split]) -> list[Any]:
+    def build(config: DatasetConfig, sizes: Sequence[int | None], parts: Collection[Split]) -> list[Any]:
         for part in set(Split) - set(parts):  # of which Megatron would build one epoch, or a blend of length 0
             for sources in (config.split_matrix, config.blend_per_split):
                 if sources is not None:
                     sources[part.value] = None
         return BlendedMegatronDatasetBuilder(kind, list(sizes), is_built_here, config).build()
 
-    def build_set(prefix: str | None, samples: int | None) -> GPTDataset | None:
-        config = dataset_config(args, tokenizer)
+    def build_set(prefix: str | None, samples: int | None) -> CheckedGPTDataset | None:
+        config = new_config()
         if config.blend is not None:
             config.blend = [prefix], None
         elif config.blend_per_split is not None:
@@ -91,7 +110,7 @@ def _build(
     wanted = [part for part in Split if num_samples[part.value] and not (has_sets and part is Split.valid)]
     if not args.evaluates_test:
         wanted = [part for part in wanted if part is not Split.test]
-    train, valid, test = build(dataset_config(args, tokenizer), num_samples, wanted)
+    train, valid, test = build(new_config(), num_samples, wanted)
     if has_sets:
         valid = validation_sets.build(args, build_set, num_samples[Split.valid.value])
     return train, valid, test

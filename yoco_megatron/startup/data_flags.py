@@ -24,7 +24,7 @@ def check_named(args: Namespace) -> None:
         bool(prefixes) or args.skip_train,
         "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
     )
-    check_data_prefixes(prefixes)
+    check_data_prefixes(prefixes, inside=args.rank == 0)
     if prefixes and args.split is not None:
         check_split(prefixes, args.split)
 

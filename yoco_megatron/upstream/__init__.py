@@ -8,7 +8,8 @@ from yoco_megatron.upstream import registry
 
 def repair() -> None:
     """Install what every process needs, tools and checkpoint writers too. May be the first to import megatron."""
-    from yoco_megatron.upstream import background_writer, core_fixes, safe_loading  # noqa: F401 (an import enters a file's entries)
+    # An import enters a file's entries.
+    from yoco_megatron.upstream import background_writer, core_fixes, index_caches, safe_loading  # noqa: F401
 
     registry.install(True, Namespace())
     safe_loading.restrain_weights_only()

@@ -88,15 +88,36 @@ relies_on(
     GPT_DATASET,
     "GPTDataset.__getitem__",
     digest="bf99513ea441cc12",
-    used_by="data/boundary_loss_mask.py",
-    why="overridden: cu_seqlens and loss_mask of a sample",
+    used_by="data/dataset.py",
+    why="overridden: cu_seqlens and loss_mask of a sample, and what it keeps of the first one",
+)
+relies_on(
+    GPT_DATASET,
+    "GPTDataset._query_document_sample_shuffle_indices",
+    digest="f2654a6b3ac7e476",
+    used_by="data/dataset.py",
+    why="overridden: every id of a sample is in what it returns, before the padding is replaced",
+)
+relies_on(
+    "megatron.core.datasets.megatron_dataset",
+    "MegatronDataset.__init__",
+    digest="8013012fcfc8373a",
+    used_by="data/dataset.py",
+    why="dataset_path is a part of the names of caches, and nothing else",
+)
+relies_on(
+    "megatron.core.datasets.megatron_dataset",
+    "MegatronDataset._key_config_attributes",
+    digest="d52a70b36331ed54",
+    used_by="data/dataset.py",
+    why="overridden: which flags decide the indices",
 )
 relies_on(
     GPT_DATASET,
     "GPTDataset._build_document_sample_shuffle_indices",
     digest="ac9659147421227d",
     used_by="data/plan.py",
-    why="its rule of the last epoch is repeated there; data/boundary_loss_mask.py reads the indices that it makes",
+    why="its rule of the last epoch is repeated there; data/dataset.py reads the indices that it makes",
 )
 relies_on(
     GPT_DATASET,
