@@ -7,10 +7,12 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
 from yoco_megatron.corpus import report
-from yoco_megatron.data.check import check_data_prefixes, count_documents, unigram_entropy
+from yoco_megatron.data.check import check_data_prefixes, count_documents, count_ids, read_report, unigram_entropy
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments
 
 
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--data-path", required=True, help="prefix of the .bin and .idx files")
     parser.add_argument("--split", help="as in pretraining, such as 95,4,1: count the entropy of one --part of it")
     parser.add_argument("--part", choices=["train", "valid", "test"], help="part of --split")
-    parser.add_argument("--verify", action="store_true", help="read all of it and compare with its checksums")
+    parser.add_argument("--verify", action="store_true", help="read all of it, compare with checksums if known")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N random documents, decoded")
     parser.add_argument("--sample-tokens", type=int, default=200, help="print at most this many tokens of each")
     parser.add_argument("--sample-seed", type=int, default=1234, help="of the choice of documents")
@@ -35,10 +37,11 @@ def main() -> None:
         checksums = report.verify(args.data_path) if args.verify else None
         tokenizer = report.tokenizer_for(args.data_path, args) if args.samples > 0 else None
         documents, tokens = count_documents(args.data_path)
-        nats = unigram_entropy(args.data_path, args.split, args.part)
+        counts = count_ids(args.data_path, args.split, args.part, report.ids_end(args.data_path, args))
     except ValueError as error:
         parser.error(str(error))
-    lengths = report.document_lengths(args.data_path)
+    lengths, nats = report.document_lengths(args.data_path), unigram_entropy(counts)
+    ids = [int(np.flatnonzero(counts)[0]), len(counts) - 1]
     if args.histogram:
         try:
             report.save_histogram(lengths, args.histogram, Path(args.data_path).name)
@@ -46,15 +49,26 @@ def main() -> None:
             parser.error(f"--histogram {args.histogram}: {error}")
     if args.json:
         part = {"split": args.split, "part": args.part}
-        content = {"documents": documents, "tokens": tokens, **part, "unigram_entropy_nats": nats, "sha256": checksums}
+        content = {
+            "documents": documents,
+            "tokens": tokens,
+            **part,
+            "unigram_entropy_nats": nats,
+            "ids": ids,
+            "sha256": checksums,
+        }
         print(json.dumps(content))
         return
     where = f" of part {args.part} of {args.split}" if args.part else ""
     print(f"{args.data_path}: {documents:,} documents, {tokens:,} tokens")
     print(report.describe_lengths(lengths))
+    print(f"ids{where}: {ids[0]:,} to {ids[1]:,}")
     print(f"unigram entropy{where}: {nats:.4f} nats per token (perplexity {math.exp(nats):,.1f})")
     for suffix, sha256 in (checksums or {}).items():
-        print(f".{suffix} is whole: sha256 {sha256}")
+        compared = suffix in (read_report(args.data_path).get("files") or {})
+        print(f".{suffix} {'is whole' if compared else 'has nothing to be compared with'}: sha256 {sha256}")
+    if lengths.max() <= 1:
+        print("no document has two tokens: with --eod-mask-loss and document masking all of the loss is masked")
     if tokenizer is not None:
         sample = (args.samples, args.sample_seed, args.sample_tokens)
         for number, length, text in report.random_documents(args.data_path, tokenizer, *sample):

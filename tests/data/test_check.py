@@ -13,7 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from yoco_megatron.data import check
-from yoco_megatron.data.check import check_data_prefixes, data_prefixes_from_args, unigram_entropy
+from yoco_megatron.data.check import check_data_prefixes, count_ids, data_prefixes_from_args, unigram_entropy
 
 RANDOM = np.random.default_rng(7)
 DOCUMENTS = [RANDOM.integers(0, 90, size).tolist() for size in RANDOM.integers(1, 60, 37)]
@@ -184,9 +184,11 @@ def test_unreadable_lists_are_refused_with_the_flag(tmp_path: Path) -> None:
 
 
 def test_entropy_of_known_frequencies(tmp_path: Path) -> None:
-    assert unigram_entropy(write(tmp_path / "same", [[5, 5], [5]])) == 0
-    assert unigram_entropy(write(tmp_path / "eight", [[0, 1, 2, 3], [4, 5, 6, 7]])) == pytest.approx(np.log(8))
-    half = unigram_entropy(write(tmp_path / "half", [[9, 9, 9, 9, 1, 1, 2, 3]]))
+    assert unigram_entropy(count_ids(write(tmp_path / "same", [[5, 5], [5]]))) == 0
+    assert unigram_entropy(count_ids(write(tmp_path / "eight", [[0, 1, 2, 3], [4, 5, 6, 7]]))) == pytest.approx(
+        np.log(8)
+    )
+    half = unigram_entropy(count_ids(write(tmp_path / "half", [[9, 9, 9, 9, 1, 1, 2, 3]])))
     assert half == pytest.approx(1.75 * np.log(2))
 
 
@@ -208,17 +210,33 @@ def test_entropy_of_a_part_is_that_of_megatrons_documents(
         used = parts[["train", "valid", "test"].index(part)].indices
     counts = np.bincount([token for document in used for token in DOCUMENTS[document]])
     shares = counts[counts > 0] / counts.sum()
-    entropy = unigram_entropy(prefix, split if part else None, part)
+    entropy = unigram_entropy(count_ids(prefix, split if part else None, part))
     assert entropy == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(np.uint16, 90), (np.int32, -1), (np.int32, 2**31 - 1)])
+def test_counted_ids_are_those_of_the_vocabulary(
+    tmp_path: Path, dtype: type[np.integer], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ids without end no table is made."""
+    monkeypatch.setattr(check, "BLOCK_TOKENS", 13)
+    prefix = write(tmp_path / "d", [*DOCUMENTS, [1, 2, number]], dtype)
+    with pytest.raises(ValueError, match=rf"d: document 37 holds the token id {number}, and the vocabulary ends at 89"):
+        count_ids(prefix, limit=90)
+    if number == 90:
+        assert len(count_ids(prefix)) == 91
+    else:
+        with pytest.raises(ValueError, match=rf"document 37 holds the token id {number}, and"):
+            count_ids(prefix)
 
 
 def test_parts_that_are_not_there(prefix: str) -> None:
     with pytest.raises(ValueError, match=r"part test .* holds no tokens"):
-        unigram_entropy(prefix, "9,1,0", "test")
+        count_ids(prefix, "9,1,0", "test")
     with pytest.raises(ValueError, match=r"--part dev"):
-        unigram_entropy(prefix, "9,1,0", "dev")
+        count_ids(prefix, "9,1,0", "dev")
     with pytest.raises(ValueError, match=r"go together"):
-        unigram_entropy(prefix, "9,1,0")
+        count_ids(prefix, "9,1,0")
 
 
 def test_parts_without_a_document_are_refused(prefix: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from support.cli import TINY, train
 from support.tools import ROOT, start
 
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
+from yoco_megatron.data.dataset import CheckedGPTDataset
 from yoco_megatron.data.plan import plan, table, train_samples
 from yoco_megatron.data.provider import dataset_config
 from yoco_megatron.startup import arguments
@@ -51,7 +51,7 @@ def test_epochs_and_samples_are_those_that_megatron_builds(sources: list[str], i
     wanted = train_samples(args)
     assert wanted == 8 * iterations
     train_part = BlendedMegatronDatasetBuilder(
-        GPTDataset, [wanted, 0, 0], lambda: True, dataset_config(args, build_tokenizer(args))
+        CheckedGPTDataset, [wanted, 0, 0], lambda: True, dataset_config(args, build_tokenizer(args), {})
     ).build()[0]
     drawn = Counter(int(number) for number in train_part.dataset_index[:wanted])
     for number, source in enumerate(plan(args, wanted)):

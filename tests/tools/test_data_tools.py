@@ -161,7 +161,11 @@ def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict
     damaged = bytearray((tmp_path / "copy.bin").read_bytes())
     damaged[5] ^= 1
     (tmp_path / "copy.bin").write_bytes(damaged)
-    assert "copy.bin has SHA-256" in run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
+    error = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
+    assert "copy.json describes another" in error
+    (tmp_path / "copy.json").unlink()
+    said = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify")
+    assert ".bin has nothing to be compared with: sha256" in said
 
 
 def test_merge_and_its_errors(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
@@ -258,5 +262,6 @@ def test_a_damaged_report_is_one_error(report: str, made: tuple[Path, dict[str, 
         (tmp_path / f"copy.{suffix}").write_bytes((made[0] / "out" / f"code_text_document.{suffix}").read_bytes())
     (tmp_path / "copy.json").write_text(report)
     error = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify", fails=True)
-    assert f"error: {tmp_path}/copy.json is not a report of tools/preprocess_data.py" in error.splitlines()[-1]
+    said = error.splitlines()[-1]
+    assert f"error: --data-path: {tmp_path}/copy.json " in said and "no report of tools/preprocess_data.py" in said
     assert "Traceback" not in error

@@ -9,24 +9,33 @@ from typing import Any
 import numpy as np
 
 from yoco_megatron.corpus.preprocess import file_sha256
-from yoco_megatron.data.check import read_report
-from yoco_megatron.data.tokenizer import build_tokenizer, known_options, tokenizer_sha256
+from yoco_megatron.data.check import MAX_VOCABULARY, read_report
+from yoco_megatron.data.tokenizer import build_tokenizer, id_limit, known_options, tokenizer_sha256
 
 
 def verify(prefix: str) -> dict[str, str]:
-    """Read .bin and .idx and compare their SHA-256 with the report's; returns suffix -> SHA-256.
+    """Read .bin and .idx and compare their SHA-256 with the report's, if there is one; returns suffix -> SHA-256.
 
     Raises:
-        ValueError: no checksums beside the dataset, or a file that changed.
+        ValueError: a file that changed.
     """
-    files = read_report(prefix).get("files")
-    if not files:
-        raise ValueError(f"--verify: {prefix}.json with checksums is missing; tools/preprocess_data.py writes it")
-    for suffix, file in files.items():
-        found = file_sha256(Path(f"{prefix}.{suffix}"))
-        if found != file["sha256"]:
-            raise ValueError(f"--verify: {prefix}.{suffix} has SHA-256 {found}, not {file['sha256']}: copy it again")
-    return {suffix: file["sha256"] for suffix, file in files.items()}
+    recorded = read_report(prefix).get("files") or {}
+    found = {suffix: file_sha256(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
+    for suffix, file in recorded.items():
+        if found.get(suffix) != file["sha256"]:
+            raise ValueError(
+                f"--verify: {prefix}.{suffix} has SHA-256 {found.get(suffix)}, not {file['sha256']}: copy it again"
+            )
+    return found
+
+
+def ids_end(prefix: str, args: Namespace) -> int:
+    """Ids of the vocabulary are below it: the tokenizer's that the flags name, or the report's, or any size's."""
+    if args.tokenizer_type is not None:
+        return id_limit(build_tokenizer(args))
+    report = read_report(prefix)
+    vocab_size = (report.get("tokenizer") or {}).get("vocab_size")
+    return MAX_VOCABULARY if vocab_size is None else max(vocab_size, report.get("max_id", 0) + 1)
 
 
 def tokenizer_for(prefix: str, args: Namespace) -> Any:

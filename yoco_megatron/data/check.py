@@ -21,6 +21,8 @@ from yoco_megatron.utils.small_files import read_json
 
 # Tokens counted at a time, so that a dataset need not fit into memory.
 BLOCK_TOKENS = 1 << 22
+# More ids are counted of no vocabulary: a damaged .bin may hold any number.
+MAX_VOCABULARY = 1 << 24
 # Datasets that are looked at together: each waits for its disk.
 THREADS = 8
 
@@ -203,17 +205,27 @@ def count_tokens(prefix: str, split: str | None, part: str | None) -> int:
     return int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
 
 
-def unigram_entropy(prefix: str, split: str | None = None, part: str | None = None) -> float:
-    """Entropy of the token frequencies, in nats a token: the loss of the best model that ignores all context.
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy of token frequencies, in nats a token: the loss of the best model that ignores all context.
 
     A validation loss well below it shows that the model uses context; one above it, that it has not learned yet.
+    """
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum()) or 0.0  # never -0.0
+
+
+def count_ids(
+    prefix: str, split: str | None = None, part: str | None = None, limit: int = MAX_VOCABULARY
+) -> np.ndarray:
+    """How often each token id is in a dataset, int64 [1 + largest id].
 
     Args:
         prefix: an indexed dataset.
         split: Megatron's --split, such as "95,4,1".
         part: train, valid or test; None (with split None) for the whole dataset.
+        limit: ids of the vocabulary are below it.
     Raises:
-        ValueError: an unknown part, or one that holds no tokens.
+        ValueError: an unknown part, one that holds no tokens, an id that the vocabulary lacks.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
     from tqdm import tqdm  # here, because training, which imports this module, does not need it
@@ -221,7 +233,7 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
     dataset = IndexedDataset(prefix)
     first, end = sequences_of(len(dataset), split, part)
     lengths = dataset.sequence_lengths[first:end]
-    remaining = int(lengths.sum(dtype=np.int64))
+    total = remaining = int(lengths.sum(dtype=np.int64))
     if remaining == 0:
         raise ValueError(f"--split {split}: the part {part} of {prefix} holds no tokens; give it a larger share")
     dtype = np.dtype(dataset.index.dtype)
@@ -234,13 +246,19 @@ def unigram_entropy(prefix: str, split: str | None = None, part: str | None = No
         while remaining:
             block = np.fromfile(stream, dtype=dtype, count=min(remaining, BLOCK_TOKENS))
             assert block.size, "shorter .bin than .idx: check_data_prefixes was not called"
+            if block.min() < 0 or block.max() >= limit:
+                place = int(np.argmax((block < 0) | (block >= limit)))
+                at = np.cumsum(lengths, dtype=np.int64).searchsorted(total - remaining + place, "right")
+                raise ValueError(
+                    f"--data-path {prefix}: document {first + at:,} holds the token id {block[place]}, and the "
+                    f"vocabulary ends at {limit - 1:,}: give the tokenizer that made the data"
+                )
             own = np.bincount(block, minlength=counts.size)
             own[: counts.size] += counts
             counts = own
             remaining -= block.size
             progress.update(block.size)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum()) or 0.0  # never -0.0
+    return counts
 
 
 def sequences_of(sequences: int, split: str | None, part: str | None) -> tuple[int, int]:
