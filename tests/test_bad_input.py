@@ -97,7 +97,13 @@ MISTAKES = {
     ),
     "bits that FP8 lacks": (
         1,
-        "--use-precision-aware-optimizer --use-distributed-optimizer --fp8-format hybrid --fp8-param-gather".split(),
+        [
+            "--use-precision-aware-optimizer",
+            "--use-distributed-optimizer",
+            "--fp8-format",
+            "hybrid",
+            "--fp8-param-gather",
+        ],
         ["--use-precision-aware-optimizer does not go with --fp8-param-gather", "use only one of them"],
     ),
     "two sources of data": (1, ["--data-path", "corpus"], ["--data-path and --mock-data", "keep one"]),
