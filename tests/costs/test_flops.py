@@ -204,3 +204,15 @@ def test_training_gflop_per_token(sizes, seq_length, yoco, transformer):
     for model, want in ((shape, yoco), (twin, transformer)):
         per_token = train_flops(model, batch_size=1) / seq_length / 1e9
         assert per_token == pytest.approx(want, abs=0.051 if want < 200 else 0.51)
+
+
+def test_a_loss_on_the_last_positions() -> None:
+    """Cross-decoder and head at M of N positions: position i sees i + 1 keys; self-decoder and K,V are as before."""
+    queries = 5
+    some, every = (forward_flops_per_token(replace(SMALL, num_queries=number)) for number in (queries, None))
+    behind = {"cross_decoder_linear", "cross_decoder_mixing", "output_layer"}
+    assert {part for part in every if some[part] != every[part]} == behind
+    for part in ("cross_decoder_linear", "output_layer"):
+        assert some[part] == pytest.approx(every[part] * queries / N)
+    keys = sum(position + 1 for position in range(N - queries, N)) / sum(range(1, N + 1))
+    assert some["cross_decoder_mixing"] == pytest.approx(every["cross_decoder_mixing"] * keys)

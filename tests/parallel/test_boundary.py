@@ -6,7 +6,7 @@ import torch
 from support.models import relative_error
 
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
-from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_columns, split_boundary_tensor
+from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_values, split_boundary_tensor
 from yoco_megatron.parallel.pipeline.communicator import arriving_stages
 
 S, B, H, G, D = 12, 2, 10, 3, 4
@@ -20,11 +20,11 @@ def test_splitting_inverts_joining(tp: int, fp32: bool, generator: torch.Generat
     kv = (kv if fp32 else kv.bfloat16()).requires_grad_()
     boundary_tensor = join_boundary_tensor(hidden, kv, fp32)
     assert boundary_tensor.dtype == torch.bfloat16
-    assert boundary_tensor.shape == (S // tp, B, H + kv_columns(G, D, S // tp, S, fp32))
+    assert boundary_tensor.shape == (1, B, S // tp * H + kv_values((S, G, 2, D), fp32))
     assert boundary_tensor._base is None  # Megatron frees its storage after sending
     # The next stage gets a copy, as over the wire.
     received = boundary_tensor.detach().clone().requires_grad_()
-    hidden_out, kv_out = split_boundary_tensor(received, H, S, G, fp32)
+    hidden_out, kv_out = split_boundary_tensor(received, hidden.shape, kv.shape, fp32)
     assert torch.equal(hidden_out, hidden)
     assert torch.equal(kv_out, kv)
     assert kv_out.is_contiguous()
@@ -86,7 +86,8 @@ def test_what_is_sent_is_what_is_expected(ranks: int, chunks: int) -> None:
         first, last = rank == 0, rank == ranks - 1
         assert len(forward) == microbatches * (chunks - first)
         assert len(backward) == microbatches * (chunks - last)
-        assert all(g % ranks == rank for g in forward)
-        assert all(g % ranks == (rank + 1) % ranks for g in backward)
-        for g in set(forward):
-            assert forward.count(g) == microbatches
+        assert all(g % ranks == rank for g, _ in forward)
+        assert all(g % ranks == (rank + 1) % ranks for g, _ in backward)
+        for arrivals in (forward, backward):
+            for stage in {g for g, _ in arrivals}:
+                assert sorted(n for g, n in arrivals if g == stage) == list(range(microbatches))

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -13,6 +15,13 @@ from megatron.training import training
 from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config
 from yoco_megatron import upstream
 from yoco_megatron.model.init import named_parameters
+from yoco_megatron.parallel.context.query_shard import (
+    Runs,
+    count,
+    dealt_runs,
+    positions_of,
+    queries_multiple,
+)
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 
 MICRO_BATCH = 2
@@ -24,25 +33,63 @@ def of_this_rank(*whole: torch.Tensor) -> list[torch.Tensor]:
     return list(get_batch_on_this_cp_rank(batch, False, mpu.get_context_parallel_group()).values())
 
 
-def forward_step(data: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], model: torch.nn.Module):
-    """The mean cross entropy; in float64 a random linear function of the logits, as Megatron's entropy is fp32."""
-    tokens, labels, document_ids = next(data)
+@dataclass
+class MicroBatch:
+    """Of whole sequences; `loss_mask` [b, s] and `query_runs` None: a loss everywhere, everything computed."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    query_runs: Runs | None = None
+
+
+def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module):
+    """The sum of cross entropies; in float64 a random linear function of the logits, as Megatron's entropy is fp32."""
+    given = next(data)
     exact = get_attr_wrapped_model(model, "config").params_dtype == torch.float64
-    weights = torch.randn(*labels.shape, VOCAB, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    tokens, labels, weights = of_this_rank(tokens, labels, weights)
-    output = model(tokens, None, None, labels=None if exact else labels, document_ids=document_ids)
+    shape = *given.labels.shape, VOCAB
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    mask = torch.ones(shape[:2]) if given.loss_mask is None else given.loss_mask
+    labels, weights, mask = of_these_queries(given.query_runs, given.labels, weights, mask.to(given.labels.device))
+    output = model(
+        *of_this_rank(given.tokens),
+        labels=None if exact else labels,
+        document_ids=given.document_ids,
+        query_runs=given.query_runs,
+    )
 
     def loss_func(losses: torch.Tensor):
         if exact:
             tp = mpu.get_tensor_model_parallel_group()
             losses = (losses * weights.chunk(tp.size(), -1)[tp.rank()].to(losses.device)).sum(-1)
-        total, mean = losses.sum(), losses.detach().mean()
+        total = (losses * mask).sum()
+        report = total.detach() / given.labels.numel()
         if exact:
-            torch.distributed.all_reduce(mean, group=tp)
-        torch.distributed.all_reduce(mean, torch.distributed.ReduceOp.AVG, mpu.get_context_parallel_group())
-        return total, torch.tensor(losses.numel(), device=total.device), {"loss": mean}
+            torch.distributed.all_reduce(report, group=tp)
+        torch.distributed.all_reduce(report, group=mpu.get_context_parallel_group())
+        return total, torch.tensor(given.labels.numel() // mpu.get_context_parallel_world_size()), {"loss": report}
 
     return output, loss_func
+
+
+def runs_with_loss(loss_mask: torch.Tensor, multiple: int) -> Runs:
+    """Runs of the positions at which any sequence has a loss, grown backwards until their total is a multiple; without
+    any loss that of the last positions, because a step needs a graph."""
+    needed = (loss_mask != 0).any(0).tolist()
+    needed[-1] |= not any(needed)
+    while sum(needed) % multiple:
+        needed[max(at for at in range(len(needed)) if not needed[at])] = True
+    edges = [at for at in range(len(needed) + 1) if [False, *needed][at] != [*needed, False][at]]
+    return tuple(zip(edges[::2], edges[1::2]))
+
+
+def of_these_queries(runs: Runs | None, *whole: torch.Tensor) -> list[torch.Tensor]:
+    """The positions of the queries that this context-parallel rank computes; its tokens' if there are no runs."""
+    if runs is None:
+        return of_this_rank(*whole)
+    dealt = dealt_runs(runs, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+    return [x.index_select(1, positions_of(dealt).to(x.device)) for x in whole]
 
 
 def pipeline_step(
@@ -52,9 +99,13 @@ def pipeline_step(
     num_microbatches: int = 4,
     forward_only: bool = False,
     documents: bool = False,
+    loss_mask: torch.Tensor | None = None,
+    only_queries: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Run the schedule once, on packed documents or not.
 
+    Args:
+        loss_mask: [sequences, SEQ]; None for a loss everywhere. only_queries: compute nothing else.
     Returns:
         'loss' [micro-batches] on the last pipeline rank, and 'grad/NAME', whole, of the parameters held here.
     """
@@ -84,11 +135,19 @@ def pipeline_step(
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32), wrapped)
         models.append(wrapped.eval() if forward_only else wrapped.train())
     tokens, labels = batch(MICRO_BATCH * num_microbatches)
-    ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else [None] * num_microbatches
-    data = list(zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids))
+    nothing = [None] * num_microbatches
+    ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else nothing
+    masks = nothing if loss_mask is None else loss_mask.split(MICRO_BATCH)
+    rows_split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    multiple = queries_multiple(config.context_parallel_size, rows_split) * (16 if config.fp8 else 1)
+    runs = [runs_with_loss(mask, multiple) for mask in masks] if only_queries else nothing
+    data = [MicroBatch(*parts) for parts in zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids, masks, runs)]
     upstream.install(Namespace(run_folder=None), only={"get_forward_backward_func"})
+    step = partial(forward_step)
+    if only_queries:
+        step.queries_of = lambda microbatch: count(runs[microbatch])
     outputs = training.get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=[iter(data) for _ in models] if model_chunks > 1 else iter(data),
         model=models if model_chunks > 1 else models[0],
         num_microbatches=num_microbatches,

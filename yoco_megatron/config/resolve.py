@@ -6,6 +6,7 @@ YOCOConfig, the costs, the checks and the conversion all read sizes that went th
 from argparse import Namespace
 from typing import Any
 
+from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.config.rules import OF_MEGATRONS_LOSS, require_divides, require_sizes
 from yoco_megatron.utils.errors import require
 
@@ -58,7 +59,21 @@ def resolved(args: Namespace) -> Namespace:
     resolve_model(flags)
     if args.architecture == "yoco":
         flags.self_decoder_head_dim = flags.hidden_size // max(1, flags.self_decoder_heads)
+    flags.num_queries = computed_suffix(args)
     return flags
+
+
+def computed_suffix(args: Namespace) -> int | None:
+    """Last positions of a sequence at which cross-decoder, head and loss are computed; None for all.
+
+    A Transformer can spare its head and loss; here where its output layer computes losses and has whole sequences.
+    """
+    if getattr(args, "loss_suffix", None) is None:  # flags of a model alone have none
+        return None
+    whole = args.context_parallel_size == 1 and not args.sequence_parallel
+    if args.cross_decoder_positions == "all" or (args.architecture != "yoco" and not (args.loss_chunk_size and whole)):
+        return None
+    return suffix_length(args.loss_suffix, args.seq_length)
 
 
 def resolve_loss_chunk(config: Any) -> None:

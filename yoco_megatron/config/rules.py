@@ -13,6 +13,7 @@ from yoco_megatron.utils.errors import require
 # What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
 NOT_IN_A_CUDA_GRAPH = {
     "dataloader_inter_document_masking": "the host reads where documents end",
+    "loss_suffix": "the host takes the positions with a loss",
     "step_batch_size_schedule": "a graph has one number of micro-batches",
     "check_for_spiky_loss": "the host reads the loss",
     "timing_log_level": "Megatron's timers wait for the GPU",

@@ -67,3 +67,11 @@ class YOCOFields:
     sequence with a 100K vocabulary needs 13 GB of fp32 logits, a chunk of 8192 tokens 1.6 GB in bf16. Default: 8192 for
     YOCO; 0, which is Megatron's own loss, for the Transformer baseline and with --fp16-lm-cross-entropy or
     --cross-entropy-loss-fusion."""
+
+    loss_suffix: str | None = None
+    """Train on the last tokens of each sequence alone: a number of tokens, a share of the sequence, or one for each
+    length (65536:0.25,262144:4096). The cross-decoder is then computed there alone (docs/masked_loss.md)."""
+
+    cross_decoder_positions: Literal["loss", "all"] = "loss"
+    """Where the cross-decoder, the head and the loss are computed: where there is a loss, or at all positions. Losses
+    and gradients are the same."""

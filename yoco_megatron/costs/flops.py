@@ -8,6 +8,9 @@ implementation adds does not count: no recompute, no masked half of causal atten
     window attention   4 h D mean_i min(i + 1, W)      exact as well, the short start included
     other mixers       see `mixers`
 
+Behind the shared K,V only positions with a loss count (`ModelShape.num_queries`): the last M of N see N - (M - 1) / 2
+keys in the mean.
+
 The backward pass costs twice the forward: each product has two gradients of its own size.
 """
 
@@ -22,13 +25,15 @@ def layer_flops_per_token(shape: ModelShape) -> dict[str, dict[str, float]]:
     retention). The planner cuts pipeline stages by these numbers.
     """
     width = shape.num_attention_heads * shape.kv_channels
-    causal_attention = 4 * width * mean_visible_keys(shape.seq_length)
+    share = shape.query_share
+    keys_of_queries = shape.seq_length - (share * shape.seq_length - 1) / 2
+    causal_attention = 4 * width * keys_of_queries * share
     if shape.architecture == "transformer":
-        mixing = {"decoder": causal_attention}
+        mixing = {"decoder": 4 * width * mean_visible_keys(shape.seq_length)}
     else:
         mixing = {"self_decoder": shape.mixer.mixing_flops(shape), "cross_decoder": causal_attention}
     return {
-        kind: {"linear": 2.0 * weights, "mixing": mixing.get(kind, 0.0)}
+        kind: {"linear": 2.0 * weights * (share if kind == "cross_decoder" else 1), "mixing": mixing.get(kind, 0.0)}
         for kind, weights in layer_matmul_parameters(shape).items()
     }
 
@@ -50,7 +55,7 @@ def forward_flops_per_token(shape: ModelShape) -> dict[str, float]:
             flops[kind] = parts["linear"]
         else:
             flops |= {f"{kind}_{part}": layers[kind] * value for part, value in parts.items()}
-    return flops | {"output_layer": 2.0 * shape.hidden_size * shape.vocab_rows}
+    return flops | {"output_layer": 2.0 * shape.hidden_size * shape.vocab_rows * shape.query_share}
 
 
 def train_flops(shape: ModelShape, batch_size: int) -> float:

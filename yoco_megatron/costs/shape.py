@@ -50,6 +50,8 @@ class ModelShape:
     seq_length: int
     tied: bool
     """The output layer is the embedding matrix."""
+    num_queries: int | None = None
+    """Last positions of a sequence that the cross-decoder and the head compute (--loss-suffix); None for all."""
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -73,6 +75,11 @@ class ModelShape:
     def kv_width(self) -> int:
         """Values of one token's keys and values: the shared K,V's (transformer: one layer's)."""
         return 2 * self.num_query_groups * self.kv_channels
+
+    @property
+    def query_share(self) -> float:
+        """Of the positions of a sequence, those that the cross-decoder and the head compute."""
+        return 1.0 if self.num_queries is None else self.num_queries / self.seq_length
 
     @property
     def vocab_rows(self) -> int:

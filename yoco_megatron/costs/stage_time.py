@@ -46,7 +46,8 @@ def part_seconds(
     def layer_seconds(kind: str, mixing_rate: float) -> float:
         mixing = layers[kind]["mixing"] / mixing_rate
         rest = layers[kind]["linear"] / RATES["linear"]
-        rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size)
+        share = shape.query_share if kind == "cross_decoder" else 1
+        rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size) * share
         if not recompute_layers:
             return rest + mixing
         stored = store_cross_attention and kind == "cross_decoder"

@@ -86,11 +86,12 @@ class ChunkedLossGPTModel(GPTModel):
     def _head(
         *, hidden_states: Tensor, output_layer, output_weight: Tensor | None, labels: Tensor | None, **_: Any
     ) -> Tensor:
-        """What GPTModel calls instead of its own output layer and loss."""
+        """What GPTModel calls instead of its own output layer and loss. Labels of the last positions alone ask for no
+        more than their losses."""
         if labels is None:
             logits, _ = output_layer(hidden_states, weight=output_weight)
             return logits.transpose(0, 1).contiguous()
-        return output_layer(hidden_states, weight=output_weight, labels=labels)
+        return output_layer(hidden_states[-labels.shape[1] :], weight=output_weight, labels=labels)
 
 
 class TransformerModelBuilder(GPTModelBuilder):

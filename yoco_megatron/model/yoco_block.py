@@ -5,7 +5,8 @@ The block returns hidden states and the shared K,V, because a later stage needs 
 Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
 need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
 
-    packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents
+    packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents (cross-decoder layers that
+                         compute only positions with loss: the `QueryShard`)
     attention_bias       the `SharedKVReader` (cross-decoder layers)
 
 The mixers give them their true names in the first line of `forward`.
@@ -33,6 +34,7 @@ from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
 from yoco_megatron.model.layers.recompute import AttentionOutputStore
 from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.parallel.pipeline.stages import Stage
 
@@ -81,6 +83,8 @@ class YOCOBlock(MegatronModule):
         self_angles: Tensor,
         cross_angles: Tensor,
         shard: SequenceShard,
+        queries: QueryShard | None = None,
+        query_angles: Tensor | None = None,
     ) -> tuple[Tensor, SharedKVReader | None]:
         """Run the layers.
 
@@ -90,8 +94,11 @@ class YOCOBlock(MegatronModule):
                 them, or if a later one does.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
+            queries: the positions that the cross-decoder computes, and all behind the shared K,V; None for all.
+            query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`.
         Returns:
-            hidden states, shaped as they came in, and a reader of the shared K,V (None before they are made).
+            hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and a reader of
+            the shared K,V (None before they are made).
         """
         assert (kv is not None) == self.stage.kv_in, "the shared K,V and the stage do not fit"
         config = self.config
@@ -102,11 +109,17 @@ class YOCOBlock(MegatronModule):
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
                     kv = self.shared_kv(hidden_states, cross_angles)
+                if queries is not None:
+                    hidden_states = queries.take(hidden_states)
             kv_reader = None
             if kv is not None:
                 gather = shard if shard.ranks > 1 and self.num_cross else None
                 hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, config.params_dtype, gather)
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, cross_angles, shard)
+            seen: SequenceShard | QueryShard = shard
+            angles = cross_angles
+            if queries is not None and query_angles is not None:
+                seen, angles = queries, query_angles
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, angles, seen)
         return hidden_states, kv_reader
 
     def _run(
@@ -115,7 +128,7 @@ class YOCOBlock(MegatronModule):
         hidden: Tensor,
         kv_reader: SharedKVReader | None,
         angles: Tensor,
-        shard: SequenceShard,
+        shard: SequenceShard | QueryShard,
     ) -> Tensor:
         if not len(layers):
             return hidden

@@ -19,8 +19,9 @@ from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
 from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.query_shard import QueryShard, Runs, count
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
-from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_columns, split_boundary_tensor
+from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_values, split_boundary_tensor
 from yoco_megatron.parallel.pipeline.stages import Stage
 
 
@@ -109,6 +110,7 @@ class YOCOModel(LanguageModule):
         loss_mask: Tensor | None = None,
         packed_seq_params: None = None,
         document_ids: Tensor | None = None,
+        query_runs: Runs | None = None,
     ) -> Tensor:
         """Loss per token, or logits; on a stage before the last, the tensor for the next one (pipeline/boundary.py).
 
@@ -116,28 +118,35 @@ class YOCOModel(LanguageModule):
 
         Args:
             input_ids: int64 [b, s]; read by the first stage alone.
-            position_ids, attention_mask, packed_seq_params: ignored; attention is always causal, positions are counted
-                in each document.
-            labels: int64 [b, s]; None asks for logits.
+            position_ids, attention_mask, loss_mask, packed_seq_params: ignored; attention is always causal, positions
+                are counted in each document, and a loss is masked where it is summed.
+            labels: int64 [b, s], with `query_runs` [b, m]; None asks for logits.
             document_ids: integers [b, whole sequence], equal within a document and non-decreasing, read by every stage:
                 a token attends to its own document alone. None for one document.
+            query_runs: the positions of the whole sequence that are computed behind the shared K,V, the same on every
+                stage and rank (context/query_shard.py): m of them on this rank. None for all.
         Returns:
-            fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`).
+            fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`); with
+            `query_runs` m instead of s.
         """
-        kv = None
+        kv, config = None, self.config
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         assert hidden_states is not None
-        length = hidden_states.shape[0] * self.tokens_per_row
-        if self.stage.kv_in:
-            hidden_states, kv = split_boundary_tensor(
-                hidden_states, self.config.hidden_size, length, self.groups, self.fp32_transport
-            )
         ranks, batch = self.cp_group.size(), hidden_states.shape[1]
+        if self.stage.kv_in:
+            hidden_shape, kv_shape = self._arriving_shapes(hidden_states, query_runs)
+            hidden_states, kv = split_boundary_tensor(hidden_states, hidden_shape, kv_shape, self.fp32_transport)
+        length = kv.shape[0] if kv is not None else hidden_states.shape[0] * self.tokens_per_row
         group = self.cp_group if ranks > 1 else None
         shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
-        positions = shard.positions()
+        positions, queries, query_angles = shard.positions(), None, None
+        if query_runs is not None:
+            rows_group = self.pg_collection.tp_cp if config.sequence_parallel else group
+            queries = QueryShard(shard, query_runs, rows_group, self.tokens_per_row)
+            query_angles = self.cross_rotary(queries.positions())
+        self_angles, cross_angles = self.self_rotary(positions), self.cross_rotary(positions)
         hidden_states, kv_reader = self.decoder(
-            hidden_states, kv, self.self_rotary(positions), self.cross_rotary(positions), shard
+            hidden_states, kv, self_angles, cross_angles, shard, queries, query_angles
         )
         if self.post_process:
             return self.head(hidden_states, labels)
@@ -146,13 +155,37 @@ class YOCOModel(LanguageModule):
         kv = kv_reader.read_stacked(torch.float32 if self.fp32_transport else None)
         return join_boundary_tensor(hidden_states, kv, self.fp32_transport)
 
-    def boundary_shape(self, stage: Stage, micro_batch_size: int, length: int) -> tuple[int, int, int]:
-        """Shape of the boundary tensor that enters `stage` on this rank; `length` is that of a whole sequence."""
-        length //= self.cp_group.size()
-        rows, width = length // self.tokens_per_row, self.config.hidden_size
-        if stage.kv_in:
-            width += kv_columns(self.groups, self.config.kv_channels, rows, length, self.fp32_transport)
-        return rows, micro_batch_size, width
+    def boundary_shape(
+        self, stage: Stage, micro_batch_size: int, length: int, queries: int | None = None
+    ) -> tuple[int, int, int]:
+        """Shape of the boundary tensor that enters `stage` on this rank.
+
+        Args:
+            length: tokens of a whole sequence; queries: those of them that are computed behind the shared K,V.
+        """
+        tokens = length // self.cp_group.size()
+        if not stage.kv_in:
+            return tokens // self.tokens_per_row, micro_batch_size, self.config.hidden_size
+        rows = (length if queries is None else queries) // self.cp_group.size() // self.tokens_per_row
+        return 1, micro_batch_size, rows * self.config.hidden_size + tokens * self._kv_values_per_token
+
+    @property
+    def _kv_values_per_token(self) -> int:
+        return kv_values((self.groups, 2, self.config.kv_channels), self.fp32_transport)
+
+    def _arriving_shapes(
+        self, boundary_tensor: Tensor, query_runs: Runs | None
+    ) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
+        """Of hidden states and K,V in it. The number of tokens follows from its size."""
+        _, batch, values = boundary_tensor.shape
+        width, kv = self.config.hidden_size, self._kv_values_per_token
+        if query_runs is None:
+            tokens = values * self.tokens_per_row // (width + kv * self.tokens_per_row)
+            rows = tokens // self.tokens_per_row
+        else:
+            rows = count(query_runs) // self.cp_group.size() // self.tokens_per_row
+            tokens = (values - rows * width) // kv
+        return (rows, batch, width), (tokens, batch, self.groups, 2, self.config.kv_channels)
 
     def embed(self, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """X^0 = sqrt(h) E[tokens], [s, b, h] ([s/tp, b, h] with sequence parallelism)."""

@@ -9,6 +9,9 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from torch import Tensor
 
+from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs
+from yoco_megatron.training.query_positions import mask_prefix_, query_runs
+
 
 def get_batch(
     data_iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int, vp_stage: int | None = None
@@ -16,8 +19,9 @@ def get_batch(
     """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None if this stage does not need them).
 
     b is `micro_batch_size`, which may be another one in evaluation; s is the number of tokens of this context-parallel
-    rank. With --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which every stage and
-    rank needs (else None).
+    rank; labels and loss_mask are those of its m queries, where the cross-decoder computes positions with a loss alone
+    (query_positions.py). With --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which
+    every stage and rank needs (else None).
     """
     args = get_args()
     documents = args.dataloader_inter_document_masking
@@ -47,12 +51,26 @@ def get_batch(
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
+    if batch["loss_mask"] is not None:
+        mask_prefix_(batch["loss_mask"], args)
+    runs = query_runs(args)
+    of_queries = {} if runs is None else {name: _at_queries(batch.pop(name), runs) for name in ("labels", "loss_mask")}
     # Zig-zag over whole sequences, regardless of documents.
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group(), use_per_sequence_balancing=True
     )
+    batch |= of_queries
     batch["document_ids"] = document_ids(batch["cu_seqlens"], args.seq_length) if documents else None
     return batch
+
+
+def _at_queries(whole: Tensor | None, runs: Runs) -> Tensor | None:
+    """[b, whole sequence] -> [b, m] at the queries of this context-parallel rank."""
+    if whole is None:
+        return None
+    dealt = dealt_runs(runs, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+    parts = [whole[:, start:stop] for start, stop in dealt]
+    return torch.cat(parts, 1)
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:

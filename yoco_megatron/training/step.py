@@ -10,7 +10,9 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
+from yoco_megatron.parallel.context.query_shard import count
 from yoco_megatron.training.batch import get_batch
+from yoco_megatron.training.query_positions import query_runs
 
 SPIKY_LOSS_FACTOR = 10  # --check-for-spiky-loss reports a loss of this many times the largest recent one
 straggler = StragglerDetector()
@@ -78,6 +80,20 @@ def forward_step(
         batch = get_batch(data_iterator, micro_batch_size, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
-        documents = {"document_ids": batch["document_ids"]} if batch["document_ids"] is not None else {}
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **documents)
+        more = {"document_ids": batch["document_ids"], "query_runs": query_runs(get_args())}
+        if get_args().architecture != "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
+            more = {}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
     return output, partial(loss_func, batch["loss_mask"])  # type: ignore[arg-type]  # None before the last stage
+
+
+def queries_of(microbatch: int) -> int | None:
+    """Positions of each sequence of a micro-batch that are computed behind the shared K,V; None for all.
+
+    A pipeline asks before the micro-batch arrives (parallel/pipeline/communicator.py).
+    """
+    runs = query_runs(get_args())
+    return None if runs is None else count(runs)
+
+
+forward_step.queries_of = queries_of  # type: ignore[attr-defined]

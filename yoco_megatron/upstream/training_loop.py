@@ -41,10 +41,12 @@ def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
         if not isinstance(model, YOCOModel) or model.pp_group.size() == 1:
             return schedule(**call)
         plan = StagePlan.from_config(model.config)
+        sizes = call["micro_batch_size"], call["seq_length"]
+        queries_of = getattr(call["forward_step_func"], "queries_of", lambda microbatch: None)
         communicator = SharedKVCommunicator(
             model.pp_group,
             model.config,
-            lambda g: model.boundary_shape(plan.stage(g), call["micro_batch_size"], call["seq_length"]),
+            lambda g, microbatch: model.boundary_shape(plan.stage(g), *sizes, queries_of(microbatch)),
             call["num_microbatches"],
             call.get("forward_only", False),
         )
@@ -118,6 +120,8 @@ def report_model(args: Namespace, num_microbatches: int | None = None, verbose: 
     print(f"{args.architecture} of {sum(parameters.values()):,} parameters:")
     for part, count in parameters.items():
         print(f"  {part:<22}{count:>16,} parameters")
+    if shape.num_queries is not None:
+        print(f"cross-decoder, head and loss at the last {shape.num_queries:,} of {args.seq_length:,} positions")
     print(f"{3 * sum(flops.values()) / 1e9:.3f} GFLOP a token to train, causal, at --seq-length {args.seq_length}:")
     for part, forward in flops.items():
         print(f"  {part:<22}{3 * forward / 1e9:>16.3f} GFLOP")

@@ -15,6 +15,7 @@ from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
 from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
@@ -52,7 +53,7 @@ class SharedKVAttention(ChunkedAttention):
         *,
         attention_bias: SharedKVReader,
         rotary_pos_emb: Tensor,
-        packed_seq_params: SequenceShard,
+        packed_seq_params: SequenceShard | QueryShard,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias).
@@ -65,7 +66,7 @@ class SharedKVAttention(ChunkedAttention):
         core_reader = kv_reader.inside_checkpoint() if self.recompute_core and self.training else kv_reader
 
         def attention(query: Tensor) -> Tensor:
-            if is_supported(self.config, query, shard):
+            if isinstance(shard, SequenceShard) and is_supported(self.config, query, shard):
                 scale = self.config.softmax_scale or self.head_dim**-0.5
                 return self.checkpoint_core(lambda query: zigzag_attention(query, core_reader, shard, scale), query)
             return self.attend(query, lambda _, cp_chunk, first: core_reader.read(first, cp_chunk.stop), shard)

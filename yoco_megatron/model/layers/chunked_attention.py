@@ -18,6 +18,7 @@ from torch import Tensor
 
 from yoco_megatron.model.layers.projections import output_projection, save_original_input
 from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys
 
 # Megatron's enum has no name for Transformer Engine's mask of packed documents with fewer queries than keys.
@@ -69,7 +70,7 @@ class ChunkedAttention(MegatronModule):
             # The attention kernel saves this input anyway; a quantised copy beside it would waste memory.
             save_original_input(self.linear_proj)
 
-    def attend(self, query: Tensor, keys_of: KeysOf, shard: SequenceShard, *saved: Tensor) -> Tensor:
+    def attend(self, query: Tensor, keys_of: KeysOf, shard: SequenceShard | QueryShard, *saved: Tensor) -> Tensor:
         """query [s, b, H, D] -> [s, b, H * D].
 
         `saved` are tensors that `keys_of` takes as further arguments, for selective recompute to save.
@@ -77,8 +78,9 @@ class ChunkedAttention(MegatronModule):
 
         def core(query: Tensor, *saved: Tensor) -> Tensor:
             outputs = []
-            # Avoid chunk(1) here and full-range slices below: their backward copies the gradient.
-            parts = [query] if len(shard.chunks) == 1 else query.chunk(len(shard.chunks))
+            # Avoid a split into one here and full-range slices below: their backward copies the gradient.
+            lengths = [cp_chunk.stop - cp_chunk.start for cp_chunk in shard.chunks]
+            parts = [query] if len(lengths) == 1 else query.split(lengths)
             for index, (cp_chunk, queries) in enumerate(zip(shard.chunks, parts)):
                 visible = shard.visible_keys(cp_chunk, self.left_window)
                 key, value = keys_of(index, cp_chunk, min(visible.first), *saved)

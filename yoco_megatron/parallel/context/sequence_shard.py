@@ -148,11 +148,15 @@ class SequenceShard:
 
     def positions(self) -> Tensor:
         """Positions of the tokens held here, counted in each document: int64 [s], with documents [s, b]."""
+        return self.local(self.positions_in_documents(), 0)
+
+    def positions_in_documents(self) -> Tensor:
+        """Of the whole sequence: int64 [length], with documents [length, b]."""
         positions = torch.arange(self.length, device=self.device)
         if self.document_ids is None:
-            return self.local(positions, 0)
+            return positions
         starts = torch.where(self._is_start, positions, 0).cummax(1).values
-        return self.local(positions - starts, 1).t()
+        return (positions - starts).t()
 
     def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
         """What the queries of `chunk` attend to: themselves and `left_window` earlier keys, or all earlier if None."""

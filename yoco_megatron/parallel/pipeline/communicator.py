@@ -22,7 +22,8 @@ class SharedKVCommunicator(P2PCommunicator):
     """A communicator for one call of a schedule.
 
     Args:
-        shape_into: shape of the tensor that enters stage g (counted as in stages.py).
+        shape_into: shape of the tensor of a micro-batch that enters stage g (counted as in stages.py); asked when it is
+            about to arrive.
         num_microbatches, forward_only: as the schedule is called.
     """
 
@@ -30,7 +31,7 @@ class SharedKVCommunicator(P2PCommunicator):
         self,
         pp_group: torch.distributed.ProcessGroup,
         config: ModelParallelConfig,
-        shape_into: Callable[[int], Shape],
+        shape_into: Callable[[int, int], Shape],
         num_microbatches: int,
         forward_only: bool,
     ) -> None:
@@ -44,15 +45,15 @@ class SharedKVCommunicator(P2PCommunicator):
             num_microbatches,
             config.microbatch_group_size_per_vp_stage,
         )
-        self._from_previous = deque(shape_into(g) for g in forward)
-        self._from_next = deque(() if forward_only else (shape_into(g) for g in backward))
+        self._shape_into = shape_into
+        self._from_previous, self._from_next = deque(forward), deque(() if forward_only else backward)
 
     def _communicate_shapes(
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[Iterable[int], Iterable[int]]:
         return (
-            self._from_previous.popleft() if recv_prev else (0, 0, 0),
-            self._from_next.popleft() if recv_next else (0, 0, 0),
+            self._shape_into(*self._from_previous.popleft()) if recv_prev else (0, 0, 0),
+            self._shape_into(*self._from_next.popleft()) if recv_next else (0, 0, 0),
         )
 
     def finish(self) -> None:
@@ -63,22 +64,22 @@ class SharedKVCommunicator(P2PCommunicator):
 
 def arriving_stages(
     rank: int, ranks: int, model_chunks: int, num_microbatches: int, group: int | None
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Order of arrivals on a pipeline rank.
 
     Args:
         model_chunks: per rank, more than one if stages are interleaved.
         group: micro-batches per group of the interleaved schedule; None for `ranks`.
     Returns:
-        (g of each activation that arrives: it enters stage g; g of each gradient that arrives: that of the tensor which
-        entered stage g). The first rank receives activations of its later model chunks from the last rank.
+        ((g, micro-batch) of each activation that arrives: it enters stage g; (g, micro-batch) of each gradient that
+        arrives: that of the tensor which entered stage g). The first rank receives activations of its later model
+        chunks from the last rank.
     """
-    order = [0] * num_microbatches
+    order = [(microbatch, 0) for microbatch in range(num_microbatches)]
     if model_chunks > 1:
-        order = [chunk for _, chunk in get_schedule_table(num_microbatches, model_chunks, group or ranks)]
+        order = get_schedule_table(num_microbatches, model_chunks, group or ranks)
     last = model_chunks * ranks - 1
-    forward = [chunk * ranks + rank for chunk in order] if rank > 0 else [(chunk + 1) * ranks for chunk in order]
-    stage = [(model_chunks - 1 - chunk) * ranks + rank for chunk in order]
-    if rank == 0:
-        forward = [g for g in forward if g <= last]
-    return forward, [g + 1 for g in stage if g < last]
+    # The first rank's activations come from the last rank, and enter its next model chunk.
+    forward = [((chunk + (rank == 0)) * ranks + rank, microbatch) for microbatch, chunk in order]
+    stage = [((model_chunks - 1 - chunk) * ranks + rank, microbatch) for microbatch, chunk in order]
+    return [(g, n) for g, n in forward if g <= last], [(g + 1, n) for g, n in stage if g < last]

@@ -1,0 +1,154 @@
+"""A cross-decoder that computes only positions with loss gives the loss and the gradients of the whole computation."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from support.models import FULL_RECOMPUTE, SEQ, STORED_ATTENTION, batch, build, relative_error, tiny_config
+from support.pipeline import MICRO_BATCH, pipeline_step
+from support.worlds import run_world
+
+from yoco_megatron.parallel.context.query_shard import count, dealt_runs, suffix_run
+from yoco_megatron.training import query_positions
+
+# Differences are rounding alone: sums in another order.
+FLOAT64, TOLERANCE = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64), 1e-12
+PP1, MICROBATCHES = "EttttttttL", 2
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+SP = dict(sequence_parallel=True)
+RETENTION, WINDOW = "gated_retention", "sliding_window"
+
+# name -> (layout of 8 layers, pipeline ranks, tensor parallel, context parallel, config)
+MESHES = {
+    "one process": (PP1, 1, 1, 1, {}),
+    "recompute full": (PP1, 1, 1, 1, FULL_RECOMPUTE),
+    "recompute all but attention": (PP1, 1, 1, 1, STORED_ATTENTION),
+    "recompute selective": (PP1, 1, 1, 1, SELECTIVE),
+    "TP2": (PP1, 1, 2, 1, {}),
+    "TP2 SP": (PP1, 1, 2, 1, SP),
+    "CP2": (PP1, 1, 1, 2, {}),
+    "CP4": (PP1, 1, 1, 4, {}),
+    "TP2 CP2 SP": (PP1, 1, 2, 2, SP),
+    "PP2": ("Ett|ttttttL", 2, 1, 1, {}),
+    "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, 1, {}),
+    "TP2 PP2 SP": ("Etttttt|ttL", 2, 2, 1, SP),
+    "PP2 CP2": ("Ettt|tttttL", 2, 1, 2, {}),
+}
+# (mesh, self-decoder, where there is a loss, packed documents)
+CASES = [
+    ("one process", RETENTION, "answers", True),
+    ("one process", WINDOW, "random", True),
+    ("one process", RETENTION, "none", False),
+    ("one process", RETENTION, "all", False),
+    ("recompute full", RETENTION, "answers", True),
+    ("recompute all but attention", WINDOW, "random", True),
+    ("recompute selective", RETENTION, "answers", True),
+    ("TP2", WINDOW, "random", True),
+    ("TP2 SP", RETENTION, "suffix", False),
+    ("CP2", WINDOW, "random", True),
+    ("CP4", RETENTION, "suffix", False),
+    ("TP2 CP2 SP", RETENTION, "answers", True),
+    ("PP2", RETENTION, "none", False),
+    ("PP2 VP2", RETENTION, "answers", True),
+    ("TP2 PP2 SP", WINDOW, "random", True),
+    ("PP2 CP2", RETENTION, "suffix", False),
+]
+
+
+def masks() -> dict[str, torch.Tensor]:
+    """Float [sequences, SEQ]: where the loss counts, other positions in each micro-batch but for the suffix."""
+    sequences = MICRO_BATCH * MICROBATCHES
+    found = {name: torch.zeros(sequences, SEQ) for name in ("suffix", "answers", "none", "all", "random")}
+    found["suffix"][:, -7:] = 1
+    for sample in range(sequences):
+        found["answers"][sample, 3 + sample : 9 + sample] = 1
+        found["answers"][sample, 30 - 4 * sample : 36 - 4 * sample] = 1
+    found["all"][:] = 1
+    found["random"].bernoulli_(0.2, generator=torch.Generator().manual_seed(3))
+    return found
+
+
+def step(mesh: str, kind: str, where: str, documents: bool, only_queries: bool) -> list[dict]:
+    layout, pp, tp, cp, overrides = MESHES[mesh]
+    vp = (layout.count("|") + 1) // pp
+    model = FLOAT64 | dict(self_decoder=kind) | overrides
+    given = model, layout, False, MICROBATCHES, False, documents, masks()[where], only_queries
+    return run_world(tp * pp * cp, pipeline_step, *given, tp=tp, pp=pp, cp=cp, vp=vp if vp > 1 else None)
+
+
+@pytest.fixture(scope="module")
+def everywhere():
+    """The reference: one process computes all positions and masks the loss."""
+    done: dict = {}
+
+    def found(*case) -> dict[str, torch.Tensor]:
+        if case not in done:
+            done[case] = step("one process", *case, only_queries=False)[0]
+        return done[case]
+
+    return found
+
+
+@pytest.mark.parametrize(("mesh", "kind", "where", "documents"), CASES)
+def test_equals_the_whole_computation(mesh: str, kind: str, where: str, documents: bool, everywhere) -> None:
+    reference = everywhere(kind, where, documents)
+    results = step(mesh, kind, where, documents, only_queries=True)
+    assert set().union(*results) == reference.keys()
+    for result in results:
+        for name, value in result.items():
+            if where == "none":
+                assert value.abs().max() == 0 == reference[name].abs().max()
+            else:
+                error = relative_error(value, reference[name])
+                assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_only_the_queries_are_computed() -> None:
+    """Rows that each layer and the output layer see, and that a run of other positions is another loss."""
+    model = build(tiny_config(**FLOAT64))
+    tokens, labels = batch(MICRO_BATCH)
+    rows = {}
+
+    def count_rows(name: str):
+        return lambda module, inputs, kwargs: rows.__setitem__(name, len(kwargs.get("hidden_states", *inputs[:1])))
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(count_rows(f"layer {layer.layer_number}"), with_kwargs=True)
+    model.output_layer.register_forward_pre_hook(count_rows("output"), with_kwargs=True)
+    runs = ((5, 9), (40, 44))
+    losses = model(tokens, labels=torch.cat([labels[:, 5:9], labels[:, 40:44]], 1), query_runs=runs)
+    assert list(rows.values()) == [SEQ, SEQ, 8, 8, 8]
+    whole = model(tokens, labels=labels)
+    assert torch.allclose(losses, torch.cat([whole[:, 5:9], whole[:, 40:44]], 1), rtol=1e-6)
+    shifted = model(tokens, labels=torch.cat([labels[:, 5:9], labels[:, 40:44]], 1), query_runs=((6, 10), (40, 44)))
+    assert (shifted - losses).abs()[:, :4].min() > 1e-3
+
+
+def test_a_suffix_is_rounded_up() -> None:
+    assert suffix_run(5, 32, 4) == ((24, 32),)
+    assert suffix_run(31, 32, 4) == ((0, 32),)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_query_is_dealt_once_and_each_rank_has_as_many(ranks: int) -> None:
+    runs = ((0, 5), (9, 10), (14, 20))
+    dealt = [dealt_runs(runs, ranks, rank) for rank in range(ranks)]
+    assert {count(of_rank) for of_rank in dealt} == {12 // ranks}
+    positions = sorted(position for of_rank in dealt for start, stop in of_rank for position in range(start, stop))
+    assert positions == [*range(5), 9, *range(14, 20)]
+
+
+def test_runs_of_the_flags() -> None:
+    """Rounded up for the ranks that share the rows, and for FP8."""
+    flags = dict(architecture="yoco", cross_decoder_positions="loss", loss_suffix="10", seq_length=1024)
+    mesh = dict(tensor_model_parallel_size=2, context_parallel_size=1, sequence_parallel=False, fp8=None)
+    mesh |= dict(loss_chunk_size=8)
+
+    def run(**more: object) -> tuple:
+        return query_positions.query_runs(Namespace(**flags | mesh | more))
+
+    assert run() == ((1014, 1024),)
+    assert run(sequence_parallel=True, context_parallel_size=2) == ((1012, 1024),)
+    assert run(fp8="hybrid") == ((992, 1024),)
+    assert run(cross_decoder_positions="all") is run(loss_suffix=None) is run(loss_suffix="1024") is None

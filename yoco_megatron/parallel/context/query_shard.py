@@ -1,0 +1,182 @@
+"""The positions whose loss counts, and how the cross-decoder's queries at them are dealt to ranks.
+
+A YOCO's cross-decoder writes nothing that other positions read: all K,V come from the self-decoder. So cross-decoder,
+head and loss are computed at the positions with loss alone, the queries, in runs of neighbouring positions.
+
+Zig-zag would leave a suffix of the sequence on one context-parallel rank. Therefore all queries of a micro-batch are
+cut into 2 C equal pieces, and rank r gets pieces r and 2 C - 1 - r, whatever tokens it holds. Their hidden states
+travel there once, in one all-to-all; with sequence parallelism over the tensor-parallel ranks as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys
+
+Runs = Sequence[tuple[int, int]]
+"""Positions [start, stop) of a whole sequence, ascending and apart."""
+
+
+def count(runs: Runs) -> int:
+    """Number of positions."""
+    return sum(stop - start for start, stop in runs)
+
+
+def queries_multiple(context_parallel_size: int, rows_split: int) -> int:
+    """What the number of queries of a sequence must be a multiple of.
+
+    Args:
+        rows_split: tensor-parallel ranks that split the rows, 1 without sequence parallelism.
+    """
+    pieces = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    return lcm(pieces, context_parallel_size * rows_split)
+
+
+def suffix_run(queries: int, length: int, multiple: int = 1) -> Runs:
+    """The run of the last positions of a sequence: `queries`, rounded up to a multiple."""
+    return ((length - min(length, -(-queries // multiple) * multiple), length),)
+
+
+def dealt_runs(runs: Runs, ranks: int, rank: int) -> Runs:
+    """The part of `runs` that context-parallel rank `rank` computes, in its order: piece `rank`, then its mirror."""
+    if ranks == 1:
+        return tuple(runs)
+    piece, left = divmod(count(runs), 2 * ranks)
+    assert left == 0, f"{count(runs)} queries are no multiple of two pieces for each of {ranks} ranks"
+    return tuple(part for index in (rank, 2 * ranks - 1 - rank) for part in _cut(runs, index * piece, piece))
+
+
+def _cut(runs: Runs, first: int, count: int) -> Runs:
+    """Queries first .. first + count - 1 of the runs laid end to end."""
+    parts, offset = [], 0
+    for start, stop in runs:
+        begin, end = max(first, offset), min(first + count, offset + stop - start)
+        if begin < end:
+            parts.append((start + begin - offset, start + end - offset))
+        offset += stop - start
+    return parts
+
+
+def positions_of(runs: Runs) -> Tensor:
+    """int64 [queries], on the host."""
+    return torch.cat([torch.arange(start, stop) for start, stop in runs])
+
+
+class QueryShard:
+    """The queries of a micro-batch that one context-parallel rank computes; cross attention reads it like a
+    `SequenceShard`, whose chunks are here of any length.
+
+    Args:
+        shard: the tokens that this rank holds.
+        runs: all queries of a sequence; their number is a multiple of `queries_multiple`.
+        rows_group: the ranks that hold rows of one hidden state: with sequence parallelism the tensor-parallel ranks,
+            times the context-parallel ones; None for one.
+        rows_split: tensor-parallel ranks that split the rows, 1 without sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        shard: SequenceShard,
+        runs: Runs,
+        rows_group: dist.ProcessGroup | None = None,
+        rows_split: int = 1,
+    ) -> None:
+        self.whole, self.all_runs, self.rows_split = shard, runs, rows_split
+        self.group = rows_group if rows_group is not None and rows_group.size() > 1 else None
+        self.ranks, self.rank, self.batch = shard.ranks, shard.rank, shard.batch
+        self.document_ids, self.device = shard.document_ids, shard.device
+        self.runs = dealt_runs(runs, self.ranks, self.rank)
+        self.chunks = tuple(CPChunk(start, stop) for start, stop in self.runs)
+
+    def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
+        """What the queries of a run attend to: see `SequenceShard.visible_keys`."""
+        return self.whole.visible_keys(chunk, left_window)
+
+    def positions(self) -> Tensor:
+        """Positions of the queries of this rank, counted in each document: int64 [m], with documents [m, b]."""
+        return self.whole.positions_in_documents().index_select(0, positions_of(self.runs).to(self.device))
+
+    def take(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states of the tokens held here [s, b, h] -> those of the queries dealt here [m, b, h].
+
+        With sequence parallelism [s/tp, b, h] -> [m/tp, b, h].
+        """
+        return _Take.apply(hidden_states, self._route)
+
+    @cached_property
+    def _route(self) -> "_Route":
+        rank_of_group = self.rank * self.rows_split
+        if self.group is None:
+            rows = self._row_on_its_rank(positions_of(self.runs))
+            return _Route(rows.to(self.device))
+        me = self.group.rank()
+        assert me // self.rows_split * self.rows_split == rank_of_group, "ranks are not in the order tensor, context"
+        wanted = [part for rank in range(self.ranks) for part in self._positions_of_rank(rank).chunk(self.rows_split)]
+        sent = [self._row_on_its_rank(part)[self._holder(part) == me] for part in wanted]
+        holders = self._holder(wanted[me])
+        return _Route(
+            torch.cat(sent).to(self.device),
+            self.group,
+            [len(rows) for rows in sent],
+            holders.bincount(minlength=self.group.size()).tolist(),
+            holders.argsort(stable=True).argsort().to(self.device),
+        )
+
+    def _positions_of_rank(self, rank: int) -> Tensor:
+        return positions_of(dealt_runs(self.all_runs, self.ranks, rank))
+
+    def _place(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(context-parallel rank that holds each position, its place among the tokens held there)."""
+        chunk, offset = positions // self.whole.chunk_length, positions % self.whole.chunk_length
+        if self.ranks == 1:
+            return chunk, offset
+        mirrored = chunk >= self.ranks
+        rank = torch.where(mirrored, self.whole.num_chunks - 1 - chunk, chunk)
+        return rank, offset + mirrored * self.whole.chunk_length
+
+    def _holder(self, positions: Tensor) -> Tensor:
+        """Rank in `group` that holds each position's hidden state."""
+        rank, place = self._place(positions)
+        return rank * self.rows_split + place // (self.whole.local_length // self.rows_split)
+
+    def _row_on_its_rank(self, positions: Tensor) -> Tensor:
+        return self._place(positions)[1] % (self.whole.local_length // self.rows_split)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Rows that this rank sends, in the order of the receiving ranks, and how it sorts what it receives."""
+
+    sent: Tensor
+    group: dist.ProcessGroup | None = None
+    sent_counts: Sequence[int] = ()
+    received_counts: Sequence[int] = ()
+    order: Tensor | None = None
+    """Where in what is received (by sending rank) each query is."""
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, route: _Route) -> Tensor:
+        ctx.route, ctx.shape = route, hidden_states.shape
+        sent = hidden_states.index_select(0, route.sent)
+        if route.order is None:
+            return sent
+        received = sent.new_empty(sum(route.received_counts), *sent.shape[1:])
+        dist.all_to_all_single(received, sent, route.received_counts, route.sent_counts, group=route.group)
+        return received.index_select(0, route.order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        route = ctx.route
+        if route.order is not None:
+            by_sender = torch.empty_like(gradient).index_copy_(0, route.order, gradient)
+            gradient = gradient.new_empty(sum(route.sent_counts), *gradient.shape[1:])
+            dist.all_to_all_single(gradient, by_sender, route.sent_counts, route.received_counts, group=route.group)
+        return gradient.new_zeros(ctx.shape).index_copy_(0, route.sent, gradient), None
