@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy
+from yoco_megatron.utils.small_files import BadFile, read_json
 
 STALE_S = 600  # a heartbeat older than this is reported
 GONE = "not in the queue"
@@ -35,10 +36,30 @@ def squeue(job: str | None) -> tuple[str | None, str | None]:
     return state or GONE, left or None
 
 
+class Heartbeat(TypedDict):
+    """What is read of heartbeat.json."""
+
+    iteration: int
+    train_iters: int
+    tokens: int
+    loss: float | None
+    tokens_per_second: float | None
+    time: float
+
+
+def heartbeat(run: Path) -> dict[str, Any] | None:
+    """The newest; None without one. One that is damaged counts as {}, with a warning: the next one replaces it."""
+    try:
+        return read_json(run / "heartbeat.json", Heartbeat, missing=None)
+    except BadFile as error:
+        print(f"status.py: warning: {error}", file=sys.stderr)
+        return {}
+
+
 def read(run: Path) -> dict[str, Any]:
     """The status of one run. Raises ValueError for a folder that is not a run folder."""
-    lines = policy.attempts(run)
-    if not lines and not (run / "heartbeat.json").exists():
+    lines, beat = policy.attempts(run), heartbeat(run)
+    if not lines and beat is None:
         raise ValueError(f"{run}: no attempts.jsonl and no heartbeat.json there; give a --run-folder")
     begins = [line for line in lines if line["event"] == "begin"]
     last = lines[-1] if lines else {"event": "begin"}
@@ -49,7 +70,7 @@ def read(run: Path) -> dict[str, Any]:
     else:
         waiting = f"stopped, {GONE}" if slurm_state == GONE else "waiting to restart"
         state = {"requeue": waiting, "done": "done", "stop": "stopped"}[last["verdict"]]
-    beat = json.loads((run / "heartbeat.json").read_text()) if (run / "heartbeat.json").exists() else {}
+    beat = beat or {}
     age = time.time() - beat["time"] if beat else None
     if state == "running" and age is not None and age > STALE_S:
         state = f"running, but no step for {age / 60:.0f} minutes"

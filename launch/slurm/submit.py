@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from yoco_megatron.config.yaml_files import LIMIT, parse_yaml
 from yoco_megatron.resilience import preflight, sbatch, secrets
 from yoco_megatron.resilience.launch_environment import launch_environment
+from yoco_megatron.utils.small_files import BadFile, read_text
 
 CLUSTER_KEYS = {
     "gpu",
@@ -77,11 +77,11 @@ def parser() -> argparse.ArgumentParser:
 def load_cluster(path: str) -> dict[str, Any]:
     """Site settings; what is null is left out. Raises ValueError for a file, key or value that is wrong."""
     try:
-        cluster = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--cluster {path}: cannot be read: {error}") from None
+        text = read_text(Path(path), LIMIT)
+    except (BadFile, OSError) as error:
+        raise ValueError(f"--cluster {error}") from None
     try:
-        return _checked(cluster)
+        return _checked(parse_yaml(text) or {})
     except ValueError as error:
         raise ValueError(f"--cluster {path}: {error}") from None
 

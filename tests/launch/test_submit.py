@@ -130,7 +130,7 @@ def test_container_only_when_named():
         (FLAGS, 0, "cpu", "--nodes 0 must be at least 1"),
         (["--time", "4h", *FLAGS], 1, "cpu", "--time 4h: write minutes"),
         (["--time", "5:30", *FLAGS], 1, "cpu", "--save-seconds 300 leaves no time to train in --time 5:30"),
-        (FLAGS, 1, "missing", "cannot be read"),
+        (FLAGS, 1, "missing", "is missing"),
         ([*FLAGS, "--lr-warmup-iters", "20"], 1, "cpu", "--lr-warmup-iters 20 must be below"),
         ([*FLAGS, "--load", "/no/such/folder"], 1, "cpu", "--load /no/such/folder holds no checkpoint"),
         (

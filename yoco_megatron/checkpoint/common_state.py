@@ -35,8 +35,12 @@ def common_state(checkpoint: Path) -> dict[str, Any]:
             raise cause from error
         what = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise BadFile(f"{checkpoint} is damaged ({what}): copy it again") from error
+    schedule = found.get("opt_param_scheduler") if isinstance(found, dict) else None
+    wanted = {"max_lr", "min_lr", "lr_decay_style", "wd_incr_style", "start_wd", "end_wd"}
     if not isinstance(found, dict) or not isinstance(found.get("iteration"), int):
         raise BadFile(f"{checkpoint} does not say of which iteration it is: copy it again")
+    if schedule is not None and not (isinstance(schedule, dict) and wanted <= schedule.keys()):
+        raise BadFile(f"{checkpoint} holds a schedule that is none: copy it again")
     return found
 
 

@@ -4,11 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.checkpoint.common_state import common_state
 from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.small_files import BadFile
 
 
 def check_resumable(args: Namespace) -> None:
@@ -50,12 +49,12 @@ def _saved(args: Namespace) -> dict[str, Any] | None:
         candidates = [args.ckpt_step]
     elif tracked is not None:
         candidates = [tracked, *(iteration for iteration in checkpoints.iterations(load) if iteration < tracked)]
-    else:
-        return None
+    else:  # with a tracker that a crash cut short, the newest is loaded
+        candidates = [] if checkpoints.tracked(load) else checkpoints.iterations(load)
     for iteration in candidates:
         try:
             return common_state(checkpoints.path_of(load, iteration))
-        except (Exception, CheckpointException):  # the latter is no Exception
+        except BadFile:
             continue  # loading passes over a damaged one, too, and says what is wrong with it
     return None
 
