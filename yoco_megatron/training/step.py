@@ -80,9 +80,9 @@ def forward_step(
         batch = get_batch(data_iterator, micro_batch_size, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
-        more = {"document_ids": batch["document_ids"], "query_runs": query_runs(get_args())}
-        if get_args().architecture != "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
-            more = {}
+        more = {}
+        if args.architecture == "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
+            more = {"document_ids": batch["document_ids"], "query_runs": query_runs(args)}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
     return output, partial(loss_func, batch["loss_mask"])  # type: ignore[arg-type]  # None before the last stage
 
