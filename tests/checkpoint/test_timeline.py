@@ -18,7 +18,7 @@ def folder_of(path: Path, *iterations: int) -> Path:
         one = layout.path_of(path, iteration)
         one.mkdir(parents=True)
         (one / "__0_0.distcp").write_bytes(bytes([iteration]))
-        (one / layout.COMPLETE).write_text("{}")
+        (one / layout.COMPLETE).write_text('{"sharded_backend": "torch_dist"}')
         integrity.write_manifest(one)
     layout.write_tracker(path, max(iterations))
     return path
