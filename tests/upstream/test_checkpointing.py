@@ -43,7 +43,7 @@ def test_an_abandoned_one_is_not_loaded_when_asked_for(tmp_path):
     save(tmp_path, 5)
     ten = save(tmp_path, 10)
     timeline.go_back(tmp_path, 5)
-    with pytest.raises(ValueError, match="--ckpt-step 10 .* the run has gone back from it, see abandoned there"):
+    with pytest.raises(ValueError, match=r"--ckpt-step 10 .* the run has gone back from it, see abandoned there"):
         choose(tmp_path, ckpt_step=10)
     (ten / layout.ABANDONED).unlink()
     assert choose(tmp_path, ckpt_step=10) == ten

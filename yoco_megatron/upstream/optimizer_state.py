@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from yoco_megatron.upstream.registry import relies_on, replaces
 
@@ -27,23 +28,52 @@ class _StateOfParameters:
     OPTIMIZER,
     "DistributedOptimizer.get_parameter_state_dp_zero",
     digest="c87e8ab28bfd9cae",
-    why="on the only rank of data parallelism nothing has to be gathered, but it copies the optimizer's state several "
-    "times in host memory, for which training waits",
+    why="it takes each part of the optimizer's state to host memory, back to the GPU to gather it, to host memory "
+    "again, and copies it there twice, while training waits; on the only rank of data parallelism there is nothing to "
+    "gather",
 )
 def get_parameter_state_dp_zero(
     self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
 ) -> dict | None:
-    """Megatron's; on one rank, for a save of all ranks, with the optimizer's own tensors."""
-    if empty_data or not return_on_all_ranks or self.data_parallel_group.size() > 1:
+    """As Megatron's, for a save of all ranks: on one the optimizer's own tensors, on several gathered on the device."""
+    if use_gloo_comm or empty_data or not return_on_all_ranks:
         return get_parameter_state_dp_zero.original(self, use_gloo_comm, empty_data, return_on_all_ranks)
-    keys = ("param", *self.optimizer_state_keys)
+    alone = self.data_parallel_group.size() == 1
     return {"buckets_coalesced": True} | {
         index: {
-            dtype: {key: _StateOfParameters(self, key, self.buffers[index].param_index_map) for key in keys}
-            for dtype in ranges
+            dtype: _own(self, buffer) if alone else _gathered(self, buffer, buckets)
+            for dtype, buckets in self.gbuf_ranges[index].items()
         }
-        for index, ranges in enumerate(self.gbuf_ranges)
+        for index, buffer in enumerate(self.buffers)
     }
+
+
+def _keys(optimizer: Any) -> tuple[str, ...]:
+    return "param", *optimizer.optimizer_state_keys
+
+
+def _own(optimizer: Any, buffer: Any) -> dict[str, _StateOfParameters]:
+    return {key: _StateOfParameters(optimizer, key, buffer.param_index_map) for key in _keys(optimizer)}
+
+
+def _gathered(optimizer: Any, buffer: Any, ranges: list[dict]) -> dict[str, Any]:
+    """Name of a state -> that of all parameters of a buffer [numel without padding], fp32, in host memory."""
+    group, device = optimizer.data_parallel_group, torch.cuda.current_device()
+    whole = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32, device="cpu") for key in _keys(optimizer)}
+    start = 0
+    for bucket, of_bucket in zip(buffer.buckets, ranges):
+        size, end = bucket.grad_data.numel(), start + bucket.numel_unpadded
+        own = {key: torch.zeros(size // group.size(), dtype=torch.float32, device=device) for key in whole}
+        for param, places in of_bucket["param_map"].items():
+            states = optimizer._get_main_param_and_optimizer_states(param)
+            for key, shard in own.items():
+                shard[places["gbuf_local"].start : places["gbuf_local"].end].copy_(states[key].detach().view(-1))
+        together = torch.empty(size, dtype=torch.float32, device=device)
+        for key, shard in own.items():
+            dist.all_gather_into_tensor(together, shard, group=group)
+            whole[key][start:end].copy_(together[: end - start])
+        start = end
+    return whole | {"numel_unpadded": buffer.numel_unpadded}
 
 
 relies_on(
