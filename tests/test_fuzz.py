@@ -21,6 +21,7 @@ from yoco_megatron.convert.readers import TrainingTensors, open_source
 from yoco_megatron.corpus import resume_state
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.check import read_report
+from yoco_megatron.data.tokenizer import tokenizer_sha256
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.resilience import records
 from yoco_megatron.resilience.arguments import skipped_iterations
@@ -167,6 +168,12 @@ FORMATS = [
         text("resolved_config.yaml", "num-layers: 2\nbf16: true\ndata-path: {a: 1.0, b: 2}\nx: [1, a]\n"),
         load_config_file,
         is_config,
+    ),
+    Format(
+        "tokenizer.json",
+        text("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}, "padding": None}),
+        lambda path: tokenizer_sha256(str(path.parent)),
+        lambda found: found is None or isinstance(found, str),  # another tokenizer
     ),
     Format("config.json", exported("config.json"), of_export, same_tensors),
     Format("model.safetensors", exported("model.safetensors"), of_export),

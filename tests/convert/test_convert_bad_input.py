@@ -165,8 +165,8 @@ def test_no_folder_and_no_config(source, tmp_path):
         ({"num_attention_heads": 0, "head_dim": None}, "config.json describes no YOCO: num_attention_heads 0"),
         ({"self_decoder": "mamba"}, "config.json describes no YOCO: self_decoder 'mamba' is unknown"),
         ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight, .*tie_word_embeddings"),
-        ({"training_facts": [1]}, "config.json: training_facts is list, no dict"),
-        ({"training_facts": {"iteration": "x"}}, "config.json: 'iteration' is 'x', no int"),
+        ({"training_facts": [1]}, "config.json: training_facts is list, not dict"),
+        ({"training_facts": {"iteration": "x"}}, "config.json: 'iteration' is 'x', not int"),
         (b"[" * 100_000, "config.json is not JSON"),
     ],
 )
@@ -256,7 +256,7 @@ def test_broken_params_and_tracker(source):
         refused(source, f"params.json {said}", kind="official", to="hf")
     (source / "latest_checkpointed_iteration.txt").write_text("abc")
     (source / "resolved_config.yaml").write_text("num-layers: 4")
-    refused(source, "holds 'abc', no iteration: name one with --iteration", kind="megatron", to="hf")
+    refused(source, "holds no iteration: name one with --iteration", kind="megatron", to="hf")
 
 
 def test_weights_that_are_a_pickle_are_not_opened(source):

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from yoco_megatron.checkpoint import safe_unpickling
 from yoco_megatron.checkpoint.common_state import common_state
-from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of
+from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of, tracked
 from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -120,19 +120,19 @@ def _near(missing: list[str], found: Found) -> str:
 
 def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
     """The folder of one checkpoint under a run's --save. Raises ValueError if there is none."""
-    tracker = folder / TRACKER
     _require(
-        tracker.exists() and (folder / RESOLVED).exists(),
+        (folder / TRACKER).exists() and (folder / RESOLVED).exists(),
         f"{folder}: no checkpoint of pretrain_yoco.py there; give the folder that training had as --save",
     )
-    latest = tracker.read_text().strip()
+    latest = tracked(folder)
     _require(
-        latest == "release" or latest.isdigit() or iteration is not None,
-        f"{folder}: {TRACKER} holds {latest[:20]!r}, no iteration: name one with --iteration",
+        latest is not None or iteration is not None,
+        f"{folder}: {TRACKER} holds no iteration: name one with --iteration",
     )
-    name = "release" if latest == "release" and iteration is None else path_of(folder, int(iteration or latest)).name
+    released = latest == "release" and iteration is None
+    name = "release" if released else path_of(folder, int(iteration or latest or 0)).name
     _require(
-        (folder / name / ".metadata").exists(),
+        (folder / name / ".metadata").is_file(),
         f"{folder}: {name} is no checkpoint in the torch_dist format; there are "
         f"{', '.join(sorted(p.name for p in folder.glob('iter_*'))) or 'none'}",
     )

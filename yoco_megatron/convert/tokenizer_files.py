@@ -40,7 +40,9 @@ def load(folder: Path, start: list[int] | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer raises its own types
         if not (folder / "tokenizer.json").exists():
-            raise ValueError(f"--tokenizer {folder}: no tokenizer can be loaded from there: {error}") from None
+            what = "it needs Python code of its own, which is not run here; name a folder with a tokenizer.json"
+            what = what if "trust_remote_code" in str(error) else str(error)
+            raise ValueError(f"--tokenizer {folder}: no tokenizer can be loaded from there: {what}") from None
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if start is not None and start != template_ids(tokenizer)[0]:
         _set_start(tokenizer, start)

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from yoco_megatron.utils.small_files import read_json
 
 NEEDS_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
 # What Megatron makes of these comes from the Hugging Face hub, also where a vocabulary and merges are given.
@@ -28,6 +30,7 @@ FILES = (
     *("tokenizer*", "vocab*", "merges*", "added_tokens*", "special_tokens_map*", "chat_template*"),
     *("*.model", "*.tiktoken", "*.bpe", "*.spm"),
 )
+LARGEST = 512 << 20  # bytes of a tokenizer.json
 SLOW_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
@@ -258,9 +261,17 @@ def tokenizer_sha256(model: str | None) -> str | None:
     return digest.hexdigest() if files else None
 
 
+class _Model(TypedDict, total=False):
+    merges: list[str | list[str]]
+
+
+class _TokenizerJson(TypedDict, total=False):
+    model: _Model
+
+
 def _canonical(file: Path) -> bytes:
     """The content of a tokenizer.json in canonical form, without the padding and truncation of its last use."""
-    content = json.loads(file.read_bytes())
+    content = read_json(file, _TokenizerJson, limit=LARGEST, fix="copy the tokenizer again")
     content |= {"padding": None, "truncation": None}
     model = content.get("model", {})
     if "merges" in model:  # older files: "a b"
