@@ -203,3 +203,17 @@ def test_masking_ends_that_the_data_do_not_have_is_refused(tmp_path: Path) -> No
             fingerprint.check_tokenizer(args)
     args.dataloader_inter_document_masking = True  # boundaries are known without a token
     fingerprint.check_tokenizer(args)
+
+
+def test_a_tokenizer_of_unknown_content_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name on the hub has a hash once it is in the cache of this machine."""
+    args = arguments(tokenizer_model="some/bpe", mock_data=True, load=str(tmp_path))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    for saved, now in ((None, "a"), ("a", None), ("a", "a")):
+        monkeypatch.setattr(fingerprint, "tokenizer_sha256", lambda _, value=saved: value)
+        fingerprint.save(args, args.load, [1])
+        monkeypatch.setattr(fingerprint, "tokenizer_sha256", lambda _, value=now: value)
+        fingerprint.check_resumable(args)
+    monkeypatch.setattr(fingerprint, "tokenizer_sha256", lambda _: "b")
+    with pytest.raises(ValueError, match=r"tokenizer_sha256 was a, is b"):
+        fingerprint.check_resumable(args)
