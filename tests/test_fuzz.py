@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import save_file
 from support.damage import Format, check
 
@@ -20,7 +22,8 @@ from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.readers import TrainingTensors, open_source
 from yoco_megatron.corpus import resume_state
 from yoco_megatron.data import fingerprint
-from yoco_megatron.data.check import read_report
+from yoco_megatron.data.check import check_data_prefixes, read_report
+from yoco_megatron.data.idx import IndexContent, check_index
 from yoco_megatron.data.tokenizer import tokenizer_sha256
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.resilience import records
@@ -118,7 +121,22 @@ def is_config(found: Any) -> bool:
     return mismatch(found, dict[str, Any]) is None
 
 
+def dataset(folder: Path) -> Path:
+    builder = IndexedDatasetBuilder(str(folder / "d.bin"), dtype=np.uint16)
+    for length in (5, 12, 0, 1, 30) * 8:
+        builder.add_document(np.arange(length), [length])
+    builder.finalize(str(folder / "d.idx"))
+    return folder / "d.idx"
+
+
+def indexed(path: Path) -> IndexContent:
+    check_data_prefixes([str(path.with_suffix(""))])
+    return check_index(path, path.with_suffix(".bin"))
+
+
 FORMATS = [
+    # No other number can change unnoticed: int16 is as large as uint16.
+    Format("idx", dataset, indexed, lambda found: found.header.dtype == np.int16, count=300),
     of_run("architecture.json", architecture.save, architecture.check_loadable),
     of_run("data.json", fingerprint.save, fingerprint.check_resumable),
     Format(

@@ -116,12 +116,23 @@ def test_ids_that_the_vocabulary_lacks(tmp_path: Path, recorded: int | None, ref
         Path(f"{path}.json").write_text(json.dumps({"max_id": recorded}))
     flags = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=refused + 1)
     args = arguments(**vars(flags) | {"data_path": [path]})
-    fingerprint.check_ids(args)
+    fingerprint.check_tokens(args)
     args.vocab_size = refused
-    with pytest.raises(ValueError, match=rf"--data-path .*a holds the token id {refused}, .* end at {refused - 1}"):
-        fingerprint.check_ids(args)
+    with pytest.raises(ValueError, match=rf"--data-path .*a holds the token id {refused}, .* ends at {refused - 1}"):
+        fingerprint.check_tokens(args)
     args.rank = 1
-    fingerprint.check_ids(args)  # rank 0 has ended
+    fingerprint.check_tokens(args)  # rank 0 has ended
+
+
+def test_documents_of_one_token_have_no_loss(tmp_path: Path) -> None:
+    flags = vars(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=9)) | {"eod_mask_loss": True}
+    args = arguments(**flags | {"data_path": [dataset(tmp_path / "a", [1, 1, 1])]})
+    fingerprint.check_tokens(args)
+    args.dataloader_inter_document_masking = True
+    with pytest.raises(ValueError, match=r"--eod-mask-loss: no document of .*a has two tokens"):
+        fingerprint.check_tokens(args)
+    args.data_path = [dataset(tmp_path / "b", [1, 2])]
+    fingerprint.check_tokens(args)
 
 
 def test_datasets_of_one_name_are_kept_apart(run: Namespace, tmp_path: Path) -> None:

@@ -127,25 +127,33 @@ def check_tokenizer(args: Namespace) -> None:
             )
 
 
-def check_ids(args: Namespace) -> None:
+def check_tokens(args: Namespace) -> None:
     """Compare the token ids of the data with the vocabulary, on rank 0: the largest that preprocessing recorded, or
     those of a sample of the .bin.
 
     Raises:
         ValueError: an id that the vocabulary lacks; with tensor parallelism Megatron would train on it without a word.
+            Documents of which nothing is in the loss.
     """
     prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
     if args.rank != 0 or not prefixes:
         return
     limit = id_limit(build_tokenizer(args))
     for prefix in prefixes:
-        sample = sample_tokens(Path(f"{prefix}.bin"), index_of(prefix).header.dtype)
+        content = index_of(prefix)
+        if args.eod_mask_loss and args.dataloader_inter_document_masking and content.longest <= 1:
+            raise ValueError(
+                f"--eod-mask-loss: no document of {prefix} has two tokens, and without its last one nothing is left to "
+                "learn: remove the flag, or preprocess the data again"
+            )
+        sample = sample_tokens(Path(f"{prefix}.bin"), content.header.dtype)
         largest = max(sample.largest, read_report(prefix).get("max_id", 0))
         if sample.smallest < 0 or largest >= limit:
             wrong = sample.smallest if sample.smallest < 0 else largest
             raise ValueError(
-                f"--data-path {prefix} holds the token id {wrong:,}, and those of {args.tokenizer_model} "
-                f"(--tokenizer-type {args.tokenizer_type}) end at {limit - 1:,}: give the tokenizer that made the data"
+                f"--data-path {prefix} holds the token id {wrong:,}, and the vocabulary of "
+                f"{args.tokenizer_model or args.tokenizer_type} ends at {limit - 1:,}: give the tokenizer that made "
+                "the data (--tokenizer-type, --tokenizer-model)"
             )
 
 

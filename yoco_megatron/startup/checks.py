@@ -79,7 +79,7 @@ def check_training(args: argparse.Namespace) -> None:
     schedule.check(args)
     data_flags.check_enough(args)
     fingerprint.check_tokenizer(args)
-    fingerprint.check_ids(args)
+    fingerprint.check_tokens(args)
     check_checkpoint_exists(args)
     fingerprint.check_resumable(args)
     resume_schedule.check_resumable(args)

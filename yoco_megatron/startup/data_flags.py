@@ -1,5 +1,6 @@
 """The data that the flags name: found, whole, and enough for what the run does with them."""
 
+import math
 from argparse import Namespace
 
 from yoco_megatron.data import validation_sets
@@ -64,6 +65,40 @@ def check_enough(args: Namespace) -> None:
                 f"--seq-length {args.seq_length}",
             )
     _check_read_once(args, blend or (per_part[0] if per_part else None))
+
+
+def repeated_validation(args: Namespace) -> list[str]:
+    """What to say where one evaluation reads samples several times: Megatron begins a short part again in silence.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+    if args.mock_data or args.validates_whole or not args.eval_iters or args.skip_train:
+        return []
+    blend, per_part = read_blends(args)
+    part = blend or (per_part[1] if per_part else None)
+    if part is None:
+        return []
+    prefixes, weights = part
+    if any("://" in prefix for prefix in prefixes):
+        return []
+    of_split = "valid" if args.split else None
+    held = [(count_tokens(prefix, args.split, of_split) - 1) // args.seq_length for prefix in prefixes]
+    batch = args.eval_global_batch_size or args.global_batch_size
+    wanted = [
+        args.eval_iters * batch * share
+        for share in ([1.0] if weights is None else [weight / sum(weights) for weight in weights])
+    ]
+    if args.validation_sets:
+        wanted *= len(prefixes)
+    elif weights is None:  # read in proportion to their sizes
+        prefixes, held = [" ".join(prefixes)], [sum(held)]
+    return [
+        f"an evaluation of --eval-iters {args.eval_iters} reads {math.ceil(samples):,} samples of {prefix}, whose part "
+        f"valid holds {own:,}: some are read several times; --full-validation reads each once"
+        for prefix, own, samples in zip(prefixes, held, wanted)
+        if samples > own
+    ]
 
 
 def _check_read_once(args: Namespace, blend: tuple[list[str], list[float] | None] | None) -> None:

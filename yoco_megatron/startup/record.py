@@ -17,6 +17,7 @@ from yoco_megatron.parallel.pipeline import planner
 from yoco_megatron.parallel.pipeline.layout import sequences_at_a_time
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import run_folder
+from yoco_megatron.startup.data_flags import repeated_validation
 from yoco_megatron.utils.files import write_atomically
 
 
@@ -38,12 +39,16 @@ def make_folders(args: Namespace) -> None:
 
 
 def record_run(args: Namespace, model: GPTModelConfig) -> None:
-    """Print the stages of a pipelined YOCO, and describe the run beside its checkpoints. The first rank does it.
+    """Print what an evaluation repeats and the stages of a pipelined YOCO; describe the run beside its checkpoints.
+
+    The first rank does it.
 
     `--load` compares the description with its flags; one process can read the run with it.
     """
     if args.rank != 0:
         return
+    for note in repeated_validation(args):
+        print(f"WARNING: {note}")
     if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
         print(pipeline_table(args, StagePlan.from_config(model.transformer)))
     if args.save:
