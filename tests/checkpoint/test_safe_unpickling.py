@@ -102,6 +102,7 @@ class TEDelayedScaling(DelayedScaling):
 
     def __init__(self, config: str) -> None:
         super().__init__()
+        self.of_another_version = 1
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def _record(cls: type, types: dict[str, Any] | None = None) -> Any:
     """A stand-in for a dataclass.
 
     Args:
-        types: field -> what isinstance wants of its value; by default any.
+        types: field -> what isinstance wants of its value; by default anything, and attributes that the class lacks.
     """
     fields = dataclasses.fields(cls)
     names = types.keys() if types else {field.name for field in fields}
@@ -72,7 +72,8 @@ def _record(cls: type, types: dict[str, Any] | None = None) -> Any:
     required = {field.name for field in fields if field.default is missing and field.default_factory is missing}
 
     def __setstate__(self: Any, state: Any) -> None:
-        if type(state) is not dict or not required <= state.keys() <= names:
+        known = type(state) is dict and required <= state.keys()
+        if not known or not all(name in names or (types is None and not hasattr(cls, name)) for name in state):
             raise _Refused(f"gives a {cls.__name__} other fields than it has")
         for name, value in state.items():
             if types and not isinstance(value, types[name]):
@@ -194,6 +195,7 @@ FP8_RECIPES: dict[tuple[str, str], Callable[[Any], Any]] = {
     **{(_RECIPES, name): _record for name in ("MMParams", "QParams")},
     (_RECIPES, "Format"): _member_of,
     (_RECIPES, "_FormatHelper"): _call,
+    (_RECIPES, "_OverrideLinearPrecision"): _call,
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _record,
 }
 
