@@ -23,6 +23,8 @@ SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature
 FREE = {"seq_length", "rotary_base"}
 
 
+# What files of version 0.1 do not say.
+ADDED = {"num_queries"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
 
 
@@ -59,7 +61,7 @@ def check_loadable(args: Namespace) -> None:
     if not saved:
         return
     wanted = describe(args)
-    lacking = sorted(wanted.keys() - saved.keys())
+    lacking = sorted(wanted.keys() - saved.keys() - ADDED)
     if lacking:
         raise BadFile(f"{Path(folder) / FILE_NAME} says nothing of {lacking[0]}: {FIX}")
     ignored = (
@@ -70,7 +72,7 @@ def check_loadable(args: Namespace) -> None:
     different = [
         f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
         for name in wanted
-        if name not in ignored and saved[name] != wanted[name]
+        if name in saved and name not in ignored and saved[name] != wanted[name]
     ]
     if different:
         raise ValueError(
