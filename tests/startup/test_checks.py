@@ -6,7 +6,7 @@ import pytest
 
 from yoco_megatron import runtime
 from yoco_megatron.resilience import arguments as resilience
-from yoco_megatron.startup import arguments, checks, defaults, record
+from yoco_megatron.startup import arguments, checks, defaults, packages, record
 from yoco_megatron.startup.load_run import parse_run
 from yoco_megatron.startup.parser import build_parser, parse_flags
 
@@ -38,6 +38,47 @@ def test_transformer_engine_that_is_not_there():
     args = arguments.parse([*MINIMAL, "--transformer-impl", "transformer_engine"])  # as a login node does
     with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine: .*doctor"):
         checks.check_machine(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save", "s3://bucket/run"], "--save s3://bucket/run: .* mount the storage"),
+        (["--pretrained-checkpoint", "msc://bucket/run"], "--pretrained-checkpoint msc://bucket/run: .* mount"),
+        (["--optimizer", "sgd", "--use-distributed-optimizer"], "--optimizer sgd does not go with"),
+        (["--use-precision-aware-optimizer"], "is built for --optimizer adam with --use-distributed-optimizer"),
+        (["--profile", "--use-pytorch-profiler"], "--profile writes beside --tensorboard-dir"),
+        (
+            ["--profile", "--use-pytorch-profiler", "--tensorboard-dir", "t", "--profile-step-start", "12"],
+            "--profile-step-start 12 must be below --profile-step-end 12",
+        ),
+    ],
+)
+def test_flags_alone(flags, message):
+    with pytest.raises(ValueError, match=message):
+        arguments.parse([*MINIMAL, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
+        ("--optimizer lion", "--optimizer lion needs the package emerging-optimizers"),
+        ("--wandb-project p", "--wandb-project p needs the package wandb, .*: pip install wandb"),
+        ("--tensorboard-dir t", "--tensorboard-dir t needs the package tensorboard"),
+        ("--save s --non-persistent-ckpt-type local", "local needs the package nvidia-resiliency-ext"),
+    ],
+)
+def test_packages_that_are_not_there(flags, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    args = build_parser().parse_args(flags.split())
+    with pytest.raises(ValueError, match=message):
+        packages.check(args)
+
+
+def test_packages_that_are_there(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    packages.check(build_parser().parse_args(["--optimizer", "muon", "--log-straggler"]))
 
 
 def test_a_run_with_cuda_graphs_is_read_without_a_gpu(tmp_path):

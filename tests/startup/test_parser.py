@@ -81,7 +81,7 @@ ROUND_TRIP = [
     ["--lr", "1e-5", "--min-lr", "1.5E-6", "--weight-decay", "0.05"],
     ["--hidden-size=128", "--norm-epsilon=1e-6"],
     ["--data-path", "0.3", "a_text", "0.7", "b text", "--split", "90,5,5"],
-    ["--profile", "--profile-ranks", "0", "2", "--global-batch-size", "8"],
+    ["--iterations-to-skip", "3", "5", "--global-batch-size", "8"],
     ["--tokenizer-type", "NullTokenizer", "--null-tokenizer-pad-id=-7"],
     ["--init-law", "megatron", "--init-method-std", "1e-5"],
     ["--no-scale-embedding", "--bf16", "--disable-bias-linear", "--untie-embeddings-and-output-weights"],

@@ -29,6 +29,7 @@ def check(flags: str) -> None:
         (ITERS + "--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
         (ITERS + "--weight-decay-incr-style linear", "needs --start-weight-decay and --end-weight-decay"),
         (ITERS + "--step-batch-size-schedule 0:2", "needs --train-samples"),
+        (SAMPLES + "--global-batch-size 102", "--train-samples 100 is less than --global-batch-size 102"),
         (SAMPLES + "--step-batch-size-schedule 0:2 --global-batch-size 2", "and --global-batch-size are both set"),
         (SAMPLES + "--step-batch-size-schedule 0:2,640:3", "3 is not a multiple of --micro-batch-size 2 x 1"),
         (SAMPLES + "--step-batch-size-schedule 64:2", "threshold 0"),

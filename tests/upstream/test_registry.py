@@ -33,7 +33,7 @@ from yoco_megatron.upstream import (  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 REPLACED, RELIED_ON = registry.replacements, registry.dependencies
-ANY_RUN = Namespace(run_folder="run", guard_sigmas=6.0, validates_whole=True, validation_sets=[])
+ANY_RUN = Namespace(run_folder="run", save=None, guard_sigmas=6.0, validates_whole=True, validation_sets=[])
 
 
 def name_of(entry: registry.Replacement | registry.Dependency) -> str:
@@ -124,7 +124,9 @@ def test_of_two_entries_for_one_name_the_later_one_is_outside() -> None:
 def test_conditions_and_only() -> None:
     def installed(run_folder: str | None, only: set[str] | None) -> set[str]:
         with restored():
-            args = Namespace(run_folder=run_folder, guard_sigmas=None, validates_whole=False, validation_sets=[])
+            args = Namespace(
+                run_folder=run_folder, save=run_folder, guard_sigmas=None, validates_whole=False, validation_sets=[]
+            )
             registry.install(False, args, only)
             return {name_of(entry) for entry in REPLACED if entry.is_installed and not entry.in_every_process}
 

@@ -170,6 +170,10 @@ def check_optimizer(args: Namespace) -> None:
         "lack, and these are in FP8; use only one of them",
     )
     require(
+        not (args.use_distributed_optimizer and args.optimizer == "sgd"),
+        "--optimizer sgd does not go with --use-distributed-optimizer, whose state is Adam's: use only one of them",
+    )
+    require(
         not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
         "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
         "remove it",

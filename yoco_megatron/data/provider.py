@@ -106,6 +106,9 @@ def _build(
             config.blend_per_split[Split.valid.value] = [prefix], None
         return build(config, [0, samples, 0], [Split.valid])[Split.valid.value]
 
+    # The last evaluation comes in any case, also before --start-eval-at-iter.
+    num_samples = list(num_samples)
+    num_samples[Split.valid.value] = max(num_samples[Split.valid.value], args.eval_iters * args.eval_global_batch_size)
     has_sets = args.validates_whole or args.validation_sets
     wanted = [part for part in Split if num_samples[part.value] and not (has_sets and part is Split.valid)]
     if not args.evaluates_test:

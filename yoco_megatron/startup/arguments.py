@@ -28,6 +28,7 @@ from yoco_megatron.resilience import run_lock, secrets
 from yoco_megatron.startup import agreement, checks, defaults, numbers, record
 from yoco_megatron.startup.megatrons_errors import as_value_errors
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
+from yoco_megatron.utils.errors import require
 
 
 def parse(argv: list[str], processes: int | None = None, reading: bool = False) -> Namespace:
@@ -100,6 +101,11 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     defaults.fill_in_save_interval(args)
     finalize(args, reduce_overhead)
     check_loadable(args)  # again: the size of the vocabulary is known now
+    require(
+        args.padded_vocab_size >= get_tokenizer().vocab_size,
+        f"--padded-vocab-size {args.padded_vocab_size} is less than the tokenizer's {get_tokenizer().vocab_size} ids: "
+        "remove it",
+    )
     check_vocabulary(get_tokenizer(), args)
     check_document_end(args, get_tokenizer())
     with megatrons_errors(args):

@@ -6,6 +6,8 @@ No check changes its input. `startup/arguments.py` calls them in order, between 
 import argparse
 import os
 
+import torch
+
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_format, check_loadable
 from yoco_megatron.config import rules
@@ -35,6 +37,16 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}: remove it, "
         "or raise it",
     )
+    folders = {"--load": args.load, "--save": args.save, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    for flag, place in folders.items():
+        require(
+            "://" not in (place or ""),
+            f"{flag} {place}: checkpoints are checked, pruned and found on a file system: mount the storage",
+        )
+    if args.profile:
+        start, end = args.profile_step_start, args.profile_step_end
+        require(start < end, f"--profile-step-start {start} must be below --profile-step-end {end}")
+        require(args.tensorboard_dir is not None, "--profile writes beside --tensorboard-dir, which is missing")
     rules.check_mesh(args)
     rules.check_optimizer(args)
     rules.check_ignored(args, parser)
@@ -106,6 +118,17 @@ def check_machine(args: argparse.Namespace) -> None:
         args.transformer_impl != "transformer_engine" or runtime.has_transformer_engine(),
         "--transformer-impl transformer_engine: Transformer Engine is not usable here; remove the flag for plain "
         "torch, or see tools/doctor.py for how to install it",
+    )
+    for flag, asked in (("--use-sharp", args.use_sharp), ("--use-nccl-ub", args.nccl_ub)):
+        require(not asked or runtime.has_gpu(), f"{flag} is of the network of GPUs, and there is none here: remove it")
+    path = args.nccl_communicator_config_path
+    require(
+        path is None or os.path.isfile(path),
+        f"--nccl-communicator-config-path {path}: there is no such file; name a YAML",
+    )
+    require(
+        args.pipeline_model_parallel_comm_backend != "ucc" or torch.distributed.is_ucc_available(),
+        "--pipeline-model-parallel-comm-backend ucc: this torch is built without UCC; remove it",
     )
     require(
         not args.use_precision_aware_optimizer or args.optimizer_cpu_offload or runtime.has_transformer_engine(),

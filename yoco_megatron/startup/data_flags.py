@@ -16,6 +16,11 @@ def check_named(args: Namespace) -> None:
     Raises:
         ValueError: flags that contradict each other, data that are missing or damaged.
     """
+    for dest in ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"):
+        require(
+            not getattr(args, dest) or args.data_cache_path is not None,
+            f"{flag_of(dest)} reads what tools/prepare_cache.py wrote: name its --data-cache-path",
+        )
     if args.mock_data:
         named = [flag_of(dest) for dest in DATA_FLAGS if getattr(args, dest)]
         require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
@@ -25,7 +30,18 @@ def check_named(args: Namespace) -> None:
         bool(prefixes) or args.skip_train,
         "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
     )
+    stored = [prefix for prefix in prefixes if "://" in prefix]
+    require(
+        not stored,
+        f"the data {' '.join(stored)} are checked before the start, which object storage does not allow: copy them to "
+        "a file system",
+    )
     check_data_prefixes(prefixes, inside=args.rank == 0)
+    require(
+        not args.dataloader_fast_cache_load or args.split is None,
+        f"--dataloader-fast-cache-load does not go with --split {args.split}: give each part data of its own "
+        "(--train-data-path, --valid-data-path, --test-data-path)",
+    )
     if prefixes and args.split is not None:
         check_split(prefixes, args.split)
 

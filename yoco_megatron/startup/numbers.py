@@ -32,7 +32,10 @@ ABOVE_ZERO = {
     "train_samples",
 }
 MAY_BE_ZERO = {"loss_chunk_size", "ddp_bucket_size"}
-LIMITS = {"seed": 2**31}  # numpy takes 32 bits, and Megatron adds to it
+LIMITS = {
+    "seed": 2**31,  # numpy takes 32 bits, and Megatron adds to it
+    "hang_timeout": 60 * 24 * 365,  # a year, which clocks can hold
+}
 BELOW_ONE = {"adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout", "lr_warmup_fraction", "sgd_momentum"}
 
 
@@ -55,7 +58,7 @@ def _check(action: argparse.Action, value: float) -> None:
     told = f"{flag} {value}"
     counts = dest.endswith(("_size", "_interval")) and default != 0 and dest not in MAY_BE_ZERO
     require(isinstance(value, int) or math.isfinite(value), f"{told} must be a finite number")
-    require(isinstance(value, float) or abs(value) < LIMITS.get(dest, 2**63), f"{told} is too large")
+    require(abs(value) < LIMITS.get(dest, 2**63 if isinstance(value, int) else math.inf), f"{told} is too large")
     require(value > 0 or not (dest in ABOVE_ZERO or counts), f"{told} must be at least 1")
     signed = dest in SIGNED or (isinstance(default, int | float) and default < 0)
     require(signed or value >= 0, f"{told} must not be negative")

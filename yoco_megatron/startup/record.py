@@ -29,7 +29,12 @@ def make_folders(args: Namespace) -> None:
     """
     if args.run_folder:
         run_folder.make(Path(args.run_folder))
-    for flag, folder in (("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)):
+    folders = {
+        "--save": args.save,
+        "--tensorboard-dir": args.tensorboard_dir,
+        "--data-cache-path": args.data_cache_path,
+    }
+    for flag, folder in folders.items():
         if folder is None or "://" in folder:
             continue
         try:

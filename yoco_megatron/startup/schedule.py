@@ -24,6 +24,10 @@ def check(args: Namespace) -> None:
         bool(args.train_iters or args.train_samples),
         "--train-iters is missing, or --train-samples: how long is the run?",
     )
+    require(
+        not args.train_samples or args.train_samples >= (args.global_batch_size or 1),
+        f"--train-samples {args.train_samples} is less than --global-batch-size {args.global_batch_size}: no step",
+    )
     _check_rates(args)
     _check_lengths(args, "iters" if args.train_iters else "samples")
     if args.step_batch_size_schedule is not None:

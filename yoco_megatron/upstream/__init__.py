@@ -22,7 +22,14 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
         args: Megatron's validated arguments; some entries are for some runs only.
         only: upstream names (`train_step`, `Class.method`): leave out all other entries. For baselines.
     """
-    from yoco_megatron.upstream import optimizer_state, resilience_hooks, step_log, training_loop, validation  # noqa: F401
+    from yoco_megatron.upstream import (  # noqa: F401
+        optimizer_state,
+        resilience_hooks,
+        run_without_save,
+        step_log,
+        training_loop,
+        validation,
+    )
 
     registry.install(False, args, only)
     if only is None:
