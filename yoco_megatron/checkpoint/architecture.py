@@ -23,8 +23,6 @@ SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature
 FREE = {"seq_length", "rotary_base"}
 
 
-# What files of version 0.1 do not say.
-ADDED = {"num_queries"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
 
 
@@ -34,7 +32,9 @@ class _Recorded(TypedDict):
 
 def describe(args: Namespace) -> dict[str, object]:
     """Everything that decides which function the weights compute."""
-    return asdict(ModelShape.from_args(args)) | {name: getattr(args, name) for name in SWITCHES}
+    shape = asdict(ModelShape.from_args(args))
+    del shape["num_queries"]  # of a step of training: the weights are the same
+    return shape | {name: getattr(args, name) for name in SWITCHES}
 
 
 def save(args: Namespace, folder: str) -> Path:
@@ -61,7 +61,7 @@ def check_loadable(args: Namespace) -> None:
     if not saved:
         return
     wanted = describe(args)
-    lacking = sorted(wanted.keys() - saved.keys() - ADDED)
+    lacking = sorted(wanted.keys() - saved.keys())
     if lacking:
         raise BadFile(f"{Path(folder) / FILE_NAME} says nothing of {lacking[0]}: {FIX}")
     ignored = (
@@ -72,7 +72,7 @@ def check_loadable(args: Namespace) -> None:
     different = [
         f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
         for name in wanted
-        if name in saved and name not in ignored and saved[name] != wanted[name]
+        if name not in ignored and saved[name] != wanted[name]
     ]
     if different:
         raise ValueError(
