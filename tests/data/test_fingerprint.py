@@ -124,6 +124,19 @@ def test_ids_that_the_vocabulary_lacks(tmp_path: Path, recorded: int | None, ref
     fingerprint.check_tokens(args)  # rank 0 has ended
 
 
+def test_a_single_id_in_a_gigabyte_is_found_without_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yoco_megatron.data.token_sample.BLOCK_BYTES", 8)
+    path = dataset(tmp_path / "a", [3000])
+    tokens = np.zeros(3000, np.uint16)
+    tokens[10] = 99  # between the blocks of the sample
+    tokens.tofile(f"{path}.bin")
+    args = arguments(**vars(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=9)) | {"data_path": [path]})
+    with pytest.raises(ValueError, match="holds the token id 99"):
+        fingerprint.check_tokens(args)
+    monkeypatch.setattr(fingerprint, "READ_WHOLE", 5999)
+    fingerprint.check_tokens(args)  # larger data: found when it is read
+
+
 def test_documents_of_one_token_have_no_loss(tmp_path: Path) -> None:
     flags = vars(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=9)) | {"eod_mask_loss": True}
     args = arguments(**flags | {"data_path": [dataset(tmp_path / "a", [1, 1, 1])]})

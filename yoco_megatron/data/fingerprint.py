@@ -27,6 +27,8 @@ PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 LISTS = ("data_args_path", "per_split_data_args_path")
 FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
 ORDER = "sample_order"
+# Of .bin files without a record of their largest id, when a run starts: about a second.
+READ_WHOLE = 1 << 30
 START = "document_start"
 
 
@@ -129,7 +131,7 @@ def check_tokenizer(args: Namespace) -> None:
 
 def check_tokens(args: Namespace) -> None:
     """Compare the token ids of the data with the vocabulary, on rank 0: the largest that preprocessing recorded, or
-    those of a sample of the .bin.
+    all of a small .bin, or a sample of it.
 
     Raises:
         ValueError: an id that the vocabulary lacks; with tensor parallelism Megatron would train on it without a word.
@@ -146,7 +148,8 @@ def check_tokens(args: Namespace) -> None:
                 f"--eod-mask-loss: no document of {prefix} has two tokens, and without its last one nothing is left to "
                 "learn: remove the flag, or preprocess the data again"
             )
-        sample = sample_tokens(Path(f"{prefix}.bin"), content.header.dtype)
+        whole = 0 if "max_id" in read_report(prefix) else READ_WHOLE // len(prefixes)
+        sample = sample_tokens(Path(f"{prefix}.bin"), content.header.dtype, whole)
         largest = max(sample.largest, read_report(prefix).get("max_id", 0))
         if sample.smallest < 0 or largest >= limit:
             wrong = sample.smallest if sample.smallest < 0 else largest

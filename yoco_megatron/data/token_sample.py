@@ -5,6 +5,7 @@ tools/inspect_dataset.py --verify reads all, and training looks at the ids of ea
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 
 BLOCKS = 64
 BLOCK_BYTES = 1 << 15
+# Of a whole file at a time.
+READ_BYTES = 1 << 20
 # Of every dtype's tokens a block holds whole ones.
 ALIGNMENT = 8
 
@@ -25,13 +28,17 @@ class TokenSample:
     largest: int
 
 
-def sample_tokens(binary: Path, dtype: np.dtype) -> TokenSample:
-    """The sample of a .bin, whose size is a multiple of the dtype's. Raises OSError."""
+def sample_tokens(binary: Path, dtype: np.dtype, whole: int = 0) -> TokenSample:
+    """The sample of a .bin, whose size is a multiple of the dtype's. Raises OSError.
+
+    whole: files of up to so many bytes are read whole, as those that are no larger than the sample.
+    """
     size = binary.stat().st_size
-    starts, length = [0], size
-    if size > BLOCKS * BLOCK_BYTES:
-        starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) // ALIGNMENT * ALIGNMENT for block in range(BLOCKS)]
-        length = BLOCK_BYTES
+    starts: Sequence[int] = range(0, size, READ_BYTES)
+    length = READ_BYTES
+    if size > max(whole, BLOCKS * BLOCK_BYTES):
+        places = ((size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS))
+        starts, length = [place // ALIGNMENT * ALIGNMENT for place in places], BLOCK_BYTES
     digest, smallest, largest = hashlib.sha256(), 0, 0
     with binary.open("rb") as stream:
         for start in starts:
