@@ -17,6 +17,7 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"text {number}\r\nzweite Zeile: ä\n".encode())
     (root / "latin1.txt").write_bytes(b"caf\xe9")
+    (root / "utf16.txt").write_bytes("valid UTF-8, too".encode("utf-16-le"))
     (root / "blank.txt").write_bytes(b" \n\n")
     (root / "code.py").write_text("pass\n")
     return root
@@ -29,7 +30,7 @@ def records(corpus: Path) -> list[dict[str, str]]:
 def test_documents_are_the_files_and_others_are_counted(folder: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     report = gather(folder, find_files(folder, ["*.txt"]), corpus)
-    assert (report.documents, report.not_utf8, report.empty) == (20, 1, 1)
+    assert (report.documents, report.not_utf8, report.empty) == (20, 2, 1)
     assert report.bytes == sum(len(record["text"].encode()) for record in records(corpus))
     for record in records(corpus):
         assert record["text"].encode() == (folder / record["path"]).read_bytes()
