@@ -4,7 +4,9 @@ Every bad call is a good call with one thing wrong, and the good ones are run to
 """
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +200,20 @@ def test_checkpoint_of_the_same_model_is_taken(saved):
     assert code == 0 and "successfully loaded checkpoint" in printed
 
 
+def test_old_stage_of_another_size_or_damaged(saved, tmp_path):
+    message = error_of([*TINY, "--pretrained-checkpoint", saved, "--hidden-size", "64"])
+    assert message.startswith(f"--pretrained-checkpoint {saved} holds another model: hidden-size is 32 there, 64 here")
+    message = error_of([*TINY, "--pretrained-checkpoint", saved, "--vocab-size", "1000"])
+    assert "padded-vocab-size is 256 there, 1024 here" in message
+    damaged = shutil.copytree(saved, tmp_path / "damaged")
+    (part,) = damaged.glob("iter_0000001/*.distcp")
+    os.truncate(part, 100)
+    message = error_of([*TINY, "--pretrained-checkpoint", str(damaged)])
+    assert message.startswith(
+        f"--pretrained-checkpoint {damaged}: the checkpoint of iteration 1 is not whole: {part.name}"
+    )
+
+
 OTHER_SCHEDULES = {
     "longer": ["--train-iters", "2"],
     "batch": ["--global-batch-size", "16"],
@@ -220,6 +236,19 @@ def test_checkpoint_of_another_schedule_is_taken_when_told(saved):
     flags = [*TINY, *SAME_RUN, "--load", saved, "--train-iters", "2", "--use-checkpoint-opt_param-scheduler"]
     ((code, printed),) = run_script(1, *flags)
     assert code == 0 and "iteration        2/       2" in printed
+
+
+def test_a_run_without_save_that_diverges():
+    ((code, printed),) = run_script(1, *TINY, "--lr", "1e30", "--lr-warmup-iters", "0", "--train-iters", "5")
+    assert code == 16 and "Traceback" not in printed, printed[-3000:]
+    assert len(re.findall(r"^pretrain_yoco.py: error: .* of iteration \d is not a finite number", printed, re.M)) == 1
+
+
+def test_a_run_without_an_interval_saves_at_its_end(tmp_path):
+    flags = [*TINY, *SAME_RUN, "--eval-iters", "0", "--save", str(tmp_path)]
+    ((code, printed),) = run_script(1, *flags)
+    assert code == 0 and "--save-interval is missing: the run saves at its end alone" in printed
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
 
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

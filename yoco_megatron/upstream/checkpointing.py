@@ -199,12 +199,16 @@ def load_checkpoint(model: Any, optimizer: Any, scheduler: Any, load_arg: str = 
     """Megatron's, from the newest checkpoint that is whole.
 
     Raises:
-        ValueError: there is none, or --ckpt-step names one that is not.
+        ValueError: there is none, or --ckpt-step names one that is not; or that of --pretrained-checkpoint is not.
     """
     global _loaded
     options = get_args()
     source = getattr(options, load_arg)
-    folder = _choose(options, Path(source)) if source and options.ckpt_format == "torch_dist" else None
+    folder = None
+    if options.ckpt_format == "torch_dist":
+        folder = _choose(options, Path(source)) if source else None
+        if folder is None and options.pretrained_checkpoint is not None:
+            _check_pretrained(Path(options.pretrained_checkpoint))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(options, "verify_integrity", False))  # done, and in parallel
         if options.ckpt_step:  # else Megatron prefers what is newer than that and not persistent
@@ -241,6 +245,16 @@ def _choose(options: Namespace, source: Path) -> Path | None:
         if newer is not None and newer >= (iteration or 0):
             return checkpoints.path_of(aside, newer)
     return None if iteration is None else checkpoints.path_of(source, iteration)
+
+
+def _check_pretrained(source: Path) -> None:
+    """Of another run, whose folder is only read."""
+    iteration = checkpoints.tracked_iteration(source)
+    wrong = iteration is not None and integrity.find_corruption(checkpoints.path_of(source, iteration))
+    if wrong:
+        raise ValueError(
+            f"--pretrained-checkpoint {source}: the checkpoint of iteration {iteration} is not whole: {wrong}"
+        )
 
 
 def _newest_not_persistent(folder: Path) -> int | None:
