@@ -64,6 +64,7 @@ def test_flags_alone(flags, message):
     [
         ("--optimizer muon", "--optimizer muon needs the package emerging-optimizers"),
         ("--optimizer lion", "--optimizer lion needs the package emerging-optimizers"),
+        ("--fault-injector-num-ranks 1", "--fault-injector-num-ranks needs the package nvidia-resiliency-ext"),
         ("--wandb-project p", "--wandb-project p needs the package wandb, .*: pip install wandb"),
         ("--tensorboard-dir t", "--tensorboard-dir t needs the package tensorboard"),
         ("--save s --non-persistent-ckpt-type local", "local needs the package nvidia-resiliency-ext"),

@@ -64,6 +64,7 @@ def test_the_names_are_flags(parser):
         ("--adam-beta2 1", "--adam-beta2 1.0 must be below 1"),
         ("--seed 99999999999999999999", "--seed 99999999999999999999 is too large"),
         ("--hang-timeout 1e9 --run-folder run", "--hang-timeout 1000000000.0 is too large"),
+        ("--enable-msc", "--enable-msc was passed but"),
         ("--attention-backend fast", "--attention-backend: invalid value: 'fast', choose from flash"),
         ("--exit-signal SIGNAL", "--exit-signal: invalid value: 'SIGNAL', choose from SIGHUP"),
     ],

@@ -25,6 +25,8 @@ def needed(args: Namespace) -> dict[str, tuple[str, str]]:
         "--non-persistent-ckpt-type local": (args.non_persistent_ckpt_type == "local", resiliency),
         "--async-strategy nvrx": (args.async_save and args.async_strategy == "nvrx", resiliency),
         "--enable-ft-package": (args.enable_ft_package, resiliency),
+        "--fault-injector-ranks": (args.fault_injector_ranks is not None, resiliency),
+        "--fault-injector-num-ranks": (args.fault_injector_num_ranks is not None, resiliency),
         "--inprocess-restart": (args.inprocess_restart, resiliency),
     }
     return {flag: package for flag, (is_asked, package) in asked.items() if is_asked}

@@ -113,7 +113,10 @@ def parse_flags(argv: list[str], parser: argparse.ArgumentParser) -> argparse.Na
         "--yaml-cfg replaces every other flag in Megatron, and knows none of ours: use --config",
     )
     with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
-        args = parse_args(extra_args_provider=add_yoco_arguments)
+        try:
+            args = parse_args(extra_args_provider=add_yoco_arguments)
+        except RuntimeError as error:  # of --enable-msc without its package
+            raise ValueError(str(error)) from error
     args.resolved_config = explicit_flags(merged)
     return args
 
