@@ -77,7 +77,9 @@ def test_living_process_keeps_it_and_a_killed_one_does_not(hold, tmp_path, monke
     ):
         run_lock.acquire(args_of(tmp_path))
     other.kill()  # nobody has waited for it: a zombie
+    end = time.monotonic() + 20
     while run_lock._start_of(other.pid):
+        assert time.monotonic() < end
         time.sleep(0.01)
     run_lock.acquire(args_of(tmp_path))
 
