@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from support.cli import TINY, run_script
 
-from yoco_megatron.resilience import policy, run_lock
+from yoco_megatron.resilience import policy, run_folder, run_lock
 from yoco_megatron.resilience.exit_record import InUse
-from yoco_megatron.startup.record import make_folders
 
 HOLD = """
 import sys, time
@@ -165,9 +164,9 @@ def test_release_removes_its_own_alone(tmp_path):
 
 def test_second_run_is_refused_and_leaves_nothing(tmp_path):
     """By pretrain_yoco.py and by the launchers' policy; the first one's records stay as they are."""
-    folders = dict(save=str(tmp_path / "checkpoints"), tensorboard_dir=str(tmp_path / "tensorboard"))
-    args = Namespace(run_folder=str(tmp_path), **folders)
-    make_folders(args)
+    run_folder.make(tmp_path)
+    (tmp_path / "tensorboard").mkdir()
+    args = Namespace(run_folder=str(tmp_path), save=str(tmp_path / "checkpoints"))
     policy.begin(tmp_path, 3)
     run_lock.acquire(args)
 
