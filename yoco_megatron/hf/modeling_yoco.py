@@ -518,8 +518,14 @@ class YocoModel(YocoPreTrainedModel):
 
 
 class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
-    """YOCO with its language-model head."""
+    """YOCO with its language-model head.
 
+    Attributes:
+        cross_decoder_positions: "all" has training compute all positions, and return all logits, for a trainer that
+            reads them beside the labels; "loss", those from the first loss on.
+    """
+
+    cross_decoder_positions = "loss"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -554,7 +560,15 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits of the last `logits_to_keep` positions (0: all of them; a tensor: those positions)."""
+        """Logits of the last `logits_to_keep` positions (0: all of them; a tensor: those positions).
+
+        In training with `labels` 0 means: from the first position with a loss on, as in a prompt with labels of -100.
+        The cross-decoder is not computed before it, which changes neither the loss nor any gradient.
+        """
+        only_loss = labels is not None and self.training and self.cross_decoder_positions == "loss"
+        if only_loss and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            logits_to_keep = positions_from_first_loss(labels)
+            labels = labels[:, -logits_to_keep:]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -577,6 +591,18 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def positions_from_first_loss(labels: Tensor) -> int:
+    """Last positions of `labels` [b, s] from which the first loss on can be computed, at least one.
+
+    The loss of labels[:, i] is computed at position i - 1; labels[:, 0] has none.
+    """
+    if is_tracing(labels):  # a compiled graph has one length
+        return labels.shape[1]
+    has_loss = (labels[:, 1:] != -100).any(0)
+    first = int(has_loss.int().argmax()) if bool(has_loss.any()) else labels.shape[1] - 1
+    return labels.shape[1] - first
 
 
 __all__ = ["YocoForCausalLM", "YocoModel", "YocoPreTrainedModel"]
