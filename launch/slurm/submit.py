@@ -8,6 +8,7 @@ resumes; docs/resilience.md says what happens when. Submitting the same run fold
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -96,8 +97,8 @@ def _checked(cluster: Any) -> dict[str, Any]:
         value = cluster.get(key, 1)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{key} must be {kinds}, not {value!r}")
-        if value <= 0:
-            raise ValueError(f"{key} {value} must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{key} {value} must be above 0, and finite")
     for key, choices in (("gpu", GPUS), ("launcher", LAUNCHERS)):
         if cluster.get(key, choices[0]) not in choices:
             raise ValueError(f"{key} {cluster[key]} must be one of {', '.join(choices)}")

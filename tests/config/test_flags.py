@@ -164,6 +164,12 @@ def test_options_of_another_mixer(tiny, parser):
         ),
         (["--dataloader-type", "external"], ["--dataloader-type external: ", "use single or cyclic"]),
         (["--optimizer", "sgd", "--adam-beta1", "0.5"], ["--adam-beta1 has no effect without --optimizer adam"]),
+        (
+            ["--num-self-decoder-layers", "0", "--decay-temperature", "8"],
+            ["--decay-temperature has no effect with --num-self-decoder-layers 0"],
+        ),
+        (["--exit-on-missing-checkpoint"], ["--exit-on-missing-checkpoint has no effect without --load or --pre"]),
+        (["--keep-checkpoints", "2"], ["--keep-checkpoints has no effect without --save"]),
     ],
 )
 def test_a_command_line(given, named):
@@ -174,7 +180,15 @@ def test_a_command_line(given, named):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("more", [["--init-law", "megatron", "--init-method-std", "0.5"], ["--adam-beta1", "0.9"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--init-law", "megatron", "--init-method-std", "0.5"],
+        ["--adam-beta1", "0.9"],
+        ["--run-folder", "nowhere", "--keep-checkpoints", "2"],
+        ["--retention-chunk-size", "16"],
+    ],
+)
 def test_a_command_line_that_is_taken(more):
     arguments.parse([*TINY, *more])
 

@@ -101,6 +101,12 @@ def test_missing_include_is_named(write):
         load_config_files([write("a.yaml", "include: [nowhere.yaml]\n")])
 
 
+@pytest.mark.parametrize("value", ["5", "[5]", "{a: 1}", "2020-01-01"])
+def test_an_include_that_is_no_path(write, value):
+    with pytest.raises(ValueError, match=r"a\.yaml: include must name a file, or a list of files, not"):
+        load_config_files([write("a.yaml", f"include: {value}\n")])
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [

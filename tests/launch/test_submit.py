@@ -178,6 +178,7 @@ def test_unknown_key_of_a_cluster(tmp_path):
     ("line", "said"),
     [
         ("gpus-per-node: eight", "gpus-per-node must be a whole number, not 'eight'"),
+        ("gpu-memory-gib: .nan", "gpu-memory-gib nan must be above 0, and finite"),
         ("gpu-memory-gib: 80GB", "gpu-memory-gib must be a number, not '80GB'"),
         ("preflight: {min-tflop: 600}", "preflight: unknown setting min-tflop=600"),
         ("preflight: {min-tflops: fast}", "preflight: argument --min-tflops: invalid float value: 'fast'"),

@@ -26,6 +26,10 @@ CREDENTIALS = [
     "ALL,HF_TOKEN=s3cret",
     "AWS_SECRET_ACCESS_KEY=s3cret",
     "Authorization: Basic dXNlcjpwYXNz",
+    "PGPASSWORD=s3cret",
+    "nvapi-" + "n0t_real" * 6,
+    "gsk_" + "n0tReal" * 6,
+    "dckr_pat_" + "n0t_real" * 3,
     "-----BEGIN RSA PRIVATE KEY-----",
 ]
 HARMLESS = [
@@ -35,6 +39,10 @@ HARMLESS = [
     "s3://bucket/data@v2",
     "https://host:8080/path",
     "design=abcdefgh",
+    "/data/token=32000/text_document",
+    "/data/npm_packagesAndOtherThings20",
+    "/data/pypi-simple-index-of-2024-01-01-text",
+    "token=32k",
     "tokenizer=abcdefgh",
     "0.5",
 ]
@@ -58,7 +66,7 @@ def test_what_is_no_credential_is_taken(value):
 
 
 def test_flags_that_take_a_secret_are_known_by_name():
-    for flag in ("--wandb-api-key", "--hub-token", "--db_password", "--client-secret", "--aws-access-key"):
+    for flag in ("--wandb-api-key", "--hub-token", "--db_password", "--client-secret", "--db-pass", "--aws-access-key"):
         with pytest.raises(ValueError, match=f"{flag} holds a secret"):
             secrets.refuse([flag, "x"])
         assert secrets.redact_command([flag, "x", "--lr", "1"]) == [flag, secrets.HIDDEN, "--lr", "1"]

@@ -5,7 +5,7 @@ import torch
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from yoco_megatron.model.yoco_config import YOCOConfig
-from yoco_megatron.startup import arguments
+from yoco_megatron.startup import arguments, defaults
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
 MINIMAL = [*SIZES.split(), "--mock-data"]
@@ -25,6 +25,14 @@ def test_defaults_are_the_papers():
     assert config.rope_variant == "yoco" and config.rotary_interleaved and args.rotary_base == 10000
     assert config.scale_embedding and config.init_law == "yoco"
     assert not config.perform_initialization  # parameters are drawn by model/init.py
+
+
+def test_a_vocabulary_without_padding():
+    flags = [*MINIMAL, "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"]
+    for more, rows in (([], 384), (["--no-pad-vocab-size"], 300)):
+        args = arguments.parse([*flags, *more])
+        defaults.fill_in_padded_vocab_size(args)
+        assert args.padded_vocab_size == rows
 
 
 def test_checkpoints_load_at_any_mesh_by_default():

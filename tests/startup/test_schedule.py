@@ -27,6 +27,7 @@ def check(flags: str) -> None:
         (ITERS + "--lr-decay-samples 5", "--lr-decay-samples 5 has no effect with --train-iters"),
         (ITERS + "--lr-warmup-fraction 0.1 --lr-warmup-iters 1", "--lr-warmup-fraction and --lr-warmup-iters are both"),
         (ITERS + "--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+        (ITERS + "--lr-decay-style WSD --lr-wsd-decay-iters 11", "--lr-wsd-decay-iters 11 must be at most .* 10,"),
         (ITERS + "--weight-decay-incr-style linear", "needs --start-weight-decay and --end-weight-decay"),
         (ITERS + "--step-batch-size-schedule 0:2", "needs --train-samples"),
         (SAMPLES + "--global-batch-size 102", "--train-samples 100 is less than --global-batch-size 102"),

@@ -25,7 +25,9 @@ HEAD = """\
 
 Every flag of `pretrain_yoco.py --help`, in its groups: Megatron's under Megatron's names, and ours in **YOCO** and
 **resilience** at the end. A flag that would do nothing is refused before anything starts, for the reason that stands
-here; so is an option of a part that is not in use (*with*: that part). The value that a flag has anyway is not refused.
+here; so is an option of a part that is not in use (*with*: that part). The value that a flag has anyway is not refused,
+nor are flags of a mesh that wait for more processes, so that one command line serves every mesh (`--sequence-parallel`,
+`--fp32-kv-transport`, overlaps).
 
 The baseline, `--architecture transformer`, is Megatron's GPT: what is refused on `yoco` alone it takes as Megatron
 does, untested. Layers of plain torch are `--transformer-impl local`, of either architecture.
@@ -103,6 +105,8 @@ def _of_another_mixer(dest: str, where: str, args: Namespace) -> str:
     owners = [mixer.name for mixer in MIXERS.values() if dest in mixer.options]
     if owners and where == "transformer":
         return "has no effect on --architecture transformer: it has no self-decoder"
+    if owners and where == "yoco" and args.num_self_decoder_layers == 0:
+        return "has no effect with --num-self-decoder-layers 0: there is no self-decoder"
     if owners and where == "yoco" and args.self_decoder not in owners:
         return f"has no effect with --self-decoder {args.self_decoder}: it is an option of {' and '.join(owners)}"
     return ""

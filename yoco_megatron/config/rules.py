@@ -174,6 +174,10 @@ def check_optimizer(args: Namespace) -> None:
         "--optimizer sgd does not go with --use-distributed-optimizer, whose state is Adam's: use only one of them",
     )
     require(
+        not args.fp16 or args.loss_scale is not None or args.min_loss_scale <= args.initial_loss_scale,
+        f"--initial-loss-scale {args.initial_loss_scale} is below --min-loss-scale {args.min_loss_scale}: change one",
+    )
+    require(
         not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
         "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
         "remove it",

@@ -56,7 +56,10 @@ def _load_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"--config {error}; give the path of a YAML file") from None
     merged: dict[str, Any] = {}
     included = own.pop(INCLUDE, [])
-    for name in [included] if isinstance(included, str) else included:
+    names = included if isinstance(included, list) else [included]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"--config {path}: {INCLUDE} must name a file, or a list of files, not {included!r:.60}")
+    for name in names:
         merged |= _load_file(path.parent / name, (*including, path.resolve()))
     return merged | own
 

@@ -11,7 +11,7 @@ from typing import Any
 # Flags that take a secret, and variables whose values are never recorded. Values that look like a credential or a long
 # hash are hidden whatever the name.
 SECRET_FLAG = re.compile(
-    r"(api|access|auth|private)[-_]?key|secret|password|passwd|credential|"
+    r"(api|access|auth|private)[-_]?key|secret|password|passwd|credential|(?:^|[-_])pass(?:phrase)?$|"
     # not the tokens of a vocabulary
     r"(?<!bos[-_])(?<!eos[-_])(?<!eod[-_])(?<!pad[-_])(?<!prefix[-_])(?<!middle[-_])(?<!suffix[-_])token$",
     re.IGNORECASE,
@@ -21,12 +21,14 @@ SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE|
 # form, GitHub, GitLab, Slack, AWS, Google, W&B, npm and PyPI, JSON web tokens; headers, keys, and NAME=VALUE in a text.
 CREDENTIAL = re.compile(
     r"(?<![A-Za-z0-9])(?:"
-    r"(?:hf_|api_org_)[A-Za-z0-9]{20,}|sk-(?:[a-z]+-)?[A-Za-z0-9]{20,}|sk-(?:proj|ant|svcacct)-[\w-]{16,}|"
+    r"(?:hf_|api_org_)[A-Za-z0-9]{26,}|sk-(?:[a-z]+-)?[A-Za-z0-9]{20,}|sk-(?:proj|ant|svcacct)-[\w-]{16,}|"
     r"gh[oprsu]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}|"
-    r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|wandb_v\d_\w{16,}|local-[0-9a-f]{40}|npm_[A-Za-z0-9]{20,}|pypi-[\w-]{30,}|"
+    r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|wandb_v\d_\w{16,}|local-[0-9a-f]{40}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{20,}|"
+    r"nvapi-[\w-]{30,}|gsk_[A-Za-z0-9]{30,}|dckr_pat_[\w-]{20,}|xapp-\d-[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,}|"
     r"eyJ[\w-]{8,}\.[\w-]{8,}"
     r")|\bbearer +[\w.+/=-]{16,}|\bauthorization: *\S+ +\S{8,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|"
-    r"(?<![a-z])(?:(?:api|access|auth|secret|private)[-_]?key|token|secret|password|passwd|signature)=[^\s&,;]{4,}",
+    r"(?<![a-z/])(?:(?:api|access|auth|secret|private)[-_]?key|token|secret|signature)=[^\s&,;]{6,}|"
+    r"(?:password|passwd)=[^\s&,;]{4,}",
     re.IGNORECASE,
 )
 HASH = re.compile(r"[0-9a-f]{32,}", re.IGNORECASE)

@@ -87,6 +87,7 @@ def check_training(args: argparse.Namespace) -> None:
             nothing to evaluate on; no checkpoint where one must be, or one that was trained on other data or another
             schedule.
     """
+    require(not args.async_save or args.save is not None, "--async-save has no effect without --save: set both")
     check_tokenizer_flags(args)
     schedule.check(args)
     data_flags.check_enough(args)

@@ -20,6 +20,8 @@ def fill_in_defaults(args: Namespace) -> None:
     """Values that follow from other flags alone."""
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
+    if not args.pad_vocab_size:  # Megatron would leave the size open, and its own count of FLOPs asks for it
+        args.pad_vocab_size, args.make_vocab_size_divisible_by = True, 1
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron saves synchronously
     if args.split is None and (args.data_path is not None or args.data_args_path is not None):
@@ -59,6 +61,8 @@ def choose_pipeline_layout(args: Namespace) -> None:
 
 def fill_in_save_interval(args: Namespace) -> None:
     """--save without an interval: the last step is saved, and what --exit-* asks for."""
+    if args.save is None and args.save_interval is not None and args.rank == 0:
+        print("WARNING: --save-interval without --save or --run-folder: nothing is saved")
     if args.save is None or args.save_interval is not None:
         return
     args.save_interval = args.train_iters or NEVER

@@ -17,8 +17,13 @@ SIGNED = {
 ABOVE_ZERO = {
     "distributed_timeout_minutes",
     "exit_duration_in_mins",
+    "hysteresis",
+    "initial_loss_scale",
+    "loss_scale",
+    "loss_scale_window",
     "make_vocab_size_divisible_by",
     "max_position_embeddings",
+    "min_loss_scale",
     "num_attention_heads",
     "num_dataset_builder_threads",
     "num_distributed_optimizer_instances",
@@ -59,7 +64,8 @@ def _check(action: argparse.Action, value: float) -> None:
     counts = dest.endswith(("_size", "_interval")) and default != 0 and dest not in MAY_BE_ZERO
     require(isinstance(value, int) or math.isfinite(value), f"{told} must be a finite number")
     require(abs(value) < LIMITS.get(dest, 2**63 if isinstance(value, int) else math.inf), f"{told} is too large")
-    require(value > 0 or not (dest in ABOVE_ZERO or counts), f"{told} must be at least 1")
+    least = "at least 1" if action.type is int else "above 0"
+    require(value > 0 or not (dest in ABOVE_ZERO or counts), f"{told} must be {least}")
     signed = dest in SIGNED or (isinstance(default, int | float) and default < 0)
     require(signed or value >= 0, f"{told} must not be negative")
     require(dest not in BELOW_ONE or value < 1, f"{told} must be below 1")

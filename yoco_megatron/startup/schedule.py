@@ -70,6 +70,11 @@ def _check_lengths(args: Namespace, unit: str) -> None:
         args.lr_decay_style != "WSD" or last is not None,
         f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its last part",
     )
+    require(
+        last is None or last <= (decay or run),
+        f"--lr-wsd-decay-{unit} {last} must be at most --lr-decay-{unit} {decay or run}, by default --train-{unit}: it "
+        "is its last part",
+    )
 
 
 def _check_batches(args: Namespace) -> None:
