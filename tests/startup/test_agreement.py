@@ -8,7 +8,7 @@ from yoco_megatron.resilience.exit_record import InUse
 from yoco_megatron.startup import agreement
 
 
-def _check(errors: dict[int, ValueError]) -> list[str]:
+def _check(errors: dict[int, Exception]) -> list[str]:
     """What this process raises in three checks in a row, the second of which finds `errors`, by rank."""
     import os
 
@@ -21,12 +21,15 @@ def _check(errors: dict[int, ValueError]) -> list[str]:
                 if int(os.environ["RANK"]) in found:
                     raise found[int(os.environ["RANK"])]
             said.append("")
-        except ValueError as error:
+        except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
     torch.distributed.init_process_group("gloo")  # on the same port
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return said
+
+
+MEETING = {"MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,13 @@ def _check(errors: dict[int, ValueError]) -> list[str]:
     ],
 )
 def test_all_raise_what_one_found(errors, said):
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    assert spawn(_check, 3, (errors,), env=meeting) == [["", said, ""]] * 3
+    assert spawn(_check, 3, (errors,), env=MEETING | {"MASTER_PORT": str(free_port())}) == [["", said, ""]] * 3
+
+
+def test_others_do_not_wait_for_one_whose_disk_fails():
+    own, other = spawn(_check, 2, ({0: OSError(5, "no answer")},), env=MEETING | {"MASTER_PORT": str(free_port())})
+    assert own == ["", "OSError: [Errno 5] no answer", ""]
+    assert other == ["", "RuntimeError: rank 0: OSError(5, 'no answer')", ""]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch.distributed import TCPStore
 
 from yoco_megatron.resilience.exit_record import InUse
 
+# As what all raise what one of them raised, which another process cannot always be given.
+KINDS = {"InUse": InUse, "ValueError": ValueError, "RuntimeError": RuntimeError}
 TIMEOUT = timedelta(minutes=30)  # the first process may read for minutes
 _calls = itertools.count()
 _stores: list[TCPStore] = []  # the server ends with its store, and process groups will use the same one
@@ -21,7 +23,8 @@ _stores: list[TCPStore] = []  # the server ends with its store, and process grou
 
 @contextlib.contextmanager
 def of_all_ranks() -> Iterator[None]:
-    """Inside are checks. A ValueError of any process is raised by all, at the end.
+    """Inside are checks. An error of any process is raised by all, at the end; one that is no ValueError, such as a
+    file system's, is a RuntimeError on the others.
 
     Nothing is done for a process that is alone, under torchrun, or where nothing says where the others are.
     """
@@ -33,17 +36,18 @@ def of_all_ranks() -> Iterator[None]:
     rank = int(os.environ["RANK"])
     try:
         yield
-    except ValueError as error:
-        _first_error(rank, world, f"{type(error).__name__}\n{error}")
+    except Exception as error:
+        kind = next((name for name, kind in KINDS.items() if isinstance(error, kind)), "")
+        _first_error(rank, world, f"{kind}\n{error}" if kind else f"RuntimeError\nrank {rank}: {error!r}")
         raise
     found = _first_error(rank, world, "")
     if found:
         kind, text = found.split("\n", 1)
-        raise InUse(text) if kind == InUse.__name__ else ValueError(text)
+        raise KINDS[kind](text)
 
 
 def _first_error(rank: int, world: int, own: str) -> str:
-    """Type and text of the first error of all ranks, in their order; empty where there is none."""
+    """Kind and text of the first error of all ranks, in their order; empty where there is none."""
     # As torch makes it for process groups, which share the server of this port.
     store = TCPStore(
         os.environ["MASTER_ADDR"],
