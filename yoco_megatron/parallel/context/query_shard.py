@@ -10,7 +10,7 @@ travel there once, in one all-to-all; with sequence parallelism over the tensor-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from math import lcm
 
 import torch
@@ -63,9 +63,9 @@ def _cut(runs: Runs, first: int, count: int) -> Runs:
     return parts
 
 
-def positions_of(runs: Runs) -> Tensor:
-    """int64 [queries], on the host."""
-    return torch.cat([torch.arange(start, stop) for start, stop in runs])
+def positions_of(runs: Runs, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [queries]."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
 
 
 class QueryShard:
@@ -87,7 +87,9 @@ class QueryShard:
         rows_group: dist.ProcessGroup | None = None,
         rows_split: int = 1,
     ) -> None:
-        self.whole, self.all_runs, self.rows_split = shard, runs, rows_split
+        self.whole = shard
+        self.rows = _Rows(shard.length, shard.ranks, rows_split)
+        self.all_runs = tuple(runs)
         self.group = rows_group if rows_group is not None and rows_group.size() > 1 else None
         self.ranks, self.rank, self.batch = shard.ranks, shard.rank, shard.batch
         self.document_ids, self.device = shard.document_ids, shard.device
@@ -100,53 +102,41 @@ class QueryShard:
 
     def positions(self) -> Tensor:
         """Positions of the queries of this rank, counted in each document: int64 [m], with documents [m, b]."""
-        return self.whole.positions_in_documents().index_select(0, positions_of(self.runs).to(self.device))
+        return self.whole.positions_in_documents().index_select(0, positions_of(self.runs, self.device))
 
     def take(self, hidden_states: Tensor) -> Tensor:
         """Hidden states of the tokens held here [s, b, h] -> those of the queries dealt here [m, b, h].
 
         With sequence parallelism [s/tp, b, h] -> [m/tp, b, h].
         """
-        return _Take.apply(hidden_states, self._route)
+        return _Take.apply(hidden_states, _route(self.rows, self.all_runs, self.rank, self.group, self.device))
 
-    @cached_property
-    def _route(self) -> "_Route":
-        rank_of_group = self.rank * self.rows_split
-        if self.group is None:
-            rows = self._row_on_its_rank(positions_of(self.runs))
-            return _Route(rows.to(self.device))
-        me = self.group.rank()
-        assert me // self.rows_split * self.rows_split == rank_of_group, "ranks are not in the order tensor, context"
-        wanted = [part for rank in range(self.ranks) for part in self._positions_of_rank(rank).chunk(self.rows_split)]
-        sent = [self._row_on_its_rank(part)[self._holder(part) == me] for part in wanted]
-        holders = self._holder(wanted[me])
-        return _Route(
-            torch.cat(sent).to(self.device),
-            self.group,
-            [len(rows) for rows in sent],
-            holders.bincount(minlength=self.group.size()).tolist(),
-            holders.argsort(stable=True).argsort().to(self.device),
-        )
 
-    def _positions_of_rank(self, rank: int) -> Tensor:
-        return positions_of(dealt_runs(self.all_runs, self.ranks, rank))
+@dataclass(frozen=True)
+class _Rows:
+    """Which rank holds the hidden state of each position of a sequence, in which row: zig-zag, and rows split."""
+
+    length: int
+    ranks: int
+    rows_split: int
 
     def _place(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(context-parallel rank that holds each position, its place among the tokens held there)."""
-        chunk, offset = positions // self.whole.chunk_length, positions % self.whole.chunk_length
         if self.ranks == 1:
-            return chunk, offset
+            return torch.zeros_like(positions), positions
+        chunk_length, last = self.length // (2 * self.ranks), 2 * self.ranks - 1
+        chunk, offset = positions // chunk_length, positions % chunk_length
         mirrored = chunk >= self.ranks
-        rank = torch.where(mirrored, self.whole.num_chunks - 1 - chunk, chunk)
-        return rank, offset + mirrored * self.whole.chunk_length
+        return torch.where(mirrored, last - chunk, chunk), offset + mirrored * chunk_length
 
-    def _holder(self, positions: Tensor) -> Tensor:
-        """Rank in `group` that holds each position's hidden state."""
+    def holder(self, positions: Tensor) -> Tensor:
+        """Rank in the group of a `QueryShard`."""
         rank, place = self._place(positions)
-        return rank * self.rows_split + place // (self.whole.local_length // self.rows_split)
+        return rank * self.rows_split + place // (self.length // self.ranks // self.rows_split)
 
-    def _row_on_its_rank(self, positions: Tensor) -> Tensor:
-        return self._place(positions)[1] % (self.whole.local_length // self.rows_split)
+    def row(self, positions: Tensor) -> Tensor:
+        """On that rank."""
+        return self._place(positions)[1] % (self.length // self.ranks // self.rows_split)
 
 
 @dataclass(frozen=True)
@@ -159,6 +149,25 @@ class _Route:
     received_counts: Sequence[int] = ()
     order: Tensor | None = None
     """Where in what is received (by sending rank) each query is."""
+
+
+@lru_cache(maxsize=8)  # the host waits for the device where it copies an index there: once, not in each micro-batch
+def _route(rows: _Rows, runs: Runs, rank: int, group: dist.ProcessGroup | None, device: torch.device | str) -> _Route:
+    if group is None:
+        return _Route(rows.row(positions_of(dealt_runs(runs, rows.ranks, rank))).to(device))
+    me, split = group.rank(), rows.rows_split
+    assert me // split == rank, "ranks are not in the order tensor, context"
+    dealt = [positions_of(dealt_runs(runs, rows.ranks, one)) for one in range(rows.ranks)]
+    wanted = [part for positions in dealt for part in positions.chunk(split)]
+    sent = [rows.row(part)[rows.holder(part) == me] for part in wanted]
+    holders = rows.holder(wanted[me])
+    return _Route(
+        torch.cat(sent).to(device),
+        group,
+        [len(part) for part in sent],
+        holders.bincount(minlength=group.size()).tolist(),
+        holders.argsort(stable=True).argsort().to(device),
+    )
 
 
 class _Take(torch.autograd.Function):
