@@ -62,7 +62,6 @@ def test_datasets_that_differ_are_told(tokenizer: Any, tmp_path: Path, caplog: p
 
 def test_without_data_nothing_is_known(tokenizer: Any) -> None:
     assert document_start(flags(mock=True), tokenizer) is None
-    assert document_start(flags("s3://bucket/data"), tokenizer) is None
 
 
 def test_another_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> None:

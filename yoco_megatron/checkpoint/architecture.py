@@ -21,8 +21,6 @@ FILE_NAME = "architecture.json"
 SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
-
-
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
 
 
@@ -84,7 +82,7 @@ def check_loadable(args: Namespace) -> None:
 def check_format(args: Namespace) -> None:
     """Raises ValueError where the checkpoint that will be loaded has another format than --ckpt-format."""
     flag, source = _source(args)
-    if source is None or "://" in source:
+    if source is None:
         return
     folder = Path(source)
     iteration = args.ckpt_step or tracked_iteration(folder)
@@ -103,7 +101,7 @@ def _source(args: Namespace) -> tuple[str, str | None]:
 
 
 def _is_empty(folder: str) -> bool:
-    return "://" not in folder and not (Path(folder) / TRACKER).exists()
+    return not (Path(folder) / TRACKER).exists()
 
 
 def check_checkpoint_exists(args: Namespace) -> None:

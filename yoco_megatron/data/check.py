@@ -83,8 +83,6 @@ def read_report(prefix: str) -> dict[str, Any]:
 def check_data_prefixes(prefixes: list[str], flag: str = "--data-path", inside: bool = True) -> None:
     """Check that each dataset exists, is whole and is the one that its report describes.
 
-    Prefixes in object storage (s3://, msc://) are left to Megatron's own readers.
-
     Args:
         flag: the one that named them.
         inside: read every .idx in full, and a sample of every .bin. False: only headers and sizes, as the other ranks
@@ -92,9 +90,8 @@ def check_data_prefixes(prefixes: list[str], flag: str = "--data-path", inside: 
     Raises:
         ValueError: all missing or damaged datasets, each with its fix.
     """
-    here = [prefix for prefix in prefixes if "://" not in prefix]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(functools.partial(_problem, inside=inside), here))
+        found = list(pool.map(functools.partial(_problem, inside=inside), prefixes))
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise ValueError(f"{flag}: " + "\n  ".join(problems))
@@ -120,8 +117,6 @@ def check_split(prefixes: list[str], split: str) -> None:
     from megatron.core.datasets.utils import Split
 
     for prefix in prefixes:
-        if "://" in prefix:
-            continue
         idx = Path(f"{prefix}.idx")
         sequences = read_header(idx).sequences
         for part, share in zip(Split, shares(split)):

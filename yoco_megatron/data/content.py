@@ -27,20 +27,17 @@ def dataset_fingerprint(prefix: str) -> dict[str, object]:
 def index_hashes(prefixes: list[str], is_read_here: bool = True) -> dict[str, str]:
     """Prefix -> SHA-256 of its .idx. Rank 0 reads them all and tells the others, which must all call this.
 
-    Prefixes in object storage are left out.
-
     Raises:
         ValueError: on a rank that reads the data, a copy that differs from rank 0's.
     """
-    here = [prefix for prefix in prefixes if "://" not in prefix]
     distributed = torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
-        told = [{prefix: (index_of(prefix).sha256, _copy(prefix)) for prefix in here}]
+        told = [{prefix: (index_of(prefix).sha256, _copy(prefix)) for prefix in prefixes}]
     else:
         told = [{}]
     if distributed:
         torch.distributed.broadcast_object_list(told, src=0)
-        for prefix in here if is_read_here else []:
+        for prefix in prefixes if is_read_here else []:
             if told[0][prefix][1] != _copy(prefix):
                 raise ValueError(
                     f"--data-path: {prefix} is not the same on this machine as on that of rank 0: copy it again"

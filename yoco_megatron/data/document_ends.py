@@ -21,12 +21,12 @@ DOCUMENTS, TOKENS = 64, 8
 
 
 def document_start(args: Namespace, tokenizer: Any) -> list[int] | None:
-    """The special tokens that begin every document; None if nothing is known (mock data, object storage).
+    """The special tokens that begin every document; None if nothing is known (mock data).
 
     Args:
         tokenizer: as Megatron builds it; its special tokens are looked for.
     """
-    prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
+    prefixes = data_prefixes_from_args(args)
     if not prefixes:
         return None
     special = set(special_tokens(tokenizer))

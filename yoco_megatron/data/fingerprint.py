@@ -52,7 +52,7 @@ def describe(args: Namespace) -> dict[str, object]:
     flags |= {name: [Path(entry).name for entry in getattr(args, name) or []] for name in PATHS}
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     flags |= {name: sha256(Path(path).read_bytes()).hexdigest() for name, path in lists.items()}
-    prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
+    prefixes = data_prefixes_from_args(args)
     datasets = {name: dataset_fingerprint(prefix) for prefix, name in _names(prefixes).items()}
     return flags | {"tokenizer_sha256": tokenizer_sha256(args.tokenizer_model)} | datasets
 
@@ -60,11 +60,11 @@ def describe(args: Namespace) -> dict[str, object]:
 def sample_order(args: Namespace) -> dict[str, object]:
     """What else decides the order: --seq-length, and for each dataset the epochs that Megatron shuffles together.
 
-    A longer run may have more epochs, and then draws other samples from its first step on. {} without local datasets,
+    A longer run may have more epochs, and then draws other samples from its first step on. {} without datasets,
     or where the flags do not say how long the run is.
     """
     prefixes = data_prefixes_from_args(args)
-    if not prefixes or any("://" in prefix for prefix in prefixes):
+    if not prefixes:
         return {}
     try:
         sources = plan(args, train_samples(args))
@@ -137,7 +137,7 @@ def check_tokens(args: Namespace) -> None:
         ValueError: an id that the vocabulary lacks; with tensor parallelism Megatron would train on it without a word.
             Documents of which nothing is in the loss.
     """
-    prefixes = [prefix for prefix in data_prefixes_from_args(args) if "://" not in prefix]
+    prefixes = data_prefixes_from_args(args)
     if args.rank != 0 or not prefixes:
         return
     limit = id_limit(build_tokenizer(args))

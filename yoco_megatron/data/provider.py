@@ -47,7 +47,6 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase, index_sha2
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
         inter_document_masking=args.dataloader_inter_document_masking,
-        object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,

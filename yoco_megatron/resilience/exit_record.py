@@ -17,7 +17,6 @@ from yoco_megatron.resilience import run_folder, secrets
 from yoco_megatron.utils.files import write_json
 
 USER_ERROR = 2
-RERUN_TO_DISAMBIGUATE = 16  # megatron/core/rerun_state_machine.py: rerun the step to see if the error is persistent
 STORAGE = 74  # sysexits' EX_IOERR
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
@@ -29,7 +28,7 @@ class InUse(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one process ended; `kind` is one of `policy.PRECEDENCE`."""
+    """How one process ended; `kind` is one of `records.Kind`."""
 
     kind: str
     code: int

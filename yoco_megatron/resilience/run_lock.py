@@ -100,7 +100,7 @@ def acquire(args: Namespace) -> None:
     """
     global _held
     release()
-    if args.save is None or "://" in args.save:
+    if args.save is None:
         return
     flag = f"--run-folder {args.run_folder}" if args.run_folder else f"--save {args.save}"
     path, me = Path(args.save) / NAME, _me()

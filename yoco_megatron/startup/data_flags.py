@@ -9,6 +9,8 @@ from yoco_megatron.data.check import check_data_prefixes, check_split, count_tok
 from yoco_megatron.data.plan import plan, train_samples
 from yoco_megatron.utils.errors import require
 
+MISSING = "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data"
+
 
 def check_named(args: Namespace) -> None:
     """Of every command that reads flags of a run.
@@ -26,10 +28,7 @@ def check_named(args: Namespace) -> None:
         require(not named, f"{' and '.join(named)} and --mock-data contradict each other: keep one of them")
         return
     prefixes = data_prefixes_from_args(args)
-    require(
-        bool(prefixes) or args.skip_train,
-        "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
-    )
+    require(bool(prefixes) or args.skip_train, MISSING)
     stored = [prefix for prefix in prefixes if "://" in prefix]
     require(
         not stored,
@@ -52,10 +51,7 @@ def check_enough(args: Namespace) -> None:
     Raises:
         ValueError: a part of the data that the run reads, and that is empty or too short.
     """
-    require(
-        args.mock_data or bool(data_prefixes_from_args(args)),
-        "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data",
-    )
+    require(args.mock_data or bool(data_prefixes_from_args(args)), MISSING)
     blend, per_part = (None, None) if args.mock_data else read_blends(args)
     if per_part is None:
         split = args.split or "1,1,1"  # Megatron's for mock data
@@ -96,8 +92,6 @@ def repeated_validation(args: Namespace) -> list[str]:
     if part is None:
         return []
     prefixes, weights = part
-    if any("://" in prefix for prefix in prefixes):
-        return []
     of_split = "valid" if args.split else None
     held = [(count_tokens(prefix, args.split, of_split) - 1) // args.seq_length for prefix in prefixes]
     batch = args.eval_global_batch_size or args.global_batch_size

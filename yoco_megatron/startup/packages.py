@@ -27,7 +27,6 @@ def needed(args: Namespace) -> dict[str, tuple[str, str]]:
         "--enable-ft-package": (args.enable_ft_package, resiliency),
         "--fault-injector-ranks": (args.fault_injector_ranks is not None, resiliency),
         "--fault-injector-num-ranks": (args.fault_injector_num_ranks is not None, resiliency),
-        "--inprocess-restart": (args.inprocess_restart, resiliency),
     }
     return {flag: package for flag, (is_asked, package) in asked.items() if is_asked}
 
