@@ -57,7 +57,7 @@ PACKAGES = [
     Package("tokenizers", "tokenizers", "no tokenizer can be trained, data are not preprocessed", True),
     Package("safetensors", "safetensors", "no export to Hugging Face"),
     Package(
-        "nvidia-resiliency-ext", "nvidia-resiliency-ext", "no ft_launcher", False, (0, 6),
+        "nvidia-resiliency-ext", "nvidia-resiliency-ext", "no ft_launcher, no --async-strategy nvrx", False, (0, 6),
         "harmful: before 0.6.0 its presence makes `import megatron.core` 0.19 crash",
     ),
     Package("psutil", "psutil", "checkpoints cannot be saved", True),
@@ -214,9 +214,6 @@ def choose(torch: Any, components: dict[str, Component]) -> list[Choice]:
         choices.append(Choice("optimizer", "Apex's fused Adam", "Megatron's second choice; no Transformer Engine"))
     else:
         choices.append(Choice("optimizer", "torch AdamW", f"{why}; Apex: {apex.state}"))
-    resiliency = components["nvidia-resiliency-ext"].state
-    writer = "nvidia-resiliency-ext" if resiliency == "ok" else "Megatron's own writer"
-    choices.append(Choice("--async-save", writer, f"nvidia-resiliency-ext: {resiliency}"))
     return choices
 
 
