@@ -30,8 +30,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "fp32": (1, []),
     "bf16, distributed optimizer": (1, ["--bf16", *DISTRIBUTED]),
     "fp32, distributed optimizer, windows": (1, [*DISTRIBUTED, *TINY_WINDOWS]),
-    "bf16, windows": (1, ["--bf16", *TINY_WINDOWS]),
-    "transformer, bf16, distributed optimizer": (1, ["--architecture", "transformer", "--bf16", *DISTRIBUTED]),
+    "transformer, bf16": (1, ["--architecture", "transformer", "--bf16"]),
     "TP2, bf16, distributed optimizer, dropout": (2, ["--bf16", *TP2, *DISTRIBUTED, "--hidden-dropout", "0.1"]),
 }
 QUICK = ["fp32", "bf16, distributed optimizer"]
