@@ -30,6 +30,7 @@ LONG = (
     "convert/test_convert_memory.py",
     "hf/test_folder.py",
     "corpus/test_preprocess_resume.py",
+    "tools/test_generate.py",
 )
 
 

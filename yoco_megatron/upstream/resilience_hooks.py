@@ -182,8 +182,9 @@ def _keep_in_checkpoints(guard: Guard) -> None:
     """Make the guard's state part of each checkpoint: a resumed run skips the steps that an undisturbed one skips."""
 
     def load(path: Path) -> None:
-        if (path / GUARD_STATE).exists():
-            guard.load_state(read_json(path / GUARD_STATE, GuardState))
+        state = read_json(path / GUARD_STATE, GuardState, missing=None)
+        if state is not None:
+            guard.load_state(state)
 
     checkpointing.extra_files[GUARD_STATE] = lambda: json.dumps(guard.state())
     checkpointing.after_load.append(load)
