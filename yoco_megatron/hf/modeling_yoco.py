@@ -565,8 +565,8 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
         In training with `labels` 0 means: from the first position with a loss on, as in a prompt with labels of -100.
         The cross-decoder is not computed before it, which changes neither the loss nor any gradient.
         """
-        only_loss = labels is not None and self.training and self.cross_decoder_positions == "loss"
-        if only_loss and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+        only_loss = self.training and self.cross_decoder_positions == "loss"
+        if labels is not None and only_loss and isinstance(logits_to_keep, int) and logits_to_keep == 0:
             logits_to_keep = positions_from_first_loss(labels)
             labels = labels[:, -logits_to_keep:]
         outputs = self.model(
