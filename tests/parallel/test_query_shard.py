@@ -8,7 +8,8 @@ from support.models import FULL_RECOMPUTE, SEQ, STORED_ATTENTION, batch, build, 
 from support.pipeline import MICRO_BATCH, pipeline_step
 from support.worlds import run_world
 
-from yoco_megatron.parallel.context.query_shard import count, dealt_runs, suffix_run
+from yoco_megatron.parallel.context.query_shard import QueryShard, _route, count, dealt_runs, suffix_run
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.training import query_positions
 
 # Differences are rounding alone: sums in another order.
@@ -123,6 +124,15 @@ def test_only_the_queries_are_computed() -> None:
     assert torch.allclose(losses, torch.cat([whole[:, 5:9], whole[:, 40:44]], 1), rtol=1e-6)
     shifted = model(tokens, labels=torch.cat([labels[:, 5:9], labels[:, 40:44]], 1), query_runs=((6, 10), (40, 44)))
     assert (shifted - losses).abs()[:, :4].min() > 1e-3
+
+
+def test_micro_batches_share_a_route() -> None:
+    """Making one copies indices to the device, for which the host waits."""
+    _route.cache_clear()
+    hidden = torch.randn(SEQ, 1, 4)
+    taken = [QueryShard(SequenceShard(SEQ, 1), ((5, 9),)).take(hidden) for _ in range(3)]
+    assert all(torch.equal(one, hidden[5:9]) for one in taken)
+    assert _route.cache_info().misses == 1
 
 
 def test_a_suffix_is_rounded_up() -> None:
