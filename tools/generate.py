@@ -137,16 +137,16 @@ def run(options: argparse.Namespace) -> None:
             if token is not None:
                 row.append(token)
         if len(prompts) == 1:
-            text = tokenizer.decode(new[0])
+            text = tokenizer_files.text_after(tokenizer, prompts[0], new[0])
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: its other bytes are to come
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
     done = time.perf_counter()
     if len(prompts) == 1:
-        print(tokenizer.decode(new[0])[len(shown) :])
+        print(tokenizer_files.text_after(tokenizer, prompts[0], new[0])[len(shown) :])
     else:
-        for text, row in zip(texts, new):
-            print(f"{text}{tokenizer.decode(row)}\n")
+        for text, prompt, row in zip(texts, prompts, new):
+            print(f"{text}{tokenizer_files.text_after(tokenizer, prompt, row)}\n")
     first = first or done
     count = sum(map(len, new))
     decoded = f", {(count - len(prompts)) / (done - first):.1f} tokens/s decoded" if count > len(prompts) else ""

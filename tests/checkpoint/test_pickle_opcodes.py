@@ -161,7 +161,8 @@ def _real(module: str, name: str) -> Any:
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    return {key: repr(value) for key, value in getattr(thing, "__dict__", {}).items() if key not in ("_abc_impl",)}
+    caches = ("_abc_impl", "cache")
+    return {key: repr(value) for key, value in getattr(thing, "__dict__", {}).items() if key not in caches}
 
 
 @pytest.mark.parametrize("how", sets(b"", b""))

@@ -52,6 +52,16 @@ def test_honest_checkpoint_loads(tmp_path: Path) -> None:
     assert loaded["step"] == 7
 
 
+def test_a_checkpoint_of_python_3_13_loads(tmp_path: Path) -> None:
+    """Its paths are of another module, and the folder's own path is in each .metadata."""
+    dcp.save(state(), checkpoint_id=tmp_path, no_dist=True)
+    metadata = pickle.dumps(filesystem.FileSystemReader(tmp_path).read_metadata(), protocol=2)
+    other = metadata.replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath")
+    assert other != metadata
+    (tmp_path / ".metadata").write_bytes(other)
+    assert "weight" in filesystem.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+
+
 def test_without_the_unpicklers_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a process that has not called startup.prepare."""
     monkeypatch.setattr(filesystem, "pickle", pickle)

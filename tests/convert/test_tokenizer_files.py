@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, ByT5Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.corpus.tokenizer_training import EOD, PAD
@@ -60,6 +60,18 @@ def test_a_tokenizer_in_python_keeps_its_ends(tmp_path: Path) -> None:
     assert template_ids(loaded) == ([], [1]) and tokenizer_files.ids(loaded, "ab") == [100, 101]
     with pytest.raises(ValueError, match=r"\[0\] \(data\.json\), and ByT5Tokenizer always"):
         tokenizer_files.load(tmp_path, [0])
+
+
+def test_a_generated_word_keeps_its_space() -> None:
+    """SentencePiece's decoders drop the space of the first word, which is not the first of the text."""
+    core = Tokenizer(models.WordLevel({"▁the": 0, "▁fox": 1, "es": 2, "▁▁": 3}, unk_token="▁▁"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokenizer.decode([1]) == "fox"
+    assert tokenizer_files.text_after(tokenizer, [0], [1]) == " fox"
+    assert tokenizer_files.text_after(tokenizer, [0] * 20 + [1], [2, 0]) == "es the"
+    ids = ByT5Tokenizer()("größer", add_special_tokens=False)["input_ids"]
+    assert tokenizer_files.text_after(ByT5Tokenizer(), ids, ids) == "größer"
 
 
 def test_rows_of_a_vocabulary_with_gaps(bpe_folder: Path, tmp_path: Path) -> None:

@@ -76,14 +76,8 @@ def test_another_end_of_document_is_refused(tokenizer: Any, tmp_path: Path) -> N
         check_document_end(flags(prefix), tokenizer)
 
 
-def test_a_loss_mask_needs_an_end_of_document(tokenizer: Any) -> None:
-    args, without = flags(mock=True), Namespace(eod=None)
-    check_document_end(args, without)
-    args.eod_mask_loss = True
-    check_document_end(args, tokenizer)
-    with pytest.raises(
-        ValueError, match=r"--eod-mask-loss has no effect: --tokenizer-model bpe has no end of document"
-    ):
-        check_document_end(args, without)
-    args.dataloader_inter_document_masking = True
-    check_document_end(args, without)
+def test_a_tokenizer_needs_an_end_of_document(tokenizer: Any) -> None:
+    """Megatron's datasets ask for it, mock data too."""
+    check_document_end(flags(mock=True), tokenizer)
+    with pytest.raises(ValueError, match=r"--tokenizer-model bpe has no end of document \(eos_token\)"):
+        check_document_end(flags(mock=True), Namespace(eod=None))

@@ -120,6 +120,8 @@ def test_auto_classes(saved):
 CASTS = {
     "to": lambda model: model.to(torch.bfloat16),
     "half": lambda model: model.half(),
+    "type": lambda model: model.type(torch.bfloat16),
+    "empty": lambda model: model.load_state_dict(model.to_empty(device="cpu").state_dict()),
     "there and back": lambda model: model.bfloat16().float(),
     "buffers alone": lambda model: [
         setattr(buffer, "data", buffer.to(torch.bfloat16)) for buffer in model.buffers() if buffer.is_floating_point()

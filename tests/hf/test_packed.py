@@ -117,6 +117,8 @@ def test_refused_where_they_cannot_be_told_apart(model):
     ids, positions = packed([[9, 20]])
     with pytest.raises(ValueError, match=r"position_ids start again .* attention_mask"):
         model(ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="attention_mask holds numbers above 1"):
+        model(ids, attention_mask=torch.tensor([[1] * 9 + [2] * 20]))
     with pytest.raises(ValueError, match=r"position_ids start again .* past_key_values"):
         model(ids, position_ids=positions, past_key_values=DynamicCache(config=model.config))
 

@@ -168,6 +168,7 @@ METADATA: dict[tuple[str, str], Any] = {
     },
 }
 """(module, name) -> what a checkpoint's `.metadata` gets for it."""
+MOVED = {"pathlib._local": "pathlib"}  # as Python 3.13 names it
 
 
 def _load_storage(content: bytes) -> Any:
@@ -222,8 +223,9 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises ValueError for a name that no `.metadata` needs."""
-        if (module, name) in METADATA:
-            return METADATA[module, name]
+        known = MOVED.get(module, module), name
+        if known in METADATA:
+            return METADATA[known]
         raise _Refused(f"names {module}.{name}")
 
 

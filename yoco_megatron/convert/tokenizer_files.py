@@ -11,6 +11,9 @@ from yoco_megatron.data.tokenizer import template_ids, tokenizer_files, tokenize
 
 logger = logging.getLogger(__name__)
 
+# Tokens before others that decide how these are spelt; more than a character has bytes.
+CONTEXT = 8
+
 
 def choose(source: Source, given: str | None) -> None:
     """Set the tokenizer of a source, and what its documents begin with: those of its run, or --tokenizer's, which wins.
@@ -95,6 +98,12 @@ def copy(source: Path, folder: Path, start: list[int] | None = None) -> Any:
 def ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text to be continued: with the template's beginning, without its end."""
     return [*template_ids(tokenizer)[0], *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def text_after(tokenizer: Any, before: list[int], new: list[int]) -> str:
+    """The text that the ids `new` add to a text that ends with `before`: alone, many would lose a leading space."""
+    context = before[-CONTEXT:]
+    return tokenizer.decode([*context, *new])[len(tokenizer.decode(context)) :]
 
 
 def rows(tokenizer: Any) -> int:

@@ -46,13 +46,13 @@ def check_document_end(args: Namespace, tokenizer: Any) -> None:
     """Compare the end of document that the tokenizer has now with that of the data.
 
     Raises:
-        ValueError: data whose report names another one, or none in the tokenizer where --eod-mask-loss looks for it.
+        ValueError: data whose report names another one, or none in the tokenizer.
     """
     found = getattr(tokenizer, "eod", None)
-    if found is None and args.eod_mask_loss and not args.dataloader_inter_document_masking:
+    if found is None:
         raise ValueError(
-            f"--eod-mask-loss has no effect: --tokenizer-model {args.tokenizer_model} has no end of document "
-            "(eos_token); name one in its tokenizer_config.json, or add --dataloader-inter-document-masking"
+            f"--tokenizer-model {args.tokenizer_model} has no end of document (eos_token), for which Megatron's "
+            "datasets ask: name one in its tokenizer_config.json"
         )
     for prefix in data_prefixes_from_args(args):
         end = read_report(prefix).get("tokenizer", {}).get("eod")

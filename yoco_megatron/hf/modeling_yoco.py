@@ -78,6 +78,13 @@ class YocoRotaryEmbedding(nn.Module):
         """Make the frequencies anew, on this device."""
         self.inv_freq_bits = nn.Buffer(self.compute().view(torch.int32).to(device), persistent=False)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """After a move or cast of the model: to_empty() leaves a buffer undefined, and no checkpoint restores this."""
+        super()._apply(fn, recurse)
+        if not self.inv_freq_bits.is_meta:
+            self.reset(self.inv_freq_bits.device)
+        return self
+
     @property
     def inv_freq(self) -> Tensor:
         """Angles per position, fp32 [D/2]."""
@@ -198,6 +205,15 @@ def flash_boundaries(documents: Tensor) -> dict[str, Any]:
     longest = int(boundaries.diff().max())
     both = {"cu_seq_lens": boundaries, "max_length": longest}
     return {f"{name}_{side}": value for name, value in both.items() for side in "qk"}
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """Raise ValueError for a mask [b, keys] that numbers documents: transformers takes each number but 0 for a 1."""
+    if attention_mask.dtype != torch.bool and not is_tracing(attention_mask) and (attention_mask > 1).any():
+        raise ValueError(
+            "attention_mask holds numbers above 1: it is 0 for padding and 1 for tokens. For packed documents give "
+            "position_ids that start again in each, and no mask"
+        )
 
 
 def check_one_document(position_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -430,8 +446,11 @@ class YocoModel(YocoPreTrainedModel):
         documents, seq_idx = None, kwargs.pop("seq_idx", None)
         if past_key_values is None and (attention_mask is None or getattr(attention_mask, "ndim", 4) == 4):
             documents = documents_of(position_ids, x.shape[0], length, kwargs.get("cu_seq_lens_q"), seq_idx)
-        elif position_ids is not None and getattr(attention_mask, "ndim", 2) == 2:
-            check_one_document(position_ids, attention_mask)
+        elif getattr(attention_mask, "ndim", 2) == 2:
+            if attention_mask is not None and length > 1:
+                check_padding(attention_mask)
+            if position_ids is not None:
+                check_one_document(position_ids, attention_mask)
         # No cache holds several documents a row. A compiled graph cannot know how many there are.
         if use_cache and past_key_values is None and (documents is None or is_tracing(documents)):
             past_key_values = DynamicCache(config=self.config)

@@ -60,9 +60,12 @@ def load_index(path: str, allow_pickle: bool = False, mmap_mode: Literal["r"] = 
             f"--data-cache-path: {path} is missing: tools/prepare_cache.py with the flags of this run builds it, or "
             "remove --dataloader-fast-cache-load and --dataloader-defer-npy-index-mmap"
         ) from None
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise DamagedIndexError(Path(path), f"is not a whole index ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: a damaged one raises any type
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DamagedIndexError(Path(path), f"is not a whole index ({what})") from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim not in (1, 2):
         raise DamagedIndexError(Path(path), "is not an array of integers")
     return found
 
@@ -110,6 +113,8 @@ def gpt_dataset_indices(self: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         found = gpt_dataset_indices.original(dataset)
         documents, samples, shuffle = found
         if _reads_all(documents) and dataset.indices is not None:
+            for index in (documents, shuffle):
+                _expect(index.ndim == 1, Path(index.filename), "has two dimensions")
             epochs, rest = divmod(len(documents), max(len(dataset.indices), 1))
             numbers = int(dataset.indices.sum(dtype=np.int64))
             whole = rest == 0 and int(documents.sum(dtype=np.int64)) == epochs * numbers
@@ -145,11 +150,11 @@ def blended_dataset_indices(self: Any) -> tuple[np.ndarray, np.ndarray]:
         sources, samples = found
         if _reads_all(sources):
             size = int(sum(dataset.weights)) if dataset.size is None else dataset.size
-            known = sources.min() >= 0 and sources.max() < len(dataset.datasets)
-            _expect(len(sources) == size and known, Path(sources.filename), "is no order of the datasets")
+            known = sources.shape == (size,) and sources.min() >= 0 and sources.max() < len(dataset.datasets)
+            _expect(known, Path(sources.filename), "is no order of the datasets")
             # Each dataset's samples are counted from 0.
             expected = sum(count * (count - 1) // 2 for count in np.bincount(sources).tolist())
-            whole = len(samples) == size and int(samples.sum(dtype=np.int64)) == expected
+            whole = samples.shape == (size,) and int(samples.sum(dtype=np.int64)) == expected
             _expect(whole, Path(samples.filename), "does not count the samples of each dataset")
         return found
 
