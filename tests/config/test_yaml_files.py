@@ -96,6 +96,11 @@ def test_missing_file_and_folder_are_named(tmp_path):
             load_config_files([str(path)])
 
 
+def test_a_zero_byte_is_refused(write):
+    with pytest.raises(ValueError, match=r"a\.yaml: 'save' holds a zero byte"):
+        load_config_files([write("a.yaml", 'save: "a\\0b"\n')])
+
+
 def test_missing_include_is_named(write):
     with pytest.raises(ValueError, match=r"nowhere\.yaml is missing"):
         load_config_files([write("a.yaml", "include: [nowhere.yaml]\n")])

@@ -211,6 +211,7 @@ def test_storage_error_is_found_however_it_is_wrapped():
     assert exit_record.of_exception(CheckpointException("write", {0: (full, None)})).kind == "storage"
     assert exit_record.of_exception(RuntimeError("boom")).kind == "crash"
     assert exit_record.of_exception(FileNotFoundError(2, "x")).kind == "crash"
+    assert exit_record.of_exception(IsADirectoryError(21, "x")).kind == "user_error"
 
 
 def test_outcomes_hold_no_more_than_json(tmp_path, monkeypatch):

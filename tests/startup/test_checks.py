@@ -1,8 +1,11 @@
 """What checks find in arguments, which they leave as they are. Most mistakes are in tests/test_bad_input.py."""
 
+import contextlib
 import copy
 
 import pytest
+import torch
+from support.cli import parsed
 
 from yoco_megatron import runtime
 from yoco_megatron.resilience import arguments as resilience
@@ -75,6 +78,23 @@ def test_packages_that_are_not_there(flags, message, monkeypatch):
     args = build_parser().parse_args(flags.split())
     with pytest.raises(ValueError, match=message):
         packages.check(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], ""),
+        (["--hidden-size", "100000000000"], "the weights of one process take"),
+        (["--num-layers", "2000000000"], "the weights of one process take"),
+        (["--padded-vocab-size", "10000000000000"], "the weights of one process take"),
+        (["--seq-length", "1000000000000"], "the hidden states of one layer of one process take"),
+    ],
+)
+def test_sizes_that_no_memory_holds(flags, message):
+    args = parsed(1, *flags)
+    args.params_dtype = torch.float32
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        checks.check_fits(args)
 
 
 def test_packages_that_are_there(monkeypatch):

@@ -1,5 +1,7 @@
 """A schedule beside a checkpoint, and the checkpoint that must be there, without a run."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,10 +67,12 @@ def test_the_checkpoint_counts_and_not_the_run_that_was_started_last(tmp_path: P
     resume(tmp_path, "--lr", "2e-3", "--override-opt_param-scheduler")
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    """As loading does; the one before counts."""
+@pytest.mark.parametrize("put", [lambda path: None, Path.mkdir, os.mkfifo])
+def test_a_damaged_checkpoint_is_passed_over(put: Callable[[Path], None], tmp_path: Path) -> None:
+    """As loading does; the one before counts. A pipe is not waited for."""
     start(tmp_path)
     path_of(tmp_path, 6).mkdir()
+    put(path_of(tmp_path, 6) / "metadata.json")
     write_tracker(tmp_path, 6)
     resume(tmp_path)
     with pytest.raises(ValueError, match=r"--lr was 0\.001, is 0\.002"):

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as records
 from torch.serialization import _get_layout
 
+from yoco_megatron.checkpoint.layout import COMPLETE
 from yoco_megatron.utils.small_files import BadFile
 
 logger = logging.getLogger(__name__)
@@ -297,8 +298,9 @@ def _other_than_metadata(metadata: Any) -> str | None:
 
 
 def check_regular(checkpoint: Path) -> None:
-    """Raises BadFile unless the files that torch opens are files: it would wait for a pipe, and never end a device."""
-    for path in (checkpoint / ".metadata", *checkpoint.glob("*.distcp"), *checkpoint.glob("*.pt")):
+    """Raises BadFile unless what Megatron and torch open are files: they would wait for a pipe, or for ever."""
+    named = (checkpoint / COMPLETE, checkpoint / ".metadata")
+    for path in (*named, *checkpoint.glob("*.distcp"), *checkpoint.glob("*.pt")):
         if not path.is_file():
             raise BadFile(f"{path} is missing, or no regular file: copy the checkpoint again")
 

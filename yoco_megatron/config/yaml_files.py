@@ -105,6 +105,8 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
         values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not isinstance(key, str) or any(isinstance(one, list | dict | set | bytes) for one in values):
             raise BadFile(f"{where}: {str(key)[:80]!r} must have a plain value, a list of them, or a mapping to them")
+        if any("\0" in str(one) for one in values):
+            raise BadFile(f"{where}: {key[:80]!r} holds a zero byte, which no flag can")
     return {key.replace("_", "-"): value for key, value in content.items()}
 
 

@@ -20,6 +20,8 @@ USER_ERROR = 2
 STORAGE = 74  # sysexits' EX_IOERR
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+# Paths that no attempt can use: too long, a folder where a file must be, a link to itself.
+NO_FILES = {errno.ENAMETOOLONG, errno.EISDIR, errno.ELOOP}
 
 
 class InUse(ValueError):
@@ -68,7 +70,8 @@ def of_exception(error: BaseException) -> Outcome:
     reason = secrets.redact(f"{type(error).__name__}: {error}".split("\n", 1)[0])[:500]
     if storage_error(error):
         return Outcome("storage", STORAGE, reason)
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+    no_file = isinstance(error, OSError) and error.errno in NO_FILES
+    if no_file or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
         return Outcome("user_error", USER_ERROR, reason)
     return Outcome("crash", 1, reason)
 

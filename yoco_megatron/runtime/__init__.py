@@ -6,6 +6,7 @@ here, because `torch.cuda` then says yes.
 
 import functools
 import importlib.util
+import os
 
 import torch
 
@@ -27,6 +28,13 @@ def device() -> torch.device:
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine is installed and there is a GPU for it to run on."""
     return _HAS_GPU and importlib.util.find_spec("transformer_engine") is not None
+
+
+def memory_bytes() -> int:
+    """Of a GPU, all of which are alike; of the whole host, where there is none."""
+    if _HAS_GPU:
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache

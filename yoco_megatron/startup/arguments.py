@@ -107,6 +107,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
         "remove it",
     )
     check_vocabulary(get_tokenizer(), args)
+    checks.check_fits(args)
     check_document_end(args, get_tokenizer())
     with megatrons_errors(args):
         model = model_config_from_args(args)

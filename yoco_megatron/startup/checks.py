@@ -13,6 +13,8 @@ from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check
 from yoco_megatron.config import rules
 from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
+from yoco_megatron.costs.memory import GIB
+from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.startup import data_flags, packages, resume_schedule, schedule
@@ -140,6 +142,30 @@ def check_machine(args: argparse.Namespace) -> None:
         args.cuda_graph_impl == "none" or runtime.has_gpu(),
         f"--cuda-graph-impl {args.cuda_graph_impl} needs a GPU, and there is none: remove it",
     )
+
+
+def check_fits(args: argparse.Namespace) -> None:
+    """Sizes that no memory holds, before hours are spent on making the model. Only what is certain: weights in the
+    dtype of training, and the hidden states of one layer; `costs/memory.py` estimates the rest.
+
+    Raises:
+        ValueError: they alone are larger than the memory of this machine's GPU, or of the host where it trains.
+    """
+    shape = ModelShape.from_args(args)
+    bytes_per_value = 1 if args.fp8_param_gather else args.params_dtype.itemsize
+    weights = sum(parameter_count(shape).values()) * bytes_per_value
+    weights //= args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    states = args.seq_length * args.micro_batch_size * args.hidden_size * args.params_dtype.itemsize
+    states //= args.context_parallel_size * args.tensor_model_parallel_size
+    memory = runtime.memory_bytes()
+    for what, size, fix in (
+        ("the weights", weights, "check --num-layers, --hidden-size, --vocab-size and other sizes, or use more ranks"),
+        ("the hidden states of one layer", states, "check --seq-length, --micro-batch-size and --hidden-size"),
+    ):
+        require(
+            size <= memory,
+            f"{what} of one process take {size / GIB:,.0f} GiB, and there are {memory / GIB:,.0f} GiB: {fix}",
+        )
 
 
 def check_launched() -> None:

@@ -18,7 +18,7 @@ LIMIT = 16 << 20
 """Bytes of the largest file that is read; JSON of that size takes at most some 25 times as much memory."""
 REQUIRED: Any = object()
 # Errors that another attempt would meet again. Others, such as a network file system's, may pass.
-LASTING = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+LASTING = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG)
 
 
 class BadFile(ValueError):
