@@ -131,6 +131,15 @@ class YocoConfig(PreTrainedConfig):
             folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise ValueError(f"{folder}: config.json describes no YOCO: {what}") from error
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but attention code of a hub, which it would download and run, is for the caller to name."""
+        for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+            value = config_dict.get(name)
+            if "/" in str(value):
+                raise ValueError(f"{name} {value!r} names code on a hub: remove it, or pass it to from_pretrained")
+        return super().from_dict(config_dict, **kwargs)
+
     def _check_choices(self, others: dict[str, Any]) -> None:
         choices = {
             "self_decoder": tuple(LAYER_TYPES),
