@@ -56,8 +56,15 @@ def data(folder: Path, tokenizer_folder: Path, documents: list[str]) -> str:
     return str(folder / "d_text_document")
 
 
-def training_part(tokenizer_folder: Path, *flags: str) -> tuple[Namespace, Any]:
+def parse(tokenizer_folder: Path, *flags: str) -> Namespace:
+    """The flags, with what Megatron fills in when training starts."""
     args = arguments.parse_anywhere([*flags_of(tokenizer_folder), "--seq-length", str(LENGTH), *flags])
+    args.eval_global_batch_size, args.consumed_train_samples = args.global_batch_size, 0
+    return args
+
+
+def training_part(tokenizer_folder: Path, *flags: str) -> tuple[Namespace, Any]:
+    args = parse(tokenizer_folder, *flags)
     return args, build_datasets(args, build_tokenizer(args), [160, 0, 0])[0]
 
 
@@ -137,6 +144,19 @@ def test_order_is_the_same_for_every_data_parallel_size(tokenizer_folder: Path, 
         for data_parallel in (1, 2, 4):
             for step, batch in enumerate(batches(data_parallel, first_step), first_step):
                 assert np.array_equal(batch, whole[step]), (data_parallel, first_step, step)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_finished_run_of_a_blend_starts_again(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A blend has just as many samples as the run needs, and Megatron's sampler asserts that one is left."""
+    prefixes = [data(tmp_path / name, tokenizer_folder, texts()) for name in "ab"]
+    blend = ["--data-path", "0.5", prefixes[0], "0.5", prefixes[1], "--split", "1,0,0"]
+    args = parse(tokenizer_folder, *blend)
+    tokenizer = build_tokenizer(args)
+    for args.consumed_train_samples, length in ((152, 160), (160, 320)):
+        samples = build_datasets(args, tokenizer, [160, 0, 0])[0]
+        assert samples is not None and len(samples) == length
+        MegatronPretrainingSampler(length, args.consumed_train_samples, 8, 0, 1)
 
 
 def test_resumed_with_another_data_parallel_size(tokenizer_folder: Path, tmp_path: Path) -> None:

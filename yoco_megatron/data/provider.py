@@ -9,7 +9,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import read_blends
@@ -81,7 +81,14 @@ def build_datasets(
     Raises:
         ValueError: this machine's copy of the data is not that of rank 0.
     """
-    return _build(args, tokenizer, num_samples, partial(_is_built_here, args.dataloader_inter_document_masking))
+    train, valid, test = _build(
+        args, tokenizer, num_samples, partial(_is_built_here, args.dataloader_inter_document_masking)
+    )
+    # A finished run that is started again trains nothing, but Megatron's sampler asserts that a sample is left, and a
+    # blend has just as many as the run needs.
+    if train is not None and args.consumed_train_samples >= max(len(train), train_samples(args)):
+        train = ConcatDataset([train, train])
+    return train, valid, test
 
 
 def _build(

@@ -33,7 +33,9 @@ def get_batch(
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         device = torch.cuda.current_device()
-        batch = {key: value.to(device, non_blocking=True) for key, value in next(data_iterator).items()}
+        # A blend also says which source a sample is of: no row of tokens, which could be cut to those of a rank.
+        sample = {key: value for key, value in next(data_iterator).items() if key != "dataset_id"}
+        batch = {key: value.to(device, non_blocking=True) for key, value in sample.items()}
         batch["cu_seqlens_padded"] = None  # documents are packed without gaps
     batch = get_batch_on_this_tp_rank(
         batch,
