@@ -38,7 +38,7 @@ def read_bytes(path: Path, limit: int = LIMIT, missing: Any = REQUIRED) -> Any:
     try:
         # A pipe would keep open() waiting.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: in a "folder" that is a file
         if missing is REQUIRED:
             raise BadFile(f"{path} is missing") from None
         return missing
