@@ -247,6 +247,9 @@ NOT_THE_FUNCTION = {
     "loss_chunk_size": "memory of the loss",
     "recompute_elementwise": "memory of the activations",
     "keep_cross_attention": "memory of the activations",
+    "loss_suffix": "which positions are trained on",
+    "num_queries": "how many they are",
+    "cross_decoder_positions": "computes no others, or all",
 }
 
 
