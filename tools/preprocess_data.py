@@ -83,7 +83,7 @@ def main() -> None:
     for key, report in reports.items():
         print(
             f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
-            f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad lines, "
+            f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad records, "
             f"{report.empty_documents} empty, {report.documents_with_nul} with NUL, "
             f"{report.documents_with_special_tokens} with special tokens in the text; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"

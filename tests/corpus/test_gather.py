@@ -105,7 +105,7 @@ def test_standard_library_is_python_without_installed_packages() -> None:
         (b'{"text": "half', "not a line of JSON"),
         (b'{"text": "caf\xe9"}', "not a line of JSON"),
         (b'["text"]', "must be an object .* not list"),
-        (b'{"body": "x"}', r"no text under the key 'text' \(keys: body\); see --json-keys"),
+        (b'{"body": "x"}', r"no text under the key 'text' \(keys: body\); name another key"),
         (b'{"text": 3}', "value under the key 'text' is of the type int, not text"),
         (b'{"text": null}', "value under the key 'text' is null, not text"),
         (b'{"text": "\x00"}', "not a line of JSON"),

@@ -107,7 +107,7 @@ def test_bad_lines_are_shown_and_may_end_preprocessing(made: tuple[Path, dict[st
     assert "bad.jsonl:13" in error and "--max-bad-lines" in error
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
     done = start("preprocess_data", *arguments)
-    assert "1 documents" in done.stdout and "12 bad lines" in done.stdout
+    assert "1 documents" in done.stdout and "12 bad records" in done.stdout
     assert "WARNING: 12 bad records are skipped:" in done.stderr
     assert re.findall(r"bad\.jsonl:(\d+): not a line of JSON", done.stderr) == [str(n) for n in range(2, 12)]
     assert f"listed in {tmp_path}/out_problems.jsonl" in done.stderr

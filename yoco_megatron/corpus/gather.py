@@ -123,7 +123,7 @@ def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
             found = "null" if record[key] is None else f"of the type {type(record[key]).__name__}"
             raise ValueError(f"{where}: the value under the key {key!r} is {found}, not text")
         if key not in record:
-            raise ValueError(f"{where}: no text under the key {key!r} (keys: {', '.join(record)}); see --json-keys")
+            raise ValueError(f"{where}: no text under the key {key!r} (keys: {', '.join(record)}); name another key")
     try:
         return [record[key].encode("utf-8") for key in keys]
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
