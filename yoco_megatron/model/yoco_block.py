@@ -83,8 +83,8 @@ class YOCOBlock(MegatronModule):
         self_angles: Tensor,
         cross_angles: Tensor,
         shard: SequenceShard,
-        queries: QueryShard | None = None,
-        query_angles: Tensor | None = None,
+        queries: SequenceShard | QueryShard,
+        query_angles: Tensor,
     ) -> tuple[Tensor, SharedKVReader | None]:
         """Run the layers.
 
@@ -94,8 +94,8 @@ class YOCOBlock(MegatronModule):
                 them, or if a later one does.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
-            queries: the positions that the cross-decoder computes, and all behind the shared K,V; None for all.
-            query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`.
+            queries: the positions that are computed behind the shared K,V; `shard` for all.
+            query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`; `cross_angles` for all.
         Returns:
             hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and a reader of
             the shared K,V (None before they are made).
@@ -109,17 +109,13 @@ class YOCOBlock(MegatronModule):
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
                     kv = self.shared_kv(hidden_states, cross_angles)
-                if queries is not None:
+                if isinstance(queries, QueryShard):
                     hidden_states = queries.take(hidden_states)
             kv_reader = None
             if kv is not None:
                 gather = shard if shard.ranks > 1 and self.num_cross else None
                 hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, config.params_dtype, gather)
-            seen: SequenceShard | QueryShard = shard
-            angles = cross_angles
-            if queries is not None and query_angles is not None:
-                seen, angles = queries, query_angles
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, angles, seen)
+            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, query_angles, queries)
         return hidden_states, kv_reader
 
     def _run(

@@ -139,12 +139,14 @@ class YOCOModel(LanguageModule):
         length = kv.shape[0] if kv is not None else hidden_states.shape[0] * self.tokens_per_row
         group = self.cp_group if ranks > 1 else None
         shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
-        positions, queries, query_angles = shard.positions(), None, None
+        positions = shard.positions()
+        self_angles, cross_angles = self.self_rotary(positions), self.cross_rotary(positions)
+        queries: SequenceShard | QueryShard = shard
+        query_angles = cross_angles
         if query_runs is not None:
             rows_group = self.pg_collection.tp_cp if config.sequence_parallel else group
             queries = QueryShard(shard, query_runs, rows_group, self.tokens_per_row)
             query_angles = self.cross_rotary(queries.positions())
-        self_angles, cross_angles = self.self_rotary(positions), self.cross_rotary(positions)
         hidden_states, kv_reader = self.decoder(
             hidden_states, kv, self_angles, cross_angles, shard, queries, query_angles
         )

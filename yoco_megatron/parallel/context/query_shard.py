@@ -91,9 +91,8 @@ class QueryShard:
         self.rows = _Rows(shard.length, shard.ranks, rows_split)
         self.all_runs = tuple(runs)
         self.group = rows_group if rows_group is not None and rows_group.size() > 1 else None
-        self.ranks, self.rank, self.batch = shard.ranks, shard.rank, shard.batch
-        self.document_ids, self.device = shard.document_ids, shard.device
-        self.runs = dealt_runs(runs, self.ranks, self.rank)
+        self.rank, self.device = shard.rank, shard.device
+        self.runs = dealt_runs(runs, shard.ranks, shard.rank)
         self.chunks = tuple(CPChunk(start, stop) for start, stop in self.runs)
 
     def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
