@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.exported import small_config
 from support.models import SELF_DECODERS, relative_error
 from transformers import AutoModel, AutoModelForCausalLM
 
 import yoco_megatron.hf
-from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 TOKENS = torch.randint(1, 97, (2, 21), generator=torch.Generator().manual_seed(1))
@@ -55,18 +55,10 @@ if torch.distributed.is_initialized():  # else its threads may abort the process
 def saved(request, tmp_path_factory) -> tuple[YocoForCausalLM, Path]:
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(2)
-    config = YocoConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        self_decoder=request.param,
-        self_decoder_heads=2,
+    config = small_config(
+        request.param,
         sliding_window=6,
         pad_token_id=0,
-        initializer_range=0.2,
         auto_map={
             "AutoConfig": "configuration_yoco.YocoConfig",
             "AutoModel": "modeling_yoco.YocoModel",

@@ -6,10 +6,10 @@ mistakes, so logits are compared as well; fp32, 1e-5 relative: sums over other s
 
 import pytest
 import torch
+from support.exported import small_config
 from support.models import SELF_DECODERS, relative_error
 from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
 
-from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 CLOSE = 1e-5
@@ -19,21 +19,8 @@ VOCAB, NEW, PROMPT = 257, 24, 37
 @pytest.fixture(params=SELF_DECODERS)
 def model(request) -> YocoForCausalLM:
     torch.manual_seed(3)
-    config = YocoConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        self_decoder=request.param,
-        self_decoder_heads=2,
-        sliding_window=8,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
-    return YocoForCausalLM(config).eval()
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=6)
+    return YocoForCausalLM(small_config(request.param, **sizes, max_position_embeddings=512, pad_token_id=0)).eval()
 
 
 def prompts(batch: int = 2, length: int = PROMPT, seed: int = 0) -> torch.Tensor:

@@ -2,19 +2,18 @@
 
 import pytest
 import torch
+from support.exported import small_config
 from support.models import SELF_DECODERS
 
-from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM, positions_from_first_loss
 
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 LENGTH, PROMPT = 20, 13
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> YocoForCausalLM:
     torch.manual_seed(1)
-    return YocoForCausalLM(YocoConfig(**SIZES, self_decoder=request.param)).double().train()
+    return YocoForCausalLM(small_config(request.param)).double().train()
 
 
 def loss_and_gradients(

@@ -5,6 +5,7 @@ fp32, 2e-5 relative: the same sums in chunks and masks that begin elsewhere.
 
 import pytest
 import torch
+from support.exported import small_config
 from support.models import SELF_DECODERS, relative_error
 from transformers import DynamicCache
 from transformers.data.data_collator import DataCollatorWithFlattening
@@ -22,19 +23,7 @@ LENGTHS = [[10, 1, 150, 139], [100, 200]]
 @pytest.fixture(params=SELF_DECODERS)
 def model(request) -> YocoForCausalLM:
     torch.manual_seed(5)
-    config = YocoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        self_decoder=request.param,
-        self_decoder_heads=2,
-        sliding_window=8,
-        initializer_range=0.2,
-    )
-    return YocoForCausalLM(config).eval()
+    return YocoForCausalLM(small_config(request.param, vocab_size=VOCAB)).eval()
 
 
 def documents(lengths: list[list[int]] = LENGTHS) -> list[list[torch.Tensor]]:

@@ -11,6 +11,22 @@ from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.model.yoco_model import YOCOModel
 
 
+def small_config(self_decoder: str, **more: Any) -> YocoConfig:
+    """Of a model of four layers, width 32, with weights that let logits differ."""
+    fields = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        self_decoder_heads=2,
+        sliding_window=8,
+        initializer_range=0.2,
+    )
+    return YocoConfig(self_decoder=self_decoder, **fields | more)
+
+
 def twin_config(model: YOCOModel, **more: Any) -> YocoConfig:
     """Its configuration, from the trainer's."""
     config = model.config
