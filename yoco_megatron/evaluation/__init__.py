@@ -1,0 +1,1 @@
+"""What a model can do: tasks make requests, a backend answers them, the task scores the answers."""
