@@ -66,6 +66,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
 
+    def __hash__(self) -> int:
+        """What was counted with a tokenizer is kept."""
+
 
 class Backend(Protocol):
     """A model that answers requests, in their order, each as soon as it is known."""
@@ -83,13 +86,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """A heat map: values[row][column], from 0 to 1."""
+    """A heat map: values[row][column], from 0 to 1; None where nothing was measured."""
 
     row_name: str
     column_name: str
     rows: tuple[float, ...]
     columns: tuple[float, ...]
-    values: tuple[tuple[float, ...], ...]
+    values: tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
