@@ -1,0 +1,232 @@
+"""The ordering of the YOCO paper's scaling study on real text: gated retention, sliding window, Transformer.
+
+    python benchmarks/paper_ordering.py prepare            # text, tokenizer, tokens: three minutes on 64 cores
+    python benchmarks/paper_ordering.py train --gpus 4     # a slice of nine minutes: repeat it until it says: all done
+    python benchmarks/paper_ordering.py report --record    # table, picture, rows; also of what is done so far
+
+Trained are: each model at each learning rate, the Transformer also with Megatron's initialisation at each; then each
+model's best again from the other seeds, and each YOCO's best without its scaled embedding. Everything else is alike:
+text, order of batches, tokens, and configs/recipe/scaling.yaml with a shorter schedule. Compared are the losses on
+the validation part: documents that are not trained on, no copies of which are (but for near ones, such as another
+version of a file). With --size tiny, --tokens 1e5 and more it is a test of a few minutes on a CPU.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import site_text
+from record import record
+from runs import ROOT, device_name
+from slices import Job, run_slice
+
+from yoco_megatron.evaluation import comparison, pictures
+from yoco_megatron.evaluation.run_curves import VALIDATION, RunCurves, read_run
+
+CONFIGS = {"retention": "yoco_{}", "window": "yoco_{}_swa", "transformer": "transformer_{}"}
+TITLES = {"retention": "YOCO, gated retention", "window": "YOCO, sliding window", "transformer": "Transformer"}
+VARIANTS = {"": (), "megatron-init": ("--init-law", "megatron"), "unscaled": ("--no-scale-embedding",)}
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    model: str
+    variant: str
+    rate: float
+    seed: int
+
+    def name(self) -> str:
+        variant = f"_{self.variant}" if self.variant else ""
+        return f"{self.model}{variant}_{self.rate:g}_{self.seed}"
+
+    def title(self) -> str:
+        variant = f", {self.variant}" if self.variant else ""
+        return f"{TITLES[self.model]}{variant}, lr {self.rate:g}, seed {self.seed}"
+
+
+def cases(options: argparse.Namespace, losses: dict[Case, float]) -> list[Case]:
+    """All runs that are known to be needed, given the validation losses so far; most telling first."""
+    rates = sorted(options.rates, key=lambda rate: abs(options.rates.index(rate) - len(options.rates) // 2))
+    sweep = [Case(model, "", rate, options.seeds[0]) for rate in rates for model in options.models]
+    if "transformer" in options.models:
+        sweep += [Case("transformer", "megatron-init", rate, options.seeds[0]) for rate in rates]
+    more = []
+    for model in options.models:
+        own = [case for case in sweep if case.model == model]
+        if all(case in losses for case in own):
+            best = min(own, key=lambda case: losses[case])
+            more += [best._replace(seed=seed) for seed in options.seeds[1:]]
+            more += [] if model == "transformer" else [best._replace(variant="unscaled")]
+    return sweep + more
+
+
+def job_of(case: Case, options: argparse.Namespace) -> Job:
+    """The run of a case."""
+    batch = options.batch_tokens // options.length
+    steps = max(1, round(options.tokens / options.batch_tokens))
+    config = [f"configs/model/{CONFIGS[case.model].format(options.size)}.yaml", "configs/recipe/scaling.yaml"]
+    flags = [
+        *("--config", *config, *(() if options.gpus else ("bf16=false",))),
+        *site_text.flags(options.folder, options.split),
+        *("--seq-length", options.length, "--max-position-embeddings", options.length),
+        *("--micro-batch-size", min(options.micro_batch_size, batch), "--global-batch-size", batch),
+        *("--lr", case.rate, "--lr-warmup-iters", max(1, steps // 20), "--lr-decay-iters", steps, "--seed", case.seed),
+        *("--eval-interval", max(1, steps // 10), "--full-validation"),
+        *("--save-interval", max(1, steps // 4), "--log-interval", 10, "--log-throughput"),
+        *("--tensorboard-log-interval", 5, "--num-workers", 2 if options.gpus else 0),
+        *VARIANTS[case.variant],
+        *options.flags.split(),
+    ]
+    return Job(options.folder / "runs" / case.name(), tuple(map(str, flags)), steps)
+
+
+def read_finished(options: argparse.Namespace) -> dict[Case, RunCurves]:
+    """The curves of the runs that are done."""
+    found: dict[Case, RunCurves] = {}
+    while True:  # results make more cases
+        losses = {case: final(run) for case, run in found.items()}
+        new = [case for case in cases(options, losses) if case not in found and job_of(case, options).done()]
+        if not new:
+            return found
+        found |= {case: read_run(job_of(case, options).folder, case.name()) for case in new}
+
+
+def final(run: RunCurves) -> float:
+    """The validation loss at the end."""
+    value = run.value(VALIDATION)
+    assert value is not None, f"{run.name} was not evaluated"
+    return value
+
+
+def train(options: argparse.Namespace) -> None:
+    """A slice of all runs."""
+    known: dict[Case, float] = {}
+
+    def jobs() -> list[Job]:
+        for case in cases(options, known):
+            job = job_of(case, options)
+            if case not in known and job.done():
+                known[case] = final(read_run(job.folder))
+        return [job_of(case, options) for case in cases(options, known)]
+
+    done = run_slice(jobs, options.gpus, options.seconds)
+    todo = [job for job in jobs() if not job.done()]
+    print("all done" if done else f"to go: {', '.join(job.name for job in todo)}: repeat this command", flush=True)
+
+
+def best_of(found: dict[Case, RunCurves]) -> dict[str, list[Case]]:
+    """For each model, the best learning rate (and of the Transformer, initialisation) by the first seed, in all seeds.
+
+    A YOCO without its scaled embedding is not the paper's, and does not count.
+    """
+    best: dict[str, list[Case]] = {}
+    for model in CONFIGS:
+        own = [case for case in found if case.model == model and case.variant != "unscaled"]
+        if own:
+            first = min((case for case in own if case.seed == own[0].seed), key=lambda case: final(found[case]))
+            best[model] = [case for case in own if case._replace(seed=first.seed) == first]
+    return best
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print all results and draw the curves; with --record, append rows to --output."""
+    found = read_finished(options)
+    if not found:
+        raise SystemExit("paper_ordering.py: no run is done yet: train first")
+    rows = comparison.compare(list(found.values()))
+    print(comparison.table(rows))
+    best = best_of(found)
+    means = {model: fmean(final(found[case]) for case in alike) for model, alike in best.items()}
+    print()
+    for model, alike in best.items():
+        losses = ", ".join(f"{final(found[case]):.4f}" for case in alike)
+        print(f"best {alike[0]._replace(seed=0).title().removesuffix(', seed 0')}: {means[model]:.4f} ({losses})")
+    if options.record:
+        record_all(found, rows, best, options)
+    (options.folder / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(found, best, options)
+
+
+def record_all(
+    found: dict[Case, RunCurves], rows: list[dict[str, Any]], best: dict[str, list[Case]], options: argparse.Namespace
+) -> None:
+    """A row for each run, and for the best of each YOCO beside the Transformer's."""
+    means = {model: fmean(final(found[case]) for case in alike) for model, alike in best.items()}
+    common: dict[str, Any] = dict(benchmark="paper ordering", device=device_name(1) if options.gpus else "CPU")
+    size = f"{options.size}, {comparison.short(rows[0]['tokens'])} tokens"
+    for case, row in zip(found, rows):
+        name = f"{size}, {case.title()}"
+        record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
+               **common)  # fmt: skip
+        record(options.output, case=name, metric="speed", unit="tokens/s", value=round(row["tokens_per_second"]),
+               **common)  # fmt: skip
+    for model, alike in best.items():
+        if model != "transformer" and "transformer" in means:
+            name = f"{size}, best of {TITLES[model]}, mean of {len(alike)} seeds"
+            peer = f"best of Transformer, mean of {len(best['transformer'])} seeds"
+            record(options.output, case=name, metric="validation loss", unit="nats", value=round(means[model], 4),
+                   peer=peer, peer_value=round(means["transformer"], 4), higher_is_better=False, **common)  # fmt: skip
+
+
+def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: argparse.Namespace) -> None:
+    """Validation losses of each model's best against tokens, and final losses against the learning rate."""
+    with pictures.figure(options.picture, 1, 2) as (curves, rates):
+        for number, (model, alike) in enumerate(best.items()):
+            for case in alike:
+                points = found[case].curves[VALIDATION]
+                label = f"{TITLES[model]}, lr {case.rate:g}" if case is alike[0] else None
+                tokens = found[case].tokens(points.steps)
+                curves.plot(tokens, points.values, "o-", color=f"C{number}", markersize=3, linewidth=1, label=label)
+            for variant, style in zip(VARIANTS, ("o-", "s--", "^:")):
+                own = sorted(case for case in found if (case.model, case.variant) == (model, variant))
+                if own:
+                    label = f"{TITLES[model]}{variant and ', '}{variant}"
+                    x, y = [case.rate for case in own], [final(found[case]) for case in own]
+                    rates.plot(x, y, style, color=f"C{number}", markersize=4, linewidth=1, label=label)
+        curves.set_xlabel("tokens")
+        curves.set_ylabel("validation loss (nats a token)")
+        low = min(final(run) for run in found.values())
+        curves.set_ylim(low - 0.05, low + 2)
+        rates.set_xscale("log")
+        rates.set_xlabel("learning rate (all seeds)")
+        rates.set_ylabel("final validation loss")
+        for panel in (curves, rates):
+            panel.legend(fontsize=7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prepare", "train", "report"])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/paper_ordering", help="of text and runs")
+    parser.add_argument("--text", type=Path, help="folder of text; default: the site-packages of this Python")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--split", default="98,2,0", help="parts for training, validation, test")
+    parser.add_argument("--size", default="160m", help="a size of configs/model")
+    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[6e-4, 1e-3, 2e-3], help="learning rates")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 4321])
+    parser.add_argument("--tokens", type=float, default=300e6, help="of each run")
+    parser.add_argument("--batch-tokens", type=int, default=131072)
+    parser.add_argument("--length", type=int, default=2048, help="of a sequence")
+    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--flags", default="", help="more flags for every run")
+    parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
+    parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
+    parser.add_argument("--record", action="store_true", help="report: append rows to --output")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/paper_ordering.svg")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
+    options = parser.parse_args()
+    options.folder = options.folder.resolve()
+    if options.what == "prepare":
+        site_text.prepare(options.folder, options.text, options.vocab_size)
+    elif options.what == "train":
+        train(options)
+    else:
+        report(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Real text for small models: the source and documentation of the installed packages, tokenized with our own tools."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from runs import ROOT
+
+SOURCES = [
+    "*.py",
+    "*.pyi",
+    "*.md",
+    "*.rst",
+    "*.txt",
+    "*.h",
+    "*.hpp",
+    "*.cuh",
+    "*.cu",
+    "*.c",
+    "*.cc",
+    "*.cpp",
+    "*.pyx",
+    "*.pxd",
+    "*.cmake",
+]
+TOKENIZER_BYTES = 100_000_000  # of the shuffled corpus, from which the vocabulary is learnt
+DATA = "data_text_document"
+
+
+def prepare(folder: Path, text: Path | None, words: int, patterns: list[str] | None = None) -> None:
+    """corpus.jsonl, tokenizer and data_text_document.bin/.idx in `folder`; what is there already is kept.
+
+    Args:
+        text: a folder of text files; None: the site-packages of this Python.
+        words: size of the vocabulary.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    raw, corpus, sample = (folder / f"{name}.jsonl" for name in ("gathered", "corpus", "sample"))
+    tokenizer, data = folder / "tokenizer", folder / "data"
+    if not corpus.exists():
+        root = text or Path(sysconfig.get_paths()["purelib"])
+        _tool("gather_text", "--input", root, "--glob", *(patterns or SOURCES), "--output", raw)
+        print(without_copies(raw, corpus), flush=True)
+        raw.unlink()
+    if not (tokenizer / "tokenizer.json").exists():
+        with corpus.open("rb") as source, sample.open("wb") as target:
+            target.writelines(source.readlines(TOKENIZER_BYTES))
+        _tool("train_tokenizer", "--input", sample, "--vocab-size", words, "--output", tokenizer)
+    if not (folder / f"{DATA}.json").exists():
+        kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
+        _tool(
+            "preprocess_data",
+            "--input",
+            corpus,
+            *kind,
+            "--append-eod",
+            "--split-special-tokens",
+            "--output-prefix",
+            data,
+        )
+
+
+def without_copies(source: Path, target: Path) -> str:
+    """Copy the lines of a corpus whose text has not occurred before; says how many had.
+
+    A vendored file in both the training and the validation part would measure memory.
+    """
+    seen: set[bytes] = set()
+    copies = 0
+    aside = target.with_suffix(".tmp")
+    with source.open("rb") as lines, aside.open("wb") as kept:
+        for line in lines:
+            digest = hashlib.sha256("".join(json.loads(line)["text"].split()).encode()).digest()
+            if digest in seen:
+                copies += 1
+            else:
+                seen.add(digest)
+                kept.write(line)
+    aside.replace(target)
+    return f"{target}: {len(seen):,} documents; {copies:,} copies (but for white space) left out"
+
+
+def flags(folder: Path, split: str = "98,2,0") -> list[str]:
+    """Of pretrain_yoco.py, for the data in `folder`."""
+    return [
+        *("--data-path", str(folder / DATA), "--split", split),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder / "tokenizer")),
+    ]
+
+
+def _tool(name: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, f"tools/{name}.py", *map(str, arguments)], cwd=ROOT, check=True)
