@@ -34,6 +34,7 @@ from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
 from yoco_megatron.model.layers.recompute import AttentionOutputStore
 from yoco_megatron.model.yoco_config import YOCOConfig
+from yoco_megatron.parallel.context.document_calls import DocumentCalls
 from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.parallel.pipeline.stages import Stage
@@ -113,8 +114,13 @@ class YOCOBlock(MegatronModule):
                     hidden_states = queries.take(hidden_states)
             kv_reader = None
             if kv is not None:
-                gather = shard if shard.ranks > 1 and self.num_cross else None
-                hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, config.params_dtype, gather)
+                gather = documents = None
+                if self.num_cross and shard.document_ids is not None:
+                    documents = DocumentCalls(shard, [(chunk.start, chunk.stop) for chunk in queries.chunks])
+                elif self.num_cross and shard.ranks > 1:
+                    gather = shard
+                dtype = config.params_dtype
+                hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
             hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, query_angles, queries)
         return hidden_states, kv_reader
 

@@ -4,11 +4,13 @@ Y = X + Attn(RoPE(RMSNorm(X) W_Q), K^, V^) W_O, causal, scale D^-1/2. Position i
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from yoco_megatron.model.cross_decoder.document_attention import document_attention
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
 from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported, zigzag_attention
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
@@ -66,6 +68,9 @@ class SharedKVAttention(ChunkedAttention):
         core_reader = kv_reader.inside_checkpoint() if self.recompute_core and self.training else kv_reader
 
         def attention(query: Tensor) -> Tensor:
+            if core_reader.documents is not None:
+                core = partial(document_attention, self.core_attention, core_reader)
+                return self.checkpoint_core(core, query)
             if isinstance(shard, SequenceShard) and is_supported(self.config, query, shard):
                 scale = self.config.softmax_scale or self.head_dim**-0.5
                 return self.checkpoint_core(lambda query: zigzag_attention(query, core_reader, shard, scale), query)

@@ -6,12 +6,15 @@ K,V takes it once: one rounding, and no copy per layer.
 
 With context parallelism the layers read the K,V of the whole sequence, gathered once, and the buffer is as long; one
 reduce-scatter gives each rank the gradient of its part. Only this rank's part goes to the next stage.
+
+With packed documents the layers read K,V that are laid out for their calls (`DocumentCalls`), each with its own buffer.
 """
 
 import torch
 from torch import Tensor
 
 from yoco_megatron.model.layers.recompute import AttentionOutputStore
+from yoco_megatron.parallel.context.document_calls import DocumentCalls
 from yoco_megatron.parallel.context.kv_gather import gather_chunks, reduce_scatter_chunks
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
@@ -24,24 +27,28 @@ class SharedKVReader:
 
     Attributes:
         kv: this rank's K,V.
-        gathered_kv: those of the whole sequence with context parallelism, else the same.
+        documents: the calls over packed documents; None if the layers read the sequence.
         attention_outputs: where the layers store their attention outputs; None if they do not.
     """
 
     def __init__(
         self,
         kv: Tensor,
-        gathered_kv: Tensor,
         grad: "KVGradBuffer",
-        gathered_grad: "KVGradBuffer",
+        parts: "list[tuple[Tensor, KVGradBuffer]]",
+        documents: DocumentCalls | None = None,
         attention_outputs: AttentionOutputStore | None = None,
     ) -> None:
-        self.kv, self.gathered_kv, self._grad, self._gathered_grad = kv, gathered_kv, grad, gathered_grad
-        self.attention_outputs = attention_outputs
+        self.kv, self._grad, self._parts = kv, grad, parts
+        self.documents, self.attention_outputs = documents, attention_outputs
 
     @staticmethod
     def enter(
-        hidden_states: Tensor, kv: Tensor, dtype: torch.dtype, gather: SequenceShard | None = None
+        hidden_states: Tensor,
+        kv: Tensor,
+        dtype: torch.dtype,
+        gather: SequenceShard | None = None,
+        documents: DocumentCalls | None = None,
     ) -> tuple[Tensor, "SharedKVReader"]:
         """Tie the gradient of the K,V to the hidden states that all reading layers work on.
 
@@ -53,24 +60,37 @@ class SharedKVReader:
             dtype: in which the K,V are read. They may arrive in fp32, from a boundary that carries fp32, and then get
                 their gradient in fp32.
             gather: gather the K,V of all context-parallel ranks for the layers; None if the layers read `kv` itself.
+            documents: lay out the K,V for these calls instead.
         """
         grad = KVGradBuffer()
-        gathered_grad = KVGradBuffer(gather) if gather else grad
-        hidden_states, kv, gathered_kv = _AttachReaders.apply(hidden_states, kv, dtype, grad, gathered_grad)
-        return hidden_states, SharedKVReader(kv, gathered_kv, grad, gathered_grad)
+        in_place = [gather is None] if documents is None else documents.in_place
+        grads = [grad if is_own else KVGradBuffer(gather) for is_own in in_place]
+        hidden_states, kv, *copies = _AttachReaders.apply(hidden_states, kv, dtype, grad, grads, gather, documents)
+        others = iter(copies)
+        parts = [(kv if is_own else next(others), of_part) for is_own, of_part in zip(in_place, grads)]
+        return hidden_states, SharedKVReader(kv, grad, parts, documents)
 
     def inside_checkpoint(self, attention_outputs: AttentionOutputStore | None = None) -> "SharedKVReader":
         """A reader for functions that run again in backward, in a graph of their own that must end at the K,V."""
-        kv, gathered_kv = (t.detach().requires_grad_(t.requires_grad) for t in (self.kv, self.gathered_kv))
-        return SharedKVReader(kv, gathered_kv, self._grad, self._gathered_grad, attention_outputs)
 
-    def read(self, first: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of positions first..stop-1 of the sequence, [stop - first, b, G, D]: views, not copies."""
-        return _Read.apply(self.gathered_kv, self._gathered_grad, first, stop)
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().requires_grad_(x.requires_grad)
+
+        parts = [(leaf(kv), grad) for kv, grad in self._parts]
+        return SharedKVReader(leaf(self.kv), self._grad, parts, self.documents, attention_outputs)
+
+    def read(self, first: int = 0, stop: int | None = None, part: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions first..stop-1 of the sequence, [stop - first, b, G, D]: views, not copies.
+
+        With documents: rows of what was laid out as `part`, [stop - first, 1, G, D].
+        """
+        kv, grad = self._parts[part]
+        return _Read.apply(kv, grad, first, stop)
 
     def read_own(self) -> tuple[Tensor, Tensor]:
         """This rank's own keys and values [s, b, G, D]; their gradient joins that of the gathered ones."""
-        return _ReadOwn.apply(self.kv, self.gathered_kv.shape, self._gathered_grad)
+        (gathered_kv, gathered_grad), *_ = self._parts
+        return _ReadOwn.apply(self.kv, gathered_kv.shape, gathered_grad)
 
     def read_stacked(self, dtype: torch.dtype | None = None) -> Tensor:
         """This rank's K,V [s, b, G, 2, D] as one tensor, in `dtype` if given; their gradient then has it, too."""
@@ -117,26 +137,35 @@ class KVGradBuffer:
 
 
 class _AttachReaders(torch.autograd.Function):
-    """Pass on (hidden states, K,V); backward takes the buffer. Readers return no gradient of their own, but autograd
-    counts them, and so runs this backward after all of theirs."""
+    """Pass on (hidden states, K,V, copies of them for the layers); backward takes the buffers. Readers return no
+    gradient of their own, but autograd counts them, and so runs this backward after all of theirs."""
 
     @staticmethod
-    def forward(ctx, hidden_states, kv, dtype, grad, gathered_grad):
-        ctx.grad, ctx.gathered_grad = grad, gathered_grad
-        ctx.set_materialize_grads(False)
+    def forward(ctx, hidden_states, kv, dtype, grad, grads, gather, documents):
         kv = kv.view_as(kv).to(dtype)
-        gathered_kv = gather_chunks(kv, gathered_grad.gathered) if gathered_grad.gathered else kv.view_as(kv)
-        ctx.gathered_kv = gathered_kv.shape, gathered_kv.new_empty(0)
-        return hidden_states.view_as(hidden_states), kv, gathered_kv
+        copies = [gather_chunks(kv, gather)] if gather else []
+        if documents is not None:
+            copies = documents.lay_out(kv)
+        ctx.grad, ctx.of_copies = grad, [of_copy for of_copy in grads if of_copy is not grad]
+        ctx.gather, ctx.documents = gather, documents
+        ctx.shapes, ctx.like = [copy.shape for copy in copies], kv.new_empty(0)
+        ctx.set_materialize_grads(False)
+        return hidden_states.view_as(hidden_states), kv, *copies
 
     @staticmethod
     def backward(ctx, hidden_gradient, *_):
+        for of_copy, shape in zip(ctx.of_copies, ctx.shapes):
+            of_copy.buffer(shape, ctx.like)  # every rank joins, even one whose layers read nothing
+        gradients = [of_copy.take() for of_copy in ctx.of_copies]
+        of_layers = None
+        if ctx.documents is not None:
+            of_layers = ctx.documents.put_back(gradients)
+        elif ctx.gather:
+            of_layers = reduce_scatter_chunks(gradients[0], ctx.gather)
         gradient = ctx.grad.take()
-        if ctx.gathered_grad.gathered:
-            ctx.gathered_grad.buffer(*ctx.gathered_kv)  # every rank joins, even one whose layers read nothing
-            scattered = reduce_scatter_chunks(ctx.gathered_grad.take(), ctx.gathered_grad.gathered)
-            gradient = scattered if gradient is None else scattered.add_(gradient)
-        return hidden_gradient, gradient, None, None, None
+        if of_layers is not None:
+            gradient = of_layers if gradient is None else of_layers.add_(gradient)
+        return hidden_gradient, gradient, None, None, None, None, None
 
 
 class _Read(torch.autograd.Function):

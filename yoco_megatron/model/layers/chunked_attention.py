@@ -5,7 +5,6 @@ The chunks and documents of a micro-batch are described by a `SequenceShard`. A 
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from yoco_megatron.model.layers.projections import output_projection, save_origi
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys
-
-# Megatron's enum has no name for Transformer Engine's mask of packed documents with fewer queries than keys.
-PADDING_CAUSAL_BOTTOM_RIGHT = SimpleNamespace(name="padding_causal_bottom_right")
 
 KeysOf = Callable[[int, CPChunk, int], tuple[Tensor, Tensor]]
 """(index of a chunk held here, the chunk, first position) -> keys and values [chunk.stop - first, b, G, D]."""
@@ -102,20 +98,13 @@ class ChunkedAttention(MegatronModule):
             # cuDNN's backward of a window takes ten times as long with fewer queries than keys
             # (benchmarks/chunk_attention.py), so pad the chunk's queries on the left to as many as keys.
             query = F.pad(query, (0, 0, 0, 0, 0, 0, key.shape[0] - length, 0))
-        square = query.shape[0] == key.shape[0]
         if visible.packed is None:
-            mask = AttnMaskType.causal if square else AttnMaskType.causal_bottom_right
+            mask = AttnMaskType.causal if query.shape[0] == key.shape[0] else AttnMaskType.causal_bottom_right
             out = self.core_attention(query, key, value, None, mask)
             return out if out.shape[0] == length else out[-length:]
         starts = [first - min(visible.first) for first in visible.first]
-        out = self.core_attention(
-            _lay_end_to_end(query, starts if square else [0] * batch),
-            _lay_end_to_end(key, starts),
-            _lay_end_to_end(value, starts),
-            None,
-            AttnMaskType.padding_causal if square else PADDING_CAUSAL_BOTTOM_RIGHT,
-            packed_seq_params=visible.packed,
-        )
+        laid_out = (_lay_end_to_end(x, starts) for x in (query, key, value))
+        out = self.core_attention(*laid_out, None, AttnMaskType.padding_causal, packed_seq_params=visible.packed)
         if out.shape[0] == batch * length:
             return out.reshape(batch, length, -1).transpose(0, 1)
         samples = out.split([query.shape[0] - start for start in starts])

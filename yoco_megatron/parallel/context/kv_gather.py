@@ -9,11 +9,16 @@ from torch import Tensor
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
-def gather_chunks(x: Tensor, shard: SequenceShard) -> Tensor:
-    """[s, ...] of every rank -> [length, ...] in sequence order: one all-gather and one copy."""
+def gather_rank_major(x: Tensor, shard: SequenceShard) -> Tensor:
+    """[s, ...] of every rank -> [length, ...] in rank-major order: one all-gather."""
     rank_major = x.new_empty(shard.length, *x.shape[1:])
     dist.all_gather_into_tensor(rank_major, x.contiguous(), group=shard.group)
-    return shard.to_sequence_order(rank_major)
+    return rank_major
+
+
+def gather_chunks(x: Tensor, shard: SequenceShard) -> Tensor:
+    """[s, ...] of every rank -> [length, ...] in sequence order: one all-gather and one copy."""
+    return shard.to_sequence_order(gather_rank_major(x, shard))
 
 
 def reduce_scatter_chunks(rank_major: Tensor, shard: SequenceShard) -> Tensor:

@@ -96,7 +96,7 @@ class QueryShard:
         self.chunks = tuple(CPChunk(start, stop) for start, stop in self.runs)
 
     def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
-        """What the queries of a run attend to: see `SequenceShard.visible_keys`."""
+        """What the queries of a run attend to, without documents: see `SequenceShard.visible_keys`."""
         return self.whole.visible_keys(chunk, left_window)
 
     def positions(self) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from yoco_megatron.parallel.context.host_copy import to_device
+
 
 @dataclass(frozen=True)
 class CPChunk:
@@ -31,8 +33,7 @@ class VisibleKeys:
     """The keys that the queries of one chunk attend to; the last of them is the chunk's last token.
 
     first: for each sample of the batch, the position of the first key that any of the queries attends to.
-    packed: with documents, cu_seqlens over the samples' queries and keys, laid end to end; else None. The mask is
-        bottom-right causal per segment; with a window both cu_seqlens count keys, because `ChunkedAttention` pads the
+    packed: with documents, cu_seqlens over the samples' keys, laid end to end; else None. `ChunkedAttention` pads the
         queries on the left to as many.
     """
 
@@ -83,9 +84,9 @@ class SequenceShard:
         self._is_start = torch.ones_like(document_ids, dtype=torch.bool)
         self._is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         # On the host as well, because kernels take sizes from there: the only wait for the device in a micro-batch.
-        self._document_starts: list[list[int]] = [[] for _ in range(batch)]
+        self.document_starts: list[list[int]] = [[] for _ in range(batch)]
         for sample, position in self._is_start.nonzero().tolist():
-            self._document_starts[sample].append(position)
+            self.document_starts[sample].append(position)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """Numbers of the chunks that a rank holds, in the order in which it holds them."""
@@ -159,7 +160,10 @@ class SequenceShard:
         return (positions - starts).t()
 
     def visible_keys(self, chunk: CPChunk, left_window: int | None) -> VisibleKeys:
-        """What the queries of `chunk` attend to: themselves and `left_window` earlier keys, or all earlier if None."""
+        """What the queries of `chunk` attend to: themselves and `left_window` earlier keys, or all earlier if None.
+
+        Documents are those of a window; `DocumentCalls` plans for attention to all earlier tokens of a document.
+        """
         if (chunk, left_window) not in self._visible_keys:
             self._visible_keys[chunk, left_window] = self._find_visible_keys(chunk, left_window)
         return self._visible_keys[chunk, left_window]
@@ -168,28 +172,23 @@ class SequenceShard:
         first = 0 if left_window is None else max(0, chunk.start - left_window)
         if self.document_ids is None:
             return VisibleKeys((first,) * self.batch, None)
-        firsts, queries, keys = [], [0], [0]
-        for starts in self._document_starts:
+        firsts, keys = [], [0]
+        for starts in self.document_starts:
             firsts.append(max(first, starts[bisect_right(starts, chunk.start) - 1]))
             ends = [start for start in starts if chunk.start < start < chunk.stop] + [chunk.stop]
-            query_offset, key_offset = queries[-1] - chunk.start, keys[-1] - firsts[-1]
-            queries += [end + query_offset for end in ends]
-            keys += [end + key_offset for end in ends]
-        return VisibleKeys(tuple(firsts), self._packed(queries if left_window is None else keys, keys))
+            offset = keys[-1] - firsts[-1]
+            keys += [end + offset for end in ends]
+        return VisibleKeys(tuple(firsts), packed_segments(keys, keys, self.device))
 
-    def _packed(self, queries: list[int], keys: list[int]) -> PackedSeqParams:
-        def on_device(sums: list[int]) -> Tensor:
-            return torch.tensor(sums, dtype=torch.int32, device=self.device)
 
-        def longest(sums: list[int]) -> int:
-            return max(stop - start for start, stop in pairwise(sums))
-
-        cu_seqlens_q = on_device(queries)
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_kv=cu_seqlens_q if keys == queries else on_device(keys),
-            max_seqlen_q=longest(queries),
-            max_seqlen_kv=longest(keys),
-            pad_between_seqs=False,
-        )
+def packed_segments(queries: list[int], keys: list[int], device: torch.device | str) -> PackedSeqParams:
+    """Segments of queries and keys, laid end to end; both sums are cumulative and start at 0, none is empty."""
+    cu_seqlens_q = to_device(queries, torch.int32, device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_q if keys == queries else to_device(keys, torch.int32, device),
+        max_seqlen_q=max(stop - start for start, stop in pairwise(queries)),
+        max_seqlen_kv=max(stop - start for start, stop in pairwise(keys)),
+        pad_between_seqs=False,
+    )
