@@ -4,7 +4,16 @@ from argparse import Namespace
 
 import pytest
 import torch
-from support.models import FULL_RECOMPUTE, SEQ, STORED_ATTENTION, batch, build, relative_error, tiny_config
+from support.models import (
+    FULL_RECOMPUTE,
+    SEQ,
+    STORED_ATTENTION,
+    batch,
+    build,
+    document_batch,
+    relative_error,
+    tiny_config,
+)
 from support.pipeline import MICRO_BATCH, pipeline_step
 from support.worlds import run_world
 
@@ -124,6 +133,26 @@ def test_only_the_queries_are_computed() -> None:
     assert torch.allclose(losses, torch.cat([whole[:, 5:9], whole[:, 40:44]], 1), rtol=1e-6)
     shifted = model(tokens, labels=torch.cat([labels[:, 5:9], labels[:, 40:44]], 1), query_runs=((6, 10), (40, 44)))
     assert (shifted - losses).abs()[:, :4].min() > 1e-3
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(("documents", "calls"), [(True, [1, 1]), (False, [2, 2])])
+def test_calls_of_attention(documents: bool, calls: list[int]) -> None:
+    """Of each cross-decoder layer: one for all documents, one for each run of a sequence without."""
+    model = build(tiny_config())
+    seen = [0, 0]
+
+    def count_calls(index: int):
+        return lambda *_: seen.__setitem__(index, seen[index] + 1)
+
+    for index, layer in enumerate(model.decoder.layers[2:]):
+        layer.self_attention.core_attention.register_forward_hook(count_calls(index))
+    tokens, labels = batch(MICRO_BATCH)
+    ids = document_batch(MICRO_BATCH) if documents else None
+    model(
+        tokens, labels=torch.cat([labels[:, 5:9], labels[:, 40:44]], 1), document_ids=ids, query_runs=((5, 9), (40, 44))
+    )
+    assert seen == calls
 
 
 def test_micro_batches_share_a_route() -> None:
