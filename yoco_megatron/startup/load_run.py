@@ -89,10 +89,20 @@ def parse_run(folder: str, iteration: int | None = None, **more: object) -> Name
 
 
 def load_model(folder: str, iteration: int | None = None, **more: object) -> tuple[MegatronModule, Namespace]:
+    """As `load_model_chunks`, for one process, which holds the whole model."""
+    (model,), args = load_model_chunks(folder, iteration, **more)
+    return model, args
+
+
+def load_model_chunks(
+    folder: str, iteration: int | None = None, **more: object
+) -> tuple[list[MegatronModule], Namespace]:
     """Load the checkpoint in `folder` (the run's --save), the latest or the given iteration; its tokenizer is not used.
 
+    Args:
+        more: flags that win over the run's, such as those of a mesh of several processes.
     Returns:
-        (model in evaluation mode, Megatron's arguments).
+        (this process's chunks of the model, in evaluation mode; Megatron's arguments).
     Raises:
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
@@ -109,7 +119,7 @@ def load_model(folder: str, iteration: int | None = None, **more: object) -> tup
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     load_checkpoint(models, None, None)
-    return unwrap_model(models)[0].eval(), args
+    return [model.eval() for model in unwrap_model(models)], args
 
 
 def set_environment_of_one_process() -> None:

@@ -1,0 +1,1 @@
+"""What answers the requests of tasks: one process with caches, or Megatron's model on any mesh."""

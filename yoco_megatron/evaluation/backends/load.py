@@ -1,0 +1,96 @@
+"""The backend of a trained model: a run's checkpoints or an exported folder, nothing converted first."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import training
+
+from yoco_megatron import runtime, upstream
+from yoco_megatron.convert import tokenizer_files
+from yoco_megatron.data import carried_tokenizer
+from yoco_megatron.evaluation.backends.cached import CachedBackend
+from yoco_megatron.evaluation.backends.mesh import MeshBackend
+from yoco_megatron.evaluation.requests import Backend
+from yoco_megatron.evaluation.tokenizer import TextTokenizer
+from yoco_megatron.inference.load import is_baseline, load_for_generation
+from yoco_megatron.startup.load_run import load_model_chunks
+from yoco_megatron.utils.errors import require
+
+MESH_FLAGS = (
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "context-parallel-size",
+    "sequence-parallel",
+    "pipeline-model-parallel-layout",
+    "num-virtual-stages-per-pipeline-rank",
+)
+"""Of pretrain_yoco.py, that a reader of a run may give; data parallelism is what is left of the processes."""
+BUDGET = 32768
+"""Tokens of a batch."""
+
+
+def open_backend(
+    folder: str,
+    iteration: int | None = None,
+    tokenizer: str | None = None,
+    mesh: Mapping[str, Any] | None = None,
+    token_budget: int = BUDGET,
+    dtype: torch.dtype | None = None,
+) -> Backend:
+    """The model in `folder`, ready to answer requests. Under torchrun each process calls this.
+
+    Args:
+        folder: a run's --save, or the folder of an exported model.
+        iteration: which training checkpoint; the latest by default.
+        tokenizer: folder of one to use instead of the model's own.
+        mesh: flags of `MESH_FLAGS` without dashes; with several processes, {} spreads requests over them. None, in one
+            process, for a YOCO's caches.
+        dtype: of the weights of a YOCO with caches; by default as they are stored.
+    Raises:
+        ValueError: no model there, no tokenizer, or a mesh that does not fit.
+    """
+    require(token_budget > 0, f"{token_budget} tokens a batch: at least 1 are needed")
+    exported = (Path(folder) / "config.json").exists()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        not exported or (not mesh and processes == 1),
+        f"{folder} is an exported model, which one process evaluates: give the run's checkpoints for a mesh",
+    )
+    if exported or (mesh is None and processes == 1 and not is_baseline(folder)):
+        model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
+        return CachedBackend(model, *_of_text(folder, found), token_budget=token_budget)
+    return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
+
+
+def _on_mesh(
+    folder: str, iteration: int | None, tokenizer: str | None, mesh: Mapping[str, Any], processes: int, budget: int
+) -> MeshBackend:
+    unknown = sorted(mesh.keys() - set(MESH_FLAGS))
+    require(not unknown, f"--{'-'.join(unknown[:1])} is no flag of a mesh")
+    path = carried_tokenizer.of_run(Path(folder), tokenizer)
+    start = carried_tokenizer.recorded(Path(folder)).get("document_start")
+    text, vocab_size = _of_text(folder, path and tokenizer_files.load(path, start))
+    sizes = [int(mesh.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "pipeline-model", "context")]
+    model_processes = sizes[0] * sizes[1] * sizes[2]
+    require(
+        processes % model_processes == 0,
+        f"a mesh of {' x '.join(map(str, sizes))} (tensor, pipeline, context) does not divide {processes} processes",
+    )
+    # Of no other use than that every mesh of so many processes takes it.
+    chunks, args = load_model_chunks(folder, iteration, **mesh, **{"global-batch-size": processes})
+    if not hasattr(training.get_forward_backward_func, "original"):
+        upstream.install(args, only={"get_forward_backward_func"})
+    name = "mesh of " + " x ".join(map(str, (*sizes, processes // model_processes)))
+    return MeshBackend(chunks, text, args.max_position_embeddings, budget, vocab_size, name)
+
+
+def _of_text(folder: str, tokenizer: Any) -> tuple[TextTokenizer, int]:
+    """(the tokenizer as tasks see it, the number of its ids)."""
+    require(
+        tokenizer is not None,
+        f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
+    )
+    return TextTokenizer(tokenizer), tokenizer_files.rows(tokenizer)
