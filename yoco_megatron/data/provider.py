@@ -11,6 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from torch.utils.data import ConcatDataset, Dataset
 
+from yoco_megatron.config.resolve import queries_vary
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import read_blends
 from yoco_megatron.data.content import index_hashes
@@ -74,7 +75,7 @@ def build_datasets(
     Raises:
         ValueError: this machine's copy of the data is not that of rank 0.
     """
-    every_stage = args.dataloader_inter_document_masking or args.has_loss_masks
+    every_stage = args.dataloader_inter_document_masking or queries_vary(args)
     train, valid, test = _build(args, tokenizer, num_samples, partial(_is_built_here, every_stage))
     # A finished run that is started again trains nothing, but Megatron's sampler asserts that a sample is left, and a
     # blend has just as many as the run needs.
