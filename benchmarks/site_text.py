@@ -10,21 +10,8 @@ from pathlib import Path
 from runs import ROOT
 
 SOURCES = [
-    "*.py",
-    "*.pyi",
-    "*.md",
-    "*.rst",
-    "*.txt",
-    "*.h",
-    "*.hpp",
-    "*.cuh",
-    "*.cu",
-    "*.c",
-    "*.cc",
-    "*.cpp",
-    "*.pyx",
-    "*.pxd",
-    "*.cmake",
+    *("*.py", "*.pyi", "*.pyx", "*.pxd", "*.md", "*.rst", "*.txt", "*.cmake"),
+    *("*.h", "*.hpp", "*.cuh", "*.cu", "*.c", "*.cc", "*.cpp"),
 ]
 TOKENIZER_BYTES = 100_000_000  # of the shuffled corpus, from which the vocabulary is learnt
 DATA = "data_text_document"

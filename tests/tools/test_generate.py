@@ -1,4 +1,4 @@
-"""The whole way of a user: train with a tokenizer, export, generate from either folder."""
+"""The whole way of a user: train with a tokenizer, export, generate from either folder, evaluate it."""
 
 import importlib.util
 import io
@@ -198,3 +198,66 @@ def test_bytes_are_tokens_all_the_way(tmp_path):
     generated(
         tmp_path / "moved", "--prompt", "größer", "--tokenizer", str(tmp_path / "elsewhere"), said="8 prompt tokens"
     )
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """Losses on a text, which every model has."""
+    (tmp_path / "text.txt").write_text(TEXT[:200])
+    task = {"task": "loss_by_position", "data": str(tmp_path / "text.txt"), "length": 20}
+    (tmp_path / "losses.yaml").write_text(json.dumps({"tasks": [task]}))
+    return tmp_path / "losses.yaml"
+
+
+def evaluated(suite: Path, *flags: object) -> tuple[dict, str]:
+    """(results.json, what the tool printed)."""
+    done = start("evaluate", "--suite", suite, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(Path(done.stdout.splitlines()[-1]).read_text()), done.stdout + done.stderr
+
+
+def test_either_format_is_evaluated_alike(folders, suite, tmp_path):
+    run, printed = evaluated(suite, "--load", folders["run"], "--output", tmp_path / "run")
+    model, _ = evaluated(suite, "--hf", folders["model"], "--output", tmp_path / "model")
+    assert run["model"]["iteration"] == 1 and model["model"]["iteration"] is None
+    metrics = run["tasks"]["loss_by_position"]["metrics"]
+    assert model["tasks"]["loss_by_position"]["metrics"] == pytest.approx(metrics, rel=1e-5)
+    assert f"loss_by_position           loss  {metrics['loss']:.4f}" in printed
+    assert "done already" in evaluated(suite, "--load", folders["run"], "--output", tmp_path / "run")[1]
+
+
+def test_the_baseline_is_evaluated(folders, suite):
+    results, _ = evaluated(suite, "--load", folders["baseline"])
+    assert 0 < results["tasks"]["loss_by_position"]["metrics"]["loss"] < 20
+    assert (folders["baseline"].parent / "evaluation/losses/iter_0000001/results.json").exists()
+
+
+@pytest.mark.parametrize("what", ["suite", "task", "length", "model", "iteration", "hf", "other"])
+def test_bad_evaluations_are_one_error(folders, suite, tmp_path, what):
+    flags: dict[str, object] = {"--load": folders["run"], "--suite": suite, "--output": tmp_path / "out"}
+    if what in ("task", "length"):
+        before, after = {"task": ("loss_by_position", "los_by_position"), "length": ('"length": 20', '"length": 99')}[
+            what
+        ]
+        suite.write_text(suite.read_text().replace(before, after))
+    elif what == "hf":
+        flags["--hf"] = flags.pop("--load")
+    elif what == "other":
+        evaluated(suite, "--load", folders["run"], "--output", tmp_path / "out")
+        flags["--limit"] = 1
+    else:
+        flags |= {"suite": {"--suite": "none.yaml"}, "model": {"--load": tmp_path}}.get(what, {"--iteration": 7})
+    done = start("evaluate", *(word for flag in flags.items() for word in flag))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("evaluate.py: error: ")
+    expected = {
+        "suite": "none.yaml is missing",
+        "task": "did you mean loss_by_position?",
+        "length": "sequences of 45 tokens, but the model's end at",
+        "model": "holds neither a run's checkpoints",
+        "iteration": "iter_0000007 is no folder",
+        "hf": "holds no exported model",
+        "other": "is of another ['requests_at_most']",
+    }
+    assert expected[what] in line

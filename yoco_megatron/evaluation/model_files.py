@@ -1,0 +1,77 @@
+"""What is known of a model before it is loaded: its tokenizer, its longest sequence, and which one it is."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from yoco_megatron.checkpoint.layout import RESOLVED, path_of, tracked_iteration
+from yoco_megatron.config.yaml_files import load_config_file
+from yoco_megatron.convert import tokenizer_files
+from yoco_megatron.data import carried_tokenizer
+from yoco_megatron.data.tokenizer import tokenizer_files as files_of_tokenizer
+from yoco_megatron.evaluation.tokenizer import TextTokenizer
+from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.small_files import read_json
+
+
+class _Config(TypedDict):
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """max_length: tokens of the longest sequence. identity: JSON-able; equal for equal files alone."""
+
+    tokenizer: TextTokenizer
+    max_length: int
+    identity: dict[str, Any]
+
+
+def look(folder: str, iteration: int | None = None, tokenizer: str | None = None) -> ModelFiles:
+    """Of a run's --save, or of an exported folder.
+
+    Args:
+        iteration: which checkpoint of a run; the latest by default.
+        tokenizer: folder of one to use instead of the model's own.
+    Raises:
+        ValueError: no model there, or no tokenizer.
+    """
+    path = Path(folder)
+    require(path.is_dir(), f"{folder}: no such folder")
+    if (path / "config.json").exists():
+        require(iteration is None, f"--iteration {iteration}: {folder} is an exported model, which has no iterations")
+        max_length = read_json(path / "config.json", _Config)["max_position_embeddings"]
+        own = path if files_of_tokenizer(path) else None
+        found = Path(tokenizer) if tokenizer is not None else own
+        start, weights = None, path
+    else:
+        require(
+            (path / RESOLVED).exists(),
+            f"{folder} holds neither a run's checkpoints ({RESOLVED} is missing) nor an exported model (config.json): "
+            "give the folder that training had as --save",
+        )
+        flags = load_config_file(path / RESOLVED)
+        max_length = int(flags.get("max-position-embeddings") or flags.get("seq-length") or 0)
+        found = carried_tokenizer.of_run(path, tokenizer)
+        start = carried_tokenizer.recorded(path).get("document_start")
+        iteration = tracked_iteration(path) if iteration is None else iteration
+        require(iteration is not None, f"{folder} holds no checkpoint: the run has not saved yet")
+        assert iteration is not None
+        weights = path_of(path, iteration)
+        require(weights.is_dir(), f"--iteration {iteration}: {weights} is no folder")
+    require(
+        found is not None,
+        f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
+    )
+    assert found is not None
+    text = TextTokenizer(tokenizer_files.load(found, start))
+    identity = {"folder": str(path.resolve()), "iteration": iteration, "files": _fingerprint(weights)}
+    return ModelFiles(text, max_length, identity | {"tokenizer": str(found.resolve()) if tokenizer else None})
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of names, sizes and times of the files: weights are too large to be read for it."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
