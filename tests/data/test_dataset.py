@@ -9,38 +9,15 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from support.datasets import EOD, LENGTH, PAD, build, write
 
 from yoco_megatron.data.check import index_of
 from yoco_megatron.data.dataset import (
-    BoundaryMaskedGPTDataset,
     CheckedGPTDataset,
     CheckedMockDataset,
     DatasetConfig,
     UnknownTokenError,
 )
-from yoco_megatron.data.provider import dataset_kind
-
-EOD, PAD, LENGTH = 0, 1, 16
-
-
-def write(prefix: Path, documents: list[np.ndarray], dtype: type[np.integer] = np.uint16) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for ids in documents:
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
-def build(prefix: str, kind: type[GPTDataset], size: int = 90, **flags: object) -> GPTDataset:
-    """All the samples of a dataset, some epochs of it."""
-    tokenizer = SimpleNamespace(eod=EOD, pad=PAD, vocab_size=99, unique_identifiers={"class": "none"})
-    about = dict(
-        random_seed=1, sequence_length=LENGTH, blend=([prefix], None), split="100,0,0", tokenizer=tokenizer,
-        path_to_cache=str(Path(prefix).parent / "cache"), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
-    return BlendedMegatronDatasetBuilder(kind, [size, 0, 0], lambda: True, DatasetConfig(**about | flags)).build()[0]
 
 
 def samples(folder: Path, kind: type[GPTDataset], ended: bool) -> GPTDataset:
@@ -54,7 +31,7 @@ def samples(folder: Path, kind: type[GPTDataset], ended: bool) -> GPTDataset:
 @pytest.mark.parametrize("ended", [True, False])
 def test_only_labels_of_the_own_document_are_in_the_loss(tmp_path: Path, ended: bool) -> None:
     """Against the stream of documents, counted one by one."""
-    data = samples(tmp_path, BoundaryMaskedGPTDataset, ended)
+    data = samples(tmp_path, CheckedGPTDataset, ended)
     lengths = data.dataset.sequence_lengths
     owner = np.concatenate([np.full(lengths[document], n) for n, document in enumerate(data.document_index)])
     last = []
@@ -68,7 +45,7 @@ def test_only_labels_of_the_own_document_are_in_the_loss(tmp_path: Path, ended: 
 
 
 def test_with_ends_it_is_megatrons_mask(tmp_path: Path) -> None:
-    ours, theirs = (samples(tmp_path, kind, ended=True) for kind in (BoundaryMaskedGPTDataset, GPTDataset))
+    ours, theirs = (samples(tmp_path, kind, ended=True) for kind in (CheckedGPTDataset, GPTDataset))
     for index in range(len(ours)):
         own, other = ours[index], theirs[index]
         assert all((own[name] == other[name]).all() for name in other) and own.keys() == other.keys()
@@ -79,21 +56,13 @@ def test_without_ends_megatrons_mask_is_of_ones(tmp_path: Path) -> None:
     assert all(data[index]["loss_mask"].all() for index in range(len(data)))
 
 
-@pytest.mark.parametrize(("apart", "masked"), [(True, True), (True, False), (False, True)])
-def test_kind_by_flags(apart: bool, masked: bool) -> None:
-    args = SimpleNamespace(mock_data=False, dataloader_inter_document_masking=apart, eod_mask_loss=masked)
-    assert dataset_kind(args) is (BoundaryMaskedGPTDataset if apart and masked else CheckedGPTDataset)
-    args.mock_data = True
-    assert dataset_kind(args) is CheckedMockDataset
-
-
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("by_token", [False, True])
 def test_a_sample_is_the_same_whatever_was_read_before(tmp_path: Path, apart: bool, by_token: bool) -> None:
     """Documents with padding in them; a resumed process reads other samples first."""
     generator = np.random.default_rng(4)
     prefix = write(tmp_path / "d", [generator.integers(0, 9, generator.integers(1, 30)) for _ in range(40)])
-    kind = BoundaryMaskedGPTDataset if apart and by_token else CheckedGPTDataset
+    kind = CheckedGPTDataset
     data = build(prefix, kind, inter_document_masking=apart, eod_mask_loss=by_token)
     for index in range(len(data) - 1, -1, -1):
         alone = build(prefix, kind, inter_document_masking=apart, eod_mask_loss=by_token)[index] if index < 5 else {}
@@ -156,10 +125,31 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path, dtype: type[np.inte
 def test_empty_documents_between_others(tmp_path: Path) -> None:
     empty = np.array([], np.uint16)
     prefix = write(tmp_path / "d", [np.arange(2, 7), empty, np.arange(3, 9), empty, empty] * 9)
-    data = build(prefix, BoundaryMaskedGPTDataset, eod_mask_loss=True, inter_document_masking=True)
+    data = build(prefix, CheckedGPTDataset, eod_mask_loss=True, inter_document_masking=True)
     for index in range(20):
         sample = data[index]
         starts = (sample["position_ids"] == 0).nonzero().flatten()
         ends = sample["cu_seqlens"].unique()
         assert ends.tolist() == [*starts.tolist(), LENGTH]
         assert set(np.flatnonzero(sample["loss_mask"].numpy()[:-1] == 0)) == set((ends[1:-1] - 1).tolist())
+
+
+@pytest.mark.parametrize("read", [{}, {"mmap_bin_files": False}, {"defer_npy_index_mmap": True}])
+def test_a_loss_mask_beside_the_data_is_of_the_labels(tmp_path: Path, read: dict[str, bool]) -> None:
+    """In a stream, which cuts documents: against the streams of both, counted one by one. Padding stays out."""
+    generator = np.random.default_rng(6)
+    lengths = generator.integers(0, 40, 30)
+    documents = [generator.integers(PAD, 99, length) for length in lengths]
+    masks = [generator.integers(0, 2, length) for length in lengths]
+    prefix = write(tmp_path / "d", documents, loss_masks=masks)
+    built = build(prefix, size=60)  # by the flags of deferred reading it must be there
+    data = build(prefix, size=60, masked=[prefix], sample_packing="stream", **read)
+    assert len(data) == len(built)
+    for index in range(len(data)):
+        sample = data[index]
+        begin = int(data.shuffle_index[index]) * LENGTH
+        labels, learned = (
+            np.concatenate([one[document] for document in data.document_index])[begin + 1 : begin + LENGTH + 1]
+            for one in (documents, masks)
+        )
+        assert sample["loss_mask"].tolist() == (learned * (labels != PAD)).tolist()

@@ -24,6 +24,7 @@ def prefix(tmp_path: Path) -> str:
 
 def said(**flags: Any) -> list[str]:
     others = {"mock_data": False, "skip_train": False, "validates_whole": False, "validation_sets": []}
+    others |= {"sample_packing": None}
     sizes = {"seq_length": 32, "global_batch_size": 5, "eval_global_batch_size": None, "eval_iters": 2}
     return repeated_validation(Namespace(**dict.fromkeys(DATA_FLAGS) | {"split": None} | others | sizes | flags))
 

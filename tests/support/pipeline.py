@@ -1,7 +1,6 @@
 """One call of Megatron's schedule on a small YOCO, at any mesh and cuts, for comparison with one process."""
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,12 +16,13 @@ from yoco_megatron import upstream
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.context.query_shard import (
     Runs,
-    count,
     dealt_runs,
     positions_of,
     queries_multiple,
 )
 from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.training.micro_batches import MaskedMicroBatches, MicroBatches
+from yoco_megatron.training.query_positions import PositionCounts
 
 MICRO_BATCH = 2
 
@@ -35,28 +35,27 @@ def of_this_rank(*whole: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclass
 class MicroBatch:
-    """Of whole sequences; `loss_mask` [b, s] and `query_runs` None: a loss everywhere, everything computed."""
+    """Of whole sequences; `loss_mask` [b, s] None: a loss everywhere."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     document_ids: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
-    query_runs: Runs | None = None
 
 
-def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module):
+def forward_step(data: MicroBatches, model: torch.nn.Module):
     """The sum of cross entropies; in float64 a random linear function of the logits, as Megatron's entropy is fp32."""
-    given = next(data)
+    given, runs = next(data)
     exact = get_attr_wrapped_model(model, "config").params_dtype == torch.float64
     shape = *given.labels.shape, VOCAB
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     mask = torch.ones(shape[:2]) if given.loss_mask is None else given.loss_mask
-    labels, weights, mask = of_these_queries(given.query_runs, given.labels, weights, mask.to(given.labels.device))
+    labels, weights, mask = of_these_queries(runs, given.labels, weights, mask.to(given.labels.device))
     output = model(
         *of_this_rank(given.tokens),
         labels=None if exact else labels,
         document_ids=given.document_ids,
-        query_runs=given.query_runs,
+        query_runs=runs,
     )
 
     def loss_func(losses: torch.Tensor):
@@ -140,12 +139,14 @@ def pipeline_step(
     masks = nothing if loss_mask is None else loss_mask.split(MICRO_BATCH)
     rows_split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     multiple = queries_multiple(config.context_parallel_size, rows_split) * (16 if config.fp8 else 1)
-    runs = [runs_with_loss(mask, multiple) for mask in masks] if only_queries else nothing
-    data = [MicroBatch(*parts) for parts in zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids, masks, runs)]
+    data = [MicroBatch(*parts) for parts in zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids, masks)]
     upstream.install(Namespace(run_folder=None), only={"get_forward_backward_func"})
     step = partial(forward_step)
-    if only_queries:
-        step.queries_of = lambda microbatch: count(runs[microbatch])
+
+    def find(given: MicroBatch) -> tuple[Runs, PositionCounts]:
+        return runs_with_loss(given.loss_mask, multiple), PositionCounts()
+
+    step.micro_batches = lambda data, _: MaskedMicroBatches(data, find) if only_queries else MicroBatches(data)
     outputs = training.get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(data) for _ in models] if model_chunks > 1 else iter(data),

@@ -28,7 +28,6 @@ def test_a_sample_of_a_blend_is_cut_to_the_tokens_of_a_context_parallel_rank(mon
     )
     monkeypatch.setattr(batch, "get_args", lambda: flags)
     monkeypatch.setattr(batch, "mpu", ranks)
-    monkeypatch.setattr(batch, "query_runs", lambda _: None)
     monkeypatch.setattr(batch, "mask_prefix_", lambda *_: None)
     monkeypatch.setattr(batch, "get_batch_on_this_tp_rank", lambda found, **_: found)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
@@ -36,5 +35,5 @@ def test_a_sample_of_a_blend_is_cut_to_the_tokens_of_a_context_parallel_rank(mon
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
     rows = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), torch.arange(8)[None])
     sample = {"dataset_id": torch.tensor([0]), **rows}
-    found = batch.get_batch(iter([sample]), 1)
+    found = batch.get_batch(sample, None, 1)
     assert found["tokens"].tolist() == [[2, 3, 4, 5]]

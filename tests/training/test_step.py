@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from yoco_megatron.training import step
+from yoco_megatron.training.micro_batches import MicroBatches
 
 
 @pytest.mark.parametrize(("training", "size"), [(True, 4), (False, 2)])
@@ -19,6 +20,6 @@ def test_evaluation_has_a_micro_batch_of_its_own(training, size, monkeypatch):
     monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)
     asked = []
     parts = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
-    monkeypatch.setattr(step, "get_batch", lambda data, size, stage: asked.append(size) or parts)
-    step.forward_step(iter([]), model)
+    monkeypatch.setattr(step, "get_batch", lambda sample, runs, size, stage: asked.append(size) or parts)
+    step.forward_step(MicroBatches(None), model)
     assert asked == [size]

@@ -76,6 +76,15 @@ def computed_suffix(args: Namespace) -> int | None:
     return suffix_length(args.loss_suffix, args.seq_length)
 
 
+def queries_vary(args: Namespace) -> bool:
+    """Whether each micro-batch computes other positions behind the shared K,V: where the data have masks of their own.
+
+    A Transformer computes all of them.
+    """
+    masked = getattr(args, "has_loss_masks", False)
+    return masked and args.architecture == "yoco" and args.cross_decoder_positions == "loss"
+
+
 def resolve_loss_chunk(config: Any) -> None:
     """Of YOCOConfig, or of the arguments of any architecture: chunks, unless the loss is to be Megatron's own."""
     if config.loss_chunk_size is None:

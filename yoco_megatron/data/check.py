@@ -62,8 +62,13 @@ class _Tokenizer(TypedDict, total=False):
     eod: int | None
 
 
+class _LossMask(TypedDict, total=False):
+    files: _Files
+
+
 class _Report(TypedDict, total=False):
     files: _Files | None
+    loss_mask: _LossMask | None
     tokenizer: _Tokenizer | None
     documents: int
     tokens: int
@@ -135,28 +140,32 @@ def _problem(prefix: str, inside: bool) -> str | None:
             return f"{path} is missing; {_advice(prefix)}"
     try:
         if inside:
-            _check_report(prefix, index_of(prefix))
+            check_files(prefix, index_of(prefix), read_report(prefix).get("files"), f"{prefix}.json")
         else:
-            _check_size(idx, binary)
+            check_size(idx, binary)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _check_report(prefix: str, content: IndexContent) -> None:
-    """Raises ValueError where the report is that of other files, such as the ones before an --overwrite."""
-    files = read_report(prefix).get("files") or {}
+def check_files(prefix: str, content: IndexContent, recorded: _Files | None, report: str) -> None:
+    """Compare .bin and .idx with what a report says of them.
+
+    Raises:
+        ValueError: it is that of other files, such as the ones before an --overwrite.
+    """
+    files: Any = recorded or {}
     sampled = sample_tokens(Path(f"{prefix}.bin"), content.header.dtype).sha256
     for suffix, name, value in (("idx", "sha256", content.sha256), ("bin", "sampled_sha256", sampled)):
-        recorded = files.get(suffix, {}).get(name, value)
-        if recorded != value:
+        wanted = files.get(suffix, {}).get(name, value)
+        if wanted != value:
             raise ValueError(
-                f"{prefix}.json describes another {prefix}.{suffix} ({name} {recorded}, not {value}); copy .bin, .idx "
+                f"{report} describes another {prefix}.{suffix} ({name} {wanted}, not {value}); copy .bin, .idx "
                 "and .json again, or remove the .json to continue without checksums"
             )
 
 
-def _check_size(idx: Path, binary: Path) -> None:
+def check_size(idx: Path, binary: Path) -> None:
     """That the .bin ends where its last document ends. Raises ValueError."""
     header = read_header(idx)
     with idx.open("rb") as stream:

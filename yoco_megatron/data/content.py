@@ -37,8 +37,9 @@ def index_hashes(prefixes: list[str], is_read_here: bool = True) -> dict[str, st
         told = [{}]
     if distributed:
         torch.distributed.broadcast_object_list(told, src=0)
-        for prefix in prefixes if is_read_here else []:
-            if told[0][prefix][1] != _copy(prefix):
+        for prefix in {*prefixes, *told[0]}:  # a loss mask may be on one machine alone
+            is_known = prefix in prefixes and prefix in told[0]
+            if not is_known or (is_read_here and told[0][prefix][1] != _copy(prefix)):
                 raise ValueError(
                     f"--data-path: {prefix} is not the same on this machine as on that of rank 0: copy it again"
                 )

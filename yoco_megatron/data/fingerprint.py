@@ -15,6 +15,7 @@ from typing import TypedDict
 from yoco_megatron.checkpoint.layout import TRACKER
 from yoco_megatron.data.check import data_prefixes_from_args, index_of, read_report
 from yoco_megatron.data.content import dataset_fingerprint
+from yoco_megatron.data.loss_masks import all_prefixes
 from yoco_megatron.data.plan import DEFAULT_SPLIT, plan, train_samples
 from yoco_megatron.data.token_sample import sample_tokens
 from yoco_megatron.data.tokenizer import build_tokenizer, id_limit, tokenizer_sha256
@@ -25,7 +26,15 @@ FILE_NAME = "data.json"
 # Flags that decide the content and order of samples. --seq-length may differ on resume, as it may for the model.
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 LISTS = ("data_args_path", "per_split_data_args_path")
-FLAGS = ("split", "seed", "mock_data", "eod_mask_loss", "dataloader_inter_document_masking", "tokenizer_type")
+FLAGS = (
+    "split",
+    "seed",
+    "mock_data",
+    "eod_mask_loss",
+    "dataloader_inter_document_masking",
+    "tokenizer_type",
+    "sample_packing",
+)
 ORDER = "sample_order"
 # Of .bin files without a record of their largest id, when a run starts: about a second.
 READ_WHOLE = 1 << 30
@@ -52,7 +61,7 @@ def describe(args: Namespace) -> dict[str, object]:
     flags |= {name: [Path(entry).name for entry in getattr(args, name) or []] for name in PATHS}
     lists = {name: getattr(args, name) for name in LISTS if getattr(args, name)}
     flags |= {name: sha256(Path(path).read_bytes()).hexdigest() for name, path in lists.items()}
-    prefixes = data_prefixes_from_args(args)
+    prefixes = all_prefixes(args)
     datasets = {name: dataset_fingerprint(prefix) for prefix, name in _names(prefixes).items()}
     return flags | {"tokenizer_sha256": tokenizer_sha256(args.tokenizer_model)} | datasets
 

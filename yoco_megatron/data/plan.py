@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from yoco_megatron.data.blend import read_blends
+from yoco_megatron.data.loss_masks import has_mask, is_packed
+from yoco_megatron.data.packing import best_fit, number_of_samples
 
 # Megatron's, where --data-path is given without --split (training/arguments.py).
 DEFAULT_SPLIT = "969, 30, 1"
@@ -26,6 +28,7 @@ class Source:
         documents, tokens: of one epoch.
         samples: that the run draws from it.
         epochs: as many passes over its training part.
+        padding: share of its samples that is none of its tokens: 0 where documents are a stream.
         order: (epochs that Megatron shuffles, whether the last one separately); with data, seed and sequence length it
             decides the order of the samples.
     """
@@ -36,6 +39,7 @@ class Source:
     tokens: int
     samples: int
     epochs: float
+    padding: float
     order: tuple[int, bool]
 
 
@@ -64,35 +68,65 @@ def plan(args: Namespace, samples: int) -> list[Source]:
         raise ValueError("--data-path is missing: mock data need no plan")
     prefixes, weights = training
     split = (args.split or DEFAULT_SPLIT) if blend is not None else None
-    parts = [_training_part(prefix, split) for prefix in prefixes]
-    for prefix, (_, tokens) in zip(prefixes, parts):
-        if tokens <= args.seq_length:
-            raise ValueError(f"--data-path {prefix}: its training part holds {tokens:,} tokens, less than one sample")
-    if weights is None and len(prefixes) > 1:  # each source once; the run ends with them
-        full = [(tokens - 1) // args.seq_length for _, tokens in parts]
-        return [
-            Source(prefix, own / sum(full), *part, own, own * args.seq_length / part[1], (1, False))
-            for prefix, part, own in zip(prefixes, parts, full)
-        ]
+    parts = [epoch_of(args, prefix, split, None if split is None else "train") for prefix in prefixes]
+    for prefix, part in zip(prefixes, parts):
+        if part.samples < 1:
+            raise ValueError(
+                f"--data-path {prefix}: its training part holds {part.tokens:,} tokens, less than one sample"
+            )
+    once = weights is None and len(prefixes) > 1  # each source once; the run ends with them
+    if once:
+        weights = [part.samples for part in parts]
     shares = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
     sources = []
     for prefix, part, share in zip(prefixes, parts, shares):
-        own = math.ceil(samples * share)
+        own = part.samples if once else math.ceil(samples * share)
         built = own if weights is None else math.ceil(own * (1 + args.mid_level_dataset_surplus))
-        order = _order(built, part[1], args.seq_length)
-        sources.append(Source(prefix, share, *part, own, own * args.seq_length / part[1], order))
+        order = (1, False) if once or part.is_packed else _order(built, part.tokens, args.seq_length)
+        epochs = own / part.samples if part.is_packed else own * args.seq_length / part.tokens
+        sources.append(Source(prefix, share, part.documents, part.tokens, own, epochs, part.padding, order))
     return sources
 
 
-def _training_part(prefix: str, split: str | None) -> tuple[int, int]:
-    """Documents and tokens; the whole dataset where a split has its own data (split None)."""
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over a part of a dataset.
+
+    Args:
+        samples: whole ones.
+        longer: packed documents that are longer than --seq-length.
+        cut: their tokens behind it, which are left out.
+    """
+
+    documents: int
+    tokens: int
+    samples: int
+    seq_length: int
+    is_packed: bool
+    longer: int = 0
+    cut: int = 0
+
+    @property
+    def padding(self) -> float:
+        """Share of the samples."""
+        return 1 - (self.tokens - self.cut) / (self.samples * self.seq_length) if self.is_packed else 0.0
+
+
+def epoch_of(args: Namespace, prefix: str, split: str | None, part: str | None) -> Epoch:
+    """What one pass over a part of a dataset yields; of the whole dataset where split and part are None."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     from yoco_megatron.data.check import sequences_of
 
-    dataset = IndexedDataset(prefix)
-    first, end = sequences_of(len(dataset), split, None if split is None else "train")
-    return end - first, int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
+    dataset, length = IndexedDataset(prefix), args.seq_length
+    first, end = sequences_of(len(dataset), split, part)
+    lengths = dataset.sequence_lengths[first:end]
+    tokens = int(lengths.sum(dtype=np.int64))
+    if not is_packed(args.sample_packing, has_mask(prefix)):
+        return Epoch(end - first, tokens, (tokens - 1) // length, length, False)
+    behind = lengths[lengths > length].astype(np.int64) - length
+    samples = number_of_samples(best_fit(lengths, length))
+    return Epoch(end - first, tokens, samples, length, True, len(behind), int(behind.sum()))
 
 
 def _order(samples: int, tokens: int, seq_length: int) -> tuple[int, bool]:
@@ -106,17 +140,18 @@ def _order(samples: int, tokens: int, seq_length: int) -> tuple[int, bool]:
 
 def table(sources: list[Source], seq_length: int, wanted: int) -> str:
     """The plan as a table, with a warning if samples run out. `wanted`: samples that the run needs."""
-    rows = [("source", "weight", "documents", "tokens", "samples", "tokens read", "epochs")]
+    rows = [("source", "weight", "documents", "tokens", "samples", "tokens read", "epochs", "padding")]
     rows += [
         (source.prefix, f"{source.weight:.4f}", f"{source.documents:,}", f"{source.tokens:,}",
-         f"{source.samples:,}", f"{source.samples * seq_length:,}", f"{source.epochs:.2f}")
+         f"{source.samples:,}", f"{source.samples * seq_length:,}", f"{source.epochs:.2f}", f"{source.padding:.2%}")
         for source in sources
     ]  # fmt: skip
     samples = sum(source.samples for source in sources)
     tokens = sum(source.tokens for source in sources)
     documents = sum(source.documents for source in sources)
+    padding = sum(source.samples * source.padding for source in sources)
     rows.append(("all", "1.0000", f"{documents:,}", f"{tokens:,}", f"{samples:,}", f"{samples * seq_length:,}",
-                 f"{samples * seq_length / tokens:.2f}"))  # fmt: skip
+                 f"{samples * seq_length / tokens:.2f}", f"{padding / samples:.2%}"))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in

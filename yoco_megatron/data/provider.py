@@ -11,17 +11,17 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from torch.utils.data import ConcatDataset, Dataset
 
+from yoco_megatron.config.resolve import queries_vary
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import read_blends
-from yoco_megatron.data.check import data_prefixes_from_args
 from yoco_megatron.data.content import index_hashes
 from yoco_megatron.data.dataset import (
     MAX_ID,
-    BoundaryMaskedGPTDataset,
     CheckedGPTDataset,
     CheckedMockDataset,
     DatasetConfig,
 )
+from yoco_megatron.data.loss_masks import all_prefixes, masked_prefixes
 from yoco_megatron.data.plan import train_samples
 from yoco_megatron.data.tokenizer import check_flags, id_limit
 
@@ -54,19 +54,13 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase, index_sha2
         # The model has rows for so many; None before Megatron has set it.
         id_limit=min(id_limit(tokenizer), args.padded_vocab_size or MAX_ID),
         index_sha256=index_sha256,
+        masked=masked_prefixes(args),
+        sample_packing=args.sample_packing,
     )
 
 
-def dataset_kind(args: Namespace) -> type[CheckedGPTDataset]:
-    """Mock data, or documents; with a mask of their ends where they are masked and their last tokens not learned."""
-    if args.mock_data:
-        return CheckedMockDataset
-    masked = args.dataloader_inter_document_masking and args.eod_mask_loss
-    return BoundaryMaskedGPTDataset if masked else CheckedGPTDataset
-
-
 def _is_built_here(every_stage: bool) -> bool:
-    """Whether this rank reads data: tensor-parallel rank 0, which broadcasts. Middle stages need only the documents."""
+    """Whether this rank reads data: tensor-parallel rank 0, which broadcasts. Middle stages need its masks."""
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
     return (ends or every_stage) and mpu.get_tensor_model_parallel_rank() == 0
 
@@ -81,9 +75,8 @@ def build_datasets(
     Raises:
         ValueError: this machine's copy of the data is not that of rank 0.
     """
-    train, valid, test = _build(
-        args, tokenizer, num_samples, partial(_is_built_here, args.dataloader_inter_document_masking)
-    )
+    every_stage = args.dataloader_inter_document_masking or queries_vary(args)
+    train, valid, test = _build(args, tokenizer, num_samples, partial(_is_built_here, every_stage))
     # A finished run that is started again trains nothing, but Megatron's sampler asserts that a sample is left, and a
     # blend has just as many as the run needs.
     if train is not None and args.consumed_train_samples >= max(len(train), train_samples(args)):
@@ -94,8 +87,8 @@ def build_datasets(
 def _build(
     args: Namespace, tokenizer: MegatronTokenizerBase, num_samples: Sequence[int], is_built_here: Callable[[], bool]
 ) -> tuple[Any, Any, Any]:
-    kind = dataset_kind(args)
-    new_config = partial(dataset_config, args, tokenizer, index_hashes(data_prefixes_from_args(args), is_built_here()))
+    kind = CheckedMockDataset if args.mock_data else CheckedGPTDataset
+    new_config = partial(dataset_config, args, tokenizer, index_hashes(all_prefixes(args), is_built_here()))
 
     def build(config: DatasetConfig, sizes: Sequence[int | None], parts: Collection[Split]) -> list[Any]:
         for part in set(Split) - set(parts):  # of which Megatron would build one epoch, or a blend of length 0

@@ -5,8 +5,9 @@ from argparse import Namespace
 
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import DATA_FLAGS, PARTS, flag_of, read_blends, shares
-from yoco_megatron.data.check import check_data_prefixes, check_split, count_tokens, data_prefixes_from_args
-from yoco_megatron.data.plan import plan, train_samples
+from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
+from yoco_megatron.data.loss_masks import check_masks, has_mask, is_packed
+from yoco_megatron.data.plan import epoch_of, plan, train_samples
 from yoco_megatron.utils.errors import require
 
 MISSING = "--data-path is missing: name a prefix of .bin/.idx files, or use --mock-data"
@@ -36,6 +37,7 @@ def check_named(args: Namespace) -> None:
         "a file system",
     )
     check_data_prefixes(prefixes, inside=args.rank == 0)
+    check_masks(prefixes, inside=args.rank == 0)
     require(
         not args.dataloader_fast_cache_load or args.split is None,
         f"--dataloader-fast-cache-load does not go with --split {args.split}: give each part data of its own "
@@ -70,13 +72,41 @@ def check_enough(args: Namespace) -> None:
     )
     if args.validates_whole and not args.mock_data:
         for prefix in validation_sets.prefixes(args):
-            tokens = count_tokens(str(prefix), args.split, "valid" if args.split else None)
+            held = epoch_of(args, str(prefix), args.split, "valid" if args.split else None)
             require(
-                tokens > args.seq_length,
-                f"--full-validation: the validation data of {prefix} are {tokens:,} tokens, less than one sample of "
-                f"--seq-length {args.seq_length}",
+                held.samples > 0,
+                f"--full-validation: the validation data of {prefix} are {held.tokens:,} tokens, less than one sample "
+                f"of --seq-length {args.seq_length}",
             )
     _check_read_once(args, blend or (per_part[0] if per_part else None))
+
+
+def packing(args: Namespace) -> list[str]:
+    """What to say of packed documents: how well they fill the samples of each part, and which are cut."""
+    blend, per_part = (None, None) if args.mock_data else read_blends(args)
+    is_read = (not args.skip_train, bool(args.eval_iters), args.evaluates_test)
+    notes = []
+    for part, own, reads in zip(PARTS, per_part or [blend] * len(PARTS), is_read):
+        for prefix in dict.fromkeys(own[0]) if own is not None and reads else []:
+            if not is_packed(args.sample_packing, has_mask(prefix)):
+                continue
+            held = epoch_of(args, prefix, args.split, part if args.split else None)
+            name = f"{prefix}, {part}"
+            notes.append(
+                f"{name}: {held.documents:,} whole documents in {held.samples:,} samples an epoch, "
+                f"{held.padding:.2%} padding"
+            )
+            if held.longer:
+                notes.append(
+                    f"WARNING: {name}: {held.longer:,} documents ({held.longer / held.documents:.2%}) are longer than "
+                    f"--seq-length {args.seq_length}: their tokens behind it, {held.cut / held.tokens:.2%} of all, are "
+                    "left out"
+                )
+    if notes and args.architecture == "yoco":
+        notes.append("--dataloader-inter-document-masking is on: packed documents do not see each other")
+    elif notes:
+        notes.append("WARNING: the baseline has no document masks: packed documents see those before them")
+    return notes
 
 
 def repeated_validation(args: Namespace) -> list[str]:
@@ -93,7 +123,7 @@ def repeated_validation(args: Namespace) -> list[str]:
         return []
     prefixes, weights = part
     of_split = "valid" if args.split else None
-    held = [(count_tokens(prefix, args.split, of_split) - 1) // args.seq_length for prefix in prefixes]
+    held = [epoch_of(args, prefix, args.split, of_split).samples for prefix in prefixes]
     batch = args.eval_global_batch_size or args.global_batch_size
     wanted = [
         args.eval_iters * batch * share

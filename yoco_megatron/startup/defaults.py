@@ -6,7 +6,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.data import validation_sets
+from yoco_megatron.data import loss_masks, validation_sets
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.data.tokenizer import check_vocabulary
@@ -26,6 +26,7 @@ def fill_in_defaults(args: Namespace) -> None:
         args.use_persistent_ckpt_worker = True  # without it Megatron saves synchronously
     if args.split is None and (args.data_path is not None or args.data_args_path is not None):
         args.split = DEFAULT_SPLIT  # Megatron has it for the first of them alone
+    loss_masks.resolve(args)
     validation_sets.take_over(args)
     if args.skip_train and not args.train_samples:
         args.train_iters = args.train_iters or 1  # Megatron counts with it

@@ -55,6 +55,12 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="continue a checkpoint that was trained on other data, or with another tokenizer",
     )
     group.add_argument(
+        "--sample-packing",
+        choices=["stream", "documents"],
+        help="what a sample of --seq-length tokens is: so many of the stream of all documents, or whole documents, "
+        "which do not see each other, and padding (docs/data.md). Default: documents where a dataset has a loss mask",
+    )
+    group.add_argument(
         "--config",
         action="append",
         nargs="+",

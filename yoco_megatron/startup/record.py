@@ -17,7 +17,7 @@ from yoco_megatron.parallel.pipeline import planner
 from yoco_megatron.parallel.pipeline.layout import sequences_at_a_time
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import run_folder
-from yoco_megatron.startup.data_flags import repeated_validation
+from yoco_megatron.startup.data_flags import packing, repeated_validation
 from yoco_megatron.utils.files import write_atomically
 
 
@@ -52,8 +52,8 @@ def record_run(args: Namespace, model: GPTModelConfig) -> None:
     """
     if args.rank != 0:
         return
-    for note in repeated_validation(args):
-        print(f"WARNING: {note}")
+    for note in [*packing(args), *(f"WARNING: {note}" for note in repeated_validation(args))]:
+        print(note)
     if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
         print(pipeline_table(args, StagePlan.from_config(model.transformer)))
     if args.save:

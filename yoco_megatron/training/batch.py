@@ -1,6 +1,6 @@
-"""One micro-batch: read on tensor-parallel rank 0, broadcast to the others, cut to the tokens of this CP rank."""
+"""One micro-batch: broadcast from tensor-parallel rank 0, which read it, and cut to the tokens of this CP rank."""
 
-from collections.abc import Iterator
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -9,33 +9,41 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from torch import Tensor
 
-from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs
-from yoco_megatron.training.query_positions import mask_prefix_, query_runs
+from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs, positions_of
+from yoco_megatron.training.query_positions import mask_prefix_
+
+
+def needs_data(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether a stage takes anything of a micro-batch: the first and last do, and all if documents are kept apart."""
+    first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    return first or last or args.dataloader_inter_document_masking
 
 
 def get_batch(
-    data_iterator: Iterator[dict[str, Tensor]] | None, micro_batch_size: int, vp_stage: int | None = None
+    sample: dict[str, Tensor] | None, runs: Runs | None, micro_batch_size: int, vp_stage: int | None = None
 ) -> dict[str, Tensor | None]:
     """tokens, labels, position_ids int64 [b, s] and loss_mask fp32 [b, s] (None if this stage does not need them).
 
     b is `micro_batch_size`, which may be another one in evaluation; s is the number of tokens of this context-parallel
-    rank; labels and loss_mask are those of its m queries, where the cross-decoder computes positions with a loss alone
-    (query_positions.py). With --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which
-    every stage and rank needs (else None).
+    rank; labels and loss_mask are those of its m queries, where only `runs` are computed behind the shared K,V. With
+    --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which every stage and rank needs
+    (else None).
+
+    Args:
+        sample: as the data loader makes it; read on tensor-parallel rank 0 alone.
+        runs: positions of a whole sequence (micro_batches.py); None for all.
     """
     args = get_args()
     documents = args.dataloader_inter_document_masking
-    first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-    last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    if not (first or last or documents):
+    if not needs_data(args, vp_stage):
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None
+        assert sample is not None
         device = torch.cuda.current_device()
         # A blend also says which source a sample is of: no row of tokens, which could be cut to those of a rank.
-        sample = {key: value for key, value in next(data_iterator).items() if key != "dataset_id"}
-        batch = {key: value.to(device, non_blocking=True) for key, value in sample.items()}
+        batch = {key: value.to(device, non_blocking=True) for key, value in sample.items() if key != "dataset_id"}
         batch["cu_seqlens_padded"] = None  # documents are packed without gaps
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -50,12 +58,11 @@ def get_batch(
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=first,
-        is_pipeline_last_stage=last,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
     if batch["loss_mask"] is not None:
         mask_prefix_(batch["loss_mask"], args)
-    runs = query_runs(args)
     of_queries = {} if runs is None else {name: _at_queries(batch.pop(name), runs) for name in ("labels", "loss_mask")}
     # Zig-zag over whole sequences, regardless of documents.
     batch = get_batch_on_this_cp_rank(
@@ -71,8 +78,7 @@ def _at_queries(whole: Tensor | None, runs: Runs) -> Tensor | None:
     if whole is None:
         return None
     dealt = dealt_runs(runs, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
-    parts = [whole[:, start:stop] for start, stop in dealt]
-    return torch.cat(parts, 1)
+    return whole.index_select(1, positions_of(dealt, whole.device))
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -1,6 +1,6 @@
 """`forward_step`, which Megatron's schedules call for each micro-batch, and the loss that they reduce."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,9 +10,8 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from yoco_megatron.parallel.context.query_shard import count
 from yoco_megatron.training.batch import get_batch
-from yoco_megatron.training.query_positions import query_runs
+from yoco_megatron.training.micro_batches import MicroBatches, micro_batches
 
 SPIKY_LOSS_FACTOR = 10  # --check-for-spiky-loss reports a loss of this many times the largest recent one
 straggler = StragglerDetector()
@@ -63,12 +62,13 @@ def _validate(loss: Tensor) -> None:
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    data_iterator: MicroBatches, model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Run one micro-batch.
 
     Args:
-        data_iterator: batches as the dataset makes them; read on tensor-parallel rank 0 alone.
+        data_iterator: what `forward_step.micro_batches` makes of Megatron's iterator, once for each call of a schedule
+            (upstream/training_loop.py).
         model: a model chunk, wrapped as Megatron wraps it.
     Returns:
         (losses fp32 [b, s], or the boundary tensor before the last stage; the function that reduces losses).
@@ -77,23 +77,15 @@ def forward_step(
     micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     timers("batch-generator", log_level=2).start()
     with straggler(bdata=True):
-        batch = get_batch(data_iterator, micro_batch_size, get_attr_wrapped_model(model, "vp_stage"))
+        sample, runs = next(data_iterator)
+        batch = get_batch(sample, runs, micro_batch_size, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     with straggler:
         more = {}
         if args.architecture == "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
-            more = {"document_ids": batch["document_ids"], "query_runs": query_runs(args)}
+            more = {"document_ids": batch["document_ids"], "query_runs": runs}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
     return output, partial(loss_func, batch["loss_mask"])  # type: ignore[arg-type]  # None before the last stage
 
 
-def queries_of(microbatch: int) -> int | None:
-    """Positions of each sequence of a micro-batch that are computed behind the shared K,V; None for all.
-
-    A pipeline asks before the micro-batch arrives (parallel/pipeline/communicator.py).
-    """
-    runs = query_runs(get_args())
-    return None if runs is None else count(runs)
-
-
-forward_step.queries_of = queries_of  # type: ignore[attr-defined]
+forward_step.micro_batches = micro_batches  # type: ignore[attr-defined]

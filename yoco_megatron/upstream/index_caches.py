@@ -8,11 +8,12 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from yoco_megatron.data.index_arrays import DamagedIndexError, load_index
 from yoco_megatron.upstream.registry import replaces
 
 GPT_DATASET = "megatron.core.datasets.gpt_dataset"
@@ -24,50 +25,14 @@ BLOCK_SAMPLES = 1 << 20
 repairs = functools.partial(replaces, in_every_process=True)
 
 
-class DamagedIndexError(ValueError):
-    """A cached index that is not whole, or no array of integers."""
-
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"--data-cache-path: {path} {why}: remove it, and it is built again")
-        self.path = path
-
-
-@repairs(
-    BLENDED_DATASET,
-    "safe_numpy_load",
-    digest="75521173bd1ef49e",
-    calls=4,
-    why="it unpickles what is no array of numbers; a cache folder may come from elsewhere",
-)
-@repairs(
-    GPT_DATASET,
-    "safe_numpy_load",
-    digest="75521173bd1ef49e",
-    calls=6,
-    why="it unpickles what is no array of numbers; a cache folder may come from elsewhere",
-)
-def load_index(path: str, allow_pickle: bool = False, mmap_mode: Literal["r"] = "r") -> np.ndarray:
-    """A memory map of the integers in a .npy file; nothing is unpickled, whatever `allow_pickle` says.
-
-    Raises:
-        DamagedIndexError: another kind of file, or one that is not whole.
-        ValueError: no such file.
-    """
-    try:
-        found = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--data-cache-path: {path} is missing: tools/prepare_cache.py with the flags of this run builds it, or "
-            "remove --dataloader-fast-cache-load and --dataloader-defer-npy-index-mmap"
-        ) from None
-    except OSError:
-        raise
-    except Exception as error:  # numpy reads the header as Python: a damaged one raises any type
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DamagedIndexError(Path(path), f"is not a whole index ({what})") from None
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim not in (1, 2):
-        raise DamagedIndexError(Path(path), "is not an array of integers")
-    return found
+for _module, _calls in ((BLENDED_DATASET, 4), (GPT_DATASET, 6)):
+    repairs(
+        _module,
+        "safe_numpy_load",
+        digest="75521173bd1ef49e",
+        calls=_calls,
+        why="it unpickles what is no array of numbers; a cache folder may come from elsewhere",
+    )(load_index)
 
 
 def _built_again(build: Callable[..., Any], dataset: Any) -> Any:

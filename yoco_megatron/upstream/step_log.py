@@ -5,14 +5,14 @@ A resumed run prints what the undisturbed one would: the sums since the last lin
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
 from megatron.training import get_args, get_timers
 
 from yoco_megatron import runtime
-from yoco_megatron.upstream import checkpointing, throughput
+from yoco_megatron.upstream import checkpointing, step_positions, throughput
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.small_files import read_json
 
@@ -27,6 +27,8 @@ class Interval(TypedDict):
     seconds: float
     counts: dict[str, int]
     losses: dict[str, float]
+    positions: NotRequired[list[tuple[int, int, int, int]]]
+    """By data-parallel rank; see step_positions.py."""
 
 
 _totals: dict[str, Any] = {}
@@ -44,6 +46,7 @@ def _state() -> str:
         seconds=get_timers()("interval-time").elapsed(reset=False),
         counts=counts,
         losses=losses,
+        positions=step_positions.state(),
     )
     shared = [json.dumps(state)]
     dist.broadcast_object_list(shared, src=dist.get_world_size() - 1)
@@ -70,9 +73,12 @@ relies_on(
 
 def _resume(totals: dict[str, Any], iteration: int, interval: Interval) -> None:
     """Go on with the interval of a checkpoint, if its next line stands for the same steps."""
-    args = get_args()
+    args, saved = get_args(), interval.get("positions", [])
     if (iteration, interval["log_interval"]) != (args.iteration, args.log_interval):
         return
+    if not step_positions.fits(args, saved):
+        return
+    step_positions.resume(saved)
     totals |= interval["counts"]
     for name, loss in interval["losses"].items():
         totals[name] = torch.tensor([loss], dtype=torch.float, device=runtime.device())
@@ -107,6 +113,7 @@ def training_log(
     if _resumed is not None:
         _resume(totals, *_resumed)
         _resumed = None
+    step_positions.add_step()
     prints = dist.get_rank() == dist.get_world_size() - 1
     if norm == 0 and any(loss.isnan() for loss in losses.values()):
         if prints:
@@ -118,11 +125,11 @@ def training_log(
     regular = iteration % args.log_interval == 0
     if args.log_throughput and prints and (regular or is_first_iteration):
         throughput.measure(iteration, totals.get(ADVANCED, 0) + totals.get(SKIPPED, 0) + 1)
-        if regular:
-            throughput.write(iteration)
+    if prints and regular:
+        throughput.write(iteration)
     # An attempt's first step has a line in any case, and counts in the next line as well: not where its own was due.
     first = is_first_iteration and not regular
-    return training_log.original(
+    result = training_log.original(
         losses,
         totals,
         rate,
@@ -135,3 +142,6 @@ def training_log(
         is_first_iteration=first,
         **kwargs,
     )
+    if regular:
+        step_positions.start_line()
+    return result

@@ -1,4 +1,7 @@
-"""--log-throughput: tokens a second, FLOP/s, their share of the GPU's peak and the time left, for lines and curves."""
+"""--log-throughput: tokens a second, FLOP/s, their share of the GPU's peak and the time left, for lines and curves.
+
+The positions with a loss (step_positions.py) stand beside them.
+"""
 
 import re
 from dataclasses import dataclass
@@ -10,9 +13,8 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers
 from megatron.training.global_vars import get_wandb_writer
 
 from yoco_megatron import runtime
-from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.gpu_peak import peak_flops
-from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.upstream import step_positions
 from yoco_megatron.upstream.registry import replaces
 
 
@@ -61,7 +63,7 @@ def measure(iteration: int, steps: int) -> None:
     sequences = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
     _rates = Rates(
         tokens_per_second=sequences * args.seq_length / seconds,
-        flops_per_gpu=train_flops(ModelShape.from_args(args), sequences) / seconds / args.world_size,
+        flops_per_gpu=step_positions.flops_since_line(args, sequences, steps) / steps / seconds / args.world_size,
         peak_per_gpu=peak_flops(torch.cuda.get_device_name()) if runtime.has_gpu() else None,
         seconds_left=seconds * (args.train_iters - iteration),
         gpus=args.world_size,
@@ -69,23 +71,25 @@ def measure(iteration: int, steps: int) -> None:
 
 
 def write(iteration: int) -> None:
-    """Write what was measured to TensorBoard and wandb, where they are used."""
-    if _rates is None:
-        return
+    """Write what was measured to TensorBoard and wandb, where they are used. For the process that prints the line."""
+    scalars = step_positions.scalars() | (_rates.scalars() if _rates is not None else {})
     if writer := get_tensorboard_writer():
-        for name, value in _rates.scalars().items():
+        for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
-    if wandb := get_wandb_writer():
-        wandb.log(_rates.scalars(), iteration)
+    if scalars and (wandb := get_wandb_writer()):
+        wandb.log(scalars, iteration)
 
 
 @replaces(
     "megatron.training.training",
     "print_rank_last",
     digest="84fa73764d1a5148",
-    why="a step's line has TFLOP/s with one digit after the point, and neither tokens a second nor the time left",
+    why="a step's line has TFLOP/s with one digit after the point, and no tokens a second, time left or positions with "
+    "a loss",
 )
 def print_rank_last(message: str) -> None:
     if _rates is not None:
         message = re.sub(r"throughput per GPU \(TFLOP/s/GPU\): \S+ \|", _rates.text(), message)
+    if re.search(r"\] iteration +\d+/", message):
+        message += step_positions.text()
     print_rank_last.original(message)

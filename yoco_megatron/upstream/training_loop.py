@@ -9,11 +9,14 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import unwrap_model
 
-from yoco_megatron.costs.flops import forward_flops_per_token, train_flops
+from yoco_megatron.config.resolve import queries_vary
+from yoco_megatron.costs.flops import forward_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.model.yoco_model import YOCOModel
-from yoco_megatron.parallel.pipeline.communicator import SharedKVCommunicator
+from yoco_megatron.parallel.context.query_shard import count
+from yoco_megatron.parallel.pipeline.communicator import Shape, SharedKVCommunicator
 from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.upstream import step_positions
 from yoco_megatron.upstream.deferred_nan_check import deferred_result_checks
 from yoco_megatron.upstream.registry import replaces
 
@@ -25,34 +28,45 @@ TRAINING = "megatron.training.training"
     "get_forward_backward_func",
     digest="f28b8cf90a8985fa",
     calls=2,
-    why="a schedule needs a communicator for each call: only there are the number of micro-batches, which changes in a "
-    "batch-size ramp-up, and the direction known",
+    why="a schedule needs a communicator and look-ahead into the data for each call: only there are the number of "
+    "micro-batches, which changes in a batch-size ramp-up, and the direction known",
 )
 def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
-    """Megatron's schedule, in training and evaluation, which checks for NaN and Inf at the end of each call; for a YOCO
-    over several pipeline stages with `SharedKVCommunicator`.
+    """Megatron's schedule, in training and evaluation, which checks for NaN and Inf at the end of each call.
+
+    Its forward_step gets what `forward_step.micro_batches` makes of each model chunk's data iterator; a YOCO over
+    several pipeline stages a `SharedKVCommunicator`.
     """
     schedule = get_forward_backward_func.original(*args, **kwargs)
 
     @deferred_result_checks()
     def run(**call: Any) -> Any:
         chunks = call["model"] if isinstance(call["model"], list) else [call["model"]]
+        data, wrap = call["data_iterator"], call["forward_step_func"].micro_batches
+        readers = [wrap(*of_chunk) for of_chunk in zip(data if isinstance(data, list) else [data], chunks)]
+        call["data_iterator"] = readers if isinstance(data, list) else readers[0]
+        forward_only = call.get("forward_only", False)
         model = unwrap_model(chunks[0])
-        if not isinstance(model, YOCOModel) or model.pp_group.size() == 1:
-            return schedule(**call)
-        plan = StagePlan.from_config(model.config)
-        sizes = call["micro_batch_size"], call["seq_length"]
-        queries_of = getattr(call["forward_step_func"], "queries_of", lambda microbatch: None)
-        communicator = SharedKVCommunicator(
-            model.pp_group,
-            model.config,
-            lambda g, microbatch: model.boundary_shape(plan.stage(g), *sizes, queries_of(microbatch)),
-            call["num_microbatches"],
-            call.get("forward_only", False),
-        )
-        call |= {"p2p_communicator": communicator, "pg_collection": model.pg_collection}
+        communicator = None
+        if isinstance(model, YOCOModel) and model.pp_group.size() > 1:
+            plan = StagePlan.from_config(model.config)
+            ranks, rank = model.pp_group.size(), model.pp_group.rank()
+            sizes = call["micro_batch_size"], call["seq_length"]
+
+            def shape_into(g: int, microbatch: int) -> Shape:
+                held = g if g % ranks == rank else g - 1  # it enters this stage or, a gradient, comes back to it
+                runs = readers[held // ranks].runs(microbatch)
+                return model.boundary_shape(plan.stage(g), *sizes, None if runs is None else count(runs))
+
+            communicator = SharedKVCommunicator(
+                model.pp_group, model.config, shape_into, call["num_microbatches"], forward_only
+            )
+            call |= {"p2p_communicator": communicator, "pg_collection": model.pg_collection}
         result = schedule(**call)
-        communicator.finish()
+        if communicator is not None:
+            communicator.finish()
+        if not forward_only:
+            step_positions.gather(readers[0].counts())
         return result
 
     return run
@@ -95,8 +109,8 @@ def skip_jit_warmup(tp_size: int | None = None) -> None:
     why="it counts those of a GPT, for the throughput line and the total that a checkpoint saves",
 )
 def num_floating_point_operations(args: Namespace, batch_size: int, **_: Any) -> float:
-    """FLOPs of one training iteration on `batch_size` sequences."""
-    return train_flops(ModelShape.from_args(args), batch_size)
+    """FLOPs of the training iteration that has just been done, on `batch_size` sequences; the same on all ranks."""
+    return step_positions.flops_of_step(args, batch_size)
 
 
 _reported = False
@@ -118,10 +132,12 @@ def report_model(args: Namespace, num_microbatches: int | None = None, verbose: 
     shape = ModelShape.from_args(args)
     parameters, flops = parameter_count(shape), forward_flops_per_token(shape)
     print(f"{args.architecture} of {sum(parameters.values()):,} parameters:")
-    for part, count in parameters.items():
-        print(f"  {part:<22}{count:>16,} parameters")
+    for part, weights in parameters.items():
+        print(f"  {part:<22}{weights:>16,} parameters")
     if shape.num_queries is not None:
         print(f"cross-decoder, head and loss at the last {shape.num_queries:,} of {args.seq_length:,} positions")
+    if queries_vary(args):
+        print("cross-decoder, head and loss where the data have a loss; here, at all positions:")
     print(f"{3 * sum(flops.values()) / 1e9:.3f} GFLOP a token to train, causal, at --seq-length {args.seq_length}:")
     for part, forward in flops.items():
         print(f"  {part:<22}{3 * forward / 1e9:>16.3f} GFLOP")

@@ -65,7 +65,20 @@ def _cut(runs: Runs, first: int, count: int) -> Runs:
 
 def positions_of(runs: Runs, device: torch.device | str = "cpu") -> Tensor:
     """int64 [queries]."""
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+    if len(runs) == 1:
+        return torch.arange(*runs[0], device=device)
+    edges = torch.tensor(runs)
+    lengths = edges[:, 1] - edges[:, 0]
+    skipped = to_device(edges[:, 0] - lengths.cumsum(0) + lengths, device)
+    queries = count(runs)
+    return torch.arange(queries, device=device) + skipped.repeat_interleave(
+        to_device(lengths, device), output_size=queries
+    )
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of a host tensor, for which the host does not wait."""
+    return x.to(device) if torch.device(device).type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 class QueryShard:
@@ -150,10 +163,10 @@ class _Route:
     """Where in what is received (by sending rank) each query is."""
 
 
-@lru_cache(maxsize=8)  # the host waits for the device where it copies an index there: once, not in each micro-batch
+@lru_cache(maxsize=2)  # with --loss-suffix all micro-batches have one route
 def _route(rows: _Rows, runs: Runs, rank: int, group: dist.ProcessGroup | None, device: torch.device | str) -> _Route:
     if group is None:
-        return _Route(rows.row(positions_of(dealt_runs(runs, rows.ranks, rank))).to(device))
+        return _Route(rows.row(positions_of(dealt_runs(runs, rows.ranks, rank), device)))
     me, split = group.rank(), rows.rows_split
     assert me // split == rank, "ranks are not in the order tensor, context"
     dealt = [positions_of(dealt_runs(runs, rows.ranks, one)) for one in range(rows.ranks)]
@@ -161,11 +174,11 @@ def _route(rows: _Rows, runs: Runs, rank: int, group: dist.ProcessGroup | None, 
     sent = [rows.row(part)[rows.holder(part) == me] for part in wanted]
     holders = rows.holder(wanted[me])
     return _Route(
-        torch.cat(sent).to(device),
+        to_device(torch.cat(sent), device),
         group,
         [len(part) for part in sent],
         holders.bincount(minlength=group.size()).tolist(),
-        holders.argsort(stable=True).argsort().to(device),
+        to_device(holders.argsort(stable=True).argsort(), device),
     )
 
 
