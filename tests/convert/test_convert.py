@@ -250,6 +250,7 @@ NOT_THE_FUNCTION = {
     "loss_suffix": "which positions are trained on",
     "num_queries": "how many they are",
     "cross_decoder_positions": "computes no others, or all",
+    "cp_cross_attention": "what context-parallel ranks exchange",
 }
 
 

@@ -5,17 +5,23 @@ different. The counts are the same on all ranks, so that none can wait for anoth
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from support.models import FULL_RECOMPUTE, SEQ, batch, build, document_batch, tiny_config
+from support.models import FULL_RECOMPUTE, SEQ, STORED_ATTENTION, batch, build, document_batch, tiny_config
 from support.pipeline import MICRO_BATCH, of_this_rank, pipeline_step
 from support.worlds import run_world
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.traffic import received_bytes
+from yoco_megatron.costs.traffic import cross_attention_bytes, received_bytes
+from yoco_megatron.parallel.context.query_shard import Runs
 
 BATCH, BYTES = 3, 8  # float64, states included
 CONFIG = tiny_config()
@@ -46,8 +52,10 @@ class Traffic:
         return call
 
     @staticmethod
-    def _all_to_all(out, x, receive, send):
-        me = mpu.get_context_parallel_rank()
+    def _all_to_all(out, x, receive=None, send=None):
+        me, ranks = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+        if receive is None:
+            return out.nbytes // ranks * (ranks - 1)
         row = (out if sum(receive) else x)[:1].nbytes
         return (sum(receive) - receive[me]) * row
 
@@ -57,8 +65,9 @@ def step(
     documents: bool = False,
     only_first_chunk: bool = False,
     dtype: torch.dtype = torch.float64,
+    query_runs: Runs | None = None,
 ) -> dict:
-    """Traffic of one forward and backward; the loss is of all tokens, or of the sequence's first chunk alone."""
+    """Traffic of one forward and backward; the loss is of all tokens that are computed, or of the first chunk's."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         traffic = Traffic(monkeypatch)
         config = tiny_config(
@@ -68,8 +77,10 @@ def step(
         tokens, _ = batch(BATCH)
         positions = torch.arange(SEQ).expand(BATCH, -1)
         tokens, positions = of_this_rank(tokens, positions)
-        logits = model(tokens, document_ids=document_batch(BATCH) if documents else None)
+        logits = model(tokens, document_ids=document_batch(BATCH) if documents else None, query_runs=query_runs)
         traffic.direction = "backward"
+        if query_runs:
+            positions = torch.zeros(logits.shape[:2])
         counted = positions < SEQ // (2 * config.context_parallel_size) if only_first_chunk else positions >= 0
         (logits.square().sum(-1) * counted).sum().backward()
         return dict(traffic.calls)
@@ -165,31 +176,104 @@ def test_once_for_each_stage_and_micro_batch() -> None:
     assert gathers == scatters == wanted
 
 
+def shape_of(kind: str, num_queries: int | None = None) -> ModelShape:
+    """The shape of `tiny_config`, with windows of 5."""
+    return ModelShape(
+        architecture="yoco",
+        self_decoder=kind,
+        num_layers=CONFIG.num_layers,
+        num_self_decoder_layers=LAYERS,
+        hidden_size=CONFIG.hidden_size,
+        ffn_hidden_size=CONFIG.ffn_hidden_size,
+        num_attention_heads=CONFIG.num_attention_heads,
+        num_query_groups=CROSS_GROUPS,
+        kv_channels=CROSS_WIDTH,
+        self_decoder_heads=HEADS,
+        self_decoder_query_groups=HEADS,
+        self_decoder_window=5,
+        padded_vocab_size=None,
+        seq_length=SEQ,
+        tied=False,
+        num_queries=num_queries,
+    )
+
+
 def test_the_formulas() -> None:
     """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
     for kind, recompute in (("gated_retention", {}), ("sliding_window", FULL_RECOMPUTE)):
         overrides = dict(self_decoder=kind, self_decoder_window=5)
         results = run_world(4, step32, overrides | recompute, cp=4)
         counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
-        shape = ModelShape(
-            architecture="yoco",
-            self_decoder=kind,
-            num_layers=CONFIG.num_layers,
-            num_self_decoder_layers=LAYERS,
-            hidden_size=CONFIG.hidden_size,
-            ffn_hidden_size=CONFIG.ffn_hidden_size,
-            num_attention_heads=CONFIG.num_attention_heads,
-            num_query_groups=CROSS_GROUPS,
-            kv_channels=CROSS_WIDTH,
-            self_decoder_heads=HEADS,
-            self_decoder_query_groups=HEADS,
-            self_decoder_window=5,
-            padded_vocab_size=None,
-            seq_length=SEQ,
-            tied=False,
-        )
-        assert counted == sum(received_bytes(shape, 4, BATCH, 4, bool(recompute)).values())
+        assert counted == sum(received_bytes(shape_of(kind), 4, BATCH, 4, bool(recompute)).values())
 
 
 def step32(overrides: dict) -> dict:
     return step(overrides, dtype=torch.float32)
+
+
+class LargestKV(TorchDispatchMode):
+    """The most rows that any tensor of K,V had: its last dimensions are those of the shared K,V."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-3:] == (CROSS_GROUPS, 2, CROSS_WIDTH):
+                self.rows = max(self.rows, tensor.shape[:-3].numel() // BATCH)
+        return out
+
+
+QUERIES = 16
+
+
+RUNS = ((SEQ - QUERIES, SEQ),)
+
+
+def suffix_step(overrides: dict) -> dict:
+    """Traffic of a cross-decoder at the last positions, without that of `QueryShard.take`."""
+    calls = step(overrides, dtype=torch.float32, query_runs=RUNS)
+    del calls["all_to_all_single", "forward"][0], calls["all_to_all_single", "backward"][-1]
+    return calls
+
+
+def test_keys_for_few_queries() -> None:
+    model = dict(self_decoder="gated_retention", cp_cross_attention="keys")
+    wanted = sum(received_bytes(shape_of("gated_retention", QUERIES), 4, BATCH, 4).values())
+    assert [sum(map(sum, calls.values())) for calls in run_world(4, suffix_step, model, cp=4)] == [wanted] * 4
+
+
+def largest_kv(function: Callable, *args: Any) -> tuple[Any, int]:
+    with LargestKV() as largest:
+        return function(*args), largest.rows
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, STORED_ATTENTION], ids=["not", "full", "all but attention"])
+def test_travelling_queries(recompute: dict) -> None:
+    """Their bytes; and no rank holds the K,V of the whole sequence, nor their gradient."""
+    model = dict(self_decoder="gated_retention", cp_cross_attention="queries") | recompute
+    shape, kept = shape_of("gated_retention", QUERIES), recompute == STORED_ATTENTION
+    wanted = sum(received_bytes(shape, 4, BATCH, 4, bool(recompute), kept, "queries").values())
+    for calls, rows in run_world(4, largest_kv, suffix_step, model, cp=4):
+        assert sum(map(sum, calls.values())) == wanted
+        assert rows == SEQ // 4
+    if not recompute:  # at all positions each rank does
+        assert [rows for _, rows in run_world(2, largest_kv, step, model, cp=2)] == [SEQ] * 2
+
+
+def test_what_is_fewer_bytes_travels() -> None:
+    """The 3B on four ranks in bf16: K,V of 2 x 8 heads once, or tensors of 24 heads in each of 13 layers."""
+
+    def ways(length: int, **more: int) -> dict:
+        sizes = SimpleNamespace(
+            num_attention_heads=24, num_query_groups=8, kv_channels=128, num_cross_decoder_layers=13
+        )
+        return cross_attention_bytes(sizes, 4, length, 4096, **more)
+
+    once = ways(1 << 20)
+    assert once["keys"] == 3 / 4 * (1 << 20) * 2048 * 6
+    assert once["queries"] == 3 / 4 * 4096 * 24 * 13 * (6 * 128 * 2 + 8)
+    assert once["queries"] < once["keys"] / 6
+    assert ways(1 << 17)["queries"] > ways(1 << 17)["keys"]
+    assert ways(1 << 20, stages=3)["keys"] == 3 * once["keys"]
+    assert ways(1 << 20, forward_passes=2)["queries"] == once["queries"] + 3 / 4 * 4096 * 24 * 13 * (2 * 128 * 2 + 4)

@@ -26,6 +26,7 @@ FLOAT64, TOLERANCE = dict(params_dtype=torch.float64, pipeline_dtype=torch.float
 PP1, MICROBATCHES = "EttttttttL", 2
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
 SP = dict(sequence_parallel=True)
+KEYS, QUERIES = (dict(cp_cross_attention=what) for what in ("keys", "queries"))
 RETENTION, WINDOW = "gated_retention", "sliding_window"
 
 # name -> (layout of 8 layers, pipeline ranks, tensor parallel, context parallel, config)
@@ -36,13 +37,20 @@ MESHES = {
     "recompute selective": (PP1, 1, 1, 1, SELECTIVE),
     "TP2": (PP1, 1, 2, 1, {}),
     "TP2 SP": (PP1, 1, 2, 1, SP),
-    "CP2": (PP1, 1, 1, 2, {}),
-    "CP4": (PP1, 1, 1, 4, {}),
-    "TP2 CP2 SP": (PP1, 1, 2, 2, SP),
+    "CP2": (PP1, 1, 1, 2, KEYS),
+    "CP4": (PP1, 1, 1, 4, KEYS),
+    "TP2 CP2 SP": (PP1, 1, 2, 2, SP | KEYS),
     "PP2": ("Ett|ttttttL", 2, 1, 1, {}),
     "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, 1, {}),
     "TP2 PP2 SP": ("Etttttt|ttL", 2, 2, 1, SP),
-    "PP2 CP2": ("Ettt|tttttL", 2, 1, 2, {}),
+    "PP2 CP2": ("Ettt|tttttL", 2, 1, 2, KEYS),
+    "CP2 queries travel": (PP1, 1, 1, 2, QUERIES),
+    "CP2 queries travel, recompute full": (PP1, 1, 1, 2, QUERIES | FULL_RECOMPUTE),
+    "CP2 queries travel, recompute all but attention": (PP1, 1, 1, 2, QUERIES | STORED_ATTENTION),
+    "CP2 queries travel, recompute selective": (PP1, 1, 1, 2, QUERIES | SELECTIVE),
+    "CP4 queries travel": (PP1, 1, 1, 4, QUERIES),
+    "TP2 CP2 SP queries travel": (PP1, 1, 2, 2, SP | QUERIES),
+    "PP2 CP2 queries travel": ("Ettt|tttttL", 2, 1, 2, QUERIES),
 }
 # (mesh, self-decoder, where there is a loss, packed documents)
 CASES = [
@@ -62,6 +70,16 @@ CASES = [
     ("PP2 VP2", RETENTION, "answers", True),
     ("TP2 PP2 SP", WINDOW, "random", True),
     ("PP2 CP2", RETENTION, "suffix", False),
+    # Chunks of 12 tokens for two ranks, of 6 for four: the suffix, of 8, lies in one or across a border.
+    ("CP2 queries travel", RETENTION, "suffix", False),
+    ("CP2 queries travel", RETENTION, "none", False),
+    ("CP2 queries travel, recompute full", WINDOW, "random", False),
+    ("CP2 queries travel, recompute all but attention", RETENTION, "answers", False),
+    ("CP2 queries travel, recompute selective", WINDOW, "random", False),
+    ("CP4 queries travel", RETENTION, "suffix", False),
+    ("CP4 queries travel", RETENTION, "answers", False),
+    ("TP2 CP2 SP queries travel", RETENTION, "answers", False),
+    ("PP2 CP2 queries travel", WINDOW, "random", False),
 ]
 
 

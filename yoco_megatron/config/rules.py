@@ -121,6 +121,29 @@ def check_tensor_parallel(config: Any) -> None:
         )
 
 
+def flag_against_parts(config: Any) -> str | None:
+    """The flag that asks for what attention over parts of the keys (ops/attention/partial.py) cannot do, if any."""
+    asked = {
+        "--deterministic-mode": config.deterministic_mode,
+        "--attention-dropout": config.attention_dropout > 0,
+        "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),  # has no flag
+        "--attention-backend": config.attention_backend.name not in ("auto", "fused"),
+    }
+    return next((flag for flag, is_asked in asked.items() if is_asked), None)
+
+
+def check_travelling_queries(args: Namespace) -> None:
+    """--cp-cross-attention queries, where it cannot be done."""
+    if args.cp_cross_attention != "queries":
+        return
+    require(
+        args.cross_decoder_positions == "loss",
+        "--cp-cross-attention queries does not go with --cross-decoder-positions all: remove one of them",
+    )
+    flag = "--dataloader-inter-document-masking" if args.dataloader_inter_document_masking else flag_against_parts(args)
+    require(flag is None, f"--cp-cross-attention queries does not go with {flag}: use auto, or remove one of them")
+
+
 def check_mesh(args: Namespace) -> None:
     """Rules of the mesh: how processes, pipeline, sequence and batch divide."""
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size

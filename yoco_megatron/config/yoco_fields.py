@@ -75,3 +75,7 @@ class YOCOFields:
     cross_decoder_positions: Literal["loss", "all"] = "loss"
     """Where the cross-decoder, the head and the loss are computed: where there is a loss, or at all positions. Losses
     and gradients are the same."""
+
+    cp_cross_attention: Literal["auto", "keys", "queries"] = "auto"
+    """What context-parallel ranks exchange for cross attention: once all keys and values (keys), or in each layer the
+    queries, where only some positions have a loss (queries). auto: what is fewer bytes."""

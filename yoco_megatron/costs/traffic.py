@@ -1,18 +1,26 @@
 """Bytes that context parallelism moves: what each rank receives from others for a micro-batch, on average over ranks.
 
-With C ranks, s tokens a sequence (all ranks together), b sequences, e bytes a value, G K,V heads and H retention heads
-of this tensor-parallel rank, widths D of the cross-decoder and D_s of the self-decoder, window W:
+With C ranks, s tokens a sequence (all ranks together), b sequences, e bytes a value, H query heads, G K,V heads and H_s
+retention heads of this tensor-parallel rank, widths D of the cross-decoder and D_s of the self-decoder, window W:
 
     window, a layer and direction     2 (C-1) / C  (W-1) b 2 G_s D_s e      (W - 1 <= s / 2C)
-    retention, a layer, forward       (C-1) 2 b H (D_s^2 + 1) 4             (states and decays in fp32)
-    retention, a layer, backward      (C-1) 2 b H D_s^2 4
-    shared K,V, a stage, forward      (C-1) / C  s b 2 G D e
-    shared K,V, a stage, backward     (C-1) / C  s b 2 G D 4                (gradients summed in fp32)
+    retention, a layer, forward       (C-1) 2 b H_s (D_s^2 + 1) 4           (states and decays in fp32)
+    retention, a layer, backward      (C-1) 2 b H_s D_s^2 4
+
+The cross-decoder needs all keys in one place, or all queries in all places (--cp-cross-attention), m of them:
+
+    keys, a stage, forward            (C-1) / C  s b 2 G D e                (K,V)
+    keys, a stage, backward           (C-1) / C  s b 2 G D 4                (their gradients, summed in fp32)
+    queries, a layer, forward         (C-1) / C  m b H (2 D e + 4)          (queries; outputs with log-sum-exp)
+    queries, a layer, backward        (C-1) / C  m b H (4 D e + 4)          (queries, outputs with log-sum-exp and their
+                                                                            gradients; gradients of queries)
 
 A Transformer with ring or all-gather attention receives in every layer the K,V, (C-1) / C s b 2 G D e, forward and
-again backward, and their gradients, as much once more. Full recompute repeats what layers do in forward; it does not
-gather the shared K,V again.
+again backward, and their gradients, as much once more. Full recompute repeats what layers do in forward, but not cross
+attention with --keep-cross-attention; it does not gather the shared K,V again.
 """
+
+from typing import Any
 
 from yoco_megatron.costs.shape import ModelShape
 
@@ -22,20 +30,70 @@ def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, with_kv
     return tokens * (shape.hidden_size + with_kv * shape.kv_width) * bytes_per_value
 
 
+def recomputes_cross_attention(config: Any) -> bool:
+    """Whether backward does, by a YOCOConfig or the arguments of a run."""
+    if config.recompute_granularity == "selective":
+        return "core_attn" in (config.recompute_modules or ["core_attn"])
+    return config.recompute_granularity == "full" and not config.keep_cross_attention
+
+
+def cross_attention_bytes(
+    sizes: Any,
+    ranks: int,
+    length: int,
+    queries: int,
+    sequences: int = 1,
+    bytes_per_value: int = 2,
+    stages: int = 1,
+    forward_passes: int = 1,
+) -> dict[str, float]:
+    """Received by cross attention of the whole model in both ways, {"keys": ..., "queries": ...}.
+
+    Args:
+        sizes: a ModelShape or a YOCOConfig.
+        queries: positions of each sequence that are computed; stages: pipeline stages with cross-decoder layers.
+        forward_passes: two if cross attention is recomputed.
+    """
+    others = (ranks - 1) / ranks * sequences
+    width = sizes.kv_channels
+    rows = queries * sizes.num_attention_heads * sizes.num_cross_decoder_layers
+    forward, backward = (rows * (tensors * width * bytes_per_value + 4) for tensors in (2, 4))
+    return {
+        "keys": others * stages * length * 2 * sizes.num_query_groups * width * (bytes_per_value + 4),
+        "queries": others * (forward * forward_passes + backward),
+    }
+
+
 def received_bytes(
-    shape: ModelShape, ranks: int, micro_batch_size: int = 1, bytes_per_value: int = 2, recompute: bool = False
+    shape: ModelShape,
+    ranks: int,
+    micro_batch_size: int = 1,
+    bytes_per_value: int = 2,
+    recompute: bool = False,
+    keep_cross_attention: bool = False,
+    travels: str = "keys",
 ) -> dict[str, float]:
     """Received for a micro-batch of the whole model in one stage, without tensor parallelism, by kind of exchange.
 
-    Keys: self_decoder and shared_kv for a YOCO, attention for a Transformer.
+    Keys: self_decoder and cross_decoder for a YOCO, attention for a Transformer.
+
+    Args:
+        recompute: backward recomputes every layer, but keep_cross_attention.
+        travels: keys or queries, for cross attention.
     """
     others = (ranks - 1) / ranks
-    kv = shape.seq_length * micro_batch_size * shape.kv_width
     forward_passes = 2 if recompute else 1
     if shape.architecture == "transformer":
-        return {"attention": shape.num_layers * others * kv * bytes_per_value * (forward_passes + 2)}
+        kv = others * shape.seq_length * micro_batch_size * shape.kv_width * bytes_per_value
+        return {"attention": shape.num_layers * kv * (forward_passes + 2)}
     layer = shape.mixer.received_bytes(shape, ranks, micro_batch_size, bytes_per_value, forward_passes)
-    return {
-        "self_decoder": shape.num_self_decoder_layers * layer,
-        "shared_kv": others * kv * (bytes_per_value + 4),
-    }
+    both = cross_attention_bytes(
+        shape,
+        ranks,
+        shape.seq_length,
+        shape.seq_length if shape.num_queries is None else shape.num_queries,
+        micro_batch_size,
+        bytes_per_value,
+        forward_passes=1 if keep_cross_attention else forward_passes,
+    )
+    return {"self_decoder": shape.num_self_decoder_layers * layer, "cross_decoder": both[travels]}

@@ -6,7 +6,7 @@ Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the
 need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
 
     packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents (cross-decoder layers that
-                         compute only positions with loss: the `QueryShard`)
+                         compute only positions with loss: the `QueryShard`, or `TravellingQueries`)
     attention_bias       the `SharedKVReader` (cross-decoder layers)
 
 The mixers give them their true names in the first line of `forward`.
@@ -15,6 +15,7 @@ The mixers give them their true names in the first line of `forward`.
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -32,6 +33,7 @@ from yoco_megatron.mixers import get_mixer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.cross_decoder.travelling_queries import TravellingQueries, queries_travel
 from yoco_megatron.model.layers.recompute import AttentionOutputStore
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.document_calls import DocumentCalls
@@ -114,15 +116,28 @@ class YOCOBlock(MegatronModule):
                     hidden_states = queries.take(hidden_states)
             kv_reader = None
             if kv is not None:
+                attended: SequenceShard | QueryShard | TravellingQueries = queries
                 gather = documents = None
                 if self.num_cross and shard.document_ids is not None:
                     documents = DocumentCalls(shard, [(chunk.start, chunk.stop) for chunk in queries.chunks])
                 elif self.num_cross and shard.ranks > 1:
-                    gather = shard
+                    attended = self._travelling(queries)
+                    gather = shard if attended is queries else None
                 dtype = config.params_dtype
                 hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
-            hidden_states = self._run(self.layers[self.num_self :], hidden_states, kv_reader, query_angles, queries)
+                hidden_states = self._run(
+                    self.layers[self.num_self :], hidden_states, kv_reader, query_angles, attended
+                )
         return hidden_states, kv_reader
+
+    def _travelling(self, queries: SequenceShard | QueryShard) -> SequenceShard | QueryShard | TravellingQueries:
+        """`queries` as layers attend with them: as they are, or travelling between context-parallel ranks."""
+        if not isinstance(queries, QueryShard):
+            return queries
+        shard = queries.whole
+        device = torch.device(shard.device)
+        travel = queries_travel(self.config, shard.ranks, shard.length, queries.all_runs, device)
+        return TravellingQueries(queries) if travel else queries
 
     def _run(
         self,
@@ -130,7 +145,7 @@ class YOCOBlock(MegatronModule):
         hidden: Tensor,
         kv_reader: SharedKVReader | None,
         angles: Tensor,
-        shard: SequenceShard | QueryShard,
+        shard: SequenceShard | QueryShard | TravellingQueries,
     ) -> Tensor:
         if not len(layers):
             return hidden

@@ -58,6 +58,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     )
     if args.architecture == "yoco":
         rules.check_model(resolved(args))
+        rules.check_travelling_queries(args)
 
 
 def check_effects(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

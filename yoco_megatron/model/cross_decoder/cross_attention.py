@@ -12,6 +12,7 @@ from torch import Tensor
 
 from yoco_megatron.model.cross_decoder.document_attention import document_attention
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.cross_decoder.travelling_queries import TravellingQueries
 from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported, zigzag_attention
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
 from yoco_megatron.model.layers.projections import input_projection
@@ -55,7 +56,7 @@ class SharedKVAttention(ChunkedAttention):
         *,
         attention_bias: SharedKVReader,
         rotary_pos_emb: Tensor,
-        packed_seq_params: SequenceShard | QueryShard,
+        packed_seq_params: SequenceShard | QueryShard | TravellingQueries,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias).
@@ -67,12 +68,15 @@ class SharedKVAttention(ChunkedAttention):
         query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
         core_reader = kv_reader.inside_checkpoint() if self.recompute_core and self.training else kv_reader
 
+        scale = self.config.softmax_scale or self.head_dim**-0.5
+
         def attention(query: Tensor) -> Tensor:
             if core_reader.documents is not None:
                 core = partial(document_attention, self.core_attention, core_reader)
                 return self.checkpoint_core(core, query)
+            if isinstance(shard, TravellingQueries):
+                return self.checkpoint_core(lambda query: shard.attention(query, core_reader, scale), query)
             if isinstance(shard, SequenceShard) and is_supported(self.config, query, shard):
-                scale = self.config.softmax_scale or self.head_dim**-0.5
                 return self.checkpoint_core(lambda query: zigzag_attention(query, core_reader, shard, scale), query)
             return self.attend(query, lambda _, cp_chunk, first: core_reader.read(first, cp_chunk.stop), shard)
 

@@ -15,19 +15,20 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def is_supported(q_BHTD: Tensor, multiple: int) -> bool:
-    """True if these functions take such queries, with all lengths multiples of `multiple`.
+def is_supported(device: torch.device, dtype: torch.dtype, width: int, multiple: int) -> bool:
+    """True if these functions take queries of such a dtype, with heads of `width` and all lengths multiples of
+    `multiple`.
 
     On a CPU always. cuDNN takes 16-bit numbers, heads of at most 128 in steps of 8, and lengths in its tiles of 128,
     from Hopper (9.0) on.
     """
-    if not q_BHTD.is_cuda:
+    if device.type != "cuda":
         return True
     return (
-        q_BHTD.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(q_BHTD.device) >= (9, 0)
-        and q_BHTD.shape[-1] <= 128
-        and q_BHTD.shape[-1] % 8 == 0
+        dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and width <= 128
+        and width % 8 == 0
         and multiple % 128 == 0
     )
 

@@ -5,7 +5,7 @@ Stages may be uneven, and empty at the ends, the split between self- and cross-d
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron.core.transformer.enums import LayerType
@@ -68,6 +68,11 @@ class StagePlan:
     def producer(self) -> int:
         """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
         return next(g for g in range(self.count) if self.cuts[g + 1] >= self.split_layer)
+
+    @property
+    def cross_stages(self) -> int:
+        """Stages that hold layers of the cross-decoder."""
+        return sum(stop > max(start, self.split_layer) for start, stop in pairwise(self.cuts))
 
     def kv_arrives(self, g: int) -> bool:
         """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
