@@ -5,6 +5,7 @@ Each case changes one thing in a command line that is accepted as it stands, so 
 
 import pytest
 import torch
+from support.datasets import write
 from support.models import STORED_ATTENTION, tiny_config
 
 from yoco_megatron.startup import arguments
@@ -168,6 +169,14 @@ def test_mistake_names_its_flag(mistake):
 def test_the_transformer_baseline_may_use_pipelines():
     change = BASELINE | {"pipeline-model-parallel-size": 2, "num-layers": 5, "mock-data": True}
     assert arguments.parse(argv(**GOOD | change)).pipeline_model_parallel_size == 2
+
+
+def test_no_cuda_graph_of_data_with_loss_masks(tmp_path):
+    data = write(tmp_path / "data", [[1, 2, 3]], loss_masks=[[0, 1, 1]])
+    data_flags = {"mock-data": None, "data-path": data, "sample-packing": "stream"}
+    tokenizer = {"tokenizer-type": "NullTokenizer", "vocab-size": 99}
+    message = message_of(data_flags | tokenizer | {"cuda-graph-impl": "full_iteration"})
+    assert "loss masks do not go with --cuda-graph-impl" in message
 
 
 # The same rules hold for models that are built from Python, without a command line.

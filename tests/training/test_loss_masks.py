@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.cli import Log, _main, checkpoint, parsed, train
+from support.cli import TINY, Log, _main, checkpoint, parsed, train
+from support.datasets import write
 
 from yoco_megatron.costs.flops import Queries, train_flops
 from yoco_megatron.costs.shape import ModelShape
@@ -25,6 +26,7 @@ FLAGS = [
     "0",
 ]
 FLAGS += ["--global-batch-size", str(BATCH), "--micro-batch-size", "1", "--eval-micro-batch-size", "2"]
+NO_MOCK = [flag for flag in TINY if flag != "--mock-data"]
 PRINTED = 2e-6  # losses have seven digits
 
 # Where a sample has a loss: answers, nothing, a suffix, all, here and there; and the rows that are computed for it.
@@ -49,7 +51,7 @@ def _masked(flags: list[str]) -> None:
 
     def parse_masked(argv):
         args, model = parse(argv)
-        args.has_loss_masks = True
+        args.has_loss_masks = True  # mock data have none
         return args, model
 
     def read_masked(dataset, index):
@@ -129,18 +131,43 @@ def test_what_was_done_is_counted(one_process, folder):
     assert flops_of(folder) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_tensor_and_interleaved_pipeline_parallelism(one_process, folder, tmp_path):
-    mesh = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
-    layout = "--pipeline-model-parallel-layout Et|t|t|tL"
-    log = run(4, *mesh.split(), *layout.split(), "--save", str(tmp_path))
-    assert_same_losses(log, one_process)
-
-
 def test_data_parallel_ranks_count_together_also_after_a_resume(one_process, folder, tmp_path):
     saving = ["--save", str(tmp_path), "--save-interval", "3", "--log-interval", "2"]
     undisturbed = run(2, *saving)
     assert flops_of(tmp_path) == flops_of(folder)
     resumed = run(2, *saving, "--load", str(tmp_path), "--ckpt-step", "3")
-    print(positions(undisturbed), positions(resumed))
+    assert re.search(r"with a loss: [\d.]+% \([\d.]+ to [\d.]+\)", positions(resumed)[0])
     assert positions(resumed) == positions(undisturbed)[-1:]
     assert flops_of(tmp_path) == flops_of(folder)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> list[str]:
+    """Flags of documents with an answer at the end, of which several are packed in a sample."""
+    generator = np.random.default_rng(5)
+    lengths = generator.integers(40, 400, 100)
+    documents = [generator.integers(0, 250, length) for length in lengths]
+    masks = [np.arange(length) >= length - generator.integers(1, 40) for length in lengths]
+    data = write(tmp_path_factory.mktemp("answers") / "data", documents, loss_masks=masks)
+    return ["--data-path", data, "--split", "8,1,1"]
+
+
+@pytest.fixture(scope="module")
+def answers_everywhere(answers) -> Log:
+    return train(1, *FLAGS, *answers, "--cross-decoder-positions", "all", base=NO_MOCK)
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        (2, "--context-parallel-size 2"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-layout Et|t|t|tL"),
+    ],
+    ids=["CP2", "TP2 PP2 VP2 SP"],
+)
+def test_packed_answers(processes, mesh, answers, answers_everywhere):
+    if processes == 4:
+        mesh += " --pipeline-model-parallel-size 2"
+    log = train(processes, *FLAGS, *answers, *mesh.split(), base=NO_MOCK)
+    assert_same_losses(log, answers_everywhere)
+    assert len(positions(log)) == STEPS
