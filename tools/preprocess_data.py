@@ -1,6 +1,7 @@
 """Tokenize a corpus into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report .json.
 
-JSON lines, parquet and plain text, also compressed (.gz, .bz2, .xz, .zst). A killed run resumes when repeated.
+JSON lines, parquet and plain text, also compressed (.gz, .bz2, .xz, .zst). A killed run resumes when repeated. Prompts
+with completions, and messages, become PREFIX_FORMAT_document with a loss mask: training learns their answers alone.
 """
 
 import argparse
@@ -9,14 +10,17 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
 
 from yoco_megatron.corpus.encoders import BACKENDS
+from yoco_megatron.corpus.formats import FORMATS
 from yoco_megatron.corpus.preprocess import MAX_BAD_LINES, Report, preprocess
 from yoco_megatron.corpus.readers import expand_inputs
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, describe
+from yoco_megatron.utils.small_files import BadFile, read_text
 
 # Bad records that are printed.
 SHOWN = 10
@@ -27,7 +31,19 @@ def main() -> None:
     usage = "%(prog)s --input FILE [FILE ...] --tokenizer-type TYPE --tokenizer-model MODEL --output-prefix PREFIX ..."
     parser = argparse.ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("--input", nargs="+", required=True, help="files, folders or quoted globs")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of a line's texts; one dataset each")
+    parser.add_argument(
+        "--data-format",
+        choices=list(FORMATS),
+        default="text",
+        help="of a line: texts; a prompt and the completion that is learned; messages, of which answers are learned",
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        metavar="KEY",
+        help="keys of a line (default: text; prompt completion; messages): of texts one dataset each; of messages one, "
+        "or two, which give one conversation, and only answers under the second one are learned",
+    )
     parser.add_argument("--output-prefix", required=True, help="path and beginning of the name of the outputs")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument(
@@ -56,14 +72,18 @@ def main() -> None:
     args = parser.parse_args()
     if not args.split_sentences and (args.keep_newlines or args.lang != parser.get_default("lang")):
         parser.error("--keep-newlines and --lang have no effect without --split-sentences")
+    if args.chat_template is not None and args.data_format != "messages":
+        parser.error("--chat-template has no effect without --data-format messages")
     try:
+        if args.chat_template is not None:
+            args.chat_template = read_template(args.chat_template)
         tokenizer = build_tokenizer(args)
         about = describe(args) | {"vocab_size": tokenizer.vocab_size}
         reports = preprocess(
             expand_inputs(args.input),
             args.output_prefix,
             tokenizer,
-            keys=args.json_keys,
+            keys=args.json_keys or FORMATS[args.data_format],
             append_eod=args.append_eod,
             workers=args.workers,
             max_bad_lines=args.max_bad_lines,
@@ -72,6 +92,7 @@ def main() -> None:
             about_tokenizer=about,
             sentences=SentenceSplitter(args.lang, args.keep_newlines) if args.split_sentences else None,
             split_special_tokens=args.split_special_tokens,
+            data_format=args.data_format,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -81,6 +102,11 @@ def main() -> None:
             "what it saved"
         )
     for key, report in reports.items():
+        if report.loss_mask is not None:
+            print(
+                f"{args.output_prefix}_{key}_document_loss_mask: {report.loss_mask['learned_tokens']:,} tokens are "
+                f"learned, {report.loss_mask['learned_share']:.1%} of all"
+            )
         print(
             f"{args.output_prefix}_{key}_document: {report.documents:,} documents, {report.tokens:,} tokens "
             f"({report.dtype}), {report.bytes:,} bytes, {report.bad_lines} bad records, "
@@ -89,6 +115,16 @@ def main() -> None:
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
     print_problems(list(reports.values()), args.split_special_tokens)
+
+
+def read_template(given: str) -> str:
+    """The text of a chat template, which Megatron's flag takes itself, or in a file. Raises ValueError."""
+    if "{" in given:
+        return given
+    try:
+        return str(read_text(Path(given)))
+    except BadFile as error:
+        raise ValueError(f"--chat-template: {error}") from None
 
 
 def print_problems(reports: list[Report], split_special_tokens: bool) -> None:

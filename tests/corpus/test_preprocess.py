@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron.training.config import TokenizerConfig
 from tokenizers import processors
 
+from yoco_megatron.corpus import documents as documents_module
 from yoco_megatron.corpus import idx_writer as index_file
 from yoco_megatron.corpus import preprocess as module
 from yoco_megatron.corpus import readers
@@ -212,7 +213,7 @@ def test_what_cannot_be_printed_is_listed_too(tokenizer: Any, tmp_path: Path) ->
     listed = [json.loads(line) for line in Path(report.problems).read_text().splitlines()]
     assert (report.documents, report.bad_lines) == (1, 2)
     assert [entry["place"].rpartition("/")[2] for entry in listed] == [r"na\udcefve.jsonl:1", r"na\udcefve.jsonl:3"]
-    assert r"\ud800" in listed[0]["reason"] and len(listed[1]["reason"]) == module.REASON_LENGTH
+    assert r"\ud800" in listed[0]["reason"] and len(listed[1]["reason"]) == documents_module.REASON_LENGTH
 
 
 def test_outputs_in_the_input_folder_are_no_input(tokenizer: Any, tmp_path: Path) -> None:
@@ -382,7 +383,7 @@ def test_a_document_too_long_for_an_index_is_refused(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The index counts in 32 bits."""
-    monkeypatch.setattr(module, "MAX_TOKENS", 5)
+    monkeypatch.setattr(documents_module, "MAX_TOKENS", 5)
     path = write_lines(tmp_path / "f.jsonl", ["a", "123456789"])
     with pytest.raises(ValueError, match=r"--input .*f\.jsonl: a document of 10 tokens .* counts up to 5"):
         run([path], tmp_path / "out", tokenizer)

@@ -106,7 +106,7 @@ def test_all_damaged_datasets_are_listed(prefix: str, tmp_path: Path) -> None:
 
 def test_the_report_of_other_data_is_refused(prefix: str, tmp_path: Path) -> None:
     """An .idx or .bin that was copied over the old one, without its report."""
-    from yoco_megatron.corpus.preprocess import describe_files
+    from yoco_megatron.corpus.output_files import describe_files
 
     binary, index = (Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx"))
     report = {"files": describe_files(binary, index)}

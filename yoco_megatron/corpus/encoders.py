@@ -11,7 +11,7 @@ tokenizer's own library does for a batch. None of them holds Python's lock for l
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,6 +27,8 @@ HARD_TEXTS = (
     "  two  spaces ", "\n\n \t x\r\n", "\x00\x7f\u200d\ufeff", "cafe\u0301 Ⅷ ﬁ", "größer 漢字 🙂👩‍👩‍👧 हिन्दी",
     "1234567.89", "I'LL we've ’s", "a" * 1000, " " * 300, "naïve_snake CamelCase\\n", "x" + "\u0301" * 40, "",
 )  # fmt: skip
+# What a text is put after to encode it as one that follows another, and texts that show whether that matters.
+ANCHOR, FOLLOWING = b"\n", (b"x", "\u044f".encode(), "\u6f22".encode())
 # After the first calls one text per call, of at most this size, is encoded again to check that gigatoken agrees.
 PROBE_BYTES = 4096
 # In the first calls, up to this many bytes, all texts are.
@@ -178,8 +180,8 @@ def find_special(found: Ids, special: dict[int, str]) -> dict[int, list[str]]:
     return {owner: list(names) for owner, names in tokens.items()}
 
 
-def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
-    """Ids with the same few ids added before and after every text."""
+def with_ends(found: Ids, before: Sequence[int | np.ndarray], after: Sequence[int | np.ndarray]) -> Ids:
+    """Ids with a few added before and after every text: the same for all, or arrays with one a text."""
     if not before and not after:
         return found
     lengths = found.lengths + len(before) + len(after)
@@ -194,6 +196,29 @@ def with_ends(found: Ids, before: list[int], after: list[int]) -> Ids:
         own[ends - place] = False
     ids[own] = found.ids
     return Ids(ids, lengths)
+
+
+def following(encode: Encoder) -> Encoder:
+    """An encoder for texts that follow others; `encode` itself unless it puts a space before every text."""
+    try:
+        newline, *alone = (encode([text]).ids for text in (ANCHOR, *FOLLOWING))
+        together = [encode([ANCHOR + text]).ids for text in FOLLOWING]
+    except TextError:  # its texts are ids
+        return encode
+    if all(np.array_equal(np.concatenate([newline, ids]), both) for ids, both in zip(alone, together)):
+        return encode
+
+    def encode_after_newline(texts: list[bytes]) -> Ids:
+        found = encode([ANCHOR + text for text in texts])
+        ends = np.cumsum(found.lengths).tolist()
+        parts = []
+        for text, start, end in zip(texts, [0, *ends], ends):
+            ids = found.ids[start:end]
+            begins = np.array_equal(ids[: len(newline)], newline)
+            parts.append(ids[len(newline) :] if begins else encode([text]).ids)
+        return join(parts)
+
+    return encode_after_newline
 
 
 def _rust_core(tokenizer: Any) -> Any:

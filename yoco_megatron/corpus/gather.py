@@ -10,6 +10,7 @@ import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -105,8 +106,8 @@ def _is_corpus(path: Path) -> bool:
         return False
 
 
-def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
-    """The texts under `keys` of one line of a JSON lines file, in UTF-8.
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """The object of one line of a JSON lines file.
 
     Raises:
         ValueError: what is wrong with the line, beginning with `where` ("file:line").
@@ -118,6 +119,16 @@ def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
         raise ValueError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where}: a line must be an object such as {{"text": "..."}}, not {type(record).__name__}')
+    return record
+
+
+def parse_line(line: bytes, keys: list[str], where: str) -> list[bytes]:
+    """The texts under `keys` of one line of a JSON lines file, in UTF-8.
+
+    Raises:
+        ValueError: what is wrong with the line, beginning with `where` ("file:line").
+    """
+    record = parse_object(line, where)
     for key in keys:
         if key in record and not isinstance(record[key], str):
             found = "null" if record[key] is None else f"of the type {type(record[key]).__name__}"

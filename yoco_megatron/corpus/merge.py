@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from yoco_megatron.corpus.idx_writer import sync, write_index
-from yoco_megatron.corpus.preprocess import BLOCK_BYTES, describe_files, move_into_place
+from yoco_megatron.corpus.output_files import BLOCK_BYTES, describe_files, move_into_place
 from yoco_megatron.data.check import check_data_prefixes, read_report
 from yoco_megatron.data.idx import HEADER, Header, check_index, read_header
 

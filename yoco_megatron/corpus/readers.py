@@ -8,20 +8,21 @@ A text file is one record. JSON lines and text may be compressed with gzip, bzip
 import codecs
 import contextlib
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from yoco_megatron.corpus.decompress import COMPRESSED_SUFFIXES, DAMAGED, decompressed, skip
-from yoco_megatron.corpus.gather import parse_line
+from yoco_megatron.corpus.gather import parse_line, parse_object
 from yoco_megatron.corpus.text_encoding import foreign_encoding, refuse
 
 # A batch ends at either: enough text to be worth a thread's turn, few enough records to keep the memory of ids small.
 BATCH_BYTES = 1 << 20
 BATCH_RECORDS = 1024
 BATCH_ROWS = 128
+
 
 JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
 
@@ -39,6 +40,14 @@ class Position:
     file: int = 0
     offset: int = 0
     record: int = 0
+
+
+class Parsed[T](NamedTuple):
+    """The good records of a batch; their indices in it; (index, reason) of each bad one."""
+
+    good: list[T]
+    indices: list[int]
+    bad: list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,16 @@ class Batch:
         record = self.records[index]
         return str(record) if isinstance(record, Path) else f"{self.path}:{self.first + index}"
 
-    def texts(self, keys: list[str]) -> tuple[list[list[bytes]], list[int], list[tuple[int, str]]]:
-        """The good records as UTF-8 texts, one a key; their indices in `records`; (index, reason) of each bad one."""
-        good: list[list[bytes]] = []
+    def texts(self, keys: list[str]) -> Parsed[list[bytes]]:
+        """The records' UTF-8 texts, one a key."""
+        return self._parse(lambda record, place: _texts(record, keys, place))
+
+    def objects[T](self, keys: list[str], parse: Callable[[dict[str, Any]], T]) -> Parsed[T]:
+        """What `parse` makes of each record, a JSON object or a row of a parquet file, or raises as a ValueError."""
+        return self._parse(lambda record, place: parse(_object(record, keys, place)))
+
+    def _parse[T](self, parse: Callable[[Any, str], T]) -> Parsed[T]:
+        good: list[T] = []
         indices: list[int] = []
         bad: list[tuple[int, str]] = []
         for index, record in enumerate(self.records):
@@ -76,11 +92,11 @@ class Batch:
                 continue  # a blank line is no record
             place = self.place(index)
             try:
-                good.append(_texts(record, keys, place))
+                good.append(parse(record, place))
                 indices.append(index)
             except ValueError as error:
                 bad.append((index, str(error).removeprefix(f"{place}: ")))
-        return good, indices, bad
+        return Parsed(good, indices, bad)
 
 
 def _texts(record: bytes | tuple[Any, ...] | Path, keys: list[str], place: str) -> list[bytes]:
@@ -89,6 +105,23 @@ def _texts(record: bytes | tuple[Any, ...] | Path, keys: list[str], place: str) 
     if isinstance(record, tuple):
         return [_utf8(value, place) for value in record]
     return [_file_text(record, place)]
+
+
+def _object(record: bytes | tuple[Any, ...] | Path, keys: list[str], place: str) -> dict[str, Any]:
+    if isinstance(record, bytes):
+        return parse_object(record, place)
+    if isinstance(record, tuple):
+        return {key: _plain(value, place) for key, value in zip(keys, record) if value is not None}
+    raise ValueError(f"{place}: a text file has no keys")
+
+
+def _plain(value: Any, place: str) -> Any:
+    """A value of a parquet file as JSON would have it: a field that a row lacks is null there."""
+    if isinstance(value, bytes):
+        return _utf8(value, place).decode()
+    if isinstance(value, dict):
+        return {key: _plain(item, place) for key, item in value.items() if item is not None}
+    return [_plain(item, place) for item in value] if isinstance(value, list) else value
 
 
 def _utf8(value: Any, place: str) -> bytes:
@@ -169,6 +202,8 @@ def check_keys(files: list[Path], keys: list[str]) -> None:
 def read_batches(files: list[Path], keys: list[str], start: Position | None = None) -> Iterator[Batch]:
     """All records of `files` in order, from `start` on.
 
+    Args:
+        keys: columns of parquet files; one that a file lacks is None in all its rows (see `check_keys`).
     Raises:
         ValueError: a compressed or parquet file that is damaged or ends too early, JSON lines that are not UTF-8.
     """
@@ -225,11 +260,13 @@ def _check_encoding(path: Path, stream: Any) -> None:
 def _read_rows(path: Path, start: Position, before: int, keys: list[str]) -> Iterator[Batch]:
     parquet = _parquet(path)
     size, row = path.stat().st_size, 0
-    for table in parquet.iter_batches(batch_size=BATCH_ROWS, columns=keys):
+    columns = [key for key in keys if key in parquet.schema_arrow.names]
+    for table in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
         first, row = row, row + table.num_rows
         if row > start.offset:
             table = table.slice(max(start.offset - first, 0))
-            records = list(zip(*[_as_bytes(table.column(key)) for key in keys]))
+            values = [_as_bytes(table.column(key)) if key in columns else repeat(None, len(table)) for key in keys]
+            records = list(zip(*values))
             done = before + size * row // parquet.metadata.num_rows
             yield Batch(path, row - len(records) + 1, records, table.nbytes, Position(start.file, row, row), done)
 

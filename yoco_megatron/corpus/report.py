@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from yoco_megatron.corpus.preprocess import file_sha256
+from yoco_megatron.corpus.output_files import file_sha256
 from yoco_megatron.data.check import MAX_VOCABULARY, read_report
 from yoco_megatron.data.tokenizer import build_tokenizer, id_limit, known_options, tokenizer_sha256
 
