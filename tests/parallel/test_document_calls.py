@@ -4,24 +4,17 @@ import pytest
 import torch
 from megatron.core import parallel_state as mpu
 from support.models import relative_error
+from support.packed_attention import shard_of, with_calls, with_mask
 from support.worlds import run_world
 
-from yoco_megatron.model.cross_decoder.document_attention import document_attention
-from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
 from yoco_megatron.ops.attention import packed_causal_attention
 from yoco_megatron.parallel.context import document_calls
 from yoco_megatron.parallel.context.document_calls import DocumentCalls
-from yoco_megatron.parallel.context.query_shard import QueryShard, Runs, positions_of
+from yoco_megatron.parallel.context.query_shard import Runs, count
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 LENGTH, BATCH, HEADS, GROUPS, WIDTH = 64, 2, 4, 2, 8
 TOLERANCE = 1e-12  # float64: sums in another order
-
-
-def shard_of(*packs: list[int], group: torch.distributed.ProcessGroup | None = None) -> SequenceShard:
-    """Of packs of documents with these lengths."""
-    ids = torch.stack([torch.arange(len(pack)).repeat_interleave(torch.tensor(pack)) for pack in packs])
-    return SequenceShard(ids.shape[1], len(packs), ids, group)
 
 
 def plan(shard: SequenceShard, runs: Runs, monkeypatch, tile: int = 1, long: int = 4096) -> DocumentCalls:
@@ -111,18 +104,6 @@ def random_runs(multiple: int) -> Runs:
     return tuple(zip(edges[::2], edges[1::2]))
 
 
-def masked_attention(
-    query: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, shard: SequenceShard
-) -> torch.Tensor:
-    """All keys, with a mask: query [m, b, H, D], kv [s, b, G, 2, D] -> [m, b, H * D]."""
-    key, value = (x.repeat_interleave(HEADS // GROUPS, 2) for x in kv.unbind(3))
-    ids = shard.document_ids
-    visible = (ids[:, positions, None] == ids[:, None]) & (torch.arange(LENGTH) <= positions[:, None])
-    scores = torch.einsum("mbhd,sbhd->bhms", query, key) * WIDTH**-0.5
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhms,sbhd->mbhd", weights, value).flatten(2)
-
-
 def errors_on_this_rank(seed: int, tile: int, long: int) -> list[float]:
     """Relative errors of two layers' outputs and of the gradients; random runs, documents and inputs."""
     document_calls.QUERY_TILE, document_calls.LONG_DOCUMENT = tile, long
@@ -132,19 +113,9 @@ def errors_on_this_rank(seed: int, tile: int, long: int) -> list[float]:
     packs = [torch.tensor([0, *cut, LENGTH]).diff().tolist() for cut in cuts]
     shard = shard_of(*packs, group=group if group.size() > 1 else None)
     runs = random_runs(2 * group.size())
-    queries = QueryShard(shard, runs)
-    positions = positions_of(runs)
-    mine = (positions[None] == positions_of(queries.runs)[:, None]).nonzero()[:, 1]
-    kv = torch.randn(LENGTH, BATCH, GROUPS, 2, WIDTH, dtype=torch.float64, requires_grad=True)
-    layers = [torch.randn(2, len(positions), BATCH, HEADS * WIDTH, dtype=torch.float64) for _ in range(2)]
-
-    wanted = []
-    for inputs, weights in layers:
-        query = inputs.clone().unflatten(-1, (HEADS, WIDTH)).requires_grad_()
-        out = masked_attention(query, kv, positions, shard)
-        (out * weights).sum().backward()
-        wanted += [out[mine], query.grad[mine]]
-    wanted.append(shard.local(kv.grad, 0))
+    kv = torch.randn(LENGTH, BATCH, GROUPS, 2, WIDTH, dtype=torch.float64)
+    query, gradient = torch.randn(2, 2, count(runs), BATCH, HEADS, WIDTH, dtype=torch.float64)
+    layers = list(zip(query, gradient.flatten(3)))
 
     def core(query, key, value, attention_mask, mask_type, packed_seq_params):
         packed = packed_seq_params
@@ -152,19 +123,9 @@ def errors_on_this_rank(seed: int, tile: int, long: int) -> list[float]:
         assert sums[0].diff().min() > 0 and sums[1][-1] == len(key) == len(value)
         return packed_causal_attention(query, key, value, *sums).flatten(1)
 
-    found = []
-    own = shard.local(kv.detach(), 0).clone().requires_grad_()
-    hidden = torch.zeros(1, 1, 1, dtype=torch.float64, requires_grad=True)
-    hidden, reader = SharedKVReader.enter(hidden, own, own.dtype, None, DocumentCalls(shard, queries.runs))
-    loss = hidden.sum()
-    for inputs, weights in layers:
-        query = inputs[mine].unflatten(-1, (HEADS, WIDTH)).detach().requires_grad_()
-        out = document_attention(core, reader, query)
-        loss = loss + (out * weights[mine]).sum()
-        found += [out, query]
-    loss.backward()
-    found = [x.grad if x.is_leaf else x for x in [*found, own]]
-    return [relative_error(value, reference) for value, reference in zip(found, wanted)]
+    found, wanted = with_calls(core, shard, runs, kv, layers), with_mask(shard, runs, kv, layers)
+    assert found.keys() == wanted.keys()
+    return [relative_error(found[name], wanted[name]) for name in found]
 
 
 @pytest.mark.parametrize(("tile", "long"), [(1, 4096), (6, 4096), (1, 0), (3, 20), (128, 4096)])
