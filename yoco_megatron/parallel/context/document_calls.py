@@ -134,7 +134,7 @@ class DocumentCalls:
         self.calls.append(DocumentCall(queries[-1], len(self._key_rows) - 1, num_keys, packed))
 
     def _index(self, rows: np.ndarray) -> Tensor:
-        return to_device(rows, torch.int64, self.shard.device)
+        return to_device(torch.from_numpy(rows), self.shard.device)
 
     @property
     def in_place(self) -> list[bool]:

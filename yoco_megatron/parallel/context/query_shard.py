@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from yoco_megatron.parallel.context.host_copy import to_device
 from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys
 
 Runs = Sequence[tuple[int, int]]
@@ -74,11 +75,6 @@ def positions_of(runs: Runs, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(queries, device=device) + skipped.repeat_interleave(
         to_device(lengths, device), output_size=queries
     )
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A copy of a host tensor, for which the host does not wait."""
-    return x.to(device) if torch.device(device).type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 class QueryShard:

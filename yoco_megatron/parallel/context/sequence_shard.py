@@ -183,11 +183,11 @@ class SequenceShard:
 
 def packed_segments(queries: list[int], keys: list[int], device: torch.device | str) -> PackedSeqParams:
     """Segments of queries and keys, laid end to end; both sums are cumulative and start at 0, none is empty."""
-    cu_seqlens_q = to_device(queries, torch.int32, device)
+    cu_seqlens_q, cu_seqlens_kv = (to_device(torch.tensor(sums, dtype=torch.int32), device) for sums in (queries, keys))
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_kv=cu_seqlens_q if keys == queries else to_device(keys, torch.int32, device),
+        cu_seqlens_kv=cu_seqlens_q if keys == queries else cu_seqlens_kv,
         max_seqlen_q=max(stop - start for start, stop in pairwise(queries)),
         max_seqlen_kv=max(stop - start for start, stop in pairwise(keys)),
         pad_between_seqs=False,
