@@ -23,6 +23,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
 from yoco_megatron.data.provider import build_datasets
+from yoco_megatron.evaluation import in_training
 from yoco_megatron.resilience import exit_record, run_lock, secrets
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> None:
     """
     try:
         args, model = parse_and_validate(argv)
+        in_training.prepare(args)
         record_run(args, model)
         upstream.install(args)
         with managed_run(args):

@@ -21,6 +21,7 @@ from yoco_megatron import runtime
 # Importing them enters their entries.
 from yoco_megatron.upstream import (  # noqa: F401
     background_writer,
+    between_steps,
     core_fixes,
     index_caches,
     optimizer_state,
@@ -33,7 +34,14 @@ from yoco_megatron.upstream import (  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 REPLACED, RELIED_ON = registry.replacements, registry.dependencies
-ANY_RUN = Namespace(run_folder="run", save=None, guard_sigmas=6.0, validates_whole=True, validation_sets=[])
+ANY_RUN = Namespace(
+    run_folder="run",
+    save=None,
+    guard_sigmas=6.0,
+    validates_whole=True,
+    validation_sets=[],
+    evaluate_suite="suite.yaml",
+)
 
 
 def name_of(entry: registry.Replacement | registry.Dependency) -> str:
@@ -125,13 +133,18 @@ def test_conditions_and_only() -> None:
     def installed(run_folder: str | None, only: set[str] | None) -> set[str]:
         with restored():
             args = Namespace(
-                run_folder=run_folder, save=run_folder, guard_sigmas=None, validates_whole=False, validation_sets=[]
+                run_folder=run_folder,
+                save=run_folder,
+                guard_sigmas=None,
+                validates_whole=False,
+                validation_sets=[],
+                evaluate_suite=None,
             )
             registry.install(False, args, only)
             return {name_of(entry) for entry in REPLACED if entry.is_installed and not entry.in_every_process}
 
     every = {name_of(entry) for entry in REPLACED if not entry.in_every_process}
-    by_flag = (".get_grad_norm", ".evaluate_and_print_results")
+    by_flag = (".get_grad_norm", ".evaluate_and_print_results", ".post_training_step_callbacks")
     assert installed("run", None) == {name for name in every if not name.endswith(by_flag)}
     assert installed(None, None).isdisjoint({"training.train_step", "training.save_checkpoint_and_time"})
     assert installed("run", {"train_step"}) == {"training.train_step"}

@@ -68,6 +68,8 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="FILE",
         help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
     )
+    group.add_argument("--evaluate-suite", metavar="FILE", help="YAML of tasks that are evaluated between steps.")
+    group.add_argument("--evaluate-interval", type=int, metavar="STEPS", help="Steps from one evaluation to the next.")
     resilience.add(parser)
     for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")

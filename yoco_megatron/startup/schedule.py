@@ -1,6 +1,7 @@
 """The length of a run, its rates and batches: what Megatron finds wrong once the model is built, or later."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
@@ -28,10 +29,20 @@ def check(args: Namespace) -> None:
         not args.train_samples or args.train_samples >= (args.global_batch_size or 1),
         f"--train-samples {args.train_samples} is less than --global-batch-size {args.global_batch_size}: no step",
     )
+    _check_evaluation(args)
     _check_rates(args)
     _check_lengths(args, "iters" if args.train_iters else "samples")
     if args.step_batch_size_schedule is not None:
         _check_batches(args)
+
+
+def _check_evaluation(args: Namespace) -> None:
+    suite, interval = args.evaluate_suite, args.evaluate_interval
+    if suite is None:
+        return
+    require(interval is not None, f"--evaluate-suite {suite} needs --evaluate-interval, the steps between evaluations")
+    require(interval >= 1, f"--evaluate-interval {interval} must be at least 1")
+    require(Path(suite).is_file(), f"--evaluate-suite {suite}: there is no such file")
 
 
 def _check_rates(args: Namespace) -> None:

@@ -23,6 +23,7 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
         only: upstream names (`train_step`, `Class.method`): leave out all other entries. For baselines.
     """
     from yoco_megatron.upstream import (  # noqa: F401
+        between_steps,
         optimizer_state,
         resilience_hooks,
         run_without_save,

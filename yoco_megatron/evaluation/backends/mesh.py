@@ -27,12 +27,15 @@ from yoco_megatron.evaluation.backends.batching import in_order
 from yoco_megatron.evaluation.backends.logits import excluded_ids, read_logits
 from yoco_megatron.evaluation.requests import Generate, Likelihood, Score, Tokenizer, TokenLosses
 from yoco_megatron.model.yoco_model import YOCOModel
-from yoco_megatron.parallel.context.query_shard import Runs, count, dealt_runs, positions_of, queries_multiple
+from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs, positions_of, queries_multiple
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
-from yoco_megatron.training.query_positions import FP8_ROWS
+from yoco_megatron.training.micro_batches import MaskedMicroBatches, MicroBatches
+from yoco_megatron.training.query_positions import FP8_ROWS, PositionCounts
 
 ROWS = 32
 """Lengths are multiples of it: kernels are prepared anew for each shape."""
+LOGITS = 1 << 28
+"""Logits that a micro-batch makes at most on a process, where it makes them at all and has more than one sequence."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class MicroBatch:
             padded[1, index, : len(row.tokens) - 1] = row.tokens[1:]
         tokens, labels = torch.from_numpy(padded).to(runtime.device())
         return tokens, labels
+
+
+def _runs(batch: MicroBatch) -> tuple[Runs | None, PositionCounts]:
+    return batch.runs, PositionCounts()
 
 
 class MeshBackend:
@@ -171,10 +178,12 @@ class MeshBackend:
         """
         lengths = [self._padded(len(row.tokens) - 1, self.longest) for row in rows]
         answers: list[Any] = [None] * len(rows)
+        width = self.chunks[0].vocab_size // self.config.tensor_model_parallel_size
+        budget = self.token_budget if excluded is None else min(self.token_budget, LOGITS // width)
         for length in sorted(set(lengths), reverse=True):
             numbers = [number for number, one in enumerate(lengths) if one == length]
             numbers.sort(key=lambda number: (rows[number].first, len(rows[number].tokens)))  # runs alike
-            microbatches = self._microbatches(rows, numbers, length)
+            microbatches = self._microbatches(rows, numbers, length, budget)
             for batch, found in zip(microbatches, self._run(microbatches, length, excluded)):
                 for index, number in enumerate(batch.numbers):
                     row = rows[number]
@@ -190,10 +199,10 @@ class MeshBackend:
             step *= 2
         return min(-(-count // step) * step, most)
 
-    def _microbatches(self, rows: Sequence[Row], numbers: list[int], length: int) -> list[MicroBatch]:
+    def _microbatches(self, rows: Sequence[Row], numbers: list[int], length: int, budget: int) -> list[MicroBatch]:
         """As many for each data-parallel rank, all of one shape; the last rows fill up."""
         share = -(-len(numbers) // self.replicas)
-        size = max(1, min(self.token_budget // length, 1 << (share - 1).bit_length()))
+        size = max(1, min(budget // length, 1 << (share - 1).bit_length()))
         made = [self._microbatch(rows, numbers[at : at + size], size, length) for at in range(0, len(numbers), size)]
         # An interleaved pipeline takes whole groups of micro-batches.
         group = self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
@@ -214,7 +223,7 @@ class MeshBackend:
         own = microbatches[self.replica :: self.replicas]
         chunks = self.chunks
         step = partial(self._forward_step, length=length, excluded=excluded)
-        step.queries_of = lambda number: None if own[number].runs is None else count(own[number].runs)  # type: ignore
+        step.micro_batches = lambda data, _: MaskedMicroBatches(data, _runs)  # type: ignore[attr-defined]
         found = training.get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[iter(own) for _ in chunks] if len(chunks) > 1 else iter(own),
@@ -234,21 +243,21 @@ class MeshBackend:
         split = everything.cpu().split([part.numel() for part in parts])
         return (values.view(shape).numpy() for values, shape in zip(split, shapes))
 
-    def _forward_step(self, data: Iterator[MicroBatch], chunk: torch.nn.Module, length: int, excluded: Any) -> Any:
-        batch = next(data)
+    def _forward_step(self, data: MicroBatches, chunk: torch.nn.Module, length: int, excluded: Any) -> Any:
+        batch, runs = next(data)
         shard = SequenceShard(length, len(batch.rows), None, self._context_group(), runtime.device())
         tokens, labels = batch.tensors(length)
-        if batch.runs is None:
+        if runs is None:
             positions = shard.positions()
         else:
-            positions = positions_of(dealt_runs(batch.runs, shard.ranks, shard.rank), runtime.device())
+            positions = positions_of(dealt_runs(runs, shard.ranks, shard.rank), runtime.device())
         labels = labels.index_select(1, positions)
         output = chunk(
             shard.local(tokens, 1),
             shard.positions().expand(len(tokens), -1),
             None,
             labels=labels if excluded is None else None,
-            **({"query_runs": batch.runs} if self.is_yoco else {}),
+            **({"query_runs": runs} if self.is_yoco else {}),
         )
         return output, partial(self._collect, batch, labels, positions, excluded)
 

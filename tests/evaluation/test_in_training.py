@@ -1,0 +1,115 @@
+"""--evaluate-suite: a run with it is bitwise the run without it, and scores are the same at every mesh.
+
+Tolerance between meshes: fp32 sums in another order, in scores 1e-5 nats after some steps.
+"""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.cli import TINY, Log, Runs, checkpoint, run_script
+
+STEPS, INTERVAL = 6, 2
+MESHES = {
+    "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--hidden-dropout", "0.1"),
+    "PP2": ("--pipeline-model-parallel-size", "2"),
+    "DP2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+}
+
+
+def write_suite(folder: Path, length: int = 176) -> Path:
+    """One task of each kind; of 3 requests and 5, which two processes do not share evenly."""
+    texts = [f"{n} foxes return x_{n % 7}, the größer ones = {n * n}\n" for n in range(60)]
+    (folder / "text.txt").write_text("".join(texts))
+    benchmark = folder / "data" / "boolq" / "rc_0shot"
+    benchmark.mkdir(parents=True)
+    lines = [
+        dict(doc={}, request=dict(context=text, continuation=choice), idx=index, doc_id=number, label=number % 2)
+        for number, text in enumerate(texts[:3])
+        for index, choice in enumerate((" no", " yes, quick"))
+    ]
+    (benchmark / "requests.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    (benchmark / "config.json").write_text(json.dumps({"task_config": {"split": "validation"}}))
+    tasks = [
+        dict(task="needle", lengths=[length], filler="noise", depths=2, samples=1),
+        dict(task="multiple_choice", benchmarks=["boolq"], data=str(folder / "data")),
+        dict(task="validation_loss", data=str(folder / "text.txt"), length=64),
+    ]
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    return folder / "suite.yaml"
+
+
+def flags(tokenizer: Path, *more: str) -> list[str]:
+    text = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--vocab-size", "400")
+    steps = ("--train-iters", str(STEPS), "--seq-length", "320", "--eval-interval", "3")
+    return [*TINY, *text, *steps, "--global-batch-size", "4", "--micro-batch-size", "1", *more]
+
+
+def figures(log: Log) -> tuple[Any, ...]:
+    return log.losses, log.grad_norms, log.validation
+
+
+def test_training_does_not_notice(tmp_path: Path, bpe_folder: Path) -> None:
+    suite = ("--evaluate-suite", str(write_suite(tmp_path)), "--evaluate-interval", str(INTERVAL))
+    runs: dict[Any, list[str]] = {}
+    for mesh, own in MESHES.items():
+        for evaluates in (False, True):
+            save = ("--save", str(tmp_path / f"{mesh}_{evaluates}"), "--save-interval", str(STEPS))
+            more = ("--tensorboard-dir", str(tmp_path / mesh), *suite) if evaluates else ()
+            runs[mesh, evaluates] = flags(bpe_folder, *own, *save, *more)
+    found = Runs(2, runs)
+    scores = {}
+    for mesh in MESHES:
+        assert len(found[mesh, False].losses) == STEPS
+        assert figures(found[mesh, True]) == figures(found[mesh, False]), mesh
+        plain, evaluated = (checkpoint(tmp_path / f"{mesh}_{evaluates}", STEPS) for evaluates in (False, True))
+        assert plain.keys() == evaluated.keys()
+        for name, value in plain.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, evaluated[name]), (mesh, name)
+        files = sorted((tmp_path / f"{mesh}_True" / "evaluation" / "in_training").iterdir())
+        steps = range(INTERVAL, STEPS + 1, INTERVAL)
+        assert [file.name for file in files] == [f"iter_{step:07d}.json" for step in steps]
+        scores[mesh] = [metrics_of(json.loads(file.read_text())) for file in files]
+        assert found[mesh, True].text.count("evaluation at iteration") == len(files)
+        assert scores[mesh][0] != scores[mesh][-1]
+        assert scalars(tmp_path / mesh, STEPS) == pytest.approx(scores[mesh][-1])
+    for mine, theirs in zip(scores["PP2"], scores["DP2"], strict=True):  # with dropout others are trained
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-5)
+
+
+def metrics_of(content: dict[str, Any]) -> dict[str, float]:
+    tasks = content["tasks"].items()
+    return {f"evaluation/{task}/{name}": value for task, one in tasks for name, value in one["metrics"].items()}
+
+
+def scalars(folder: Path, step: int) -> dict[str, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("evaluation/")]
+    return {tag: one.value for tag in tags for one in events.Scalars(tag) if one.step == step}
+
+
+EVERY = ("--evaluate-interval", "5")
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--evaluate-suite", "SUITE"], "needs --evaluate-interval"),
+        (EVERY, "--evaluate-interval has no effect"),
+        (["--evaluate-suite", "none.yaml", *EVERY], "--evaluate-suite none.yaml: there is no such file"),
+        (["--evaluate-suite", "SUITE", "--evaluate-interval", "0"], "--evaluate-interval 0 must be at least 1"),
+        (["--evaluate-suite", "SUITE", *EVERY, "--seq-length", "128"], "task needle has sequences of"),
+        (["--evaluate-suite", "SUITE", *EVERY, "--tokenizer-type", "NullTokenizer"], "tasks are of text"),
+    ],
+)
+def test_mistakes_end_before_training(more: list[str], error: str, tmp_path: Path, bpe_folder: Path) -> None:
+    suite = str(write_suite(tmp_path))
+    ((code, text),) = run_script(1, *flags(bpe_folder, *(suite if word == "SUITE" else word for word in more)))
+    assert code and text.count("error: ") == 1 and error in text
