@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training.config import TokenizerConfig
+from support.datasets import write
 
 from yoco_megatron.data import fingerprint
 
@@ -241,3 +242,24 @@ def test_a_tokenizer_of_unknown_content_is_no_other(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fingerprint, "tokenizer_sha256", lambda _: "b")
     with pytest.raises(ValueError, match=r"tokenizer_sha256 was a, is b"):
         fingerprint.check_resumable(args)
+
+
+def test_another_loss_mask_or_packing_is_named(run: Namespace, tmp_path: Path) -> None:
+    """A mask that came or went, too: without it every token is learned."""
+
+    def differs(name: str) -> None:
+        with pytest.raises(ValueError, match=rf"other data: {name} was"):
+            fingerprint.check_resumable(run)
+
+    write(tmp_path / "a_loss_mask", [[1, 0, 1], [0, 0, 1, 1]], np.uint8)
+    differs("a_loss_mask")
+    fingerprint.save(run, run.load)
+    fingerprint.check_resumable(run)
+    write(tmp_path / "a_loss_mask", [[1, 0, 1], [0, 1, 1, 1]], np.uint8)
+    differs("a_loss_mask")
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"a_loss_mask.{suffix}").unlink()
+    differs("a_loss_mask")
+    fingerprint.save(run, run.load)
+    run.sample_packing = "documents"
+    differs("sample_packing")

@@ -13,6 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from support.cli import TINY, train
+from support.datasets import write
 from support.tools import ROOT, start
 
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
@@ -136,3 +137,25 @@ def test_training_finds_the_cache(sources: list[str], tmp_path: Path) -> None:
     train(1, *flags, "--train-iters", "20", "--exit-interval", "2", base=FLAGS)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == built
     assert "--data-cache-path is missing" in run("prepare_cache", *flags[:-2])
+
+
+def test_packed_documents_beside_a_stream(sources: list[str], tmp_path: Path) -> None:
+    """A blend: the source with a mask is packed, in whole epochs; both are counted as they are built."""
+    large, *_ = sources
+    lengths = [5, 30, 20, 20, 40] * 20  # 40 counts as 32: 20 + 5, 30, 20 and 32 make 80 samples
+    answers = write(tmp_path / "answers", [range(n) for n in lengths], loss_masks=[np.ones(n) for n in lengths])
+    flags = ("--data-path", "1", answers, "1", large, "--train-iters", "40", "--split", "1,0,0", "--eval-iters", "0")
+    args = parsed(*flags)
+    packed, stream = plan(args, train_samples(args))
+    assert (packed.samples, packed.epochs, packed.order, stream.padding) == (160, 2.0, (1, False), 0.0)
+    assert packed.padding == pytest.approx(1 - (5 + 30 + 20 + 20 + 32) / (4 * 32))
+    built = BlendedMegatronDatasetBuilder(
+        CheckedGPTDataset, [320, 0, 0], lambda: True, dataset_config(args, build_tokenizer(args), {})
+    ).build()[0]
+    of_packed, of_stream = built.datasets
+    assert (of_packed.is_packed, of_stream.is_packed) == (True, False) and len(of_packed) == 240
+    assert set(Counter(of_packed.document_index.tolist()).values()) == {3}
+    assert of_packed.loss_masks is not None and of_stream.loss_masks is None
+    said = table([packed, stream], 32, 320).splitlines()
+    assert [line.split()[-1] for line in said] == ["padding", "16.41%", "0.00%", "8.20%"]
+    assert {source.padding for source in plan(parsed(*flags, "--sample-packing", "stream"), 320)} == {0.0}

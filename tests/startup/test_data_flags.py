@@ -1,4 +1,4 @@
-"""An evaluation that reads samples several times is told, with both numbers."""
+"""What is said of the data, and follows from them: samples that are read several times, masks, packed documents."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from support.cli import TINY, TINY_BASELINE
+from support.datasets import write
 
 from yoco_megatron.data.blend import DATA_FLAGS
-from yoco_megatron.startup.data_flags import repeated_validation
+from yoco_megatron.startup.arguments import parse
+from yoco_megatron.startup.data_flags import check_enough, packing, repeated_validation
+
+TINY_OF_DATA, TINY_BASELINE_OF_DATA = (
+    [flag for flag in model if flag not in ("--mock-data", "--split", "90,5,5")] for model in (TINY, TINY_BASELINE)
+)
+SPLIT = ["--split", "3,2,0"]
 
 
 @pytest.fixture
@@ -49,3 +57,64 @@ def test_blends_and_sets(prefix: str) -> None:
     assert len(said(data_path=[prefix, prefix], split="9,1,0", eval_iters=5)) == 1
     sets = {"valid_data_path": [prefix, prefix], "train_data_path": [prefix], "validation_sets": ["a", "b"]}
     assert (len(said(**sets, eval_iters=20)), len(said(**sets, eval_iters=21))) == (0, 2)
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> str:
+    return write(tmp_path / "masked", [np.arange(20)] * 50, loss_masks=[np.arange(20) > 9] * 50)
+
+
+def flags_of(*flags: str) -> Namespace:
+    """Of a run, with all that follows from them."""
+    return parse([*TINY_OF_DATA, *flags], 1)
+
+
+def test_a_mask_is_seen_and_its_documents_packed_apart(masked: str, prefix: str) -> None:
+    for flags, has_masks, is_apart in (
+        (["--data-path", masked, *SPLIT], True, True),
+        (["--data-path", masked, *SPLIT, "--sample-packing", "stream"], True, False),
+        (["--data-path", "1", prefix, "2", masked, *SPLIT], True, True),
+        (["--train-data-path", prefix, "--valid-data-path", masked], True, True),
+        (["--data-path", prefix, *SPLIT], False, False),
+        (["--data-path", prefix, *SPLIT, "--sample-packing", "documents"], False, True),
+        (["--mock-data"], False, False),
+    ):
+        args = flags_of(*flags)
+        assert (args.has_loss_masks, args.dataloader_inter_document_masking) == (has_masks, is_apart), flags
+
+
+def test_what_packing_does_is_told(masked: str, prefix: str) -> None:
+    """20 of 32 tokens in each sample; 33 of 32 in those of the other."""
+    said = packing(flags_of("--data-path", masked, *SPLIT))
+    assert said[:2] == [
+        f"{masked}, train: 30 whole documents in 30 samples an epoch, 37.50% padding",
+        f"{masked}, valid: 20 whole documents in 20 samples an epoch, 37.50% padding",
+    ]
+    assert said[2:] == ["--dataloader-inter-document-masking is on: packed documents do not see each other"]
+    blend = ["--data-path", "1", masked, "1", prefix, "--split", "1,0,0", "--eval-iters", "0"]
+    assert len(packing(flags_of(*blend))) == 2
+    said = packing(flags_of(*blend, "--sample-packing", "documents"))
+    assert said[1:3] == [
+        f"{prefix}, train: 100 whole documents in 100 samples an epoch, 0.00% padding",
+        f"WARNING: {prefix}, train: 100 documents (100.00%) are longer than --seq-length 32: their tokens behind it, "
+        "3.03% of all, are left out",
+    ]
+    assert packing(flags_of("--data-path", prefix, *SPLIT)) == packing(flags_of("--mock-data")) == []
+    baseline = packing(parse([*TINY_BASELINE_OF_DATA, "--data-path", masked, *SPLIT], 1))
+    assert baseline[-1] == "WARNING: the baseline has no document masks: packed documents see those before them"
+
+
+def test_an_evaluation_of_packed_documents_counts_their_samples(masked: str) -> None:
+    """50 samples of 20 tokens in 32: more than the tokens would fill."""
+    sets = {"valid_data_path": [masked], "train_data_path": [masked]}
+    assert (len(said(**sets, eval_iters=10)), len(said(**sets, eval_iters=11))) == (0, 1)
+    assert len(said(**sets, eval_iters=10, sample_packing="stream")) == 1
+
+
+def test_a_run_that_reads_datasets_once_counts_packed_samples(masked: str, prefix: str) -> None:
+    """50 samples of one, and (3300 - 1) // 32 = 103 of the other."""
+    once = ["--data-path", masked, prefix, "--split", "1,0,0", "--eval-iters", "0", "--global-batch-size", "1"]
+    once += ["--micro-batch-size", "1", "--train-iters"]
+    check_enough(flags_of(*once, "153"))
+    with pytest.raises(ValueError, match=r"they hold 153 samples, and the run needs 154"):
+        check_enough(flags_of(*once, "154"))

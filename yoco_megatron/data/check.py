@@ -200,15 +200,6 @@ def count_documents(prefix: str) -> tuple[int, int]:
     return len(dataset.document_indices) - 1, int(dataset.sequence_lengths.sum(dtype=np.int64))
 
 
-def count_tokens(prefix: str, split: str | None, part: str | None) -> int:
-    """Tokens of a part of the indexed dataset `prefix`, of all of it where split and part are None."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    first, end = sequences_of(len(dataset), split, part)
-    return int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
-
-
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy of token frequencies, in nats a token: the loss of the best model that ignores all context.
 

@@ -52,22 +52,24 @@ def resolve(args: Namespace) -> None:
         ValueError: see `blend.read_blends`.
     """
     args.has_loss_masks = bool(masked_prefixes(args))
-    if (
-        is_packed(args.sample_packing, args.has_loss_masks) and args.architecture == "yoco"
-    ):  # the baseline has no document masks
-        args.dataloader_inter_document_masking = True
+    if args.architecture == "yoco":  # the baseline has no document masks
+        args.dataloader_inter_document_masking |= is_packed(args.sample_packing, args.has_loss_masks)
 
 
-def check_masks(prefixes: Sequence[str], inside: bool = True) -> None:
+def check_masks(prefixes: Sequence[str], flag: str = "--data-path", inside: bool = True) -> None:
     """Check that the mask of each dataset that has one, or should, is whole and fits the tokens.
 
     Args:
+        flag: the one that named the datasets.
         inside: compare all lengths, and look at a sample of the mask. False: only headers and sizes.
     Raises:
         ValueError: the first mask that is wrong, or is not there although the report has one.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda prefix: _check(prefix, inside), prefixes))
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda prefix: _check(prefix, inside), prefixes))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def _file(prefix: str, suffix: str) -> Path:

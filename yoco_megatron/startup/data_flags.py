@@ -91,6 +91,8 @@ def packing(args: Namespace) -> list[str]:
             if not is_packed(args.sample_packing, has_mask(prefix)):
                 continue
             held = epoch_of(args, prefix, args.split, part if args.split else None)
+            if not held.samples:
+                continue
             name = f"{prefix}, {part}"
             notes.append(
                 f"{name}: {held.documents:,} whole documents in {held.samples:,} samples an epoch, "
