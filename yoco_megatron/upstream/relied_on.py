@@ -96,7 +96,8 @@ relies_on(
     "GPTDataset._query_document_sample_shuffle_indices",
     digest="f2654a6b3ac7e476",
     used_by="data/dataset.py",
-    why="overridden: every id of a sample is in what it returns, before the padding is replaced",
+    why="overridden: every id of a sample is in what it returns, before the padding is replaced; packed documents are "
+    "read there, and how a stream is cut is repeated for its loss mask",
 )
 relies_on(
     "megatron.core.datasets.megatron_dataset",
@@ -117,7 +118,8 @@ relies_on(
     "GPTDataset._build_document_sample_shuffle_indices",
     digest="ac9659147421227d",
     used_by="data/plan.py",
-    why="its rule of the last epoch is repeated there; data/dataset.py reads the indices that it makes",
+    why="its rule of the last epoch is repeated there; data/dataset.py reads the indices that it makes, and has others "
+    "for packed documents",
 )
 relies_on(
     GPT_DATASET,
