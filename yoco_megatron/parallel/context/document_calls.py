@@ -12,7 +12,7 @@ of what was laid out is put back once, behind the last. Where that is the order 
 With context parallelism the keys of a rank's segments are picked from the gathered sequence.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -167,9 +167,11 @@ def _segments(sample: int, starts: list[int], runs: Iterable[tuple[int, int]]) -
     documents: dict[int, list[_Segment]] = {}
     row = 0
     for run_start, run_stop in runs:
-        ends = [start for start in starts if run_start < start < run_stop]
-        for start, stop in pairwise([run_start, *ends, run_stop]):
-            first = starts[bisect_right(starts, start) - 1]
+        next_document = bisect_right(starts, run_start)
+        cuts = starts[next_document : bisect_left(starts, run_stop)]
+        for start, stop in pairwise([run_start, *cuts, run_stop]):
+            first = starts[next_document - 1]
+            next_document += 1
             rows = np.arange(row, row + stop - start)
             row += stop - start
             before = documents.setdefault(first, [])
