@@ -26,48 +26,44 @@ def read_suite(path: Path) -> list[Task]:
     """
     text = read_text(path, LIMIT)
     try:
-        content = parse_yaml(text)
-        wrong = mismatch(content, dict[str, Any]) or mismatch(content.get("tasks"), list[dict[str, Any]], "'tasks'")
-        require(wrong is None, wrong or "")
-        unknown = sorted(content.keys() - {"tasks"})
-        require(not unknown, f"{unknown[:1]} is no key of a suite, which has 'tasks' alone")
-        require(bool(content["tasks"]), "'tasks' is empty")
-        tasks = [_named(make_task, settings, number) for number, settings in enumerate(content["tasks"], 1)]
-        names = [task.name for task in tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"{twice[:1]} is the name of two tasks: give one of them another, with 'name'")
-        return tasks
+        return _tasks(parse_yaml(text))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _named(make: Any, settings: dict[str, Any], number: int) -> Task:
-    try:
-        return make(settings)
-    except ValueError as error:
-        raise ValueError(f"task {number} ({settings.get('name', settings.get('task'))}): {error}") from None
+def _tasks(content: Any) -> list[Task]:
+    wrong = mismatch(content, dict[str, Any]) or mismatch(content.get("tasks"), list[dict[str, Any]], "'tasks'")
+    require(wrong is None, wrong or "")
+    require(bool(content["tasks"]), "'tasks' is empty")
+    for key in content:
+        require(key == "tasks", f"{key!r} is no key of a suite, which has 'tasks' alone")
+    made: dict[str, Task] = {}
+    for number, settings in enumerate(content["tasks"], 1):
+        try:
+            task = make_task(settings)
+            require(task.name not in made, "another task has the same name: give one of them another 'name'")
+        except ValueError as error:
+            raise ValueError(f"task {number} ({settings.get('name', settings.get('task'))}): {error}") from None
+        made[task.name] = task
+    return list(made.values())
 
 
 def make_task(settings: dict[str, Any]) -> Task:
     """A task from its settings; `task` says which one. Raises ValueError."""
     settings = dict(settings)
-    kind = settings.pop("task", None)
-    require(isinstance(kind, str) and kind in TASKS, f"'task' is {kind!r}{nearest(str(kind), TASKS)}")
-    module, _, name = TASKS[kind].rpartition(".")
+    which = settings.pop("task", None)
+    require(isinstance(which, str) and which in TASKS, f"'task' is {which!r}{nearest(str(which), TASKS)}")
+    module, _, name = TASKS[which].rpartition(".")
     made: Any = getattr(importlib.import_module(module), name)
-    types = get_type_hints(made)
-    fields = {field.name for field in dataclasses.fields(made)}
+    types, fields = get_type_hints(made), dataclasses.fields(made)
+    names = [field.name for field in fields]
     for key, value in settings.items():
-        require(key in fields, f"{key!r} is no setting of {kind}{nearest(str(key), fields)}")
-        wrong = mismatch(value, types[key], f"{key!r}")
-        require(wrong is None, wrong or "")
-        require(key != "name" or (bool(value) and "/" not in value), f"'name' is {value!r}: it names files of results")
-    missing = [
-        field.name
-        for field in dataclasses.fields(made)
-        if field.name not in settings
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    require(not missing, f"{missing[:1]} is missing")
+        require(key in names, f"{key!r} is no setting of {which}{nearest(str(key), names)}")
+        wrong = mismatch(value, types[key], "the value")
+        require(wrong is None, f"{key!r}: {wrong}")
+    for field in fields:
+        is_required = field.default is dataclasses.MISSING
+        require(field.name in settings or not is_required, f"{field.name!r} is missing")
+    title = settings.get("name", which)
+    require(bool(title) and "/" not in title, f"'name' is {title!r}: files of results have it, so no / and not empty")
     return made(**settings)

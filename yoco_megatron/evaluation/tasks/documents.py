@@ -1,4 +1,4 @@
-"""Documents to measure losses on: a Megatron dataset (.bin and .idx), .jsonl files, or .txt files, a document each."""
+"""Documents to measure losses on: a Megatron dataset, the lines of a .jsonl file, a file of text, a folder of .txt."""
 
 import itertools
 from collections.abc import Iterator
@@ -41,8 +41,8 @@ def check_data(data: str) -> None:
         require(any(path.glob("*.txt")), f"'data' {data} has no .txt file: name another folder")
     else:
         require(
-            path.is_file() and path.suffix in (".jsonl", ".txt"),
-            f"'data' {data} is none of: a .jsonl or .txt file, a folder of .txt files, the prefix of a .bin and .idx",
+            path.is_file() and path.suffix not in (".bin", ".idx"),
+            f"'data' {data} is no file of text or .jsonl, no folder of .txt files, and no prefix of a .bin and .idx",
         )
 
 
@@ -62,7 +62,7 @@ def iter_documents(data: str, tokenizer: Tokenizer, key: str) -> Iterator[Docume
     """The documents that have a token to predict.
 
     Args:
-        data: prefix of a Megatron dataset, a .jsonl file, a .txt file, or a folder of .txt files.
+        data: prefix of a Megatron dataset, a .jsonl file, a file of text, or a folder of .txt files.
         key: of the text in JSON lines.
     Raises:
         ValueError: a file or line that cannot be read.

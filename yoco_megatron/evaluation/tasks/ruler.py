@@ -285,46 +285,45 @@ class Ruler:
         stream = random.Random(f"{self.seed} {which.subtask} {which.length} {which.index}")
         return SUBTASKS[which.subtask].write(stream, size, which.length, load_filler(self.filler or NOISE, tokenizer))
 
-    def request(self, which: Which, size: int, tokenizer: Tokenizer) -> Generate | None:
-        """A request of that size; None if it is too long."""
+    def request(self, which: Which, size: int, tokenizer: Tokenizer) -> Generate:
+        """A request of that size, which may be too long."""
         prompt = self.prompt(which, size, tokenizer)
         new_tokens = SUBTASKS[which.subtask].new_tokens
-        request = to_continue(tokenizer, prompt.text, new_tokens, f" {', '.join(prompt.answers)}")
-        return request if len(request.prompt) + new_tokens <= which.length else None
+        return to_continue(tokenizer, prompt.text, new_tokens, f" {', '.join(prompt.answers)}")
 
-    def sizes(self, tokenizer: Tokenizer) -> dict[tuple[str, int], int]:
-        """(subtask, length) -> a size with which the first prompt fits, and hardly a larger one.
+    def largest_size(self, subtask: str, length: int, tokenizer: Tokenizer) -> int:
+        """A size with which prompts have about `length` tokens: extrapolated from one with an eighth of them.
 
         Raises:
             ValueError: not even the smallest prompt fits.
         """
-        found = {}
-        for subtask in self._names():
-            for length in self.lengths:
-                which = Which(subtask, length, 0)
-                low, high = 0, 1  # low fits, high does not, or is not known to
-                most = SUBTASKS[subtask].most(length)
-                while high <= most and self.request(which, high, tokenizer):
-                    low, high = high, 2 * high
-                require(low > 0, f"'lengths' has {length}, too few tokens for {subtask}")
-                high = min(high, most + 1)
-                while high - low > 1 + low // 64:
-                    middle = (low + high) // 2
-                    low, high = (middle, high) if self.request(which, middle, tokenizer) else (low, middle)
-                found[subtask, length] = low
-        return found
+
+        def tokens(size: int) -> int:
+            return _tokens(self.request(Which(subtask, length, 0), size, tokenizer))
+
+        most = SUBTASKS[subtask].most(length)
+        size, smallest = 1, tokens(1)
+        require(smallest <= length, f"'lengths' has {length}, too few tokens for {subtask}")
+        while (now := tokens(size)) < length / 8 or now == smallest:
+            if size >= most:
+                return most
+            size = min(2 * size, most)
+        return min(most, 1 + (length - smallest) * (size - 1) // (now - smallest))
 
     def requests(self, tokenizer: Tokenizer) -> Sequence[Generate]:
         """The prompts, each written when it is asked for, and as long as fits."""
-        sizes = self.sizes(tokenizer)
+        sizes = {
+            (subtask, length): self.largest_size(subtask, length, tokenizer)
+            for subtask in self._names()
+            for length in self.lengths
+        }
 
         def build(which: Which) -> Generate:
             size = sizes[which.subtask, which.length]
-            while size > 0:
-                if request := self.request(which, size, tokenizer):
-                    return request
+            while _tokens(request := self.request(which, size, tokenizer)) > which.length:
+                require(size > 1, f"'lengths' has {which.length}, too few tokens for {which.subtask}")
                 size -= max(1, size // 64)
-            raise ValueError(f"'lengths' has {which.length}, too few tokens for {which.subtask}")
+            return request
 
         return Lazy(build, self._plan())
 
@@ -332,8 +331,8 @@ class Ruler:
         """The largest of the lengths. Raises ValueError for one that is too short for a subtask."""
         for subtask in self._names():
             shortest = Which(subtask, min(self.lengths), 0)
-            fits = self.request(shortest, 1, tokenizer)
-            require(fits is not None, f"'lengths' has {shortest.length}, too few tokens for {subtask}")
+            fits = _tokens(self.request(shortest, 1, tokenizer)) <= shortest.length
+            require(fits, f"'lengths' has {shortest.length}, too few tokens for {subtask}")
         return max(self.lengths)
 
     def summarise(self, answers: Sequence[list[int]], tokenizer: Tokenizer) -> Result:
@@ -365,6 +364,10 @@ class Ruler:
             notes=notes,
             curves=tuple(curves),
         )
+
+
+def _tokens(request: Generate) -> int:
+    return len(request.prompt) + request.max_new_tokens
 
 
 def _score(records: list[dict[str, Any]]) -> float:
