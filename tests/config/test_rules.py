@@ -171,12 +171,19 @@ def test_the_transformer_baseline_may_use_pipelines():
     assert arguments.parse(argv(**GOOD | change)).pipeline_model_parallel_size == 2
 
 
-def test_no_cuda_graph_of_data_with_loss_masks(tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"cuda-graph-impl": "full_iteration"},
+        {"cp-cross-attention": "queries", "context-parallel-size": 2, "loss-suffix": 8},
+    ],
+)
+def test_what_does_not_go_with_loss_masks(flags, tmp_path):
     data = write(tmp_path / "data", [[1, 2, 3]], loss_masks=[[0, 1, 1]])
     data_flags = {"mock-data": None, "data-path": data, "sample-packing": "stream"}
     tokenizer = {"tokenizer-type": "NullTokenizer", "vocab-size": 99}
-    message = message_of(data_flags | tokenizer | {"cuda-graph-impl": "full_iteration"})
-    assert "loss masks do not go with --cuda-graph-impl" in message
+    message = message_of(data_flags | tokenizer | flags)
+    assert "data with loss masks" in message and f"--{next(iter(flags))}" in message
 
 
 # The same rules hold for models that are built from Python, without a command line.

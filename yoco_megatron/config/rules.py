@@ -140,6 +140,10 @@ def check_travelling_queries(args: Namespace) -> None:
         args.cross_decoder_positions == "loss",
         "--cp-cross-attention queries does not go with --cross-decoder-positions all: remove one of them",
     )
+    require(
+        not getattr(args, "has_loss_masks", False),
+        "--cp-cross-attention queries does not go with data with loss masks, whose positions begin anywhere: use auto",
+    )
     flag = "--dataloader-inter-document-masking" if args.dataloader_inter_document_masking else flag_against_parts(args)
     require(flag is None, f"--cp-cross-attention queries does not go with {flag}: use auto, or remove one of them")
 
