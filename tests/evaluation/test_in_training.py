@@ -3,15 +3,19 @@
 Tolerance between meshes: fp32 sums in another order, in scores 1e-5 nats after some steps.
 """
 
-import gzip
 import json
+import random
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import yaml
 from support.cli import TINY, Log, Runs, checkpoint, run_script
+from support.evaluation import write_suite
+
+from yoco_megatron.upstream import between_steps
 
 STEPS, INTERVAL = 6, 2
 MESHES = {
@@ -19,28 +23,6 @@ MESHES = {
     "PP2": ("--pipeline-model-parallel-size", "2"),
     "DP2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 }
-
-
-def write_suite(folder: Path, length: int = 176) -> Path:
-    """One task of each kind; of 3 requests and 5, which two processes do not share evenly."""
-    texts = [f"{n} foxes return x_{n % 7}, the größer ones = {n * n}\n" for n in range(60)]
-    (folder / "text.txt").write_text("".join(texts))
-    benchmark = folder / "data" / "boolq" / "rc_0shot"
-    benchmark.mkdir(parents=True)
-    lines = [
-        dict(doc={}, request=dict(context=text, continuation=choice), idx=index, doc_id=number, label=number % 2)
-        for number, text in enumerate(texts[:3])
-        for index, choice in enumerate((" no", " yes, quick"))
-    ]
-    (benchmark / "requests.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
-    (benchmark / "config.json").write_text(json.dumps({"task_config": {"split": "validation"}}))
-    tasks = [
-        dict(task="needle", lengths=[length], filler="noise", depths=2, samples=1),
-        dict(task="multiple_choice", benchmarks=["boolq"], data=str(folder / "data")),
-        dict(task="validation_loss", data=str(folder / "text.txt"), length=64),
-    ]
-    (folder / "suite.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
-    return folder / "suite.yaml"
 
 
 def flags(tokenizer: Path, *more: str) -> list[str]:
@@ -93,6 +75,23 @@ def scalars(folder: Path, step: int) -> dict[str, float]:
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("evaluation/")]
     return {tag: one.value for tag in tags for one in events.Scalars(tag) if one.step == step}
+
+
+def test_state_is_put_back() -> None:
+    layer = torch.nn.Linear(2, 2)
+    scaling = Namespace(scale=torch.rand(3), amax_history=torch.rand(4, 3))
+    layer.fp8_meta = {"scaling_fwd": scaling}
+    before = scaling.scale.clone(), scaling.amax_history.clone()
+
+    def draw() -> tuple[float, ...]:
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with between_steps._unchanged_state([torch.nn.Sequential(layer)]):
+        inside = draw()
+        scaling.scale += 1
+        scaling.amax_history[0] = 7
+    assert draw() == inside
+    assert torch.equal(scaling.scale, before[0]) and torch.equal(scaling.amax_history, before[1])
 
 
 EVERY = ("--evaluate-interval", "5")
