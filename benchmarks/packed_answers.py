@@ -74,9 +74,9 @@ class Pack:
 
     @property
     def document_ids(self) -> torch.Tensor:
-        """int32 [1, length]."""
+        """int32 [1, length], on the host as the trainer has it."""
         lengths = torch.tensor([stop - start for start, stop in self.documents])
-        return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None].to(runtime.device())
+        return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
 
     def visible_keys(self, runs: Runs) -> int:
         """Keys that the queries at `runs` attend to, summed."""

@@ -17,6 +17,7 @@ from support.models import (
     STORED_ATTENTION,
     TE,
     WIDE_HEADS,
+    batch,
     build,
     plain_name,
     relative_error,
@@ -118,3 +119,22 @@ def test_answers_in_packed_documents(path: str, pack: str, answers: int, generat
     for name, value in with_calls(core, shard, runs, kv, layers).items():
         error = relative_error(value, wanted[name])
         assert error < (OUTPUT if name.startswith("output") else GRADIENT), f"{name}: {error:.1e}"
+
+
+def test_the_host_does_not_wait_for_the_device() -> None:
+    """The second micro-batch has other documents and queries; ids are on the host, as with one tensor-parallel rank."""
+    model = build(tiny_config(**BF16, **TE, **WIDE_HEADS)).bfloat16()
+    tokens, labels = batch(1)
+
+    def step(start: int) -> None:
+        runs = ((start, start + 3), (40, 44))
+        of_queries = torch.cat([labels[:, first:stop] for first, stop in runs], 1)
+        ids = (torch.arange(SEQ, dtype=torch.int32)[None] > start + 8).int()
+        model(tokens, labels=of_queries, document_ids=ids, query_runs=runs).sum().backward()
+
+    step(5)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

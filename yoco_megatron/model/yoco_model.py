@@ -122,7 +122,7 @@ class YOCOModel(LanguageModule):
                 are counted in each document, and a loss is masked where it is summed.
             labels: int64 [b, s], with `query_runs` [b, m]; None asks for logits.
             document_ids: integers [b, whole sequence], equal within a document and non-decreasing, read by every stage:
-                a token attends to its own document alone. None for one document.
+                a token attends to its own document alone. None for one document. On the host, or on the device.
             query_runs: the positions of the whole sequence that are computed behind the shared K,V, the same on every
                 stage and rank (context/query_shard.py): m of them on this rank. None for all.
         Returns:

@@ -28,7 +28,7 @@ def get_batch(
     b is `micro_batch_size`, which may be another one in evaluation; s is the number of tokens of this context-parallel
     rank; labels and loss_mask are those of its m queries, where only `runs` are computed behind the shared K,V. With
     --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which every stage and rank needs
-    (else None).
+    (else None), on the host or on the device.
 
     Args:
         sample: as the data loader makes it; read on tensor-parallel rank 0 alone.
@@ -69,7 +69,12 @@ def get_batch(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group(), use_per_sequence_balancing=True
     )
     batch |= of_queries
-    batch["document_ids"] = document_ids(batch["cu_seqlens"], args.seq_length) if documents else None
+    batch["document_ids"] = None
+    if documents:
+        cu_seqlens = batch["cu_seqlens"]
+        if sample is not None and mpu.get_tensor_model_parallel_world_size() == 1:
+            cu_seqlens = sample["cu_seqlens"]  # on the host, which then need not ask the device for the documents
+        batch["document_ids"] = document_ids(cu_seqlens, args.seq_length)
     return batch
 
 

@@ -48,7 +48,7 @@ class SequenceShard:
         length: tokens of a whole sequence.
         batch: sequences.
         document_ids: integers [b, length], the same on all ranks, equal within a document and non-decreasing; None for
-            one document.
+            one document. From the host they are copied to the device, and nothing waits for it.
         group: the context-parallel group; None for one rank.
         device: where the tokens are.
     Raises:
@@ -83,10 +83,12 @@ class SequenceShard:
             raise ValueError(f"document_ids must be of shape [{batch}, {length}], not {list(document_ids.shape)}")
         self._is_start = torch.ones_like(document_ids, dtype=torch.bool)
         self._is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        # On the host as well, because kernels take sizes from there: the only wait for the device in a micro-batch.
+        # On the host as well, because kernels take sizes from there: with ids on the device the only wait for it.
         self.document_starts: list[list[int]] = [[] for _ in range(batch)]
         for sample, position in self._is_start.nonzero().tolist():
             self.document_starts[sample].append(position)
+        if not document_ids.is_cuda:
+            self.document_ids, self._is_start = (to_device(x, device) for x in (document_ids, self._is_start))
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """Numbers of the chunks that a rank holds, in the order in which it holds them."""
