@@ -2,10 +2,12 @@
 
     python benchmarks/million_tokens.py                     # as many layers as fit, tried from many to few
     python benchmarks/million_tokens.py --layers 4 --length 524288
+    python benchmarks/million_tokens.py --gpus 4 --layers 26 --suffix 4096 --cp-cross-attention queries keys
 
 The stack is embedding, self-decoder, shared K,V and cross-decoder; the head, whose logits are no matter of context
-parallelism, is left out, and so is the optimizer. Full recompute, the MLP in chunks. Prints what torch allocated beside
-the estimate of docs/context_parallel.md, part by part.
+parallelism, is left out, and so is the optimizer. Full recompute, the MLP in chunks. With --suffix the cross-decoder is
+computed at the last positions alone. Prints what torch allocated beside the estimate of docs/context_parallel.md, part
+by part.
 """
 
 import argparse
@@ -28,9 +30,11 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from yoco_megatron.model.cross_decoder.travelling_queries import queries_travel
 from yoco_megatron.model.init import initialize
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
+from yoco_megatron.parallel.context.query_shard import Runs, suffix_run
 from yoco_megatron.parallel.pipeline.stages import Stage
 
 GIB = 2**30
@@ -65,21 +69,33 @@ def config_of(options: argparse.Namespace, ranks: int) -> YOCOConfig:
         recompute_method="uniform",
         recompute_num_layers=1,
         keep_cross_attention=options.keep_cross_attention,
+        cp_cross_attention=options.cp_cross_attention[0],
         mlp_chunks_for_training=MLP_CHUNKS,
     )
 
 
-def estimate(config: YOCOConfig, length: int, ranks: int, parameters: int) -> dict[str, float]:
+def runs_of(suffix: int | None, length: int) -> Runs | None:
+    """The positions that are computed behind the shared K,V."""
+    return suffix_run(suffix, length) if suffix else None
+
+
+def estimate(config: YOCOConfig, length: int, ranks: int, parameters: int, suffix: int | None) -> dict[str, float]:
     """Bytes of the parts of a rank's memory that the design decides (docs/context_parallel.md)."""
     tokens, width = length // ranks, 2 * config.num_query_groups * config.kv_channels
+    runs, held = runs_of(suffix, length), length
+    if runs and queries_travel(config, ranks, length, runs, runtime.device()):
+        held = tokens
+    rows = (suffix or length) // ranks
     stored = config.num_cross_decoder_layers * config.num_attention_heads * (2 * config.kv_channels + 4)
     projected = {"gated_retention": 4, "sliding_window": 3}[config.self_decoder] * config.hidden_size
     return {
         "parameters and gradients, bf16": parameters * 4,
-        "inputs of layers, kept": config.num_layers * tokens * config.hidden_size * 2,
-        "outputs of cross attention, kept": stored * tokens if config.keep_cross_attention else 0,
-        "shared K,V of the whole sequence": length * width * 2,
-        "their gradient, fp32": length * width * 4,
+        "inputs of layers, kept": (config.num_self_decoder_layers * tokens + config.num_cross_decoder_layers * rows)
+        * config.hidden_size
+        * 2,
+        "outputs of cross attention, kept": stored * rows if config.keep_cross_attention else 0,
+        "shared K,V that are read": held * width * 2,
+        "their gradient, fp32": held * width * 4,
         "a self-decoder layer's projection and its gradient": 2 * projected * tokens * 2,
         "one chunk of the MLP and its gradient": 6 * config.ffn_hidden_size * tokens // MLP_CHUNKS * 2,
     }
@@ -106,7 +122,8 @@ def worker(options: argparse.Namespace) -> None:
         return torch.cuda.memory_allocated() if runtime.has_gpu() else 0.0
 
     # Kernels are compiled and loaded.
-    model(tokens[:, :WARM_UP]).sum().backward()
+    warm_up = runs_of(options.suffix and WARM_UP, WARM_UP * ranks)
+    model(tokens[:, :WARM_UP], query_runs=warm_up).sum().backward()
     memory = {}
     for _ in range(options.repeats):
         model.zero_grad()
@@ -115,7 +132,7 @@ def worker(options: argparse.Namespace) -> None:
         torch.distributed.barrier()
         start = time.perf_counter()
         memory["before"] = allocated()
-        hidden = model(tokens)
+        hidden = model(tokens, query_runs=runs_of(options.suffix, options.length))
         memory["after forward"] = allocated()
         _wait()
         forward = time.perf_counter() - start
@@ -132,7 +149,7 @@ def worker(options: argparse.Namespace) -> None:
             seconds=seconds,
             finite=finite,
             memory=memory,
-            estimate=estimate(config, options.length, ranks, parameters),
+            estimate=estimate(config, options.length, ranks, parameters, options.suffix),
             parameters=parameters,
         )
         print("RESULT " + json.dumps(result), flush=True)
@@ -145,12 +162,13 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def measure(layers: int, options: argparse.Namespace) -> dict | None:
+def measure(layers: int, way: str, options: argparse.Namespace) -> dict | None:
     """A fresh pair of processes; None where it did not fit."""
     script = [__file__, "--worker", "--layers", str(layers), "--length", str(options.length)]
     script += ["--self-decoder", options.self_decoder, "--repeats", str(options.repeats)]
     script += ["--tiny"] if options.tiny else []
     script += ["--keep-cross-attention"] if options.keep_cross_attention else []
+    script += ["--suffix", str(options.suffix), "--cp-cross-attention", way] if options.suffix else []
     print(f"== {layers} layers, {options.length} tokens on {options.gpus} ranks", flush=True)
     run = torchrun(options.gpus, script, options.timeout, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
     if run is None:
@@ -163,7 +181,7 @@ def measure(layers: int, options: argparse.Namespace) -> dict | None:
     return None
 
 
-def report(layers: int, result: dict, options: argparse.Namespace, device: str) -> None:
+def report(layers: int, way: str, result: dict, options: argparse.Namespace, device: str) -> None:
     rate = options.length / result["seconds"] / options.gpus
     print(
         f"{options.length:,} tokens, {layers} layers, {result['parameters']:,} parameters: forward "
@@ -178,6 +196,7 @@ def report(layers: int, result: dict, options: argparse.Namespace, device: str) 
         print(f"{'measured: ' + name:<60} {value / GIB:>8.2f}")
     case = f"3b {layers} layers {options.self_decoder} {options.length} bf16 CP{options.gpus}, no head"
     case += ", kept attention" if options.keep_cross_attention else ""
+    case += f", last {options.suffix}, {way} of cross attention travel" if options.suffix else ""
     common = dict(benchmark="context_parallel", case=case, device=device)
     record(options.output, metric="forward and backward", unit="s", value=round(result["seconds"], 2), **common)
     if "peak" in result["memory"]:
@@ -193,6 +212,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="the last one counts")
     parser.add_argument("--self-decoder", choices=["gated_retention", "sliding_window"], default="gated_retention")
     parser.add_argument("--keep-cross-attention", action="store_true", help="compute cross attention once")
+    parser.add_argument("--suffix", type=int, help="last positions, computed behind the shared K,V; default: all")
+    parser.add_argument("--cp-cross-attention", nargs="+", choices=["auto", "keys", "queries"], default=["auto"])
     parser.add_argument("--timeout", type=int, default=500, help="seconds for one run")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -202,11 +223,13 @@ def main() -> None:
         worker(options)
         return
     device = device_name(options.gpus)
-    for layers in [options.layers] if options.layers else [8, 6, 4, 2]:
-        if result := measure(layers, options):
-            report(layers, result, options, device)
-            return
-    sys.exit("nothing fitted: try a shorter --length")
+    for way in options.cp_cross_attention:
+        for layers in [options.layers] if options.layers else [8, 6, 4, 2]:
+            if result := measure(layers, way, options):
+                report(layers, way, result, options, device)
+                break
+        else:
+            sys.exit("nothing fitted: try a shorter --length")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from support.attention_parts import shard_of, travelling_and_causal
+from support.models import FULL_RECOMPUTE, STORED_ATTENTION, tiny_config
 
-from yoco_megatron.model.cross_decoder import attention_in_parts
-from yoco_megatron.model.cross_decoder.travelling_queries import _merge, parts_over_own_keys
-from yoco_megatron.ops.attention.reference import causal_attention
-from yoco_megatron.parallel.context.query_shard import Runs, positions_of
-from yoco_megatron.parallel.context.sequence_shard import SequenceShard
+from yoco_megatron.model.cross_decoder.travelling_queries import parts_over_own_keys, queries_travel
+from yoco_megatron.parallel.context.query_shard import Runs
 
-LENGTH, BATCH, HEADS, GROUPS, WIDTH = 48, 2, 4, 2, 8
+LENGTH = 48
 RUNS = {
     "a suffix in one chunk": ((43, 48),),
     "a suffix across borders": ((29, 48),),
@@ -19,54 +18,47 @@ RUNS = {
 }
 
 
-class Group:
-    """Of rank `of` among `ranks`, for one process."""
-
-    def __init__(self, ranks: int, of: int) -> None:
-        self.size, self.rank = lambda: ranks, lambda: of
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_equals_causal_attention(runs: Runs, ranks: int) -> None:
-    def random(heads: int, rows: int) -> torch.Tensor:
-        return torch.randn(BATCH, heads, rows, WIDTH, dtype=torch.float64)
-
-    rows = positions_of(runs)
-    all_q, k, v = random(HEADS, LENGTH), random(GROUPS, LENGTH), random(GROUPS, LENGTH)
-    whole = [x.requires_grad_() for x in (all_q, k, v)]
-    reference = causal_attention(*whole)[:, :, rows]
-    do = torch.randn_like(reference)
-    dq, dk, dv = torch.autograd.grad(reference, whole, do)
-
-    q, scale, found = all_q.detach()[:, :, rows], WIDTH**-0.5, []
-    for rank in range(ranks):
-        shard = SequenceShard(LENGTH, BATCH, group=Group(ranks, rank))
-        parts, spans = parts_over_own_keys(shard, runs)
-        own = [shard.local(x.detach(), 2) for x in (k, v)]
-        kv = [x[:, :, first:stop] for first, stop in spans for x in own]
-        found.append((shard, parts, spans, kv, *attention_in_parts.forward(q, kv, parts, scale)))
-    o, lse = _merge(torch.stack([one[4] for one in found]), torch.stack([one[5] for one in found])[..., None])
-    torch.testing.assert_close(o, reference.detach())
-
-    total_dq = torch.zeros_like(q)
-    for shard, parts, spans, kv, _, _, rng_states in found:
-        part_dq, gradients = attention_in_parts.backward(do, q, kv, o, lse[..., 0], parts, rng_states, scale)
-        total_dq += part_dq
-        for index, wanted in enumerate((dk, dv)):
-            own = torch.zeros(BATCH, GROUPS, shard.local_length, WIDTH, dtype=torch.float64)
-            for (first, stop), gradient in zip(spans, gradients[index::2]):
-                own[:, :, first:stop] += gradient
-            torch.testing.assert_close(own, shard.local(wanted, 2))
-    torch.testing.assert_close(total_dq, dq[:, :, rows])
+    for found, wanted in travelling_and_causal(runs, ranks, LENGTH, torch.empty(0, dtype=torch.float64)).values():
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_suffix_is_as_much_work_on_each_rank() -> None:
     """In products of queries and keys, half of a causal square's."""
     work = []
     for rank in range(4):
-        parts, spans = parts_over_own_keys(SequenceShard(4096, 1, group=Group(4, rank)), ((3968, 4096),))
+        parts, spans = parts_over_own_keys(shard_of(rank, 4, 4096, 1), ((3968, 4096),))
         products = [(part.stop - part.first) * (stop - first) for part, (first, stop) in zip(parts, spans)]
         work.append(sum(n / 2 if part.causal else n for part, n in zip(parts, products)))
         assert len(parts) == (2 if rank == 0 else 1)
     assert work == [128 * (1024 - 64), *[128 * 1024] * 3]
+
+
+# Queries of as many bytes as the keys of 4096 tokens. Keys: once 2 x 4 heads of 8, K,V in 2 bytes and gradients in 4.
+# Queries: 8 heads in two layers, six tensors in 2 bytes and two log-sum-exps in 4.
+EVEN = 4096 * 2 * 4 * 8 * (2 + 4) // (2 * 8 * (6 * 8 * 2 + 2 * 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "queries", "travel"),
+    [
+        ({}, EVEN - 1, True),
+        ({}, EVEN + 1, False),
+        (FULL_RECOMPUTE, EVEN - 1, False),
+        (STORED_ATTENTION, EVEN - 1, True),
+        (dict(deterministic_mode=True), 8, False),
+        (dict(cp_cross_attention="keys"), 8, False),
+        (dict(cp_cross_attention="queries"), 4096, True),
+    ],
+)
+def test_what_is_fewer_bytes_travels(options: dict, queries: int, travel: bool) -> None:
+    assert queries_travel(tiny_config(**options), 4, 4096, ((4096 - queries, 4096),), torch.device("cpu")) == travel
+
+
+def test_queries_that_cannot_travel() -> None:
+    config = tiny_config(cp_cross_attention="queries", deterministic_mode=True)
+    assert not queries_travel(config, 1, 4096, ((4000, 4096),), torch.device("cpu"))
+    with pytest.raises(ValueError, match="--cp-cross-attention queries needs"):
+        queries_travel(config, 4, 4096, ((4000, 4096),), torch.device("cpu"))

@@ -50,6 +50,15 @@ def test_transformer_engine_that_is_not_there():
         (["--pretrained-checkpoint", "msc://bucket/run"], "--pretrained-checkpoint msc://bucket/run: .* mount"),
         (["--optimizer", "sgd", "--use-distributed-optimizer"], "--optimizer sgd does not go with"),
         (["--use-precision-aware-optimizer"], "is built for --optimizer adam with --use-distributed-optimizer"),
+        (
+            ["--loss-suffix", "8", "--cp-cross-attention", "queries", "--deterministic-mode"],
+            "--deterministic-mode: use auto",
+        ),
+        (["--cp-cross-attention", "queries"], "has no effect without --loss-suffix"),
+        (
+            ["--loss-suffix", "8", "--cp-cross-attention", "queries", "--cross-decoder-positions", "all"],
+            "does not go with --cross-decoder-positions all",
+        ),
         (["--profile", "--use-pytorch-profiler"], "--profile writes beside --tensorboard-dir"),
         (
             ["--profile", "--use-pytorch-profiler", "--tensorboard-dir", "t", "--profile-step-start", "12"],
