@@ -1,6 +1,7 @@
 """lm-evaluation-harness on an exported model, offline: likelihood, multiple choice and generation from local files.
 
-Its bits per byte must be what the model's own logits say. Skipped where lm-eval is not installed: pip install lm-eval.
+Its bits per byte must be what the model's own logits say, and our class of models must give the same answers as
+lm-eval's class hf, item by item. Skipped where lm-eval is not installed: pip install lm-eval.
 """
 
 import json
@@ -72,6 +73,11 @@ def exported(tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module, object]:
     return folder, *load_for_generation(str(folder))
 
 
+def likelihoods(sample: dict) -> list[float]:
+    """Of the choices of an item, or of a whole page."""
+    return [answer[0][0] if isinstance(answer[0], tuple | list) else answer[0] for answer in sample["resps"]]
+
+
 def test_local_tasks(exported, tmp_path):
     folder, model, tokenizer = exported
     questions = ["the quick brown", "a lazy"]
@@ -92,15 +98,31 @@ def test_local_tasks(exported, tmp_path):
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
         (tasks / f"{name}.yaml").write_text(json.dumps({"task": name, **data, "test_split": "test", **task}))
 
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
-        tasks=list(TASKS),
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
-        device="cpu",
-        batch_size=2,
-        bootstrap_iters=0,
-    )["results"]
+    import yoco_megatron.evaluation.lm_eval_model  # noqa: F401  (registers `yoco`)
+
+    def evaluate(model: str, **model_args: object) -> dict:
+        return lm_eval.simple_evaluate(
+            model=model,
+            model_args=model_args,
+            tasks=list(TASKS),
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
+            device="cpu",
+            batch_size=2,
+            bootstrap_iters=0,
+        )
+
+    whole = evaluate("hf", pretrained=str(folder), trust_remote_code=True, dtype="float32")
+    results, ours = whole["results"], evaluate("yoco", load=str(folder))
+    for name in TASKS:
+        for metric, value in results[name].items():
+            assert ours["results"][name][metric] == (
+                value if isinstance(value, str) else pytest.approx(value, rel=1e-6)
+            )
+        for sample, same in zip(whole["samples"][name], ours["samples"][name], strict=True):
+            if name == "local_generation":
+                assert same["resps"] == sample["resps"]
+            else:
+                assert likelihoods(same) == pytest.approx(likelihoods(sample), rel=1e-5)
     # The harness starts a page with the end-of-text token where the tokenizer has no other beginning.
     nats = 0.0
     for page in PAGES:

@@ -10,15 +10,15 @@ class TextTokenizer:
     """Wraps a transformers tokenizer, whose template begins texts as training did (convert/tokenizer_files.load)."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.wrapped = tokenizer
         self.start: tuple[int, ...] = tuple(template_ids(tokenizer)[0])
         self.end: int | None = tokenizer.eos_token_id
         self.banned = frozenset({tokenizer.bos_token_id, tokenizer.pad_token_id} - {None, self.end})
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone; what looks like a special token in it is one, as in training."""
-        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.wrapped.decode(list(ids), skip_special_tokens=True)
