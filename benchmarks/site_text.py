@@ -17,8 +17,15 @@ TOKENIZER_BYTES = 100_000_000  # of the shuffled corpus, from which the vocabula
 DATA = "data_text_document"
 
 
-def prepare(folder: Path, text: Path | None, words: int, patterns: list[str] | None = None) -> None:
-    """corpus.jsonl, tokenizer and data_text_document.bin/.idx in `folder`; what is there already is kept.
+def prepare(folder: Path, text: Path | None, words: int) -> None:
+    """corpus.jsonl, tokenizer and data_text_document.bin/.idx in `folder`; what is there already is kept."""
+    corpus_and_tokenizer(folder, text, words)
+    if not (folder / f"{DATA}.json").exists():
+        tokenize(folder / "corpus.jsonl", folder / "tokenizer", folder / "data")
+
+
+def corpus_and_tokenizer(folder: Path, text: Path | None, words: int) -> None:
+    """corpus.jsonl and tokenizer in `folder`; what is there already is kept.
 
     Args:
         text: a folder of text files; None: the site-packages of this Python.
@@ -26,28 +33,24 @@ def prepare(folder: Path, text: Path | None, words: int, patterns: list[str] | N
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw, corpus, sample = (folder / f"{name}.jsonl" for name in ("gathered", "corpus", "sample"))
-    tokenizer, data = folder / "tokenizer", folder / "data"
+    tokenizer = folder / "tokenizer"
     if not corpus.exists():
         root = text or Path(sysconfig.get_paths()["purelib"])
-        _tool("gather_text", "--input", root, "--glob", *(patterns or SOURCES), "--output", raw)
+        _tool("gather_text", "--input", root, "--glob", *SOURCES, "--output", raw)
         print(without_copies(raw, corpus), flush=True)
         raw.unlink()
     if not (tokenizer / "tokenizer.json").exists():
         with corpus.open("rb") as source, sample.open("wb") as target:
             target.writelines(source.readlines(TOKENIZER_BYTES))
         _tool("train_tokenizer", "--input", sample, "--vocab-size", words, "--output", tokenizer)
-    if not (folder / f"{DATA}.json").exists():
-        kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
-        _tool(
-            "preprocess_data",
-            "--input",
-            corpus,
-            *kind,
-            "--append-eod",
-            "--split-special-tokens",
-            "--output-prefix",
-            data,
-        )
+
+
+def tokenize(corpus: Path, tokenizer: Path, prefix: Path) -> None:
+    """Write PREFIX_text_document.bin/.idx; what looks like a special token is text."""
+    kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
+    _tool(
+        "preprocess_data", "--input", corpus, *kind, "--append-eod", "--split-special-tokens", "--output-prefix", prefix
+    )
 
 
 def without_copies(source: Path, target: Path) -> str:

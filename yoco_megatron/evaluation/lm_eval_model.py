@@ -10,7 +10,7 @@ needs lm-eval, and registers the model.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import lm_eval.models  # noqa: F401  (lm-eval's own models, which it registers only where none is known)
 from lm_eval.api.model import TemplateLM
@@ -54,7 +54,7 @@ class YocoLM(TemplateLM):
         super().__init__()
         self.add_bos_token = add_bos_token
         self.tokenizer = look(load, iteration, tokenizer).tokenizer.wrapped
-        self.answers: Any = open_backend(load, iteration, tokenizer, token_budget=tokens_per_batch)
+        self.answers = cast(Any, open_backend(load, iteration, tokenizer, token_budget=tokens_per_batch))
         self.max_length: int = self.answers.max_length
         self.answers.vocab_size = None  # padding of the vocabulary counts
         self.answers.max_length += 1  # a sequence's last token is predicted, and no position of the model
@@ -90,9 +90,9 @@ class YocoLM(TemplateLM):
         scores = [Score(before, tuple(after for _, after in same)) for before, same in groupby(cut, lambda one: one[0])]
         answers = self._tell(self.answers.score(scores), len(scores), "likelihoods", disable_tqdm)
         found = [(one.log_probability, one.is_greedy) for answer in answers for one in answer]
-        for (text, _, _), one in zip(requests, found):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, one)
+        for request, one in zip(requests, found):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], one)
         return found
 
     def _cut(self, before: list[int], after: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
