@@ -78,14 +78,14 @@ def _recomputed(args: Namespace, shape: ModelShape, tokens: float) -> float:
 
 def _stored_attention(args: Namespace, shape: ModelShape, tokens: float) -> float:
     """Bytes a layer, the mean of all, that --keep-cross-attention stores: outputs of cross attention and, for each
-    query, the fp32 logarithm of its softmax's sum; for documents of several samples what the kernel reads, too
-    (model/layers/recompute.py)."""
+    query, the fp32 logarithm of its softmax's sum; for documents of several samples the queries as the kernel
+    reads them, too (model/layers/recompute.py)."""
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
     share = 1 - shape.num_self_decoder_layers / shape.num_layers
     value = _bytes_of_a_value(args)
     copies = args.dataloader_inter_document_masking and args.micro_batch_size > 1
-    heads = shape.num_attention_heads + copies * (shape.num_attention_heads + 2 * shape.num_query_groups)
+    heads = shape.num_attention_heads * (1 + copies)
     return share * tokens * (heads * value * shape.kv_channels + 4 * shape.num_attention_heads)
 
 

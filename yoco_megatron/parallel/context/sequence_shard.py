@@ -108,7 +108,7 @@ class SequenceShard:
     @cached_property
     def _gather_index(self) -> Tensor:
         rows = [self.rank_major_chunks.index(index) for index in range(self.num_chunks)]
-        return torch.tensor(rows, device=self.device)
+        return to_device(torch.tensor(rows), self.device)
 
     def held_spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where ranks hold tokens first..stop-1: (row, offset, rows) for each chunk that has some of them.
