@@ -45,6 +45,9 @@ def test_other_ranks_take_rank_0s_word_and_compare_their_copy(tmp_path: Path, mo
     ):
         content.index_hashes([prefix])
     assert content.index_hashes([prefix], is_read_here=False) == alone
+    mask = dataset(tmp_path / "d_loss_mask", [4, 3])  # rank 0's machine has none
+    with pytest.raises(ValueError, match=rf"--data-path: {mask} is not the same on this machine"):
+        content.index_hashes([prefix, mask], is_read_here=False)
 
 
 def test_a_sample_sees_every_block_of_a_small_file_and_the_ends_of_a_large_one(
