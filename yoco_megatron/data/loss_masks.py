@@ -72,6 +72,14 @@ def check_masks(prefixes: Sequence[str], flag: str = "--data-path", inside: bool
         raise ValueError(f"{flag}: {error}") from None
 
 
+def without_loss(prefix: str, documents: np.ndarray, tokens: int) -> int:
+    """How many of the documents, int [documents], have no label with a loss in their first so many tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    masks = IndexedDataset(mask_of(prefix))
+    return sum(not masks.get(number, offset=1, length=tokens - 1).any() for number in documents.tolist())
+
+
 def _file(prefix: str, suffix: str) -> Path:
     return Path(f"{mask_of(prefix)}.{suffix}")
 

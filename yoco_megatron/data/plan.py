@@ -94,7 +94,7 @@ class Epoch:
 
     Args:
         samples: whole ones.
-        longer: packed documents that are longer than --seq-length.
+        longer: numbers of packed documents that are longer than --seq-length, int64 [documents].
         cut: their tokens behind it, which are left out.
     """
 
@@ -103,8 +103,8 @@ class Epoch:
     samples: int
     seq_length: int
     is_packed: bool
-    longer: int = 0
-    cut: int = 0
+    longer: np.ndarray
+    cut: int
 
     @property
     def padding(self) -> float:
@@ -123,10 +123,11 @@ def epoch_of(args: Namespace, prefix: str, split: str | None, part: str | None) 
     lengths = dataset.sequence_lengths[first:end]
     tokens = int(lengths.sum(dtype=np.int64))
     if not is_packed(args.sample_packing, has_mask(prefix)):
-        return Epoch(end - first, tokens, (tokens - 1) // length, length, False)
-    behind = lengths[lengths > length].astype(np.int64) - length
+        return Epoch(end - first, tokens, (tokens - 1) // length, length, False, np.zeros(0, np.int64), 0)
+    (longer,) = np.nonzero(lengths > length)
     samples = number_of_samples(best_fit(lengths, length))
-    return Epoch(end - first, tokens, samples, length, True, len(behind), int(behind.sum()))
+    cut = int(lengths[longer].sum(dtype=np.int64)) - len(longer) * length
+    return Epoch(end - first, tokens, samples, length, True, first + longer, cut)
 
 
 def _order(samples: int, tokens: int, seq_length: int) -> tuple[int, bool]:

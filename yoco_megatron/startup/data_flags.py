@@ -6,7 +6,7 @@ from argparse import Namespace
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import DATA_FLAGS, PARTS, flag_of, read_blends, shares
 from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
-from yoco_megatron.data.loss_masks import check_masks, has_mask, is_packed
+from yoco_megatron.data.loss_masks import check_masks, has_mask, is_packed, without_loss
 from yoco_megatron.data.plan import epoch_of, plan, train_samples
 from yoco_megatron.utils.errors import require
 
@@ -98,11 +98,13 @@ def packing(args: Namespace) -> list[str]:
                 f"{name}: {held.documents:,} whole documents in {held.samples:,} samples an epoch, "
                 f"{held.padding:.2%} padding"
             )
-            if held.longer:
+            longer = len(held.longer)
+            if longer:
+                unlearned = without_loss(prefix, held.longer, args.seq_length) if has_mask(prefix) else 0
                 notes.append(
-                    f"WARNING: {name}: {held.longer:,} documents ({held.longer / held.documents:.2%}) are longer than "
+                    f"WARNING: {name}: {longer:,} documents ({longer / held.documents:.2%}) are longer than "
                     f"--seq-length {args.seq_length}: their tokens behind it, {held.cut / held.tokens:.2%} of all, are "
-                    "left out"
+                    f"left out{f', and with them all that is learned of {unlearned:,} documents' if unlearned else ''}"
                 )
     if notes and args.architecture == "yoco":
         notes.append("--dataloader-inter-document-masking is on: packed documents do not see each other")
