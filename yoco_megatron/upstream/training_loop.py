@@ -169,8 +169,8 @@ def prefer_cudnn_norms(args: Namespace) -> None:
     """Have Transformer Engine compute its norms with cuDNN, unless the environment says otherwise. A door of its own.
 
     Its own kernels are tuned for some widths only; at others, 3072 among them, cuDNN's take half the time. Only for
-    training, where all inputs have one shape: cuDNN prepares itself anew for each. And not for so many values that 32
-    bits do not count them, which has not been tried.
+    training, where inputs have one shape, or a few with loss masks: cuDNN prepares itself anew for each. And not for so
+    many values that 32 bits do not count them, which has not been tried.
     """
     values = args.seq_length * args.micro_batch_size // args.context_parallel_size * args.hidden_size
     if values >= 2**31:
