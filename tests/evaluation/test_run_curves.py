@@ -64,6 +64,16 @@ def test_speed_is_what_the_run_logged_or_of_its_times(tmp_path: Path) -> None:
     assert read_run(tmp_path / "logged").speed()[0] == 1234
 
 
+def test_flops_of_masked_losses_are_those_that_were_counted(tmp_path: Path) -> None:
+    masked = [*losses(1, 9), ("positions/computed", 9, 9.0, 0.25)]
+    speed = [("throughput/tokens-per-second", 9, 9.0, 2e6), ("throughput/tflops-per-gpu", 9, 9.0, 300.0)]
+    write(tmp_path / "told", 1000.0, [*masked, *speed])
+    assert read_run(tmp_path / "told").flops_per_token == pytest.approx(2 * 300e12 / 2e6)  # of two GPUs
+    write(tmp_path / "untold", 1000.0, masked)
+    run = read_run(tmp_path / "untold")
+    assert run.flops_per_token is None and "--log-throughput was not given" in run.notes[0]
+
+
 def test_unknown_models_have_no_flops(tmp_path: Path) -> None:
     write(tmp_path, 1000.0, losses(1, 3), flags=TRANSFORMER | {"num_layers": None})
     run = read_run(tmp_path)

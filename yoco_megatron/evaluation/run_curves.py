@@ -19,6 +19,8 @@ from yoco_megatron.evaluation.event_file import EventFile, Point
 from yoco_megatron.utils.errors import require
 
 LOSS, VALIDATION, SAMPLES = "lm loss", "lm loss validation", " vs samples"
+SPEED, GPU_SPEED = "throughput/tokens-per-second", "throughput/tflops-per-gpu"
+COMPUTED = "positions/computed"  # their share, where loss masks of the data decide it
 EVALUATION = "evaluation/"
 SHARE = 0.02  # of a run's tokens: a training loss is the mean of the last steps of so many
 
@@ -104,7 +106,7 @@ class RunCurves:
 
     def throughput(self) -> Series:
         """Tokens a second: of the steps alone, as --log-throughput writes it; else from the times of the losses."""
-        if (logged := self.curves.get("throughput/tokens-per-second")) is not None:
+        if (logged := self.curves.get(SPEED)) is not None:
             return logged
         steps = self.curves[LOSS].steps
         if len(steps) < 2:
@@ -193,6 +195,16 @@ def read_run(run: Path, name: str | None = None) -> RunCurves:
     except (ValueError, AttributeError, TypeError) as error:
         notes.append(f"FLOPs are not known: {error}")
         flops_per_token = parameters = None
+    curves = {tag: _series(points) for tag, points in history.items() if points}
+    if COMPUTED in curves and flops_per_token is not None:
+        flops_per_token = None
+        if SPEED in curves and GPU_SPEED in curves:
+            per_second = np.median(curves[GPU_SPEED].values) * 1e12 * arguments.world_size
+            flops_per_token = float(per_second / np.median(curves[SPEED].values))
+        else:
+            notes.append(
+                "FLOPs are not known: they vary with the data's loss masks, and --log-throughput was not given"
+            )
     steps, samples = zip(*sorted(_samples(files).items()))
     clock = sorted(clock)
     return RunCurves(
@@ -200,7 +212,7 @@ def read_run(run: Path, name: str | None = None) -> RunCurves:
         model_name(arguments),
         parameters,
         int(arguments.world_size),
-        {tag: _series(points) for tag, points in history.items() if points},
+        curves,
         np.array([[0, *steps], [0, *(count * arguments.seq_length for count in samples)]], dtype=float),
         np.array([[0, *(step for step, _ in clock)], [0, *(hours for _, hours in clock)]], dtype=float),
         flops_per_token,
