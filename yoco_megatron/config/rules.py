@@ -226,17 +226,17 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
             getattr(args, name) == 1,
             f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: use only one of them",
         )
+    require(
+        not getattr(args, "has_loss_masks", False),
+        f"data with loss masks do not go with --cuda-graph-impl {args.cuda_graph_impl}, as "
+        f"{NOT_IN_A_CUDA_GRAPH['loss_suffix']}: remove it",
+    )
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, why in NOT_IN_A_CUDA_GRAPH.items():
         require(
             getattr(args, dest) == parser.get_default(dest),
             f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: use only one of them",
         )
-    require(
-        not getattr(args, "has_loss_masks", False),
-        f"data with loss masks do not go with --cuda-graph-impl {args.cuda_graph_impl}, as "
-        f"{NOT_IN_A_CUDA_GRAPH['loss_suffix']}: remove it",
-    )
 
 
 def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
