@@ -1,6 +1,7 @@
 """Queries on the way to the keys of all context-parallel ranks, and what they found on the way back.
 
-Every rank joins each of these collectives, one for all tensors that travel together: their values go as bytes.
+Every rank joins each of these collectives, one for all tensors that travel together. Whatever their dtypes, their bits go
+as int32, which is copied faster than single bytes; RoPE makes widths even, so that 16-bit numbers fit.
 """
 
 from itertools import accumulate, pairwise
@@ -35,11 +36,11 @@ def return_to_ranks(shard: SequenceShard, *found: Tensor) -> list[Tensor]:
 
 
 def _pack(tensors: tuple[Tensor, ...]) -> Tensor:
-    """uint8: the bytes of each row, side by side."""
-    return torch.cat([x.contiguous().view(torch.uint8) for x in tensors], -1)
+    """int32: the bits of each row, side by side."""
+    return torch.cat([x.contiguous().view(torch.int32) for x in tensors], -1)
 
 
 def _unpack(message: Tensor, likes: tuple[Tensor, ...]) -> list[Tensor]:
-    """The bytes of each tensor, views."""
-    edges = [0, *accumulate(like.shape[-1] * like.itemsize for like in likes)]
+    """The bits of each tensor, views."""
+    edges = [0, *accumulate(like.shape[-1] * like.itemsize // 4 for like in likes)]
     return [message[..., start:stop] for start, stop in pairwise(edges)]
