@@ -45,8 +45,6 @@ PATHS = {
 }
 LONG = {"plain": {}, "all but attention": STORED_ATTENTION}
 FP8_RECIPES = ("delayed", "tensorwise")
-TE_PATH = "bf16 transformer engine"
-SUFFIXES = (512, 1536)  # of 4096 tokens in chunks of 1024: in one chunk, and across a border
 CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS.get(kind, [7])]
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 
@@ -84,21 +82,6 @@ def long_step(kind: str, documents: bool, recompute: str) -> dict:
         pipeline.SEQ = models.SEQ
 
 
-def travelling_step(suffix: int, path: str, recompute: str) -> dict:
-    """A loss on the last of 4096 tokens; on two GPUs the queries travel."""
-    from support import models, pipeline
-
-    was = models.SEQ
-    models.SEQ = pipeline.SEQ = 4096
-    try:
-        model = WIDE_HEADS | PATHS[path][0] | dict(num_layers=4, cp_cross_attention="queries") | LONG[recompute]
-        mask = torch.zeros(pipeline.MICRO_BATCH, 4096)
-        mask[:, -suffix:] = 1
-        return pipeline_step(model, None, False, 1, False, False, mask, only_queries=True)
-    finally:
-        models.SEQ = pipeline.SEQ = was
-
-
 def fp8_step(recipe: str | None) -> dict:
     """Two micro-batches; in bf16 without a recipe."""
     model = WIDE_HEADS | BF16 | TE | dict(self_decoder="gated_retention", ffn_hidden_size=384)
@@ -109,12 +92,10 @@ def fp8_step(recipe: str | None) -> dict:
 def steps(paths: Iterable[str]) -> dict[tuple, Callable[[], dict]]:
     """Each test's step, and the long ones, by what the tests call them."""
     cases = [(*case, path, documents) for case in CASES for path in paths for documents in (False, True)]
-    travelling = product(SUFFIXES, [TE_PATH if TE_PATH in paths else "float32 torch"], LONG)
     fp8_cases = [("fp8", recipe) for recipe in (*FP8_RECIPES, None)]
     return (
         {case: partial(step, *case) for case in cases}
         | {case: partial(long_step, *case) for case in product(SELF_DECODERS, (False, True), LONG)}
-        | {case: partial(travelling_step, *case) for case in travelling}
         | {case: partial(fp8_step, case[1]) for case in fp8_cases}
     )
 
@@ -150,14 +131,6 @@ def test_long_sequences(kind: str, documents: bool, recompute: str, one_gpu: Cas
     (reference,) = one_gpu[kind, documents, "plain"]
     for result in two_gpus[kind, documents, recompute]:
         assert_close(result, reference, 5e-3, 6e-2)
-
-
-@pytest.mark.parametrize("recompute", LONG)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_queries_travel(suffix: int, recompute: str, one_gpu: Cases, two_gpus: Cases) -> None:
-    (reference,) = one_gpu[suffix, "float32 torch", "plain"]
-    for result in two_gpus[suffix, TE_PATH, recompute]:
-        assert_close({plain_name(name): value for name, value in result.items()}, reference, *PATHS[TE_PATH][1:])
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)

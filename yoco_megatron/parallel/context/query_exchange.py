@@ -1,7 +1,7 @@
 """Queries on the way to the keys of all context-parallel ranks, and what they found on the way back.
 
-Every rank joins each of these collectives, one for all tensors that travel together. Whatever their dtypes, their bits go
-as int32, which is copied faster than single bytes; RoPE makes widths even, so that 16-bit numbers fit.
+Every rank joins each of these collectives, one for all tensors that travel together. Whatever their dtypes, their bits
+go as int32, which is copied faster than single bytes; RoPE makes widths even, so that 16-bit numbers fit.
 """
 
 from itertools import accumulate, pairwise
