@@ -9,7 +9,7 @@ import pytest
 from support.answers import KnowingBackend
 
 from yoco_megatron.evaluation import driver, results
-from yoco_megatron.evaluation.requests import Curve, Generate, Grid, Result, Score
+from yoco_megatron.evaluation.requests import Curve, Generate, Grid, Likelihood, Result, Score
 from yoco_megatron.evaluation.results import Folder
 
 MODEL = {"folder": "/model", "iteration": 10, "files": "abc"}
@@ -93,7 +93,7 @@ def test_files_of_a_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "echo: 2 of 2 requests" in capsys.readouterr().err
 
 
-def test_an_interruption_loses_no_finished_task(tmp_path: Path) -> None:
+def test_an_interruption_loses_no_answer(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     answered = []
 
@@ -106,8 +106,21 @@ def test_an_interruption_loses_no_finished_task(tmp_path: Path) -> None:
         driver.evaluate(TASKS, KnowingBackend(Letters(), before=stop), Folder(tmp_path, MODEL), "suite.yaml")
     assert (tmp_path / "echo.json").exists() and not (tmp_path / "first.json").exists()
     contents = driver.evaluate(TASKS, KnowingBackend(Letters(), before=stop), Folder(tmp_path, MODEL), "suite.yaml")
-    assert len(answered) == 4 + 4  # those of the second task alone
+    assert len(answered) == 4 + 3  # those of the second task that had not been answered
     assert [one["metrics"]["accuracy"] for one in contents] == [1.0, 1.0]
+    assert contents[1]["counts"] == {"documents": 4}
+    assert not list(tmp_path.glob("*.answers.jsonl"))
+
+
+@pytest.mark.parametrize("line", ['{"model": {}}', "[[-1.0, true", ""])
+def test_answers_that_are_of_no_use_are_asked_for_again(tmp_path: Path, line: str) -> None:
+    answers = Folder(tmp_path, MODEL).answers(TASKS[1], None)
+    with answers.keeping([]) as keep:
+        keep([Likelihood(float("-inf"), True), Likelihood(-1.5, False)])
+    whole = answers.path.read_text()
+    assert answers.read() == [[Likelihood(float("-inf"), True), Likelihood(-1.5, False)]]
+    answers.path.write_text(f"{line}\n" if line.startswith("{") else whole + line)
+    assert len(answers.read()) == (0 if line.startswith("{") else 1)
 
 
 @pytest.mark.parametrize("other", ["model", "settings", "limit"])

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -51,14 +52,19 @@ def evaluate(
     Raises:
         ValueError: results of another model or of other settings are in the way.
     """
-    known = _agreed({task.name: folder.finished(task, limit) for task in tasks} if shows else None)
+    found = {task.name: (folder.finished(task, limit), folder.answers(task, limit).read()) for task in tasks if shows}
+    known = _agreed(found if shows else None)
     contents = []
     for task in tasks:
-        content = known[task.name]
+        content, answers = known[task.name]
         if content is None:
             started = time.monotonic()
             requests = task.requests(backend.tokenizer)[:limit]
-            answers = list(progress(answers_of(backend, task, requests), len(requests), task.name, shows))
+            left = answers_of(backend, task, requests[len(answers) :])
+            with folder.answers(task, limit).keeping(answers) if shows else nullcontext(lambda _: None) as keep:
+                for answer in progress(left, len(requests), len(answers), task.name, shows):
+                    answers.append(answer)
+                    keep(answer)
             if shows:
                 result = task.summarise(answers, backend.tokenizer)
                 content = folder.write(task, limit, result, time.monotonic() - started, backend.name)
@@ -81,16 +87,16 @@ def _agreed(known: dict[str, Any] | None) -> dict[str, Any]:
     return shared[0]
 
 
-def progress(answers: Iterable[Any], total: int, name: str, shows: bool) -> Iterator[Any]:
-    """A bar on a terminal, else a line from time to time."""
+def progress(answers: Iterable[Any], total: int, done: int, name: str, shows: bool) -> Iterator[Any]:
+    """A bar on a terminal, else a line from time to time; `done` answers of `total` were there before."""
     if not shows:
         yield from answers
         return
     if sys.stderr.isatty():
-        yield from tqdm(answers, total=total, desc=name, unit="request")
+        yield from tqdm(answers, total=total, initial=done, desc=name, unit="request")
         return
     started = told = time.monotonic()
-    for number, answer in enumerate(answers, 1):
+    for number, answer in enumerate(answers, done + 1):
         now = time.monotonic()
         if number == total or now - told > LINES_EVERY:
             told = now

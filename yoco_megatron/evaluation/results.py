@@ -3,24 +3,27 @@
     OUTPUT/TASK.json            settings, metrics, notes, heat map and curves
     OUTPUT/TASK.records.jsonl   a line an item: what was asked, what was answered
     OUTPUT/TASK.svg, TASK.CURVE.svg
+    OUTPUT/TASK.answers.jsonl   until the task ends: the answers so far, with which an interrupted one goes on
     OUTPUT/results.json         all tasks: settings, versions, the model's iteration, metrics
 
-A task whose file is there, of the same model and settings, is not evaluated again.
+A task whose file is there, of the same model and settings, is not evaluated again, nor are requests that were answered.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import platform
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yoco_megatron
 from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.comparison import grid
-from yoco_megatron.evaluation.requests import Result, Task
+from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Task, TokenLosses
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.files import write_atomically
 from yoco_megatron.utils.small_files import BadFile, read_json
@@ -44,6 +47,40 @@ def settings_of(task: Task, limit: int | None) -> dict[str, Any]:
     made: Any = task  # a dataclass, as all tasks are
     own = dataclasses.asdict(made)
     return json.loads(json.dumps({"task": type(task).__name__, **own, "requests_at_most": limit}))
+
+
+class Answers:
+    """A file with what the answers belong to, then an answer a line. Losses of tokens are too many to be kept."""
+
+    def __init__(self, path: Path, kind: type, about: dict[str, Any]) -> None:
+        self.path, self.kind, self.about = path, kind, about
+
+    def read(self) -> list[Any]:
+        """Answers to the first requests; none from a file of other settings. A line that was cut short ends it."""
+        lines = self.path.read_text(errors="replace").split("\n")[:-1] if self.path.is_file() else []
+        try:
+            about, *found = map(json.loads, lines)
+        except ValueError:
+            return []
+        if about != self.about:
+            return []
+        return [[Likelihood(*one) for one in answer] for answer in found] if self.kind is Score else found
+
+    @contextlib.contextmanager
+    def keeping(self, known: list[Any]) -> Iterator[Callable[[Any], None]]:
+        """Write the file anew with those that are known; what it gives adds one more."""
+        with self.path.open("w") as file:
+
+            def add(answer: Any) -> None:
+                if self.kind is not TokenLosses:
+                    plain = [dataclasses.astuple(one) for one in answer] if self.kind is Score else list(answer)
+                    file.write(json.dumps(plain) + "\n")
+                    file.flush()
+
+            file.write(json.dumps(self.about) + "\n")
+            for answer in known:
+                add(answer)
+            yield add
 
 
 class Folder:
@@ -87,6 +124,11 @@ class Folder:
             )
         return found
 
+    def answers(self, task: Task, limit: int | None) -> "Answers":
+        """Those to the task's requests so far."""
+        about = {"model": self.model, "settings": settings_of(task, limit)}
+        return Answers(self.path / f"{task.name}.answers.jsonl", task.kind, about)
+
     def write(self, task: Task, limit: int | None, result: Result, seconds: float, backend: str) -> dict[str, Any]:
         """Write the files of a task that has ended, its own last; returns their summary."""
         lines = "".join(json.dumps(_plain(record)) + "\n" for record in result.records)
@@ -112,6 +154,7 @@ class Folder:
         )
         content = _plain(found)
         write_atomically(self.path / f"{task.name}.json", json.dumps(content, indent=1) + "\n")
+        self.answers(task, limit).path.unlink(missing_ok=True)
         return content
 
     def write_all(self, suite: str, contents: list[dict[str, Any]]) -> None:
