@@ -13,14 +13,8 @@ import pytest
 from support.word_tokenizer import WordTokenizer
 
 from yoco_megatron.evaluation.requests import Likelihood, Score
-from yoco_megatron.evaluation.tasks.multiple_choice import (
-    BENCHMARKS,
-    MultipleChoice,
-    Question,
-    encode_choice,
-    judge,
-    read_benchmark,
-)
+from yoco_megatron.evaluation.tasks.benchmarks import BENCHMARKS, Question, read_benchmark
+from yoco_megatron.evaluation.tasks.multiple_choice import MultipleChoice, encode_choice, judge
 
 QUESTION = "Question: Why?\nAnswer:"
 ARC = [

@@ -8,7 +8,8 @@ import pytest
 from support.word_tokenizer import WordTokenizer
 
 from yoco_megatron.evaluation.tasks.filler import load_filler
-from yoco_megatron.evaluation.tasks.ruler import SUBTASKS, Prompt, Ruler, Which, insert
+from yoco_megatron.evaluation.tasks.ruler import Ruler, Which
+from yoco_megatron.evaluation.tasks.ruler_prompts import SUBTASKS, Prompt, insert
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 BOOK = "It was cold. Was it? “Yes!” he said. So they went home, and that was all.\n"
@@ -92,19 +93,21 @@ def test_variables_follow_the_chain() -> None:
     assert re.search(r"they are: [A-Z]{3}( [A-Z]{3}){4}$", example)
 
 
-@pytest.mark.parametrize(("length", "often", "seldom"), [(4096, 30, 3), (2048, 6, 1)])
-@pytest.mark.parametrize("size", [12, 60_000])  # half of all words: some of them would be common ones
+@pytest.mark.parametrize(
+    ("size", "length", "often", "seldom"),  # of so many words, some would be the common ones
+    [(12, 4096, 30, 3), (500, 8192, 30, 3), (300, 2048, 6, 1), (60_000, 16384, 30, 3)],
+)
 def test_common_words_are_the_common_ones(size: int, length: int, often: int, seldom: int) -> None:
     made = prompt("cwe", size=size, length=length)
     example, text = made.text.split("\nBelow is a numbered list of words.")
-    listed = re.findall(r"(\d+)\. ([a-z]+-[a-z]+)", text.split("\nQuestion:")[0])
+    listed = re.findall(r"(\d+)\. (\D+?)(?: |$)", text.split("\nQuestion:")[0])
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
     counts = Counter(word for _, word in listed)
     assert {word for word, count in counts.items() if count == often} == set(made.answers)
     assert sorted(counts.values()) == [seldom] * size + [often] * 10
     assert text.endswith("Answer: The top 10 words that appear most often in the list are:")
-    solved = re.findall(r"[a-z]+-[a-z]+", example.split("list are:")[1])
-    shown = Counter(re.findall(r"[a-z]+-[a-z]+", example.split("\nQuestion")[0]))
+    solved = re.findall(r"\d+\. (\S+)", example.split("list are:")[1])
+    shown = Counter(re.findall(r"\d+\. (\S+)", example.split("\nQuestion")[0]))
     assert sorted(solved) == sorted(word for word, _ in shown.most_common(10)) and len(solved) == 10
 
 
@@ -123,11 +126,11 @@ def test_frequent_words_are_the_frequent_ones(size: int) -> None:
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_prompts_fill_their_length(subtask: str, book: str) -> None:
     tokenizer = WordTokenizer()
-    task = Ruler(lengths=[2048, 4096], subtasks=[subtask], samples=3, filler=book)
+    task = Ruler(lengths=[1024, 4096], subtasks=[subtask], samples=3, filler=book)
     requests = task.requests(tokenizer)
     assert len(requests) == 6
     for index, request in enumerate(requests):
-        length = 2048 if index < 3 else 4096
+        length = 1024 if index < 3 else 4096
         assert 0.9 * length < len(request.prompt) + request.max_new_tokens <= length
         assert request.prompt[0] == 0
     assert task.longest(tokenizer) == 4096

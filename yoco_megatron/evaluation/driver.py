@@ -20,10 +20,13 @@ def check(tasks: Sequence[Task], tokenizer: Tokenizer, max_length: int) -> None:
     """What can be known before a model is loaded.
 
     Raises:
-        ValueError: a task with sequences that are longer than the model's.
+        ValueError: a task with sequences that are longer than the model's, or without any.
     """
     for task in tasks:
-        longest = task.longest(tokenizer)
+        try:
+            longest = task.longest(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"task {task.name}: {error}") from None
         require(
             longest <= max_length,
             f"task {task.name} has sequences of {longest:,} tokens, but the model's end at {max_length:,}: set shorter "

