@@ -7,6 +7,7 @@ context)):], and contexts are cut on the left. bits_per_byte is of the right cho
 documents: it ranks models whose accuracy is near chance.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ class MultipleChoice:
 
     def summarise(self, answers: Sequence[list[Likelihood]], tokenizer: Tokenizer) -> Result:
         """Accuracies and bits per byte of each benchmark, and the paper's average."""
-        left = [likelihood for answer in answers for likelihood in answer]
+        left = (likelihood for answer in answers for likelihood in answer)
         records: list[dict[str, Any]] = []
         for question in self.questions():
-            own, left = left[: len(question.choices)], left[len(question.choices) :]
+            own = list(itertools.islice(left, len(question.choices)))
             if len(own) < len(question.choices):
                 break
             records.append(judge(question, [each.log_probability for each in own]))

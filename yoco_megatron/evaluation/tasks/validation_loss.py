@@ -5,6 +5,7 @@ once, in the window that has most before it. stride = length - 1: no token is co
 token a long context, as in evaluations on Proof-Pile.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,11 +64,11 @@ class ValidationLoss:
 
     def summarise(self, answers: Sequence[Any], tokenizer: Tokenizer) -> Result:
         """Mean nats of a token, perplexity, and bits per byte of the documents that are whole."""
-        left = list(answers)
+        left = iter(answers)
         nats, tokens, num_bytes, documents = 0.0, 0, 0, 0
         for document in read_documents(self.data, tokenizer, self.limit, self.key):
             count = len(self._windows(len(document.tokens)))
-            own, left = left[:count], left[count:]
+            own = list(itertools.islice(left, count))
             if len(own) < count:
                 break
             nats += sum(float(np.asarray(losses, np.float64).sum()) for losses in own)
