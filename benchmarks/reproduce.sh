@@ -67,7 +67,7 @@ for part in "$@"; do
     context4) train --steps 4 --lengths 131072 --meshes CP4 --models GPT gated_retention "--flags=$full" $keep ;;
     million4) train --steps 3 --lengths 1048576 --layers 4 --meshes CP4 TP2xCP2 --models gated_retention --loss-chunk-size 4096 --timeout 500 "--flags=${full/1000000/80000000}" "$keep --mlp-chunks-for-training 16" ;;
     suffix4) run loss_positions --meshes CP4 --models gated_retention --keep --batch-tokens 131072 --steps 5 --rounds 1 --travels keys queries ;;
-    suffixmillion4) run loss_positions --length 1048576 --meshes TP2xCP2 CP4 --models gated_retention --keep --positions loss --travels keys queries --steps 4 --rounds 1 --rotary-base 80000000 --loss-chunk-size 4096 --timeout 300 --yoco-flags=--mlp-chunks-for-training=16 ;;
+    suffixmillion4) run loss_positions --length 1048576 --meshes TP2xCP2 --models gated_retention --keep --positions loss --travels keys queries --steps 4 --rounds 1 --rotary-base 80000000 --loss-chunk-size 4096 --timeout 300 --yoco-flags=--mlp-chunks-for-training=16 ;;
     *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
     esac
 done
