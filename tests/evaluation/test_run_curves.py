@@ -44,6 +44,17 @@ def test_the_loss_on_the_test_set_is_no_validation_loss(tmp_path: Path) -> None:
     assert read_run(tmp_path).value(VALIDATION) == 3.0
 
 
+def test_a_last_step_that_was_validated_alone(tmp_path: Path) -> None:
+    # --tensorboard-log-interval 4, ten steps: the losses of steps 4 and 8, and a validation at the end.
+    logged = [point for point in losses(1, 10) if point[1] in (4, 8)]
+    end = [(VALIDATION, 10, 11.0, 3.0), (f"{VALIDATION} vs samples", 40, 11.0, 3.0)]
+    write(tmp_path, 1000.0, [*logged, *end])
+    run = read_run(tmp_path)
+    assert (run.last_step, run.last_tokens) == (10, 10 * 4 * 32)
+    assert run.hours(10) * 3600 == pytest.approx(11)
+    assert run.training_loss() == pytest.approx(1 / 8)
+
+
 def test_losses_at_equal_tokens(tmp_path: Path) -> None:
     write(tmp_path, 1000.0, [*losses(1, 100), (VALIDATION, 50, 50.5, 4.0), (VALIDATION, 100, 101.0, 2.0)])
     run = read_run(tmp_path)
@@ -85,7 +96,7 @@ def test_unknown_models_have_no_flops(tmp_path: Path) -> None:
 def test_a_file_that_ends_in_the_middle_of_a_record(tmp_path: Path) -> None:
     path = write(tmp_path, 1000.0, losses(1, 9))
     path.write_bytes(path.read_bytes()[:-10])
-    assert read_run(tmp_path).last_step == 9  # the record that was cut is the count of samples
+    assert read_run(tmp_path).last_step == 8  # the record that was cut has the samples of step 9
 
 
 def test_damage_is_an_error(tmp_path: Path) -> None:

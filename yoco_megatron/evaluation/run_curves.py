@@ -66,7 +66,8 @@ class RunCurves:
 
     @property
     def last_step(self) -> int:
-        return int(self.curves[LOSS].steps[-1])
+        """The last one of which something was written."""
+        return int(self.tokens_at[0, -1])
 
     @property
     def last_tokens(self) -> float:
@@ -154,19 +155,23 @@ def joined(files: list[EventFile]) -> tuple[dict[str, list[Point]], list[tuple[i
                 # At the end of a run Megatron writes the loss on the test set under the tag of the validation set, too.
                 first_of = {point.step: point for point in reversed(points)}
                 history.setdefault(tag, []).extend(first_of.values())
-        reached = {point.step: point.time for point in file.scalars.get(LOSS, [])}
+        # Of a step, its loss is written first; the last one may have a validation loss alone.
+        reached = {point.step: point.time for tag in (VALIDATION, LOSS) for point in file.scalars.get(tag, [])}
         clock += [(step, before + (time - file.start) / 3600) for step, time in reached.items()]
     return history, clock
 
 
 def _samples(files: list[EventFile]) -> dict[int, float]:
-    """Samples trained on at each logged step."""
+    """Samples trained on at each step of which something was written."""
     found: dict[int, float] = {}
     for file in files:
-        losses, samples = (file.scalars.get(tag, []) for tag in (LOSS, LOSS + SAMPLES))
-        if losses:
-            found = {step: value for step, value in found.items() if step < losses[0].step}
-        found |= {point.step: count.step for point, count in zip(losses, samples)}
+        pairs = [
+            (point.step, count.step)
+            for tag in (LOSS, VALIDATION)
+            for point, count in zip(file.scalars.get(tag, []), file.scalars.get(tag + SAMPLES, []))
+        ]
+        first = min(pairs, default=(0, 0))[0]
+        found = {step: value for step, value in found.items() if step < first or not pairs} | dict(pairs)
     return found
 
 
@@ -179,8 +184,9 @@ def read_run(run: Path, name: str | None = None) -> RunCurves:
     paths = event_files(run)
     files = sorted((event_file.read(path) for path in paths), key=lambda file: file.start)
     history, clock = joined(files)
+    counted = sorted(_samples(files).items())
     require(
-        bool(history.get(LOSS)),
+        bool(history.get(LOSS)) and bool(counted),
         f"{paths[0].parent} holds no training loss: no step was logged there (--tensorboard-log-interval)",
     )
     flags = next(file.flags for file in reversed(files) if file.scalars.get(LOSS))
@@ -205,7 +211,7 @@ def read_run(run: Path, name: str | None = None) -> RunCurves:
             notes.append(
                 "FLOPs are not known: they vary with the data's loss masks, and --log-throughput was not given"
             )
-    steps, samples = zip(*sorted(_samples(files).items()))
+    steps, samples = zip(*counted)
     clock = sorted(clock)
     return RunCurves(
         name or run.name,
