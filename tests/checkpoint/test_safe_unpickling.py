@@ -99,8 +99,18 @@ class Format(Enum):
     HYBRID = (1, 2)
 
 
-@dataclass
-class DelayedScaling:
+class Recipe:
+    """Stands for the base of Transformer Engine's recipes, whose repr is kept beside the fields."""
+
+    _cached_repr: str | None = None
+
+    def __repr__(self) -> str:
+        self._cached_repr = self._cached_repr or type(self).__name__
+        return self._cached_repr
+
+
+@dataclass(repr=False)
+class DelayedScaling(Recipe):
     """Stands for Transformer Engine's, which needs its library to import."""
 
     fp8_format: Format = Format.HYBRID
@@ -127,10 +137,12 @@ def fp8_state(monkeypatch: pytest.MonkeyPatch) -> dict:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    used = DelayedScaling()
+    repr(used)
     monkeypatch.setattr(TEDelayedScaling, "__module__", extension.__name__)
     monkeypatch.setattr(extension, "TEDelayedScaling", TEDelayedScaling, raising=False)
     return {
-        "recipe": [DelayedScaling(), TEDelayedScaling("config")],
+        "recipe": [used, TEDelayedScaling("config")],
         "scale_fwd": torch.rand(3),
         "amax_history_fwd": torch.rand(1024, 3),
         "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "name": "a", "pair": (1, [2.0])},

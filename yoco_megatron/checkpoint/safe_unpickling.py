@@ -17,6 +17,7 @@ fields that this class has, in their types.
 import dataclasses
 import gc
 import importlib
+import inspect
 import io
 import logging
 import pickle
@@ -65,7 +66,8 @@ def _record(cls: type, types: dict[str, Any] | None = None) -> Any:
     """A stand-in for a dataclass.
 
     Args:
-        types: field -> what isinstance wants of its value; by default anything, and attributes that the class lacks.
+        types: field -> what isinstance wants of its value; by default anything, and attributes that are no field, but
+            neither methods nor properties of the class.
     """
     fields = dataclasses.fields(cls)
     names = types.keys() if types else {field.name for field in fields}
@@ -74,7 +76,7 @@ def _record(cls: type, types: dict[str, Any] | None = None) -> Any:
 
     def __setstate__(self: Any, state: Any) -> None:
         known = type(state) is dict and required <= state.keys()
-        if not known or not all(name in names or (types is None and not hasattr(cls, name)) for name in state):
+        if not known or not all(name in names or (types is None and _is_data(cls, name)) for name in state):
             raise _Refused(f"gives a {cls.__name__} other fields than it has")
         for name, value in state.items():
             if types and not isinstance(value, types[name]):
@@ -85,6 +87,11 @@ def _record(cls: type, types: dict[str, Any] | None = None) -> Any:
         self.__class__ = cls
 
     return _Sealed(cls.__name__, (), {"__setstate__": __setstate__})
+
+
+def _is_data(cls: type, name: str) -> bool:
+    """Whether an instance may have an attribute of its own called `name`: Transformer Engine caches a repr in one."""
+    return not hasattr(inspect.getattr_static(cls, name, None), "__get__")
 
 
 class _Member:
