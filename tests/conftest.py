@@ -24,6 +24,8 @@ LONG = (
     "test_sequences.py",
     "test_resume.py",
     "test_pipeline_training.py",
+    "evaluation/test_in_training.py",
+    "evaluation/test_mesh_backend.py",
     "parallel/test_context_parallel_kernels.py",
     "launch/test_status_and_local.py",
     "convert/test_convert.py",

@@ -15,6 +15,7 @@ import torch
 from support.cli import TINY, Log, Runs, checkpoint, run_script
 from support.evaluation import write_suite
 
+from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.upstream import between_steps
 
 STEPS, INTERVAL = 6, 2
@@ -100,15 +101,28 @@ EVERY = ("--evaluate-interval", "5")
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        (["--evaluate-suite", "SUITE"], "needs --evaluate-interval"),
+        (("--evaluate-suite", "SUITE"), "needs --evaluate-interval"),
         (EVERY, "--evaluate-interval has no effect"),
-        (["--evaluate-suite", "none.yaml", *EVERY], "--evaluate-suite none.yaml: there is no such file"),
-        (["--evaluate-suite", "SUITE", "--evaluate-interval", "0"], "--evaluate-interval 0 must be at least 1"),
-        (["--evaluate-suite", "SUITE", *EVERY, "--seq-length", "128"], "task needle has sequences of"),
-        (["--evaluate-suite", "SUITE", *EVERY, "--tokenizer-type", "NullTokenizer"], "tasks are of text"),
+        (("--evaluate-suite", "none.yaml", *EVERY), "--evaluate-suite none.yaml: there is no such file"),
+        (("--evaluate-suite", "SUITE", "--evaluate-interval", "0"), "--evaluate-interval 0 must be at least 1"),
     ],
 )
-def test_mistakes_end_before_training(more: list[str], error: str, tmp_path: Path, bpe_folder: Path) -> None:
+def test_mistakes_in_flags(more: tuple[str, ...], error: str, tmp_path: Path, bpe_folder: Path) -> None:
     suite = str(write_suite(tmp_path))
-    ((code, text),) = run_script(1, *flags(bpe_folder, *(suite if word == "SUITE" else word for word in more)))
-    assert code and text.count("error: ") == 1 and error in text
+    with pytest.raises(ValueError, match=error):
+        parse_for_job(flags(bpe_folder, *(suite if word == "SUITE" else word for word in more)), 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (("--seq-length", "128"), "task needle has sequences of"),
+        (("--tokenizer-type", "NullTokenizer"), "tasks are of text"),
+    ],
+)
+def test_mistakes_in_tasks_end_before_training(
+    more: tuple[str, ...], error: str, tmp_path: Path, bpe_folder: Path
+) -> None:
+    suite = ("--evaluate-suite", str(write_suite(tmp_path)), *EVERY)
+    ((code, text),) = run_script(1, *flags(bpe_folder, *suite, *more))
+    assert code and text.count("error: ") == 1 and error in text and "lm loss" not in text
