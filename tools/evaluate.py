@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers of data tell each step
     warnings.filterwarnings("ignore", module="megatron")
     from yoco_megatron.evaluation import driver, results
-    from yoco_megatron.evaluation.backends.load import open_backend
+    from yoco_megatron.evaluation.backends.load import close, open_backend
     from yoco_megatron.evaluation.model_files import look
     from yoco_megatron.evaluation.suite import read_suite
 
@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
     if is_first():
         print(results.table(contents))
         print(f"\n{output}/results.json")
+    close()
 
 
 def default_output(folder: Path, suite: Path, iteration: int | None) -> Path:

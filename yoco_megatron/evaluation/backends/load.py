@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import mpu
 from megatron.training import training
 
 from yoco_megatron import runtime, upstream
@@ -63,6 +65,14 @@ def open_backend(
         model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
         return CachedBackend(model, *_of_text(folder, found), token_budget=token_budget)
     return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
+
+
+def close() -> None:
+    """At the end, on each process: one whose connections are still open as its interpreter ends may be aborted."""
+    if dist.is_initialized():
+        dist.barrier()
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _on_mesh(
