@@ -79,12 +79,12 @@ def run(options: argparse.Namespace) -> None:
     mesh = {name: value for name, value in mesh.items() if value}
     output = options.output or default_output(Path(folder), options.suite, files.identity["iteration"])
     target = results.Folder(output, files.identity, options.overwrite, options.format)
-    if is_first():
-        for task in tasks:  # another's results are told before a model is loaded
-            target.finished(task, options.limit)
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron tells there what it loads; here only the table belongs
-        backend = open_backend(folder, options.iteration, options.tokenizer, mesh or None, options.tokens_per_batch)
-    contents = driver.evaluate(tasks, backend, target, str(options.suite), options.limit, is_first())
+    # Another's results are told before a model is loaded; and where all is there, none is.
+    contents = [one for task in tasks if is_first() and (one := target.finished(task, options.limit))]
+    if len(contents) < len(tasks) or os.environ.get("WORLD_SIZE", "1") != "1":
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron tells there what it loads; here only the table belongs
+            backend = open_backend(folder, options.iteration, options.tokenizer, mesh or None, options.tokens_per_batch)
+        contents = driver.evaluate(tasks, backend, target, str(options.suite), options.limit, is_first())
     if is_first():
         print(results.table(contents))
         print(f"\n{output}/results.json")

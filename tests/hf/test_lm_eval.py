@@ -1,9 +1,11 @@
 """lm-evaluation-harness on an exported model, offline: likelihood, multiple choice and generation from local files.
 
 Its bits per byte must be what the model's own logits say, and our class of models must give the same answers as
-lm-eval's class hf, item by item. Skipped where lm-eval is not installed: pip install lm-eval.
+lm-eval's class hf, item by item; so must the task of the paper's Table 3. Skipped where lm-eval is not installed: pip
+install lm-eval.
 """
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -78,6 +80,32 @@ def likelihoods(sample: dict) -> list[float]:
     return [answer[0][0] if isinstance(answer[0], tuple | list) else answer[0] for answer in sample["resps"]]
 
 
+def by_our_task(rows: list[dict], folder: Path, tmp_path: Path) -> list[list[float]]:
+    """Log-probabilities of the choices, by the task of the paper's Table 3 on files as those of its package."""
+    from yoco_megatron.evaluation.backends.load import open_backend
+    from yoco_megatron.evaluation.tasks.multiple_choice import MultipleChoice
+
+    own = tmp_path / "oe_eval_tasks/arc_easy/rc_0shot"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text(json.dumps({"task_config": {"split": "none"}}))
+    lines = [  # lm-eval puts a space before each choice, which those files have
+        {
+            "doc": {},
+            "request": {"context": row["question"], "continuation": f" {choice}"},
+            "idx": index,
+            "doc_id": number,
+        }
+        | {"label": row["answer"]}
+        for number, row in enumerate(rows)
+        for index, choice in enumerate(row["choices"])
+    ]
+    (own / "requests.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    task = MultipleChoice(benchmarks=["arc_easy"], data=str(own.parents[1]), max_length=128)
+    backend = open_backend(str(folder))
+    answers = list(backend.score(task.requests(backend.tokenizer)))
+    return [record["log_probabilities"] for record in task.summarise(answers, backend.tokenizer).records]
+
+
 def test_local_tasks(exported, tmp_path):
     folder, model, tokenizer = exported
     questions = ["the quick brown", "a lazy"]
@@ -123,6 +151,9 @@ def test_local_tasks(exported, tmp_path):
                 assert same["resps"] == sample["resps"]
             else:
                 assert likelihoods(same) == pytest.approx(likelihoods(sample), rel=1e-5)
+    theirs = [likelihoods(sample) for sample in whole["samples"]["local_choice"]]
+    for found, expected in zip(by_our_task(rows, folder, tmp_path), theirs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
     # The harness starts a page with the end-of-text token where the tokenizer has no other beginning.
     nats = 0.0
     for page in PAGES:

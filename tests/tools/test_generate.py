@@ -223,7 +223,9 @@ def test_either_format_is_evaluated_alike(folders, suite, tmp_path):
     metrics = run["tasks"]["loss_by_position"]["metrics"]
     assert model["tasks"]["loss_by_position"]["metrics"] == pytest.approx(metrics, rel=1e-5)
     assert f"loss_by_position           loss  {metrics['loss']:.4f}" in printed
-    assert "done already" in evaluated(suite, "--load", folders["run"], "--output", tmp_path / "run")[1]
+    assert "requests in" in printed
+    again = evaluated(suite, "--load", folders["run"], "--output", tmp_path / "run")
+    assert again[0] == run and "requests in" not in again[1]
 
 
 def test_the_baseline_is_evaluated(folders, suite):
