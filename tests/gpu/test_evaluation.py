@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cli import Runs, checkpoint
+from support.cli import Log, checkpoint, train
 from support.evaluation import write_suite
 from support.models import SELF_DECODERS
 from support.ports import free_port
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.gpu
 BF16 = 3e-2
 
 
-def flags(tokenizer: Path, *more: str) -> list[str]:
+def flags(tokenizer: Path) -> list[str]:
     model = ("--config", "configs/model/yoco_tiny.yaml", "--seq-length", "512", "--max-position-embeddings", "512")
     text = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--mock-data")
     batch = ("--micro-batch-size", "2", "--global-batch-size", "4", "--log-interval", "1", "--eval-iters", "0")
-    return [*model, *text, *batch, "--lr", "1e-3", "--bf16", "--use-distributed-optimizer", *more]
+    return [*model, *text, *batch, "--lr", "1e-3", "--bf16", "--use-distributed-optimizer"]
 
 
 def requests() -> tuple[list[Score], list[TokenLosses], list[Generate]]:
@@ -68,7 +68,7 @@ def answers(folder: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_caches_and_mesh_agree(kind: str, tmp_path: Path, bpe_folder: Path) -> None:
     more = ("--self-decoder", kind, "--train-iters", "150", "--save", str(tmp_path))
-    Runs(1, {"": flags(bpe_folder, *more)})[""]
+    train(1, *more, base=flags(bpe_folder))
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ((wanted, *others),) = spawn(answers, 1, (str(tmp_path),), env=world)
     continued = [list(range(one.prompt[-1] + 1, one.prompt[-1] + 1 + 12)) for one in requests()[2]]
@@ -104,17 +104,11 @@ def test_training_does_not_notice(
     own = (*TRAININGS[training], "--train-iters", "6", "--deterministic-mode")
     suite = ("--evaluate-suite", str(write_suite(tmp_path)), "--evaluate-interval", "2")
 
-    def save(name: str) -> tuple[str, ...]:
-        return "--save", str(tmp_path / name), "--save-interval", "6"
+    def run(name: str, *more: str) -> Log:  # in a process of its own: Megatron keeps a graph for all runs of one
+        save = ("--save", str(tmp_path / name), "--save-interval", "6")
+        return train(1, *own, *save, *more, base=flags(bpe_folder))
 
-    runs = Runs(
-        1,
-        {
-            "plain": flags(bpe_folder, *own, *save("plain")),
-            "again": flags(bpe_folder, *own, *save("again")),
-            "evaluated": flags(bpe_folder, *own, *save("evaluated"), *suite),
-        },
-    )
+    runs = {"plain": run("plain"), "again": run("again"), "evaluated": run("evaluated", *suite)}
     plain = checkpoint(tmp_path / "plain", 6)
     assert runs["evaluated"].text.count("evaluation at iteration") == 3
     for name in ("again", "evaluated"):
