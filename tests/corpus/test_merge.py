@@ -1,13 +1,15 @@
 """Merged datasets have the bytes that Megatron's builder gives; what does not belong together is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from yoco_megatron.corpus.merge import find_prefixes, merge
+from yoco_megatron.data.loss_masks import check_masks
 
 
 def dataset(prefix: Path, seed: int, dtype: type = np.uint16, sha: str | None = None) -> str:
@@ -46,6 +48,49 @@ def test_folders_are_taken_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--input .*empty holds no \.idx"):
         find_prefixes([str(tmp_path / "empty")])
+
+
+def lengths(prefix: Path) -> list[int]:
+    dataset = IndexedDataset(str(prefix))
+    return dataset.sequence_lengths.tolist()
+
+
+def masked(prefix: Path, seed: int) -> str:
+    """A dataset with a loss mask beside it."""
+    dataset(prefix, seed)
+    builder = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+    generator = np.random.default_rng(seed)
+    for length in lengths(prefix):
+        builder.add_document(generator.integers(0, 2, length), [length])
+    builder.finalize(f"{prefix}_loss_mask.idx")
+    return str(prefix)
+
+
+def test_masks_are_merged_with_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yoco_megatron.corpus.merge.BLOCK_BYTES", 64)
+    (tmp_path / "in").mkdir()
+    prefixes = [masked(tmp_path / "in" / name, seed) for seed, name in enumerate("ab")]
+    assert find_prefixes([str(tmp_path / "in")]) == prefixes
+    report = merge(prefixes, str(tmp_path / "all"))
+    mask = b"".join(Path(f"{prefix}_loss_mask.bin").read_bytes() for prefix in prefixes)
+    assert (tmp_path / "all_loss_mask.bin").read_bytes() == mask and len(mask) == report["tokens"]
+    assert lengths(tmp_path / "all") == lengths(tmp_path / "all_loss_mask") and len(lengths(tmp_path / "all")) == 60
+    assert report["loss_mask"]["learned_tokens"] == sum(mask)
+    assert report["loss_mask"]["files"]["bin"]["sha256"] == hashlib.sha256(mask).hexdigest()
+    check_masks([str(tmp_path / "all")])
+
+    bare = dataset(tmp_path / "bare", 3)
+    with pytest.raises(ValueError, match=r"--input: .*in/a has a loss mask, .*bare has none"):
+        merge([bare, *prefixes], str(tmp_path / "mixed"))
+    merge([bare], str(tmp_path / "all"), overwrite=True)  # the mask of the old tokens goes
+    assert not list(tmp_path.glob("all_loss_mask*")) and not list(tmp_path.glob("*mixed*"))
+    binary = tmp_path / "in" / "a_loss_mask.bin"
+    binary.write_bytes(binary.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"a_loss_mask\.bin is shorter than its \.idx says"):
+        merge(prefixes, str(tmp_path / "mixed"))
+    binary.unlink()
+    with pytest.raises(ValueError, match=r"a_loss_mask\.bin is missing"):
+        merge(prefixes, str(tmp_path / "mixed"))
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

@@ -178,6 +178,27 @@ def test_merge_and_its_errors(made: tuple[Path, dict[str, str]], tmp_path: Path)
     assert "--overwrite" in run("merge_datasets", *arguments, fails=True)
 
 
+def test_conversations_from_lines_to_a_merged_dataset(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """With a template from a file; what is learned is shown."""
+    talk = [{"role": "user", "content": "größer?"}, {"role": "assistant", "content": "Yes 🙂"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"text": "none"}))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    flags = ["--input", tmp_path / "talks.jsonl", "--data-format", "messages", *TOKENIZER, made[0] / "bpe"]
+    flags += ["--output-prefix", tmp_path / "out"]
+    assert "error: --tokenizer-model: the tokenizer has no chat" in run("preprocess_data", *flags, fails=True)
+    error = run("preprocess_data", *flags, "--chat-template", tmp_path / "none", fails=True)
+    assert f"error: --chat-template: {tmp_path}/none is missing" in error
+    done = start("preprocess_data", *flags, "--chat-template", template)
+    assert re.search(r"out_messages_document_loss_mask: \d+ tokens are learned, \d\d\.\d% of all", done.stdout)
+    assert "talks.jsonl:2: no key 'messages' (keys: text)" in done.stderr
+    prefix = tmp_path / "out_messages_document"
+    run("merge_datasets", "--input", prefix, prefix, "--output-prefix", tmp_path / "two")
+    said = run("inspect_dataset", "--data-path", tmp_path / "two", "--samples", 1, "--verify")
+    assert "user: größer?\n⟦assistant: Yes 🙂\n⟧" in said and "2 documents" in said
+    assert re.search(r"learned: \d+ tokens, ", said) and "_loss_mask.bin is whole" in said
+
+
 ALL = [path.stem for path in ROOT.glob("tools/*.py")]
 
 
@@ -204,6 +225,12 @@ MISTAKES = {
         "--input {0}/corpus.jsonl --tokenizer-type HuggingFaceTokenizer --tokenizer-model {0}/bpe --keep-newlines "
         "--output-prefix {0}/x",
         "--keep-newlines and --lang have no effect without --split-sentences",
+    ),
+    "format": (
+        "preprocess_data",
+        "--input {0}/corpus.jsonl --tokenizer-type HuggingFaceTokenizer --tokenizer-model {0}/bpe --chat-template x "
+        "--output-prefix {0}/x",
+        "--chat-template has no effect without --data-format messages",
     ),
     "model": (
         "preprocess_data",

@@ -1,5 +1,6 @@
 """Concatenate indexed datasets of documents; the same bytes as Megatron's IndexedDatasetBuilder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import numpy as np
 from tqdm import tqdm
 
 from yoco_megatron.corpus.idx_writer import sync, write_index
-from yoco_megatron.corpus.output_files import BLOCK_BYTES, describe_files, move_into_place
+from yoco_megatron.corpus.output_files import BLOCK_BYTES, describe_files, describe_mask, move_into_place
 from yoco_megatron.data.check import check_data_prefixes, read_report
 from yoco_megatron.data.idx import HEADER, Header, check_index, read_header
+from yoco_megatron.data.loss_masks import check_masks, has_mask, mask_of
 
+TEMPLATE = "chat_template_sha256"
 # Counts of a report that are summed.
 SUMS = (
     "documents",
@@ -34,7 +37,8 @@ def find_prefixes(inputs: list[str]) -> list[str]:
         if not Path(entry).is_dir():
             found.append(entry)
             continue
-        inside = [str(path.with_suffix("")) for path in sorted(Path(entry).glob("*.idx"))]
+        names = {str(path.with_suffix("")) for path in Path(entry).glob("*.idx")}
+        inside = sorted(names - set(map(mask_of, names)))
         if not inside:
             raise ValueError(f"--input {entry} holds no .idx; give prefixes of datasets, or a folder of them")
         found += inside
@@ -42,15 +46,16 @@ def find_prefixes(inputs: list[str]) -> list[str]:
 
 
 def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
-    """Write the datasets `prefixes`, in this order, to `output`, in constant memory.
+    """Write the datasets `prefixes`, in this order, to `output`, with their loss masks, in constant memory.
 
     Returns:
         the report that is written beside the dataset, as tools/preprocess_data.py writes it.
     Raises:
-        ValueError: an input that is missing or damaged, inputs that differ in dtype, tokenizer, or start or end of
-            documents, or an output that exists.
+        ValueError: an input that is missing or damaged, inputs that differ in dtype, tokenizer, chat template, start or
+            end of documents, or of which some alone have a loss mask, or an output that exists.
     """
     check_data_prefixes(prefixes, "--input")
+    check_masks(prefixes)
     if Path(f"{output}.idx").exists() and not overwrite:
         raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
     if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
@@ -69,35 +74,55 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     known = {prefix: tuple(start) for prefix, start in starts.items() if start is not None}
     _require_one(known, "document start", "preprocess all with --tokenizer-hf-no-include-special-tokens, or none")
 
+    templates = {prefix: report.get("tokenizer", {}).get(TEMPLATE) for prefix, report in zip(prefixes, reports)}
+    _require_one({prefix: sha for prefix, sha in templates.items() if sha}, "chat template", "preprocess all with one")
+    masked = [prefix for prefix in prefixes if has_mask(prefix)]
+    if masked and (bare := [prefix for prefix in prefixes if prefix not in masked]):
+        raise ValueError(f"--input: {masked[0]} has a loss mask, {bare[0]} has none: merge those with one, and those without, separately")
+
     dtype = dtypes[prefixes[0]].type
-    max_id = 0
-    binary, index, lengths = aside = [Path(f"{output}.{name}.tmp") for name in ("bin", "idx", "lengths")]
+    aside = [Path(f"{part}.{suffix}.tmp") for part in (output, mask_of(output)) for suffix in ("bin", "idx", "lengths")]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
+    largest, learned = [0], [0]
     try:
-        total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes)
-        with (
-            binary.open("wb") as ids,
-            lengths.open("wb") as counts,
-            tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
-        ):
-            for prefix in prefixes:
-                with open(f"{prefix}.bin", "rb") as source:
-                    while block := source.read(BLOCK_BYTES):
-                        ids.write(block)
-                        max_id = max(max_id, int(np.frombuffer(block, dtype).max()))
-                        progress.update(len(block))
-                counts.write(memoryview(_lengths(prefix, headers[prefix])))
-            sync(ids)
-            sync(counts)
-        write_index(index, np.memmap(lengths, np.int32, "r"), dtype)
-        check_index(index, binary)
-        report = _merged(prefixes, reports, headers, dtype) | {"max_id": max_id}
-        report["files"] = describe_files(binary, index)
-        move_into_place(binary, index, output, report)
+        tokens = _concatenate(prefixes, aside[:3], dtype, lambda ids: largest.append(int(ids.max())))
+        report = _merged(prefixes, reports, headers, dtype) | {"max_id": max(largest)}
+        report["files"] = describe_files(*tokens)
+        mask = None
+        if masked:
+            masks = list(map(mask_of, prefixes))
+            mask = _concatenate(masks, aside[3:], np.uint8, lambda flags: learned.append(int(np.count_nonzero(flags))))
+            report["loss_mask"] = describe_mask(*mask, sum(learned), report["tokens"])
+        move_into_place(*tokens, output, report, mask)
     finally:
         for path in aside:
             path.unlink(missing_ok=True)
     return report
+
+
+def _concatenate(
+    prefixes: list[str], aside: list[Path], dtype: type[np.integer], see: Callable[[np.ndarray], None]
+) -> tuple[Path, Path]:
+    """Write the datasets to the .bin, .idx and lengths `aside`; `see` is shown all values. Returns .bin and .idx."""
+    binary, index, lengths = aside
+    total = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes)
+    with (
+        binary.open("wb") as ids,
+        lengths.open("wb") as counts,
+        tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        for prefix in prefixes:
+            with open(f"{prefix}.bin", "rb") as source:
+                while block := source.read(BLOCK_BYTES):
+                    ids.write(block)
+                    see(np.frombuffer(block, dtype))
+                    progress.update(len(block))
+            counts.write(memoryview(_lengths(prefix, read_header(Path(f"{prefix}.idx")))))
+        sync(ids)
+        sync(counts)
+    write_index(index, np.memmap(lengths, np.int32, "r"), dtype)
+    check_index(index, binary)
+    return binary, index
 
 
 def _require_one(values: dict[str, Any], what: str, advice: str) -> None:
@@ -122,4 +147,6 @@ def _merged(
     sums["tokens"] = sum(Path(f"{prefix}.bin").stat().st_size for prefix in prefixes) // np.dtype(dtype).itemsize
     tokenizers = [report["tokenizer"] for report in reports if report.get("tokenizer")]
     known = tokenizers[0] if len(tokenizers) == len(reports) else {}
-    return sums | {"dtype": np.dtype(dtype).name, "tokenizer": known, "inputs": prefixes}
+    formats = {report.get("format") for report in reports}
+    kind = formats.pop() if len(formats) == 1 else "mixed"
+    return sums | {"format": kind, "dtype": np.dtype(dtype).name, "tokenizer": known, "inputs": prefixes}

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from yoco_megatron.data.loss_masks import mask_of
 from yoco_megatron.data.token_sample import sample_tokens
 from yoco_megatron.utils.files import write_atomically
 
-LOSS_MASK = "_loss_mask"
 # Memory of one read when files are hashed.
 BLOCK_BYTES = 1 << 22
 
@@ -54,7 +54,7 @@ def move_into_place(
     binary: Path, index: Path, prefix: str, report: dict[str, Any], mask: tuple[Path, Path] | None = None
 ) -> None:
     """Move .bin, .json and last .idx into place; before the last one `mask`, the .bin and .idx of the loss mask."""
-    old = [f"{prefix}{LOSS_MASK}.{suffix}" for suffix in ("idx", "bin")]
+    old = [f"{mask_of(prefix)}.{suffix}" for suffix in ("idx", "bin")]
     if binary.exists():
         for file in (f"{prefix}.idx", *old):
             Path(file).unlink(missing_ok=True)

@@ -26,7 +26,6 @@ from yoco_megatron.corpus.documents import DocumentEncoder, Encoded, Records, pr
 from yoco_megatron.corpus.formats import FORMATS, document_encoder
 from yoco_megatron.corpus.idx_writer import write_index
 from yoco_megatron.corpus.output_files import (
-    LOSS_MASK,
     describe_files,
     describe_mask,
     move_into_place,
@@ -37,6 +36,7 @@ from yoco_megatron.corpus.readers import Batch, Position, as_list, check_keys, d
 from yoco_megatron.corpus.resume_state import ResumeState
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.idx import check_index
+from yoco_megatron.data.loss_masks import mask_of
 
 # Time between two saves of the progress.
 SAVE_SECONDS = 10.0
@@ -159,8 +159,8 @@ def preprocess(
     job["split-sentences"] = None if sentences is None else [sentences.language, sentences.keep_newlines]
     job["data-format"] = None if data_format == "text" else data_format
     job["chat-template"] = template and template.sha256
-    parts = [".bin", ".lengths", *([f"{LOSS_MASK}.bin"] if encoder.records.is_masked else [])]
-    streams = [f"{name}{part}" for name in names for part in parts]
+    streams = [f"{name}.{suffix}" for name in names for suffix in ("bin", "lengths")]
+    streams += [f"{mask_of(name)}.bin" for name in names if encoder.records.is_masked]
     resume = ResumeState(Path(f"{output_prefix}.unfinished"), [*streams, PROBLEMS], job, restart=overwrite)
     complete = False
     try:
@@ -182,7 +182,7 @@ def preprocess(
 
 def _written(folder: Path, name: str, is_masked: bool) -> tuple[tuple[Path, Path], tuple[Path, Path] | None]:
     """The .bin and .idx of the tokens, and those of the loss mask."""
-    tokens, mask = ((folder / f"{name}{part}.bin", folder / f"{name}{part}.idx") for part in ("", LOSS_MASK))
+    tokens, mask = ((folder / f"{stem}.bin", folder / f"{stem}.idx") for stem in (name, mask_of(name)))
     return tokens, mask if is_masked else None
 
 
@@ -192,7 +192,7 @@ def _without_own(files: list[Path], output_prefix: str, names: list[str]) -> lis
     Raises:
         ValueError: nothing else is left.
     """
-    datasets = rf"_({'|'.join(map(re.escape, names))})_document({LOSS_MASK})?\.(bin|idx|json)"
+    datasets = rf"_({'|'.join(map(re.escape, names))})_document({mask_of('')})?\.(bin|idx|json)"
     own = re.escape(os.path.abspath(output_prefix)) + rf"(\.unfinished/.*|{datasets}|_{PROBLEMS})"
     found = [path for path in files if not re.fullmatch(own, os.path.abspath(path), re.DOTALL)]
     if not found:
@@ -291,7 +291,7 @@ def _append(resume: ResumeState, name: str, encoded: Encoded, report: Report) ->
     resume.files[f"{name}.bin"].write(found.ids.tobytes())
     resume.files[f"{name}.lengths"].write(found.lengths.astype(np.int32).tobytes())
     if report.loss_mask is not None:
-        resume.files[f"{name}{LOSS_MASK}.bin"].write(found.learned.tobytes())
+        resume.files[f"{mask_of(name)}.bin"].write(found.learned.tobytes())
         report.loss_mask["learned_tokens"] += int(found.learned.sum(dtype=np.int64))
     report.documents += len(found.lengths)
     report.tokens += len(found.ids)

@@ -8,25 +8,47 @@ from typing import Any
 
 import numpy as np
 
-from yoco_megatron.corpus.output_files import file_sha256
+from yoco_megatron.corpus.output_files import BLOCK_BYTES, file_sha256
 from yoco_megatron.data.check import MAX_VOCABULARY, read_report
+from yoco_megatron.data.loss_masks import has_mask, mask_of
 from yoco_megatron.data.tokenizer import build_tokenizer, id_limit, known_options, tokenizer_sha256
+
+LEARNED = "⟦{}⟧"
+
+
+def recorded_sha256(prefix: str) -> dict[str, str | None]:
+    """File of a dataset and its loss mask, without the prefix -> the SHA-256 in the report, or None."""
+    report = read_report(prefix)
+    parts = {"": report.get("files")}
+    if has_mask(prefix):
+        parts[mask_of("")] = (report.get("loss_mask") or {}).get("files")
+    return {
+        f"{part}.{suffix}": ((files or {}).get(suffix) or {}).get("sha256")
+        for part, files in parts.items()
+        for suffix in ("bin", "idx")
+    }
 
 
 def verify(prefix: str) -> dict[str, str]:
-    """Read .bin and .idx and compare their SHA-256 with the report's, if there is one; returns suffix -> SHA-256.
+    """Read all files and compare their SHA-256 with the report's, if there is one; returns file -> SHA-256.
 
     Raises:
         ValueError: a file that changed.
     """
-    recorded = read_report(prefix).get("files") or {}
-    found = {suffix: file_sha256(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
-    for suffix, file in recorded.items():
-        if found.get(suffix) != file["sha256"]:
-            raise ValueError(
-                f"--verify: {prefix}.{suffix} has SHA-256 {found.get(suffix)}, not {file['sha256']}: copy it again"
-            )
+    found = {}
+    for file, recorded in recorded_sha256(prefix).items():
+        found[file] = file_sha256(Path(prefix + file))
+        if recorded not in (None, found[file]):
+            raise ValueError(f"--verify: {prefix}{file} has SHA-256 {found[file]}, not {recorded}: copy it again")
     return found
+
+
+def learned_tokens(prefix: str) -> int | None:
+    """How many tokens its loss mask has learned; None without one."""
+    if not has_mask(prefix):
+        return None
+    flags = np.memmap(f"{mask_of(prefix)}.bin", np.uint8, "r")
+    return sum(int(np.count_nonzero(flags[at : at + BLOCK_BYTES])) for at in range(0, len(flags), BLOCK_BYTES))
 
 
 def ids_end(prefix: str, args: Namespace) -> int:
@@ -61,14 +83,24 @@ def tokenizer_for(prefix: str, args: Namespace) -> Any:
 def random_documents(
     prefix: str, tokenizer: Any, count: int, seed: int, max_tokens: int
 ) -> Iterator[tuple[int, int, str]]:
-    """(number, tokens, beginning of the text) of `count` documents drawn without repetition."""
+    """(number, tokens, beginning of the text) of `count` documents drawn without repetition.
+
+    What is learned by a loss mask is put between LEARNED.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(prefix)
+    masks = IndexedDataset(mask_of(prefix)) if has_mask(prefix) else None
     for number in sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))):
         length = int(dataset.sequence_lengths[number])
         ids = dataset.get(number, length=min(length, max_tokens))
-        yield number, length, tokenizer.detokenize(ids.tolist())
+        if masks is None:
+            yield number, length, tokenizer.detokenize(ids.tolist())
+            continue
+        flags = masks.get(number, length=len(ids))
+        runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(flags)) + 1)
+        texts = ((tokenizer.detokenize(ids[run].tolist()), flags[run].any()) for run in runs)
+        yield number, length, "".join(LEARNED.format(text) if learned else text for text, learned in texts)
 
 
 def document_lengths(prefix: str) -> np.ndarray:
