@@ -81,3 +81,12 @@ def test_a_tokenizer_needs_an_end_of_document(tokenizer: Any) -> None:
     check_document_end(flags(mock=True), tokenizer)
     with pytest.raises(ValueError, match=r"--tokenizer-model bpe has no end of document \(eos_token\)"):
         check_document_end(flags(mock=True), Namespace(eod=None))
+
+
+def test_a_chat_template_begins_conversations_itself(tokenizer: Any, tmp_path: Path) -> None:
+    """Generation is given prompts of the template, and must not begin them again."""
+    talks, texts = dataset(tmp_path / "talks", [PAD, 5, 6]), dataset(tmp_path / "texts", [END, 5])
+    assert document_start(flags(talks), tokenizer) == [PAD]
+    (tmp_path / "talks.json").write_text(json.dumps({"format": "messages"}))
+    assert document_start(flags(talks), tokenizer) == []
+    assert document_start(flags(talks, texts), tokenizer) == [END]

@@ -78,7 +78,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     _require_one({prefix: sha for prefix, sha in templates.items() if sha}, "chat template", "preprocess all with one")
     masked = [prefix for prefix in prefixes if has_mask(prefix)]
     if masked and (bare := [prefix for prefix in prefixes if prefix not in masked]):
-        raise ValueError(f"--input: {masked[0]} has a loss mask, {bare[0]} has none: merge those with one, and those without, separately")
+        raise ValueError(f"--input: {masked[0]} has a loss mask, {bare[0]} has none: merge them separately")
 
     dtype = dtypes[prefixes[0]].type
     aside = [Path(f"{part}.{suffix}.tmp") for part in (output, mask_of(output)) for suffix in ("bin", "idx", "lengths")]

@@ -16,12 +16,16 @@ from yoco_megatron.data.tokenizer import special_tokens
 
 logger = logging.getLogger(__name__)
 
+# Formats of records that a chat template begins.
+TEMPLATED = ("messages", "mixed")
 # Documents of a dataset that are looked at, and the tokens of each.
 DOCUMENTS, TOKENS = 64, 8
 
 
 def document_start(args: Namespace, tokenizer: Any) -> list[int] | None:
     """The special tokens that begin every document; None if nothing is known (mock data).
+
+    None of them are those of conversations: their chat template writes these, and will again in a prompt.
 
     Args:
         tokenizer: as Megatron builds it; its special tokens are looked for.
@@ -30,7 +34,11 @@ def document_start(args: Namespace, tokenizer: Any) -> list[int] | None:
     if not prefixes:
         return None
     special = set(special_tokens(tokenizer))
-    starts = {prefix: _common([_special_start(ids, special) for ids in _sample(prefix)]) for prefix in prefixes}
+    starts = {
+        prefix: _common([_special_start(ids, special) for ids in _sample(prefix)])
+        for prefix in prefixes
+        if read_report(prefix).get("format") not in TEMPLATED
+    }
     common = _common(list(starts.values()))
     other = next((prefix for prefix, start in starts.items() if start != common), None)
     if other is not None:
