@@ -5,6 +5,7 @@ with completions, and messages, become PREFIX_FORMAT_document with a loss mask: 
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -78,6 +79,7 @@ def main() -> None:
         if args.chat_template is not None:
             args.chat_template = read_template(args.chat_template)
         tokenizer = build_tokenizer(args)
+        gc.freeze()  # what is imported need not be looked through for each thousand of records
         about = describe(args) | {"vocab_size": tokenizer.vocab_size}
         reports = preprocess(
             expand_inputs(args.input),

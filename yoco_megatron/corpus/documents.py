@@ -93,11 +93,11 @@ class Ends:
 
 @dataclass(frozen=True)
 class Tokens:
-    """ids: integers [tokens]; learned: uint8 [tokens], 1 or 0; lengths: int64 [documents]."""
+    """ids: integers [tokens]; lengths: int64 [documents]; learned: uint8 [tokens], 1 or 0, or None if all are."""
 
     ids: np.ndarray
-    learned: np.ndarray
     lengths: np.ndarray
+    learned: np.ndarray | None
 
     def without(self, places: list[int]) -> "Tokens":
         """All but these documents."""
@@ -106,7 +106,7 @@ class Tokens:
         kept = np.ones(len(self.lengths), bool)
         kept[places] = False
         tokens = np.repeat(kept, self.lengths)
-        return Tokens(self.ids[tokens], self.learned[tokens], self.lengths[kept])
+        return Tokens(self.ids[tokens], self.lengths[kept], None if self.learned is None else self.learned[tokens])
 
 
 @dataclass
@@ -151,10 +151,11 @@ class DocumentEncoder:
         names = self.records.names
         rows, indices, bad = self.records.read(batch)
         documents = {name: [row[column] for row in rows] for column, name in enumerate(names)}
-        whole: dict[str, Tokens] = {}
+        whole: dict[str, tuple[Tokens, np.ndarray]] = {}
         wrong: dict[int, str] = {}
         for name in names:
-            whole[name], reasons = self._encode(documents[name])
+            tokens, learned, reasons = self._encode(documents[name])
+            whole[name] = tokens, learned
             wrong |= {row: f"the text under {name!r} {reason}" for row, reason in reasons.items()}
         good = [row for row in range(len(rows)) if row not in wrong]
         bad += [(indices[row], reason) for row, reason in wrong.items()]
@@ -162,9 +163,10 @@ class DocumentEncoder:
         encoded = Encoded({}, {}, {}, {}, {}, len(bad), [])
         for name in names:
             used = [documents[name][row] for row in good]
-            found = whole[name].without(list(wrong))
+            tokens, learned = whole[name]
+            found = tokens.without(list(wrong))
             nul = [place for place, (parts, _) in enumerate(used) if any(b"\0" in part.text for part in parts)]
-            empty = np.flatnonzero(_sums(found.learned, found.lengths) == 0).tolist()
+            empty = np.flatnonzero(learned[good] == 0).tolist()
             special = _special(used, found, self.ends.special)
             found = self._with_ends(found.without(empty))
             if (found.lengths > MAX_TOKENS).any():
@@ -178,8 +180,8 @@ class DocumentEncoder:
             odd += [(indices[good[place]], f"{name!r} {self.records.nothing}", "empty") for place in empty]
             odd += [(indices[good[place]], f"{name!r} holds NUL characters", "kept") for place in nul]
             odd += [
-                (indices[good[place]], f"{name!r} holds special tokens: {', '.join(tokens)}", "kept")
-                for place, tokens in special.items()
+                (indices[good[place]], f"{name!r} holds special tokens: {', '.join(spelled)}", "kept")
+                for place, spelled in special.items()
             ]
         odd.sort(key=lambda entry: entry[0])  # so that the list does not depend on batch boundaries
         encoded.problems = [
@@ -187,8 +189,8 @@ class DocumentEncoder:
         ]
         return encoded
 
-    def _encode(self, documents: list[Document]) -> tuple[Tokens, dict[int, str]]:
-        """All documents, and why some of these are bad, by their places."""
+    def _encode(self, documents: list[Document]) -> tuple[Tokens, np.ndarray, dict[int, str]]:
+        """All documents, learned tokens of each, and why some of these are bad, by their places."""
         counts = np.fromiter((len(document.segments) for document in documents), np.int64, len(documents))
         segments = [segment for document in documents for segment in document.segments]
         texts = [segment.text for segment in segments]
@@ -210,23 +212,27 @@ class DocumentEncoder:
                 )
         # What a tokenizer makes of no text is nothing to learn.
         flags = np.fromiter((part.is_learned and bool(part.text) for part in segments), np.uint8, len(segments))
-        return Tokens(found.ids.astype(self.dtype), np.repeat(flags, found.lengths), lengths), reasons
+        learned = np.repeat(flags, found.lengths) if self.records.is_masked else None
+        tokens = Tokens(found.ids.astype(self.dtype), lengths, learned)
+        return tokens, _sums(found.lengths * flags, counts), reasons
 
     def _with_ends(self, found: Tokens) -> Tokens:
         """Documents with their ends; what follows the last token is learned where that one is."""
         prefix, suffix = self.ends.prefix, self.ends.suffix
-        last = np.cumsum(found.lengths) - 1
-        flags = found.learned[last]
-        if self.records.is_masked and suffix:  # the text or its template may have written the end
-            own = np.ones(len(found.ids), bool)
-            own[last] = found.ids[last] != suffix[-1]
-            lengths = found.lengths - ~own[last]
-            found = Tokens(found.ids[own], found.learned[own], lengths)
-        ids = with_ends(Ids(found.ids, found.lengths), prefix, suffix)
-        learned = with_ends(Ids(found.learned, found.lengths), [0] * len(prefix), [flags] * len(suffix)).ids
-        if self.records.is_masked:  # nothing predicts the first token
-            learned[np.cumsum(ids.lengths) - ids.lengths] = 0
-        return Tokens(ids.ids, learned, ids.lengths)
+        ids, lengths, learned = found.ids, found.lengths, found.learned
+        if learned is None:
+            whole = with_ends(Ids(ids, lengths), prefix, suffix)
+            return Tokens(whole.ids, whole.lengths, None)
+        last = np.cumsum(lengths) - 1
+        flags = learned[last]
+        if suffix:  # the text or its template may have written the end
+            own = np.ones(len(ids), bool)
+            own[last] = ids[last] != suffix[-1]
+            ids, lengths, learned = ids[own], lengths - ~own[last], learned[own]
+        whole = with_ends(Ids(ids, lengths), prefix, suffix)
+        learned = with_ends(Ids(learned, lengths), [0] * len(prefix), [flags] * len(suffix)).ids
+        learned[np.cumsum(whole.lengths) - whole.lengths] = 0  # nothing predicts the first token
+        return Tokens(whole.ids, whole.lengths, learned)
 
 
 def _encode(texts: list[bytes], encode: Encoder) -> tuple[Ids, dict[int, str]]:

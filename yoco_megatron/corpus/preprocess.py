@@ -290,7 +290,7 @@ def _append(resume: ResumeState, name: str, encoded: Encoded, report: Report) ->
     found = encoded.tokens[name]
     resume.files[f"{name}.bin"].write(found.ids.tobytes())
     resume.files[f"{name}.lengths"].write(found.lengths.astype(np.int32).tobytes())
-    if report.loss_mask is not None:
+    if report.loss_mask is not None and found.learned is not None:
         resume.files[f"{mask_of(name)}.bin"].write(found.learned.tobytes())
         report.loss_mask["learned_tokens"] += int(found.learned.sum(dtype=np.int64))
     report.documents += len(found.lengths)
