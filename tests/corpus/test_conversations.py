@@ -152,14 +152,14 @@ def test_answers_of_a_conversation_are_learned_with_their_end(folder: Path, tmp_
 
 
 def test_an_end_of_document_continues_the_last_answer(folder: Path, tmp_path: Path) -> None:
-    """One that the template writes is not written again."""
+    """One that the template writes is not written again; a new line that ends turns is learned."""
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     path = write(tmp_path / "f.jsonl", [talk])
-    for name, end in (("bare", ""), ("ended", f"+ '{EOD}'")):
-        template = "{% for message in messages %}{{ message['content']" + end + " }}{% endfor %}"
+    for name, end, ids in (("bare", "", []), ("ended", f"'{EOD}'", [END]), ("lines", "'\\n'", [10])):
+        template = "{% for message in messages %}{{ message['content'] + (" + (end or "''") + ") }}{% endfor %}"
         run([path], tmp_path / name, tokenizer_of(folder, template), append_eod=True)
-        between = [([END], 0)] if end else []
-        assert documents(tmp_path / name) == [document(("a", 0), *between, ("b", 1), ([END], 1))]
+        of_answer = [] if ids == [END] else ids
+        assert documents(tmp_path / name) == [document(("a", 0), (ids, 0), ("b", 1), (of_answer, 1), ([END], 1))]
 
 
 def test_a_template_that_changes_what_it_wrote_is_refused(folder: Path, tmp_path: Path) -> None:
