@@ -79,6 +79,8 @@ def test_masks_are_merged_with_the_tokens(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["loss_mask"]["files"]["bin"]["sha256"] == hashlib.sha256(mask).hexdigest()
     check_masks([str(tmp_path / "all")])
 
+    with pytest.raises(ValueError, match=r"in/a_loss_mask is the loss mask of .*in/a: give that one"):
+        merge([f"{prefixes[0]}_loss_mask"], str(tmp_path / "mixed"))
     bare = dataset(tmp_path / "bare", 3)
     with pytest.raises(ValueError, match=r"--input: .*in/a has a loss mask, .*bare has none"):
         merge([bare, *prefixes], str(tmp_path / "mixed"))

@@ -63,7 +63,7 @@ def check_masks(prefixes: Sequence[str], flag: str = "--data-path", inside: bool
         flag: the one that named the datasets.
         inside: compare all lengths, and look at a sample of the mask. False: only headers and sizes.
     Raises:
-        ValueError: the first mask that is wrong, or is not there although the report has one.
+        ValueError: the first mask that is wrong, or is not there although the report has one, or is given as data.
     """
     try:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -85,6 +85,9 @@ def _file(prefix: str, suffix: str) -> Path:
 
 
 def _check(prefix: str, inside: bool) -> None:
+    of = prefix.removesuffix(SUFFIX)
+    if of != prefix and Path(f"{of}.idx").is_file():
+        raise ValueError(f"{prefix} is the loss mask of {of}: give that one")
     recorded = read_report(prefix).get("loss_mask")
     if recorded is None and not has_mask(prefix):
         return
