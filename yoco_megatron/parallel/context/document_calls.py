@@ -24,7 +24,7 @@ from torch import Tensor
 
 from yoco_megatron.parallel.context.host_copy import to_device
 from yoco_megatron.parallel.context.kv_gather import gather_rank_major, reduce_scatter_chunks
-from yoco_megatron.parallel.context.sequence_shard import SequenceShard, packed_segments
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard, packed_segments, rank_major_rows
 
 QUERY_TILE = 128
 """Kernels compute queries in tiles of so many. A gap below that between two runs of a document is computed as well and
@@ -117,8 +117,7 @@ class DocumentCalls:
         shard = self.shard
         positions = np.concatenate([np.arange(segment.first, segment.stop) for segment in segments])
         samples = np.repeat([segment.sample for segment in segments], [segment.keys for segment in segments])
-        chunk_rows = np.argsort(shard.rank_major_chunks) * shard.chunk_length
-        rows = (chunk_rows[positions // shard.chunk_length] + positions % shard.chunk_length) * shard.batch + samples
+        rows = rank_major_rows(positions, shard.length, shard.ranks) * shard.batch + samples
         if shard.ranks == 1 and shard.batch == 1 and _counts_up(rows):
             self._key_rows.append(None)
             return

@@ -10,8 +10,8 @@ from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
 def gather_rank_major(x: Tensor, shard: SequenceShard) -> Tensor:
-    """[s, ...] of every rank -> [length, ...] in rank-major order: one all-gather."""
-    rank_major = x.new_empty(shard.length, *x.shape[1:])
+    """[s, ...] of every rank -> [ranks * s, ...] in rank-major order: one all-gather."""
+    rank_major = x.new_empty(shard.ranks * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(rank_major, x.contiguous(), group=shard.group)
     return rank_major
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from yoco_megatron.parallel.context.kv_gather import gather_rank_major
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 
@@ -18,29 +19,26 @@ def gather_queries(shard: SequenceShard, *dealt: Tensor) -> list[Tensor]:
 
     The tensors may differ in D and dtype. Two equal pieces lie on each rank, as chunks of tokens do (`dealt_runs`).
     """
-    message = _pack(dealt)
-    gathered = message.new_empty(shard.ranks * message.shape[0], *message.shape[1:])
-    dist.all_gather_into_tensor(gathered, message, group=shard.group)
-    return [shard.to_sequence_order(part).view(like.dtype) for part, like in zip(_unpack(gathered, dealt), dealt)]
+    gathered = _split_bits(gather_rank_major(_join_bits(dealt), shard), dealt)
+    return [shard.to_sequence_order(part).view(like.dtype) for part, like in zip(gathered, dealt)]
 
 
 def return_to_ranks(shard: SequenceShard, *found: Tensor) -> list[Tensor]:
     """What this rank found for all queries, [m, b, H, D] in sequence order -> what each rank found for the queries
     dealt to this one, [C, m/C, b, H, D]."""
-    pieces = _pack(found).unflatten(0, (2, shard.ranks, -1))
-    rank_major = torch.stack((pieces[0], pieces[1].flip(0)), 1).flatten(0, 2)
+    rank_major = shard.to_rank_major(_join_bits(found))
     received = torch.empty_like(rank_major)
     dist.all_to_all_single(received, rank_major, group=shard.group)
     received = received.unflatten(0, (shard.ranks, -1))
-    return [part.contiguous().view(like.dtype) for part, like in zip(_unpack(received, found), found)]
+    return [part.contiguous().view(like.dtype) for part, like in zip(_split_bits(received, found), found)]
 
 
-def _pack(tensors: tuple[Tensor, ...]) -> Tensor:
+def _join_bits(tensors: tuple[Tensor, ...]) -> Tensor:
     """int32: the bits of each row, side by side."""
     return torch.cat([x.contiguous().view(torch.int32) for x in tensors], -1)
 
 
-def _unpack(message: Tensor, likes: tuple[Tensor, ...]) -> list[Tensor]:
+def _split_bits(message: Tensor, likes: tuple[Tensor, ...]) -> list[Tensor]:
     """The bits of each tensor, views."""
     edges = [0, *accumulate(like.shape[-1] * like.itemsize // 4 for like in likes)]
     return [message[..., start:stop] for start, stop in pairwise(edges)]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yoco_megatron.parallel.context.host_copy import to_device
-from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys
+from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard, VisibleKeys, rank_major_rows
 
 Runs = Sequence[tuple[int, int]]
 """Positions [start, stop) of a whole sequence, ascending and apart."""
@@ -128,23 +128,17 @@ class _Rows:
     ranks: int
     rows_split: int
 
-    def _place(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(context-parallel rank that holds each position, its place among the tokens held there)."""
-        if self.ranks == 1:
-            return torch.zeros_like(positions), positions
-        chunk_length, last = self.length // (2 * self.ranks), 2 * self.ranks - 1
-        chunk, offset = positions // chunk_length, positions % chunk_length
-        mirrored = chunk >= self.ranks
-        return torch.where(mirrored, last - chunk, chunk), offset + mirrored * chunk_length
-
     def holder(self, positions: Tensor) -> Tensor:
         """Rank in the group of a `QueryShard`."""
-        rank, place = self._place(positions)
-        return rank * self.rows_split + place // (self.length // self.ranks // self.rows_split)
+        return rank_major_rows(positions, self.length, self.ranks) // self._held
 
     def row(self, positions: Tensor) -> Tensor:
         """On that rank."""
-        return self._place(positions)[1] % (self.length // self.ranks // self.rows_split)
+        return rank_major_rows(positions, self.length, self.ranks) % self._held
+
+    @property
+    def _held(self) -> int:
+        return self.length // self.ranks // self.rows_split
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class _Route:
 @lru_cache(maxsize=2)  # with --loss-suffix all micro-batches have one route
 def _route(rows: _Rows, runs: Runs, rank: int, group: dist.ProcessGroup | None, device: torch.device | str) -> _Route:
     if group is None:
-        return _Route(rows.row(positions_of(dealt_runs(runs, rows.ranks, rank), device)))
+        return _Route(positions_of(runs, device))
     me, split = group.rank(), rows.rows_split
     assert me // split == rank, "ranks are not in the order tensor, context"
     dealt = [positions_of(dealt_runs(runs, rows.ranks, one)) for one in range(rows.ranks)]

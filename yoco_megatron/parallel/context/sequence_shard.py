@@ -13,11 +13,22 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from yoco_megatron.parallel.context.host_copy import to_device
+
+
+def rank_major_rows[Positions: (int, np.ndarray, Tensor)](positions: Positions, length: int, ranks: int) -> Positions:
+    """Rows of tokens in rank-major order (those of rank 0, those of rank 1, ...), by their positions in a sequence."""
+    if ranks == 1:
+        return positions
+    chunk_length = length // (2 * ranks)
+    chunk = positions // chunk_length
+    place = 2 * chunk + (chunk >= ranks) * (4 * ranks - 1 - 4 * chunk)  # 2 c, or of a mirrored one 2 (2 C - 1 - c) + 1
+    return place * chunk_length + positions % chunk_length
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,6 @@ class SequenceShard:
         if length % self.num_chunks:
             raise ValueError(f"{length} tokens do not divide into {self.num_chunks} chunks, two for each rank")
         self.local_length, self.chunk_length = length // self.ranks, length // self.num_chunks
-        self.rank_major_chunks = [index for rank in range(self.ranks) for index in self.chunks_of(rank)]
-        """Numbers of all chunks in the order of an all-gather: those of rank 0, those of rank 1, ..."""
         self.chunk_ids = self.chunks_of(self.rank)
         self.chunks = tuple(self.chunk(index) for index in self.chunk_ids)
         self._visible_keys: dict[tuple[CPChunk, int | None], VisibleKeys] = {}
@@ -99,16 +108,24 @@ class SequenceShard:
         return CPChunk(index * self.chunk_length, (index + 1) * self.chunk_length)
 
     def to_sequence_order(self, rank_major: Tensor) -> Tensor:
-        """Chunks in rank-major order (`rank_major_chunks`) -> a copy in sequence order.
+        """Chunks in the order of an all-gather (those of rank 0, those of rank 1, ...) -> a copy in sequence order.
 
-        `rank_major` is [length, ...], or [chunks, ...] with one row per chunk.
+        `rank_major` has as many rows of each chunk: [length, ...], [queries, ...] or [chunks, ...].
         """
-        return rank_major.unflatten(0, (self.num_chunks, -1)).index_select(0, self._gather_index).view_as(rank_major)
+        return self._reorder(rank_major, self._chunk_orders[0])
+
+    def to_rank_major(self, x: Tensor) -> Tensor:
+        """The inverse of `to_sequence_order`."""
+        return self._reorder(x, self._chunk_orders[1])
+
+    def _reorder(self, x: Tensor, chunks: Tensor) -> Tensor:
+        return x.unflatten(0, (self.num_chunks, -1)).index_select(0, chunks).view_as(x)
 
     @cached_property
-    def _gather_index(self) -> Tensor:
-        rows = [self.rank_major_chunks.index(index) for index in range(self.num_chunks)]
-        return to_device(torch.tensor(rows), self.device)
+    def _chunk_orders(self) -> tuple[Tensor, Tensor]:
+        """Places of the sequence's chunks in rank-major order, and the other way round."""
+        places = rank_major_rows(torch.arange(self.num_chunks), self.num_chunks, self.ranks)
+        return to_device(places, self.device), to_device(places.argsort(), self.device)
 
     def held_spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where ranks hold tokens first..stop-1: (row, offset, rows) for each chunk that has some of them.
@@ -119,8 +136,7 @@ class SequenceShard:
             chunk = self.chunk(index)
             begin, end = max(first, chunk.start), min(stop, chunk.stop)
             if begin < end:
-                row = self.rank_major_chunks.index(index) * self.chunk_length + begin - chunk.start
-                yield row, begin - first, end - begin
+                yield rank_major_rows(begin, self.length, self.ranks), begin - first, end - begin
 
     def fold(self, x_SB: Tensor) -> Tensor:
         """[s, b, ...] held here -> [chunks * b, chunk, ...], for layers that take chunks as samples."""
