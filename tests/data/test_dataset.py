@@ -153,3 +153,12 @@ def test_a_loss_mask_beside_the_data_is_of_the_labels(tmp_path: Path, read: dict
             for one in (documents, masks)
         )
         assert sample["loss_mask"].tolist() == (learned * (labels != PAD)).tolist()
+
+
+def test_a_suffix_of_what_the_data_teach(tmp_path: Path) -> None:
+    masks = [[1, 0, 1] * 9] * 5
+    prefix = write(tmp_path / "d", [range(2, 29)] * 5, loss_masks=masks)
+    whole, cut = (build(prefix, masked=[prefix], loss_suffix=tokens) for tokens in (None, 5))
+    for index in range(len(whole)):
+        before, after = (data[index]["loss_mask"].tolist() for data in (whole, cut))
+        assert any(before[:-5]) and after == [0.0] * (LENGTH - 5) + before[-5:]

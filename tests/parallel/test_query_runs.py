@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from yoco_megatron.parallel.context.query_runs import SIZES, SMALL_GAP, SMALLEST_SIZE, runs_of, visible_keys
+from yoco_megatron.parallel.context.query_runs import SIZES, SMALL_GAP, SMALLEST_SIZE, num_visible_keys, runs_of
 from yoco_megatron.parallel.context.query_shard import count
 
 LENGTH = 8192  # of which a size is 256
@@ -69,5 +69,5 @@ def test_any_positions(length: int, multiple: int):
 def test_keys_that_queries_see():
     """Those of their document, up to themselves; the data loader pads the documents' ends."""
     runs, starts = ((2, 5), (9, 12), (14, 16)), np.array([0, 4, 10, 16, 16, 16], np.int32)
-    assert visible_keys(runs, starts) == (3 + 4 + 1) + (6 + 1 + 2) + (5 + 6)
-    assert visible_keys(runs, starts[:1]) == (3 + 4 + 5) + (10 + 11 + 12) + (15 + 16)
+    assert num_visible_keys(runs, starts) == (3 + 4 + 1) + (6 + 1 + 2) + (5 + 6)
+    assert num_visible_keys(runs, starts[:1]) == (3 + 4 + 5) + (10 + 11 + 12) + (15 + 16)

@@ -137,14 +137,12 @@ def pipeline_step(
     nothing = [None] * num_microbatches
     ids = document_batch(len(tokens)).split(MICRO_BATCH) if documents else nothing
     masks = nothing if loss_mask is None else loss_mask.split(MICRO_BATCH)
-    rows_split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    multiple = queries_multiple(config.context_parallel_size, rows_split) * (16 if config.fp8 else 1)
     data = [MicroBatch(*parts) for parts in zip(tokens.split(MICRO_BATCH), labels.split(MICRO_BATCH), ids, masks)]
     upstream.install(Namespace(run_folder=None), only={"get_forward_backward_func"})
     step = partial(forward_step)
 
     def find(given: MicroBatch) -> tuple[Runs, PositionCounts]:
-        return runs_with_loss(given.loss_mask, multiple), PositionCounts()
+        return runs_with_loss(given.loss_mask, queries_multiple(config)), PositionCounts()
 
     step.micro_batches = lambda data, _: MaskedMicroBatches(data, find) if only_queries else MicroBatches(data)
     outputs = training.get_forward_backward_func()(

@@ -15,7 +15,6 @@ def test_a_sample_of_a_blend_is_cut_to_the_tokens_of_a_context_parallel_rank(mon
         context_parallel_size=2,
         pipeline_model_parallel_size=1,
         seq_length=8,
-        loss_suffix=None,
         cross_decoder_positions="all",
     )
     ranks = SimpleNamespace(
@@ -28,7 +27,6 @@ def test_a_sample_of_a_blend_is_cut_to_the_tokens_of_a_context_parallel_rank(mon
     )
     monkeypatch.setattr(batch, "get_args", lambda: flags)
     monkeypatch.setattr(batch, "mpu", ranks)
-    monkeypatch.setattr(batch, "mask_prefix_", lambda *_: None)
     monkeypatch.setattr(batch, "get_batch_on_this_tp_rank", lambda found, **_: found)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)

@@ -10,7 +10,7 @@ from support.datasets import write
 
 from yoco_megatron.costs.flops import Queries, train_flops
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.parallel.context.query_runs import runs_of, visible_keys
+from yoco_megatron.parallel.context.query_runs import num_visible_keys, runs_of
 
 LENGTH, STEPS, BATCH = 512, 4, 8
 SEQUENCE = ["--seq-length", str(LENGTH)]
@@ -125,7 +125,7 @@ def test_what_was_done_is_counted(one_process, folder):
         shares = [100 * sum(part[of_step]) / (BATCH * LENGTH) for part in (with_loss, rows)]
         assert line == "positions with a loss: {:.1f}% | positions computed: {:.1f}% |".format(*shares)
     runs = [runs_of(mask_of(sample).numpy() != 0) or ((0, LENGTH),) for sample in samples]
-    keys = sum(visible_keys(of_sample, np.zeros(1, np.int64)) for of_sample in runs)
+    keys = sum(num_visible_keys(of_sample, np.zeros(1, np.int64)) for of_sample in runs)
     queries = Queries(sum(rows) / len(rows) / LENGTH, keys / len(rows) / LENGTH)
     wanted = train_flops(ModelShape.from_args(parsed(1, *SEQUENCE)), STEPS * BATCH, queries)
     assert flops_of(folder) == pytest.approx(wanted, rel=1e-12)

@@ -6,7 +6,7 @@ import torch
 
 from yoco_megatron.training.query_positions import PositionCounts, masked_query_runs
 
-FLAGS = dict(loss_suffix=None, tensor_model_parallel_size=2, context_parallel_size=1, sequence_parallel=False, fp8=None)
+FLAGS = dict(tensor_model_parallel_size=2, context_parallel_size=1, sequence_parallel=False, fp8=None)
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -31,11 +31,6 @@ def test_documents_see_their_own_keys() -> None:
     first = sum(range(301, 351)) + sum(range(1, 51)) + sum(range(551, 579))
     second = sum(range(301, 401)) + sum(range(901, 911)) + sum(range(1, 11)) + sum(range(1, 9))
     assert counts.keys == first + second
-
-
-def test_a_suffix_of_what_the_masks_leave() -> None:
-    runs, counts = masked_query_runs(sample(), Namespace(**FLAGS | {"loss_suffix": "120"}))
-    assert runs == ((896, 1024),) and counts.with_loss == 24
 
 
 def test_rows_that_ranks_and_fp8_can_share() -> None:

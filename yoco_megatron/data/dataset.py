@@ -48,6 +48,9 @@ class DatasetConfig(GPTDatasetConfig):
     sample_packing: str | None = None
     """--sample-packing."""
 
+    loss_suffix: int | None = None
+    """Last tokens of a sample, which alone have a loss; None: no limit."""
+
 
 class CheckedGPTDataset(GPTDataset):
     """GPTDataset whose samples depend on the data and the flags alone, not on paths, old caches or other samples.
@@ -84,7 +87,8 @@ class CheckedGPTDataset(GPTDataset):
         return len(self.sample_index) - 1 if self.is_packed else super().__len__()
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Megatron's sample with its `loss_mask`, float [sequence], set to 0 at labels that the data do not teach.
+        """Megatron's sample with its `loss_mask`, float [sequence], set to 0 at labels that the data do not teach, and
+        before the suffix that has a loss.
 
         With packed documents, or inter_document_masking and eod_mask_loss, also at each document's last token, whose
         label is not of the same document: Megatron goes by the end-of-document token, and data may have none.
@@ -100,6 +104,8 @@ class CheckedGPTDataset(GPTDataset):
         if self.loss_masks is not None:
             learned = _read(self.loss_masks, documents, offset, lengths)[1:]
             loss_mask[: len(learned)][learned == 0] = 0.0
+        if self.config.loss_suffix is not None:
+            loss_mask[: -self.config.loss_suffix] = 0.0
         return sample
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -11,6 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.base_tokenizer import MegatronTokenizerBase
 from torch.utils.data import ConcatDataset, Dataset
 
+from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.config.resolve import queries_vary
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import read_blends
@@ -56,6 +57,7 @@ def dataset_config(args: Namespace, tokenizer: MegatronTokenizerBase, index_sha2
         index_sha256=index_sha256,
         masked=masked_prefixes(args),
         sample_packing=args.sample_packing,
+        loss_suffix=suffix_length(args.loss_suffix, args.seq_length),
     )
 
 

@@ -10,7 +10,6 @@ from megatron.training import get_args
 from torch import Tensor
 
 from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs, positions_of
-from yoco_megatron.training.query_positions import mask_prefix_
 
 
 def needs_data(args: Namespace, vp_stage: int | None) -> bool:
@@ -61,8 +60,6 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
-    if batch["loss_mask"] is not None:
-        mask_prefix_(batch["loss_mask"], args)
     of_queries = {} if runs is None else {name: _at_queries(batch.pop(name), runs) for name in ("labels", "loss_mask")}
     # Zig-zag over whole sequences, regardless of documents.
     batch = get_batch_on_this_cp_rank(

@@ -7,13 +7,9 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
-from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.config.resolve import computed_suffix
-from yoco_megatron.parallel.context.query_runs import runs_of, visible_keys
+from yoco_megatron.parallel.context.query_runs import num_visible_keys, runs_of
 from yoco_megatron.parallel.context.query_shard import Runs, count, queries_multiple, suffix_run
-
-FP8_ROWS = 32
-"""Rows of an FP8 product are a multiple of it, whatever the recipe."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ def query_runs(args: Namespace) -> Runs | None:
     queries = computed_suffix(args)
     if queries is None:
         return None
-    run = suffix_run(queries, args.seq_length, _multiple(args))
+    run = suffix_run(queries, args.seq_length, queries_multiple(args))
     return None if run[0][0] == 0 else run
 
 
@@ -48,10 +44,7 @@ def masked_query_runs(sample: dict[str, Tensor], args: Namespace) -> tuple[Runs 
     """
     has_loss = sample["loss_mask"].numpy() != 0
     sequences, length = has_loss.shape
-    suffix = suffix_length(args.loss_suffix, length)
-    if suffix is not None:
-        has_loss[:, : length - suffix] = False
-    runs = runs_of(has_loss.any(0), _multiple(args))
+    runs = runs_of(has_loss.any(0), queries_multiple(args))
     computed = runs or ((0, length),)
     documents = sample.get("cu_seqlens")
     starts = np.zeros((sequences, 1), np.int64) if documents is None else documents.numpy().astype(np.int64)
@@ -59,17 +52,5 @@ def masked_query_runs(sample: dict[str, Tensor], args: Namespace) -> tuple[Runs 
         positions=sequences * length,
         with_loss=int(np.count_nonzero(has_loss)),
         computed=sequences * count(computed),
-        keys=sum(visible_keys(computed, of_sequence) for of_sequence in starts),
+        keys=sum(num_visible_keys(computed, of_sequence) for of_sequence in starts),
     )
-
-
-def _multiple(args: Namespace) -> int:
-    rows_split = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    return queries_multiple(args.context_parallel_size, rows_split) * (FP8_ROWS if args.fp8 else 1)
-
-
-def mask_prefix_(loss_mask: Tensor, args: Namespace) -> None:
-    """No loss before the suffix that --loss-suffix names, in place: loss_mask [b, whole sequence]."""
-    suffix = suffix_length(args.loss_suffix, args.seq_length)
-    if suffix is not None:
-        loss_mask[:, : args.seq_length - suffix] = 0

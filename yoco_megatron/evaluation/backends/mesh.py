@@ -30,7 +30,7 @@ from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.context.query_shard import Runs, dealt_runs, positions_of, queries_multiple
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.training.micro_batches import MaskedMicroBatches, MicroBatches
-from yoco_megatron.training.query_positions import FP8_ROWS, PositionCounts
+from yoco_megatron.training.query_positions import PositionCounts
 
 ROWS = 32
 """Lengths are multiples of it: kernels are prepared anew for each shape."""
@@ -100,8 +100,7 @@ class MeshBackend:
         self.config = config = self.chunks[0].config
         self.is_yoco = isinstance(self.chunks[0], YOCOModel)
         self.replicas, self.replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        self.multiple = queries_multiple(config.context_parallel_size, split) * (FP8_ROWS if config.fp8 else 1)
+        self.multiple = queries_multiple(config)
         self.longest = -(-max_length // self.multiple) * self.multiple
 
     # -- the three kinds of requests

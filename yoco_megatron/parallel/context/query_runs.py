@@ -22,7 +22,7 @@ def runs_of(has_loss: NDArray[np.bool_], multiple: int = 1) -> Runs | None:
 
     Args:
         has_loss: bool [length], the union of a micro-batch's samples.
-        multiple: `queries_multiple`, times what FP8 asks for.
+        multiple: `queries_multiple`.
     Returns:
         as few runs as rounding up to one of `SIZES` numbers of queries allows. Without any loss the last `multiple`
         positions: a step needs a graph.
@@ -50,8 +50,8 @@ def runs_of(has_loss: NDArray[np.bool_], multiple: int = 1) -> Runs | None:
     return tuple(zip(starts[np.r_[True, apart]].tolist(), stops[np.r_[apart, True]].tolist()))
 
 
-def visible_keys(runs: Runs, starts: NDArray[np.integer]) -> int:
-    """Keys that the queries of one sequence attend to, summed up: each those of its document up to itself.
+def num_visible_keys(runs: Runs, starts: NDArray[np.integer]) -> int:
+    """Keys that all queries of one sequence attend to: each those of its document up to itself.
 
     Args:
         starts: the first positions of the documents, ascending from 0.

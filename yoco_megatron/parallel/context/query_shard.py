@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,20 +24,20 @@ from yoco_megatron.parallel.context.sequence_shard import CPChunk, SequenceShard
 Runs = Sequence[tuple[int, int]]
 """Positions [start, stop) of a whole sequence, ascending and apart."""
 
+FP8_ROWS = 32
+"""Rows of an FP8 product are a multiple of it, whatever the recipe."""
+
 
 def count(runs: Runs) -> int:
     """Number of positions."""
     return sum(stop - start for start, stop in runs)
 
 
-def queries_multiple(context_parallel_size: int, rows_split: int) -> int:
-    """What the number of queries of a sequence must be a multiple of.
-
-    Args:
-        rows_split: tensor-parallel ranks that split the rows, 1 without sequence parallelism.
-    """
-    pieces = 2 * context_parallel_size if context_parallel_size > 1 else 1
-    return lcm(pieces, context_parallel_size * rows_split)
+def queries_multiple(config: Any) -> int:
+    """What the number of queries of a sequence must be a multiple of, by a YOCOConfig or the arguments of a run."""
+    ranks = config.context_parallel_size
+    rows_split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return lcm(2 * ranks if ranks > 1 else 1, ranks * rows_split) * (FP8_ROWS if config.fp8 else 1)
 
 
 def suffix_run(queries: int, length: int, multiple: int = 1) -> Runs:
