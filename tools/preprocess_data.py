@@ -20,6 +20,7 @@ from yoco_megatron.corpus.formats import FORMATS
 from yoco_megatron.corpus.preprocess import MAX_BAD_LINES, Report, preprocess
 from yoco_megatron.corpus.readers import expand_inputs
 from yoco_megatron.corpus.sentences import SentenceSplitter
+from yoco_megatron.data.loss_masks import mask_of
 from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, describe
 from yoco_megatron.utils.small_files import BadFile, read_text
 
@@ -106,7 +107,7 @@ def main() -> None:
     for key, report in reports.items():
         if report.loss_mask is not None:
             print(
-                f"{args.output_prefix}_{key}_document_loss_mask: {report.loss_mask['learned_tokens']:,} tokens are "
+                f"{mask_of(f'{args.output_prefix}_{key}_document')}: {report.loss_mask['learned_tokens']:,} tokens are "
                 f"learned, {report.loss_mask['learned_share']:.1%} of all"
             )
         print(

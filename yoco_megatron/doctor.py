@@ -4,14 +4,14 @@ Versions come from package metadata and presence from files. Only torch is impor
 and some break others when imported.
 """
 
-import importlib.metadata
 import importlib.util
 import platform
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
+
+from yoco_megatron.utils.packages import package_dir, version_of
 
 State = Literal["ok", "missing", "wrong"]
 # Head width of YOCO-3B, for which the retention backends are queried.
@@ -67,21 +67,6 @@ PACKAGES = [
     Package("wandb", "wandb", "no logging with --wandb-project"),
     Package("nltk", "nltk", "no sentence splitting"),
 ]  # fmt: skip
-
-
-def version_of(distribution: str) -> str | None:
-    """Version of an installed distribution, from its metadata; None if there is none."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def package_dir(module: str) -> Path | None:
-    """Folder of a top-level package, without importing it; None if there is none."""
-    spec = importlib.util.find_spec(module)
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) if places else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

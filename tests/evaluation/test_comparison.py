@@ -7,8 +7,9 @@ import pytest
 from support import tools
 from support.event_files import TRANSFORMER, losses, write
 
-from yoco_megatron.evaluation.comparison import compare, grid, names_of, short
+from yoco_megatron.evaluation.comparison import compare, names_of, short
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
+from yoco_megatron.utils.text_table import aligned
 
 WIDE = TRANSFORMER | dict(num_layers=4)
 
@@ -46,7 +47,7 @@ def test_names() -> None:
 
 def test_figures() -> None:
     assert [short(count) for count in (131_072_000, 89.7e6, 512, None)] == ["131M", "89.7M", "512", "-"]
-    assert grid([["a", "loss"], ["long", "1"]]) == "a     loss\nlong     1"
+    assert aligned([["a", "loss"], ["long", "1"]]) == "a     loss\nlong     1"
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

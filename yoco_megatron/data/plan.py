@@ -12,6 +12,7 @@ import numpy as np
 from yoco_megatron.data.blend import read_blends
 from yoco_megatron.data.loss_masks import has_mask, is_packed
 from yoco_megatron.data.packing import best_fit, number_of_samples
+from yoco_megatron.utils.text_table import aligned
 
 # Megatron's, where --data-path is given without --split (training/arguments.py).
 DEFAULT_SPLIT = "969, 30, 1"
@@ -153,15 +154,10 @@ def table(sources: list[Source], seq_length: int, wanted: int) -> str:
     padding = sum(source.samples * source.padding for source in sources)
     rows.append(("all", "1.0000", f"{documents:,}", f"{tokens:,}", f"{samples:,}", f"{samples * seq_length:,}",
                  f"{samples * seq_length / tokens:.2f}", f"{padding / samples:.2%}"))  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in
-                  enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]  # fmt: skip
+    text = aligned(rows)
     if samples < wanted:
-        lines.append(
-            f"sources without weights are read once: they end after {samples:,} of {wanted:,} samples; give weights "
+        text += (
+            f"\nsources without weights are read once: they end after {samples:,} of {wanted:,} samples; give weights "
             "(--data-path W1 P1 W2 P2 ...), or train less"
         )
-    return "\n".join(lines)
+    return text

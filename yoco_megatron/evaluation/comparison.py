@@ -5,6 +5,7 @@ from typing import Any
 
 from yoco_megatron.evaluation.run_curves import EVALUATION, VALIDATION, RunCurves
 from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.text_table import aligned
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
@@ -92,23 +93,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             _losses(row["equal_tokens"]),
         ]
         lines.append(line + ([_losses(row["equal_flops"])] if same_flops else []))
-    text = grid([heads, *lines])
+    text = aligned([heads, *lines])
     others = sorted({tag for row in rows for tag in row["others"]})
     if others:
         more = [["last value", *(row["run"] for row in rows)]]
         more += [[tag, *(_loss(row["others"].get(tag)) for row in rows)] for tag in others]
-        text += "\n\n" + grid(more)
+        text += "\n\n" + aligned(more)
     notes = [f"{row['run']}: {note}" for row in rows for note in row["notes"]]
     return "\n".join([text, "", "Losses in nats a token; at equal tokens or FLOPs: training, validation.", *notes])
-
-
-def grid(lines: list[list[str]]) -> str:
-    """Columns of equal width: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in
-                  enumerate(zip(line, widths))).rstrip() for line in lines
-    )  # fmt: skip
 
 
 def short(count: float | None) -> str:

