@@ -15,8 +15,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from yoco_megatron.data.index_arrays import load_index, save_index
-from yoco_megatron.data.loss_masks import is_packed, mask_of
-from yoco_megatron.data.packing import pack
+from yoco_megatron.data.loss_masks import mask_of
+from yoco_megatron.data.packing import is_packed, pack
 
 # No limit.
 MAX_ID = 2**63 - 1

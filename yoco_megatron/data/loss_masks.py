@@ -13,6 +13,7 @@ import numpy as np
 
 from yoco_megatron.data.check import THREADS, check_files, check_size, data_prefixes_from_args, index_of, read_report
 from yoco_megatron.data.idx import HEADER, read_header
+from yoco_megatron.data.packing import is_packed
 from yoco_megatron.data.token_sample import sample_tokens
 
 SUFFIX = "_loss_mask"
@@ -38,11 +39,6 @@ def masked_prefixes(args: Namespace) -> list[str]:
 def all_prefixes(args: Namespace) -> list[str]:
     """The datasets of a run, then their masks."""
     return [*data_prefixes_from_args(args), *map(mask_of, masked_prefixes(args))]
-
-
-def is_packed(packing: str | None, is_masked: bool) -> bool:
-    """Whether samples of a dataset hold whole documents: as --sample-packing says, by default where it has a mask."""
-    return is_masked if packing is None else packing == "documents"
 
 
 def resolve(args: Namespace) -> None:

@@ -12,6 +12,11 @@ Pattern = tuple[int, list[tuple[int, int]]]
 """So many samples, each of which holds documents of (length, so many)."""
 
 
+def is_packed(packing: str | None, is_masked: bool) -> bool:
+    """Whether samples of a dataset hold whole documents: as --sample-packing says, by default where it has a mask."""
+    return is_masked if packing is None else packing == "documents"
+
+
 def best_fit(lengths: np.ndarray, capacity: int) -> list[Pattern]:
     """Samples that hold all documents, each put where the least room is left; documents without tokens are left out.
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from yoco_megatron.data.blend import read_blends
-from yoco_megatron.data.loss_masks import has_mask, is_packed
-from yoco_megatron.data.packing import best_fit, number_of_samples
+from yoco_megatron.data.loss_masks import has_mask
+from yoco_megatron.data.packing import best_fit, is_packed, number_of_samples
 from yoco_megatron.utils.text_table import aligned
 
 # Megatron's, where --data-path is given without --split (training/arguments.py).

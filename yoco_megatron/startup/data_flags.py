@@ -6,7 +6,8 @@ from argparse import Namespace
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import DATA_FLAGS, PARTS, flag_of, read_blends, shares
 from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
-from yoco_megatron.data.loss_masks import check_masks, has_mask, is_packed, without_loss
+from yoco_megatron.data.loss_masks import check_masks, has_mask, without_loss
+from yoco_megatron.data.packing import is_packed
 from yoco_megatron.data.plan import epoch_of, plan, train_samples
 from yoco_megatron.utils.errors import require
 
