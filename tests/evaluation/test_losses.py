@@ -126,8 +126,8 @@ def test_bits_per_byte_by_hand(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"text": "a b"}\n{"text": 1}', ["a.jsonl, line 2", "'text'", "'key'"]),
-        ("a.jsonl", '{"text": "a b"', ["a.jsonl, line 1", "not JSON"]),
+        ("a.jsonl", '{"text": "a b"}\n{"text": 1}', ["a.jsonl:2", "'text'", "not text"]),
+        ("a.jsonl", '{"text": "a b"', ["a.jsonl:1", "not a line of JSON"]),
         ("a.jsonl", "", ["holds no document"]),
         ("a.txt", "", ["holds no document"]),
     ],

@@ -20,6 +20,7 @@ from support.models import (
     STORED_ATTENTION,
     TE,
     WIDE_HEADS,
+    assert_close,
     plain_name,
     relative_error,
 )
@@ -142,13 +143,3 @@ def test_fp8(recipe: str, one_gpu: Cases, two_gpus: Cases) -> None:
             limit = 5e-3 if name == "loss" else max(2e-2, 2 * relative_error(reference[name], bf16[name]))
             error = relative_error(value, reference[name])
             assert error < limit, f"{name}: {error:.1e}, at most {limit:.1e}"
-
-
-def assert_close(result: dict, reference: dict, loss: float, grad: float) -> None:
-    assert result.keys() == reference.keys()
-    errors = {name: relative_error(value, reference[name]) for name, value in result.items()}
-    of_loss = errors.pop("loss")
-    worst = max(errors, key=errors.get)
-    print(f"loss {of_loss:.1e}, worst gradient {worst} {errors[worst]:.1e}")
-    assert of_loss < loss
-    assert errors[worst] < grad, worst

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from support import models, pipeline
-from support.models import BF16, FULL_RECOMPUTE, STORED_ATTENTION, TE, WIDE_HEADS, plain_name, relative_error
+from support.models import BF16, FULL_RECOMPUTE, STORED_ATTENTION, TE, WIDE_HEADS, assert_close, plain_name
 from support.worlds import Cases
 
 pytestmark = [
@@ -60,10 +60,4 @@ def two_gpus() -> Cases:
 def test_two_gpus_equal_one(suffix: int, recompute: str, way: str, one_gpu: Cases, two_gpus: Cases) -> None:
     (reference,) = one_gpu[suffix]
     for result in two_gpus[suffix, recompute, way]:
-        assert result.keys() == reference.keys()
-        errors = {name: relative_error(value, reference[name]) for name, value in result.items()}
-        of_loss = errors.pop("loss")
-        worst = max(errors, key=errors.get)
-        print(f"loss {of_loss:.1e}, worst gradient {worst} {errors[worst]:.1e}")
-        assert of_loss < LOSS
-        assert errors[worst] < GRAD, worst
+        assert_close(result, reference, LOSS, GRAD)

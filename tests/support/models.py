@@ -201,3 +201,14 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """||value - reference|| / ||reference|| in float64."""
     value, reference = value.double().cpu(), reference.double().cpu()
     return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference)).item()
+
+
+def assert_close(result: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], loss: float, grad: float) -> None:
+    """The loss and all gradients, by their relative errors."""
+    assert result.keys() == reference.keys()
+    errors = {name: relative_error(value, reference[name]) for name, value in result.items()}
+    of_loss = errors.pop("loss")
+    worst = max(errors, key=errors.get)
+    print(f"loss {of_loss:.1e}, worst gradient {worst} {errors[worst]:.1e}")
+    assert of_loss < loss
+    assert errors[worst] < grad, worst

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from yoco_megatron.corpus.gather import parse_line
 from yoco_megatron.data.idx import check_index
 from yoco_megatron.evaluation.requests import Tokenizer
 from yoco_megatron.utils.errors import require
-from yoco_megatron.utils.small_files import parse_json, read_text
+from yoco_megatron.utils.small_files import read_text
 
 LARGEST = 4 << 30  # bytes of a file of text
 
@@ -97,11 +97,5 @@ def _texts(path: Path, key: str) -> Iterator[str]:
         return
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line.decode(), dict[str, Any])
-                require(isinstance(record.get(key), str), f"has no text under {key!r}: name another 'key'")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} {error}") from None
-            yield record[key]
+            if line.strip():
+                yield parse_line(line, [key], f"{path}:{number}")[0].decode()
