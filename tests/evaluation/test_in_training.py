@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from support.cli import TINY, Log, Runs, checkpoint, run_script
 from support.evaluation import write_suite
 
@@ -78,14 +79,17 @@ def scalars(folder: Path, step: int) -> dict[str, float]:
     return {tag: one.value for tag in tags for one in events.Scalars(tag) if one.step == step}
 
 
-def test_state_is_put_back() -> None:
+def test_state_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = CudaRNGStatesTracker()
+    tracker.states_["of a CUDA graph"] = generator = torch.Generator()
+    monkeypatch.setattr(between_steps.tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
     layer = torch.nn.Linear(2, 2)
     scaling = Namespace(scale=torch.rand(3), amax_history=torch.rand(4, 3))
     layer.fp8_meta = {"scaling_fwd": scaling}
     before = scaling.scale.clone(), scaling.amax_history.clone()
 
     def draw() -> tuple[float, ...]:
-        return random.random(), np.random.rand(), torch.rand(1).item()
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator).item()
 
     with between_steps._unchanged_state([torch.nn.Sequential(layer)]):
         inside = draw()

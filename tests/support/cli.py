@@ -110,6 +110,14 @@ def train(world_size: int, *flags: str, base: Sequence[str] = TINY, entry: Calla
         return parse(Path(folder, f"log.{world_size - 1}").read_text())
 
 
+def _forget_graph() -> None:
+    """Megatron keeps a recorded step in its class: the next run would replay that of this run's model."""
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
+
+    FullCudaGraphWrapper.reset_cuda_graph(None)
+    StaticBufferLoader.static_buffers = {"training": [], "validation": []}
+
+
 def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dict[Any, str]:
     """`pretrain_yoco.main` for run after run, each from a clean state, on a port and with a log of its own."""
     from megatron.training.training import destroy_global_state
@@ -126,6 +134,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
         except Exception:
             failures[name] = traceback.format_exc()
         sys.stdout.flush()
+        _forget_graph()
         destroy_global_state()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

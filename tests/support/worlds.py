@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from yoco_megatron import runtime
+from yoco_megatron.startup.prepare import prepare
 
 TIMEOUT_S = 240
 
@@ -85,6 +86,7 @@ def _child(
     if log:
         print_to(f"{log}.{rank}")
     try:
+        prepare()  # as any entry to the program does, and as a child of the fork server finds it
         torch.set_num_threads(1)
         torch.save(function(*args), f"{folder}/result.{rank}")
     except BaseException:

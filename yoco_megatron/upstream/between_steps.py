@@ -87,6 +87,7 @@ def _unchanged_state(model: Sequence[torch.nn.Module]) -> Iterator[None]:
     """At the end, random numbers go on, and FP8 scales, where they had stopped."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
+    generators = [(one, one.get_state()) for one in states.values() if isinstance(one, torch.Generator)]  # CUDA graphs
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
     scales = [(scale, scale.clone()) for scale in fp8_scales(model)]
     try:
@@ -98,6 +99,8 @@ def _unchanged_state(model: Sequence[torch.nn.Module]) -> Iterator[None]:
         np.random.set_state(numbers[1])
         torch.set_rng_state(numbers[2])
         torch.cuda.set_rng_state(numbers[3])
+        for generator, before in generators:
+            generator.set_state(before)
         tracker.set_states(states)
 
 
