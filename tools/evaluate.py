@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     prepare()
     logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers of data tell each step
     warnings.filterwarnings("ignore", module="megatron")
-    from yoco_megatron.evaluation import driver, results
+    from yoco_megatron.evaluation import driver, pictures, results
     from yoco_megatron.evaluation.backends.load import close, open_backend
     from yoco_megatron.evaluation.model_files import look
     from yoco_megatron.evaluation.suite import read_suite
@@ -79,6 +79,9 @@ def run(options: argparse.Namespace) -> None:
     mesh = {name: value for name, value in mesh.items() if value}
     output = options.output or default_output(Path(folder), options.suite, files.identity["iteration"])
     target = results.Folder(output, files.identity, options.overwrite, options.format)
+    if is_first():
+        target.hold()
+        pictures.require_matplotlib()
     # Another's results are told before a model is loaded; and where all is there, none is.
     contents = [one for task in tasks if is_first() and (one := target.finished(task, options.limit))]
     if len(contents) < len(tasks) or os.environ.get("WORLD_SIZE", "1") != "1":
@@ -95,7 +98,7 @@ def default_output(folder: Path, suite: Path, iteration: int | None) -> Path:
     """Beside a run's checkpoints, or in an exported model's folder."""
     if iteration is None:
         return folder / "evaluation" / suite.stem
-    return folder.parent / "evaluation" / suite.stem / f"iter_{iteration:07d}"
+    return folder.absolute().parent / "evaluation" / suite.stem / f"iter_{iteration:07d}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Tolerance: fp32 sums in another order, 2e-5 nats.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from support.exported import small_config
 
 from yoco_megatron.evaluation.backends.cached import CachedBackend
+from yoco_megatron.evaluation.backends.logits import read_logits
 from yoco_megatron.evaluation.requests import Generate, Score, TokenLosses
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
@@ -119,3 +121,9 @@ def test_sequences_beyond_the_model(model: YocoForCausalLM) -> None:
     length = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"a sequence of {length + 1:,} tokens: those of the model end at {length:,}"):
         list(CachedBackend(model, None).generate([Generate((1,) * length, 1)]))
+
+
+def test_logits_that_are_no_numbers() -> None:
+    logits = torch.tensor([[1.0, math.nan, 3.0], [math.nan] * 3])
+    losses, likeliest = read_logits(logits, torch.tensor([0, 0]), torch.tensor([False] * 3))
+    assert losses.isnan().all() and likeliest.tolist() == [2, 0]

@@ -112,7 +112,7 @@ def test_an_interruption_loses_no_answer(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.answers.jsonl"))
 
 
-@pytest.mark.parametrize("line", ['{"model": {}}', "[[-1.0, true", ""])
+@pytest.mark.parametrize("line", ['{"model": {}}', "[[-1.0, true", ""])  # another's, cut short
 def test_answers_that_are_of_no_use_are_asked_for_again(tmp_path: Path, line: str) -> None:
     answers = Folder(tmp_path, MODEL).answers(TASKS[1], None)
     with answers.keeping([]) as keep:
@@ -141,3 +141,46 @@ def test_lengths_beyond_the_model(tmp_path: Path) -> None:
     driver.check(TASKS, Letters(), 6)
     with pytest.raises(ValueError, match="task echo has sequences of 6 tokens, but the model's end at 5"):
         driver.check(TASKS, Letters(), 5)
+
+
+@pytest.mark.parametrize("line", ["5", "[5]", '[["a", true]]', "[[1.0]]"])
+def test_damaged_answers_are_asked_for_again(tmp_path: Path, line: str) -> None:
+    answers = Folder(tmp_path, MODEL).answers(TASKS[1], None)
+    with answers.keeping([[Likelihood(-1.5, False)]]):
+        pass
+    with answers.path.open("a") as file:
+        file.write(f"{line}\n")
+    assert answers.read() == []
+
+
+def test_damaged_results_are_an_error(tmp_path: Path) -> None:
+    for content in ({"model": 3}, {"model": MODEL, "settings": results.settings_of(TASKS[0], None)}):
+        (tmp_path / "echo.json").write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match=r"echo\.json does not hold what it should.*: remove it, or add --overwrite"
+        ):
+            Folder(tmp_path, MODEL).finished(TASKS[0], None)
+
+
+@pytest.mark.parametrize("changed", ["text.txt", "stored.bin"])
+def test_answers_about_other_texts_are_not_taken(tmp_path: Path, changed: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class OfFiles(First):
+        data: str
+
+    for name in ("text.txt", "stored.bin", "stored.idx"):
+        (tmp_path / name).write_text("one")
+    task = OfFiles(data=str(tmp_path / changed.removesuffix(".bin")))
+    folder = Folder(tmp_path / "results", MODEL)
+    driver.evaluate([task], KnowingBackend(Letters()), folder, "suite.yaml")
+    assert folder.finished(task, None)
+    (tmp_path / changed).write_text("two or more")
+    with pytest.raises(ValueError, match=r"another \['data_files'\]"):
+        folder.finished(task, None)
+
+
+def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    first = Folder(tmp_path, MODEL)
+    first.hold()
+    with pytest.raises(ValueError, match="another evaluation is writing there"):
+        Folder(tmp_path, MODEL).hold()

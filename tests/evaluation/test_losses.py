@@ -123,6 +123,15 @@ def test_bits_per_byte_by_hand(folder: Path) -> None:
     assert task.summarise(answers[:-1], tokenizer).counts["documents"] == 3
 
 
+def test_no_whole_document_has_no_loss(folder: Path) -> None:
+    for task in (
+        LossByContext(data=str(folder), contexts=[4, 8], last=3),
+        ValidationLoss(data=str(folder), length=8),
+    ):
+        metrics = task.summarise([], WordTokenizer()).metrics
+        assert metrics and all(map(math.isnan, metrics.values()))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

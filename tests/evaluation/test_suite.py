@@ -58,6 +58,7 @@ NEEDLE = "task: needle, lengths: [200], filler: noise"
     ("text", "words"),
     [
         ("", ["the content is None"]),
+        ("tasks: [{task: phonebook, entries: [3], name: results}]", ["task 1", "'name' is 'results'"]),
         ("tasks: [", ["not valid YAML"]),
         ("tasks: []", ["'tasks' is empty"]),
         ("tasks: 3", ["'tasks' is 3"]),

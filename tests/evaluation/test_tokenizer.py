@@ -33,3 +33,10 @@ def test_the_end_is_not_banned() -> None:
     whole = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<e>", eos_token="<e>", pad_token="<e>")
     tokenizer = TextTokenizer(whole)
     assert (tokenizer.start, tokenizer.end, tokenizer.banned) == ((0,), 0, frozenset())
+
+
+def test_no_space_is_cleaned_up() -> None:
+    inner = Tokenizer(models.WordLevel({"a": 0, " .": 1}, unk_token="a"))
+    inner.decoder = decoders.Fuse()
+    whole = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=True)
+    assert TextTokenizer(whole).decode([0, 1]) == "a ."

@@ -10,7 +10,8 @@ Training does not notice: see upstream/between_steps.py.
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from yoco_megatron.data.tokenizer import local_path
 from yoco_megatron.evaluation import driver
 from yoco_megatron.evaluation.backends.mesh import MeshBackend
 from yoco_megatron.evaluation.requests import Result, Task
+from yoco_megatron.evaluation.results import plain
 from yoco_megatron.evaluation.suite import read_suite
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
 from yoco_megatron.startup import agreement
@@ -81,7 +83,8 @@ def _evaluate(suite: Sequence[tuple[Task, Sequence[Any]]], backend: MeshBackend,
     for task, requests in suite:
         answers = [answer for answer in driver.answers_of(backend, task, requests) if reports]
         if reports:
-            results[task.name] = task.summarise(answers, backend.tokenizer)
+            with _warning(f"{task.name} at iteration {iteration}: no result"):
+                results[task.name] = task.summarise(answers, backend.tokenizer)
     if reports:
         _report(results, iteration, time.monotonic() - started)
 
@@ -99,7 +102,14 @@ def _report(results: dict[str, Result], iteration: int, seconds: float) -> None:
     about = {"suite": args.evaluate_suite, "iteration": iteration, "seconds": seconds}
     about |= {"tokens": args.consumed_train_samples * args.seq_length}
     tasks = {task: asdict(replace(result, records=[])) for task, result in results.items()}
+    with _warning(f"{path} could not be written"):
+        write_json(path, plain(about | {"tasks": tasks}))
+
+
+@contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """A file that is gone or a file system in trouble does not end the run before it must save."""
     try:
-        write_json(path, about | {"tasks": tasks})
-    except OSError as error:  # a file system in trouble does not end the run before it must save
-        print(f"warning: {path} could not be written: {error}", file=sys.stderr, flush=True)
+        yield
+    except (OSError, ValueError) as error:
+        print(f"warning: {what}: {error}", file=sys.stderr, flush=True)

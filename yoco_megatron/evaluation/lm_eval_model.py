@@ -97,7 +97,10 @@ class YocoLM(TemplateLM):
 
     def _cut(self, before: list[int], after: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Without the beginning of what is too long."""
-        require(len(after) <= self.max_length, f"a continuation has {len(after)} tokens, the model {self.max_length}")
+        require(
+            0 < len(after) <= self.max_length,
+            f"a continuation has {len(after)} tokens, and must have from 1 to the model's {self.max_length}",
+        )
         return tuple(before[-(self.max_length + 1 - len(after)) :]), tuple(after)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

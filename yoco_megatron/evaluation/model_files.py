@@ -1,6 +1,5 @@
 """What is known of a model before it is loaded: its tokenizer, its longest sequence, and which one it is."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +10,7 @@ from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.data.tokenizer import tokenizer_files as files_of_tokenizer
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
+from yoco_megatron.utils import files
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.small_files import read_json
 
@@ -66,12 +66,9 @@ def look(folder: str, iteration: int | None = None, tokenizer: str | None = None
     )
     assert found is not None
     text = TextTokenizer(tokenizer_files.load(found, start))
-    identity = {"folder": str(path.resolve()), "iteration": iteration, "files": _fingerprint(weights)}
+    identity = {
+        "folder": str(path.resolve()),
+        "iteration": iteration,
+        "files": files.identity(filter(Path.is_file, weights.iterdir())),
+    }
     return ModelFiles(text, max_length, identity | {"tokenizer": str(found.resolve()) if tokenizer else None})
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of names, sizes and times of the files: weights are too large to be read for it."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

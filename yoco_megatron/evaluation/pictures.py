@@ -1,6 +1,7 @@
 """Pictures, as PNG or SVG by the name of the file: curves of runs, heat maps and curves of evaluations."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,15 @@ import numpy as np
 from yoco_megatron.evaluation.comparison import shown
 from yoco_megatron.evaluation.requests import Curve, Grid
 from yoco_megatron.evaluation.run_curves import LOSS, VALIDATION, RunCurves
+from yoco_megatron.utils.errors import require
 
 SMOOTHED = 100  # points of a drawn training loss, each the mean of what lies between two
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError where it is missing."""
+    found = importlib.util.find_spec("matplotlib")
+    require(found is not None, "pictures are drawn with the package matplotlib: pip install matplotlib")
 
 
 @contextlib.contextmanager
@@ -21,10 +29,9 @@ def figure(path: Path, rows: int, columns: int, width: float = 4.5, height: floa
     Raises:
         ValueError: matplotlib is missing; the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("pictures are drawn with the package matplotlib: pip install matplotlib") from None
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

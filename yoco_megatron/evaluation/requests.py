@@ -3,7 +3,8 @@
 A task makes requests of one kind; a backend answers them in their order, and the task scores the answers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -107,11 +108,17 @@ class Curve:
     counts: tuple[int, ...]
 
 
+def mean(values: Iterable[float]) -> float:
+    """Of a task's values; NaN of none: what was not measured has no score."""
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan
+
+
 @dataclass(frozen=True)
 class Result:
     """What a task found: all of it can be written as JSON.
 
-    metrics: the scores; accuracies are from 0 to 1.
+    metrics: the scores; accuracies are from 0 to 1. NaN, null in JSON, where nothing was measured.
     chance: of some of the metrics, the score of a model that knows nothing.
     counts: of items, prompts or tokens.
     records: one an item: what was asked, what was answered, whether it was right.

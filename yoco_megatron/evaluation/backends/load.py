@@ -11,6 +11,7 @@ from megatron.core import mpu
 from megatron.training import training
 
 from yoco_megatron import runtime, upstream
+from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.evaluation.backends.cached import CachedBackend
@@ -63,7 +64,7 @@ def open_backend(
     )
     if exported or (mesh is None and processes == 1 and not is_baseline(folder)):
         model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
-        return CachedBackend(model, *_of_text(folder, found), token_budget=token_budget)
+        return CachedBackend(model, *_of_text(folder, found, model.config.vocab_size), token_budget=token_budget)
     return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
 
 
@@ -82,7 +83,8 @@ def _on_mesh(
     require(not unknown, f"--{'-'.join(unknown[:1])} is no flag of a mesh")
     path = carried_tokenizer.of_run(Path(folder), tokenizer)
     start = carried_tokenizer.recorded(Path(folder)).get("document_start")
-    text, vocab_size = _of_text(folder, path and tokenizer_files.load(path, start))
+    rows = int(architecture.read(folder)["padded_vocab_size"])
+    text, vocab_size = _of_text(folder, path and tokenizer_files.load(path, start), rows)
     sizes = [int(mesh.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "pipeline-model", "context")]
     model_processes = sizes[0] * sizes[1] * sizes[2]
     require(
@@ -97,10 +99,15 @@ def _on_mesh(
     return MeshBackend(chunks, text, args.max_position_embeddings, budget, vocab_size, name)
 
 
-def _of_text(folder: str, tokenizer: Any) -> tuple[TextTokenizer, int]:
+def _of_text(folder: str, tokenizer: Any, rows: int) -> tuple[TextTokenizer, int]:
     """(the tokenizer as tasks see it, the number of its ids)."""
     require(
         tokenizer is not None,
         f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
     )
-    return TextTokenizer(tokenizer), tokenizer_files.rows(tokenizer)
+    vocab_size = tokenizer_files.rows(tokenizer)
+    require(
+        vocab_size <= rows,
+        f"{folder}: the tokenizer has {vocab_size:,} ids, the model {rows:,} rows for them: it is another model's",
+    )
+    return TextTokenizer(tokenizer), vocab_size

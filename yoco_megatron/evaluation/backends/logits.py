@@ -33,7 +33,7 @@ def _read(logits: Tensor, labels: Tensor, excluded: Tensor, group: dist.ProcessG
     held = (labels >= first) & (labels < first + width)
     own = logits.gather(1, (labels - first).clamp(0, width - 1)[:, None])[:, 0] - largest
     own = _over_ranks(torch.where(held, own, 0.0), dist.ReduceOp.SUM, group)
-    allowed = logits.masked_fill(excluded, -torch.inf)
+    allowed = logits.masked_fill(excluded | logits.isnan(), -torch.inf)  # a broken model names an id, too
     values, ids = allowed.max(-1)
     ids = allowed.eq(values[:, None]).int().argmax(-1) + first  # max() may return any of equal ones
     best = _over_ranks(values.clone(), dist.ReduceOp.MAX, group)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from yoco_megatron.evaluation.requests import Curve, Result, Tokenizer, TokenLosses
+from yoco_megatron.evaluation.requests import Curve, Result, Tokenizer, TokenLosses, mean
 from yoco_megatron.evaluation.tasks.documents import check_data, iter_documents
 from yoco_megatron.utils.errors import require
 
@@ -63,9 +63,9 @@ class LossByContext:
             ]
             for at in range(len(self.contexts))
         ]
-        means = [float(np.mean(losses)) if losses else 0.0 for losses in own]
+        means = [float(mean(losses)) for losses in own]
         return Result(
-            metrics={f"loss_{context}": mean for context, mean in zip(self.contexts, means)},
+            metrics={f"loss_{context}": value for context, value in zip(self.contexts, means)},
             counts={"documents": number, "tokens": number * self.last},
             notes={"data": self.data, "last": self.last},
             curves=(

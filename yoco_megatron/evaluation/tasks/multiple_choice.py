@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Tokenizer
+from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Tokenizer, mean
 from yoco_megatron.evaluation.tasks.benchmarks import BENCHMARKS, Question, data_folder, read_benchmark
 from yoco_megatron.utils.errors import nearest, require
 
@@ -85,19 +85,25 @@ class MultipleChoice:
             if not rows:
                 continue
             for key in ("accuracy", "accuracy_per_character", "accuracy_per_byte", "bits_per_byte"):
-                metrics[f"{name}/{key}"] = sum(row[key] for row in rows) / len(rows)
+                metrics[f"{name}/{key}"] = mean(row[key] for row in rows)
                 if key != "bits_per_byte":
-                    chance[f"{name}/{key}"] = sum(1 / len(row["log_probabilities"]) for row in rows) / len(rows)
+                    chance[f"{name}/{key}"] = mean(1 / len(row["log_probabilities"]) for row in rows)
         reported = [f"{name}/{paper_metric(name)}" for name in self._names() if f"{name}/accuracy" in metrics]
-        average = {"average": sum(metrics[key] for key in reported) / max(len(reported), 1)}
+        average = {"average": mean(metrics[key] for key in reported)}
         folder = data_folder(self.data)
+        full = [
+            one
+            for one in self.requests(tokenizer)
+            if len(one.context) + max(map(len, one.continuations)) >= self.max_length
+        ]
         return Result(
             metrics=average | metrics,
-            chance={"average": sum(chance[key] for key in reported) / max(len(reported), 1)} | chance,
+            chance={"average": mean(chance[key] for key in reported)} | chance,
             counts={name: sum(record["benchmark"] == name for record in records) for name in self._names()},
             records=records,
             notes={
                 "prompts": "lm-eval's, zero-shot",
+                "contexts_at_max_length": len(full),
                 "splits": {name: read_benchmark(folder, name)[1] for name in self._names()},
                 "average": "of accuracies, HellaSwag's per character, as in the paper's Table 3",
             },
@@ -133,8 +139,10 @@ def judge(question: Question, log_probabilities: list[float]) -> dict[str, Any]:
     texts = [choice.strip() for _, choice in question.choices]
     sizes = [len(text.encode()) for text in texts]
 
-    def is_right(divisors: Sequence[int]) -> bool:
+    def is_right(divisors: Sequence[int]) -> bool | float:
         scores = [value / divisor for value, divisor in zip(log_probabilities, divisors)]
+        if any(map(math.isnan, scores)):  # a model that computes no numbers knows nothing, and scores nothing
+            return math.nan
         return scores.index(max(scores)) == question.right
 
     return {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from yoco_megatron.evaluation.requests import Curve, Generate, Grid, Result, Tokenizer
+from yoco_megatron.evaluation.requests import Curve, Generate, Grid, Result, Tokenizer, mean
 from yoco_megatron.evaluation.tasks.cities import CITIES
 from yoco_megatron.evaluation.tasks.filler import Filler, Stretch, check_filler, load_filler
 from yoco_megatron.evaluation.tasks.prompts import Lazy, to_continue
@@ -45,6 +45,11 @@ class Sample:
     @property
     def stretches(self) -> list[Stretch]:
         return [line for line in self.lines if isinstance(line, Stretch)]
+
+    @property
+    def tokens(self) -> int:
+        """About those of the prompt: at most `length`, and less by what lines of filler do not fill."""
+        return MARGIN + sum(stretch.tokens for stretch in self.stretches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,16 @@ class Needle:
         return Sample(length, depth, lines, city, number)
 
     def plan(self, filler: Filler) -> list[Sample]:
-        """All samples, in the order of the random stream."""
+        """All samples, in the order of the random stream. Raises ValueError for filler that leaves prompts short."""
         rng = random.Random(self.seed)
-        return [self.sample(rng, filler, *cell) for cell in self.cells() for _ in range(self.samples)]
+        made = [self.sample(rng, filler, *cell) for cell in self.cells() for _ in range(self.samples)]
+        for sample in made:
+            require(
+                2 * sample.tokens > sample.length,
+                f"'filler' {self.filler}: a prompt of {sample.length:,} tokens would have {sample.tokens:,}, as lines "
+                "are taken whole: break long lines of its files",
+            )
+        return made
 
     def requests(self, tokenizer: Tokenizer) -> Sequence[Generate]:
         """The prompts, each written when it is asked for."""
@@ -154,10 +166,11 @@ class Needle:
         )
 
     def notes(self, plan: list[Sample], filler: Filler) -> dict[str, Any]:
-        """Where the filler is from."""
-        return {"filler": filler.note(sample.stretches for sample in plan)}
+        """Where the filler is from, and how much of its length the shortest prompt has."""
+        shortest = min(sample.tokens / sample.length for sample in plan)
+        return {"filler": filler.note(sample.stretches for sample in plan), "shortest": round(shortest, 3)}
 
 
 def accuracy(records: list[dict[str, Any]]) -> float:
-    """Share of right records; 0 of none."""
-    return sum(record["right"] for record in records) / max(len(records), 1)
+    """Share of right records."""
+    return mean(record["right"] for record in records)

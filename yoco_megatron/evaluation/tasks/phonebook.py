@@ -7,6 +7,7 @@ Right if the first line of the greedy continuation is its number. Names are draw
 repeats; the original draws them with the package `names`, so numbers of entries and tokens differ a little.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class Phonebook:
         for count, own in zip(entries, by_entries):
             seeds = [[record for record in own if record["seed"] == seed] for seed in range(self.seeds)]
             metrics[f"accuracy_{count}"] = accuracy(own)
-            metrics[f"deviation_{count}"] = statistics.pstdev(map(accuracy, filter(None, seeds))) if own else 0.0
+            metrics[f"deviation_{count}"] = statistics.pstdev(map(accuracy, filter(None, seeds))) if own else math.nan
         return Result(
             metrics=metrics,
             chance={key: 0.0 for key in metrics if key.startswith("accuracy")},

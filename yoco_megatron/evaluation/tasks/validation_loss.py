@@ -75,12 +75,12 @@ class ValidationLoss:
             tokens += sum(map(len, own))
             num_bytes += document.predicted_bytes(tokenizer)
             documents += 1
-        loss = nats / max(tokens, 1)
+        loss = nats / tokens if tokens else math.nan  # a limit may end before the first document does
         return Result(
             metrics={
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+                "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else math.nan,
             },
             counts={"documents": documents, "tokens": tokens, "bytes": num_bytes},
             notes={"data": self.data},
