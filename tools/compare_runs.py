@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from yoco_megatron.evaluation import comparison, pictures
+from yoco_megatron.evaluation.results import plain
 from yoco_megatron.evaluation.run_curves import read_run
 from yoco_megatron.utils.files import write_atomically
 
@@ -32,7 +33,7 @@ def main() -> None:
         rows = comparison.compare(runs)
         print(comparison.table(rows))
         if options.output:
-            write_atomically(options.output / "comparison.json", json.dumps(rows, indent=1) + "\n")
+            write_atomically(options.output / "comparison.json", json.dumps(plain(rows), indent=1) + "\n")
             pictures.draw_runs(options.output / f"losses.{options.format}", runs)
             if pictures.evaluation_tags(runs):
                 pictures.draw_evaluations(options.output / f"evaluation.{options.format}", runs)

@@ -1,12 +1,14 @@
 """Runs beside each other: the table's figures, and the tool that prints it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from support import tools
 from support.event_files import TRANSFORMER, losses, write
 
+from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.comparison import compare, names_of, short
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
 from yoco_megatron.utils.text_table import aligned
@@ -48,6 +50,15 @@ def test_names() -> None:
 def test_figures() -> None:
     assert [short(count) for count in (131_072_000, 89.7e6, 512, None)] == ["131M", "89.7M", "512", "-"]
     assert aligned([["a", "loss"], ["long", "1"]]) == "a     loss\nlong     1"
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_came(runs: list[Path], tmp_path: Path) -> None:
+    diverged = [(tag, step, at, 3.0 if step < 4 else math.nan) for tag, step, at, _ in losses(1, 40)]
+    samples = [point for point in losses(1, 40) if point[0].endswith("samples")]
+    write(tmp_path / "diverged", 1000.0, [*(point for point in diverged if point[0] == "lm loss"), *samples])
+    both = [read_run(runs[0]), read_run(tmp_path / "diverged")]
+    assert pictures.loss_range(both)[0] < 1 / 100 < 1 / 10 < pictures.loss_range(both)[1] < 1
+    assert pictures.loss_range(both[1:])[0] < 3 < pictures.loss_range(both[1:])[1] < 4
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

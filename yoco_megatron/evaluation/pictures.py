@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def draw_runs(path: Path, runs: list[RunCurves]) -> None:
 def loss_range(runs: list[RunCurves]) -> tuple[float, float]:
     """What is worth seeing: from the lowest loss to what the worst run had after a tenth of its tokens."""
     values = [run.curves[LOSS] for run in runs]
-    low = min(float(one.values.min()) for one in values)
-    high = max(float(np.interp(0.1 * one.steps[-1], one.steps, one.values)) for one in values)
+    lows = [float(one.values[np.isfinite(one.values)].min(initial=np.inf)) for one in values]
+    highs = [float(np.interp(0.1 * one.steps[-1], one.steps, one.values)) for one in values]
+    low = min(filter(math.isfinite, lows), default=0.0)  # of a run that diverged, what it had before
+    high = max(filter(math.isfinite, highs), default=low)
     room = 0.05 * max(high - low, 1e-3)
     return low - room, high + room
 
