@@ -136,7 +136,8 @@ def test_empty_documents_between_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [{}, {"mmap_bin_files": False}, {"defer_npy_index_mmap": True}])
 def test_a_loss_mask_beside_the_data_is_of_the_labels(tmp_path: Path, read: dict[str, bool]) -> None:
-    """In a stream, which cuts documents: against the streams of both, counted one by one. Padding stays out."""
+    """In a stream, which cuts documents: against the streams of both, counted one by one, also where a label is
+    the padding token."""
     generator = np.random.default_rng(6)
     lengths = generator.integers(0, 40, 30)
     documents = [generator.integers(PAD, 99, length) for length in lengths]
@@ -152,7 +153,7 @@ def test_a_loss_mask_beside_the_data_is_of_the_labels(tmp_path: Path, read: dict
             np.concatenate([one[document] for document in data.document_index])[begin + 1 : begin + LENGTH + 1]
             for one in (documents, masks)
         )
-        assert sample["loss_mask"].tolist() == (learned * (labels != PAD)).tolist()
+        assert (sample["labels"].tolist(), sample["loss_mask"].tolist()) == (labels.tolist(), learned.tolist())
 
 
 def test_a_suffix_of_what_the_data_teach(tmp_path: Path) -> None:

@@ -77,11 +77,14 @@ def packed(folder: Path, masks: list[np.ndarray] | None = None, size: int | None
     return build(prefix, size=size, masked=[] if masks is None else [prefix], **PACKED | flags)
 
 
-@pytest.mark.parametrize("read", [{}, {"mmap_bin_files": False}])
+@pytest.mark.parametrize(
+    "read", [{}, {"mmap_bin_files": False}, {"pad": 303}], ids=["", "without mmap", "pad in texts"]
+)
 def test_samples_hold_whole_documents_their_masks_and_padding(tmp_path: Path, read: dict[str, Any]) -> None:
     """Against the documents, token by token. Padding is a document of its own, and has no loss."""
     generator = np.random.default_rng(4)
     of_token = [generator.integers(0, 2, len(ids)).astype(np.uint8) for ids in documents()]
+    assert documents()[2][3] == 303 and of_token[2][3]
     data = packed(tmp_path, of_token, **read)
     plain = packed(tmp_path, **read)
     assert len(data) == len(plain)

@@ -20,6 +20,8 @@ from yoco_megatron.data.packing import is_packed, pack
 
 # No limit.
 MAX_ID = 2**63 - 1
+# That no text holds.
+NO_ID = -1
 
 
 class UnknownTokenError(ValueError):
@@ -77,6 +79,9 @@ class CheckedGPTDataset(GPTDataset):
         self.dataset_path = dataset_path
         # Megatron would keep the first sample's loss mask, and with it the padding of that sample, for all others.
         self.masks_and_position_ids_are_cacheable = False
+        if self.is_packed or self.loss_masks is not None:
+            # Padding is known by its place. Megatron would find its id in texts, too: a template may end answers by it.
+            self._pad_token_id = NO_ID
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
