@@ -80,6 +80,18 @@ def test_another_mask_than_the_reports_and_other_numbers(prefix: str) -> None:
     assert "d_loss_mask.bin holds the number 2, and a loss mask 0 and 1" in problem(prefix)
 
 
+def test_a_mask_without_a_loss(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(f"{prefix}.json").unlink()
+    zeros = np.zeros(7, np.uint8)
+    write(Path(f"{prefix}_loss_mask"), [zeros[:4], zeros, zeros[:0], zeros[:5]], np.uint8)
+    assert "d_loss_mask.bin is 0 everywhere, so that nothing is learned" in problem(prefix)
+    # Rare ones, between the blocks of the sample.
+    monkeypatch.setattr("yoco_megatron.data.token_sample.BLOCKS", 2)
+    monkeypatch.setattr("yoco_megatron.data.token_sample.BLOCK_BYTES", 1)
+    write(Path(f"{prefix}_loss_mask"), [zeros[:4], [0, 0, 0, 1, 0, 0, 0], zeros[:0], zeros[:5]], np.uint8)
+    check_masks([prefix])
+
+
 def test_a_damaged_index(prefix: str) -> None:
     path = Path(f"{prefix}_loss_mask.idx")
     content = bytearray(path.read_bytes())

@@ -106,6 +106,10 @@ def _check(prefix: str, inside: bool) -> None:
     largest = sample_tokens(binary, header.dtype).largest
     if largest > 1:
         raise ValueError(f"{binary} holds the number {largest}, and a loss mask 0 and 1: {again}")
+    if not largest and not (binary.stat().st_size and np.memmap(binary, np.uint8, "r").any()):
+        raise ValueError(
+            f"{binary} is 0 everywhere, so that nothing is learned: leave {prefix} out, or make another mask"
+        )
 
 
 def _check_lengths(prefix: str, documents: int, again: str) -> None:
