@@ -44,6 +44,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, monkeypatch: pytes
 
 def test_folders_are_taken_by_name(tmp_path: Path) -> None:
     prefixes = [dataset(tmp_path / name, 1) for name in ("b", "a")]
+    Path(prefixes[0]).mkdir()  # where training on it puts its cache
     assert find_prefixes([str(tmp_path), prefixes[0]]) == [*sorted(prefixes), prefixes[0]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--input .*empty holds no \.idx"):

@@ -34,7 +34,8 @@ def find_prefixes(inputs: list[str]) -> list[str]:
     """
     found: list[str] = []
     for entry in inputs:
-        if not Path(entry).is_dir():
+        # A prefix may also be a folder's name: GPTDataset keeps its cache there.
+        if Path(f"{entry}.idx").is_file() or not Path(entry).is_dir():
             found.append(entry)
             continue
         names = {str(path.with_suffix("")) for path in Path(entry).glob("*.idx")}
@@ -55,7 +56,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
             end of documents, or of which some alone have a loss mask, or an output that exists.
     """
     check_data_prefixes(prefixes, "--input")
-    check_masks(prefixes)
+    check_masks(prefixes, "--input")
     if Path(f"{output}.idx").exists() and not overwrite:
         raise ValueError(f"--output-prefix: {output}.idx exists; choose another prefix, or pass --overwrite")
     if str(Path(output).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
