@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import site_text
 from retrieval_text import documents
 from runs import ROOT, last_error
-from slices import Job, run_slice
+from slices import Job, add_arguments, run_slice
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.evaluation.suite import make_task
@@ -205,9 +205,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, default=11)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--shortest", type=int, default=1000, help="needles in prompts longer than so many tokens")
-    parser.add_argument("--flags", default="", help="more flags for every run")
-    parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
-    parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
+    add_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="evaluate anew")
     options = parser.parse_args()
     options.folder = options.folder.resolve()

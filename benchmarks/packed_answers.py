@@ -27,6 +27,7 @@ from yoco_megatron.startup.prepare import prepare
 
 prepare()
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
@@ -35,9 +36,10 @@ from megatron.training.initialize import initialize_megatron
 from record import record
 from runs import ROOT
 
-from yoco_megatron.costs.flops import forward_flops_per_token
+from yoco_megatron.costs.flops import Queries, train_flops
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.model.builder import model_config_from_args
+from yoco_megatron.parallel.context.query_runs import num_visible_keys
 from yoco_megatron.parallel.context.query_shard import Runs, count, positions_of
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.load_run import set_environment_of_one_process
@@ -78,19 +80,10 @@ class Pack:
         lengths = torch.tensor([stop - start for start, stop in self.documents])
         return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
 
-    def visible_keys(self, runs: Runs) -> int:
-        """Keys that the queries at `runs` attend to, summed."""
-        starts = torch.zeros(self.documents[-1][1], dtype=torch.int64)
-        starts[[start for start, _ in self.documents]] = torch.tensor([start for start, _ in self.documents])
-        positions = positions_of(runs)
-        return int((positions - starts.cummax(0).values[positions] + 1).sum())
-
     def flops(self, shape: ModelShape, runs: Runs) -> float:
         """Of forward and backward with the cross-decoder at `runs`."""
-        parts = forward_flops_per_token(dataclasses.replace(shape, num_queries=count(runs)))
-        parts["cross_decoder_mixing"] = 0
-        attention = 4 * shape.num_attention_heads * shape.kv_channels * self.visible_keys(runs)
-        return 3 * (sum(parts.values()) * shape.seq_length + shape.num_cross_decoder_layers * attention)
+        keys = num_visible_keys(runs, np.array([start for start, _ in self.documents]))
+        return train_flops(shape, 1, Queries(count(runs) / shape.seq_length, keys / shape.seq_length))
 
 
 def all_positions(model: torch.nn.Module, pack: Pack) -> torch.Tensor:

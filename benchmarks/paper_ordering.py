@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import site_text
 from record import record
 from runs import ROOT, device_name
-from slices import Job, run_slice
+from slices import Job, add_arguments, run_slice
 
 from yoco_megatron.evaluation import comparison, pictures
 from yoco_megatron.evaluation.run_curves import VALIDATION, RunCurves, read_run
@@ -212,9 +212,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--micro-batch-size", type=int, default=16)
-    parser.add_argument("--flags", default="", help="more flags for every run")
-    parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
-    parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
+    add_arguments(parser)
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/paper_ordering.svg")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")

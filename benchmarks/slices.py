@@ -4,6 +4,7 @@ At the end of a slice each run is asked for a checkpoint by the trigger file of 
 starts from it.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -41,6 +42,13 @@ class Job:
     def done(self) -> bool:
         """Whether it was trained and evaluated to its end."""
         return (self.folder / "done").exists()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How runs are made."""
+    parser.add_argument("--flags", default="", help="more flags for every run")
+    parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
+    parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
 
 
 def run_slice(jobs: Callable[[], list[Job]], gpus: int, seconds: float) -> bool:

@@ -4,10 +4,8 @@ import torch
 from packed_answers import Pack
 
 
-def test_keys_that_are_visible() -> None:
-    """Documents of 4 and 3 tokens; queries 2 and 3 of the first, 1 of the second."""
+def test_documents_of_tokens() -> None:
     pack = Pack(((0, 4), (4, 7)), (), torch.zeros(1, 8))
-    assert pack.visible_keys(((2, 4), (5, 6))) == 3 + 4 + 2
     assert pack.document_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1]]
 
 
