@@ -27,6 +27,8 @@ def mask(*runs: tuple[int, int], length: int = LENGTH) -> np.ndarray:
         (mask((0, 256)), ((0, 256),)),
         (mask((0, 10), (8182, 8192)), ((0, 10), (7946, 8192))),
         (mask((8, 8192 - 520)), ((0, 7680),)),
+        # Before the first run and behind the last one a small gap is left out.
+        (mask((10, 138), (8000, 8128)), ((10, 138), (8000, 8128))),
         (mask(), ((8191, 8192),)),
         # Less than a sixteenth would be left out.
         (mask((0, 7681)), None),
