@@ -81,8 +81,7 @@ def queries_vary(args: Namespace) -> bool:
 
     A Transformer computes all of them.
     """
-    masked = getattr(args, "has_loss_masks", False)
-    return masked and args.architecture == "yoco" and args.cross_decoder_positions == "loss"
+    return args.has_loss_masks and args.architecture == "yoco" and args.cross_decoder_positions == "loss"
 
 
 def resolve_loss_chunk(config: Any) -> None:

@@ -141,7 +141,7 @@ def check_travelling_queries(args: Namespace) -> None:
         "--cp-cross-attention queries does not go with --cross-decoder-positions all: remove one of them",
     )
     require(
-        not getattr(args, "has_loss_masks", False),
+        not args.has_loss_masks,
         "--cp-cross-attention queries does not go with data with loss masks, whose positions begin anywhere: use auto",
     )
     flag = "--dataloader-inter-document-masking" if args.dataloader_inter_document_masking else flag_against_parts(args)
@@ -227,7 +227,7 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
             f"--cuda-graph-impl is not built for {flag} {getattr(args, name)}: use only one of them",
         )
     require(
-        not getattr(args, "has_loss_masks", False),
+        not args.has_loss_masks,
         f"data with loss masks do not go with --cuda-graph-impl {args.cuda_graph_impl}, as "
         f"{NOT_IN_A_CUDA_GRAPH['loss_suffix']}: remove it",
     )
