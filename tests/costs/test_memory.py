@@ -34,7 +34,7 @@ def test_more_activations_with_longer_sequences_fewer_with_recompute():
 @pytest.mark.parametrize(("dtype", "bytes_of_a_logit"), [([], 4), (["--bf16"], 2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("fused", "bytes_of_a_gradient"), [(True, 0), (False, 4)], ids=["fused", "not fused"])
 def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, dtype, bytes_of_a_logit):
-    """64 tokens, 256 words; the output layer is 32 wide. A chunk is no longer than what there is."""
+    """64 tokens, 256 words, 32 wide; all at once: in the dtype of training and in fp32. No chunk is longer."""
 
     def activations(*flags: str) -> int:
         args = parsed(1, *dtype, *flags)
@@ -42,7 +42,7 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk(fused, bytes_of_a_gradient, 
         return memory.gpu_memory(args).activations
 
     for chunk, tokens in (("16", 16), ("4096", 64)):
-        saved = 2 * 4 * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
+        saved = (bytes_of_a_logit + 4) * 64 * 256 - bytes_of_a_logit * tokens * 256 - bytes_of_a_gradient * 256 * 32
         whole = activations("--loss-chunk-size", "0")
         assert whole - activations("--loss-chunk-size", chunk) == saved
     assert activations() == activations("--loss-chunk-size", "8192")
@@ -61,14 +61,14 @@ def test_what_is_made_again_in_backward_is_not_kept(kind, also):
 def test_attention_that_is_kept():
     """64 tokens in bf16, two cross-decoder layers, 32 wide: outputs, and an fp32 number a token and head."""
 
-    def of(*flags: str) -> memory.Memory:
+    def of(*flags: str) -> float:
         full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-        return memory.gpu_memory(parsed(1, "--bf16", *full, *flags))
+        return memory.gpu_memory(parsed(1, "--bf16", *full, *flags)).parts["cross_decoder"]
 
     args = parsed(1)
-    saved = of("--keep-cross-attention").activations - of().activations
+    saved = of("--keep-cross-attention") - of()
     assert saved == 2 * 64 * (2 * 32 + 4 * args.num_attention_heads)
     packed = ("--dataloader-inter-document-masking", "--micro-batch-size", "2")
-    copied = of("--keep-cross-attention", *packed).activations - of(*packed).activations
+    copied = of("--keep-cross-attention", *packed) - of(*packed)
     tokens = 64 * 2 // args.micro_batch_size
     assert copied == 2 * tokens * (2 * (32 + 32) + 4 * args.num_attention_heads)

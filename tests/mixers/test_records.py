@@ -56,6 +56,7 @@ LEFT_OUT = {
     "matmul_parameters": lambda: parameter_count(shape_of()),
     "mixing_flops": lambda: train_flops(shape_of(), 1),
     "flop_rate": lambda: args_of("--pipeline-model-parallel-size", "2", processes=2),
+    "stored_bytes": lambda: gpu_memory(args_of()),
     "recomputed_values": lambda: gpu_memory(args_of("--recompute-elementwise")),
     "layer_spec": lambda: build(tiny_config(self_decoder=TOY.name)),
     "init_name": lambda: build(tiny_config(self_decoder=TOY.name)),

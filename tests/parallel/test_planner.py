@@ -10,7 +10,7 @@ import torch
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.costs.stage_time import (
-    RATES,
+    PLANNER_RATES,
     Seconds,
     part_seconds,
     part_seconds_of_run,
@@ -177,7 +177,7 @@ def test_what_is_recomputed_costs_a_fourth_product() -> None:
     assert recomputed == once | layers
     assert both == once | layers | {"output_layer": chunked["output_layer"]}
     stored = part_seconds_of_run(shape(), flags(keep_cross_attention=True, **full))
-    attention = layer_flops_per_token(shape())["cross_decoder"]["mixing"] / RATES["cross_attention"]
+    attention = layer_flops_per_token(shape())["cross_decoder"]["mixing"] / PLANNER_RATES.attention
     cross = pytest.approx(recomputed["cross_decoder"] - attention / 3)
     assert stored == recomputed | {"cross_decoder": cross}
 

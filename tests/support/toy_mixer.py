@@ -56,6 +56,7 @@ FIELDS = dict(
     matmul_parameters=lambda sizes: 2 * sizes.hidden_size**2,
     mixing_flops=lambda sizes: 0.0,
     flop_rate=lambda backend: 1e12,
+    stored_bytes=lambda sizes, bytes_per_value: 2 * sizes.hidden_size * bytes_per_value,
     recomputed_values=lambda sizes: 0,
     received_bytes=None,
     tensors=None,

@@ -1,26 +1,48 @@
-"""Memory of training on the fullest GPU.
+"""Memory of training, on each rank of a pipeline: what is kept between steps, and the most that a step adds.
 
-Sizes of the states are exact; activations are the estimate of Korthikanti et al. (arXiv 2205.05198, section 4) for a
-Transformer layer, which a YOCO layer is close to. So states that do not fit are an error, an estimate only a warning.
+Between steps, bytes a parameter: weight 2, gradient 4, and in the optimizer fp32 weight 4 and two moments 8 (bf16; in
+fp32 weight 4, gradient 4, moments 8). The distributed optimizer divides its part by data x context parallelism.
+
+In a step each layer stores what its backward pass reads (e bytes a value, h hidden, F FFN width, a token):
+
+    input, two norms' outputs, input of the FFN   4 h e
+    FFN: gate, up, their product                  3 F e
+    mixer                                         its record's; cross attention 2 H D e + 4 H: queries, outputs, sums
+    full recompute                                its input h e, and what --keep-cross-attention stores
+
+Behind the shared K,V only the positions that are computed count. The K,V are stored once a stage, of the whole sequence
+with context parallelism, and their gradient is an fp32 buffer as long. The peak is the largest of three moments: the
+loss; the first layer of the cross-decoder in backward; the first of the self-decoder, when all that the cross-decoder
+stored is free. Measured rows beside it: tests/costs/test_measured.py. Not counted: allocator, CUDA, NCCL.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from yoco_megatron.costs.shape import ModelShape, parameter_count
-from yoco_megatron.costs.stage_time import Parts, stage_parameters
+from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
+from yoco_megatron.costs.stage_time import Parts, of_rank, stage_parameters
 
 GIB = 1 << 30
+BETWEEN_STEPS = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU."""
+    """Bytes on one GPU, {what: bytes}; those of BETWEEN_STEPS, and what the peak of a step adds."""
 
-    states: int
-    """Weights, gradients, optimizer."""
-    activations: int
+    parts: Mapping[str, float]
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients, optimizer."""
+        return int(sum(self.parts[name] for name in BETWEEN_STEPS))
+
+    @property
+    def activations(self) -> int:
+        """All else."""
+        return int(sum(size for name, size in self.parts.items() if name not in BETWEEN_STEPS))
 
     @property
     def total(self) -> int:
@@ -32,27 +54,13 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
     """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `stages`: what each pipeline stage
     holds, in the order that a micro-batch visits them."""
     shape = ModelShape.from_args(args)
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    data_parallel = max(1, args.world_size // (tp * pp * args.context_parallel_size))
-    if stages is not None and pp > 1:
-        per_stage = [stage_parameters(parts, shape) for parts in stages]
-        held = max(sum(per_stage[rank::pp]) for rank in range(pp))
-    else:
-        held = sum(parameter_count(shape).values()) / pp
-    value = _bytes_of_a_value(args)
-    # bf16: weight 2, gradient 4, and fp32 weight 4, two moments 8 in the optimizer; fp32 needs no second weight.
-    weights, optimizer = (2 + 4, 12) if value == 2 else (4 + 4, 8)
-    sharded = data_parallel if args.use_distributed_optimizer else 1
-    states = held / tp * (weights + optimizer / sharded)
-    tokens = args.seq_length * args.micro_batch_size / args.context_parallel_size
-    layers = shape.num_layers / pp
-    split = tp if args.sequence_parallel or tp == 1 else 1
-    if args.recompute_granularity == "full":
-        per_layer = value * tokens * shape.hidden_size / split + _stored_attention(args, shape, tokens) / tp
-    else:
-        per_layer = 17 * value * tokens * shape.hidden_size / split - _recomputed(args, shape, tokens) / tp
-    in_flight = pp if pp > 1 else 1
-    return Memory(int(states), int(per_layer * layers * in_flight + _loss(args, shape, tokens)))
+    return max(rank_memories(args, shape, stages or even_stages(args, shape)), key=lambda memory: memory.total)
+
+
+def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
+    """Memory of each pipeline rank."""
+    pp = args.pipeline_model_parallel_size
+    return [_memory(args, shape, stages[rank::pp], in_flight(args, rank, len(stages) // pp)) for rank in range(pp)]
 
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
@@ -62,35 +70,190 @@ def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
     )
 
 
+def data_parallel_size(args: Namespace) -> int:
+    """Replicas of the model."""
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return max(1, args.world_size // model)
+
+
+def num_microbatches(args: Namespace) -> int | None:
+    """Of a step on each replica; None if the global batch is not known."""
+    if args.global_batch_size is None:
+        return None
+    return max(1, args.global_batch_size // (data_parallel_size(args) * args.micro_batch_size))
+
+
+def in_flight(args: Namespace, rank: int, chunks: int) -> list[int]:
+    """Micro-batches that each of a rank's model chunks has begun and not ended when the first backward pass starts."""
+    pp = args.pipeline_model_parallel_size
+    most = num_microbatches(args) or pp * chunks
+    if chunks == 1:
+        return [min(most, pp - rank)]
+    # Interleaved 1F1B takes micro-batches in groups of pp, chunk after chunk.
+    left = min((pp - rank - 1) * 2 + (chunks - 1) * pp + 1, most * chunks)
+    begun = [0] * chunks
+    chunk = 0
+    while left > 0:
+        taken = min(pp, left)
+        begun[chunk] += taken
+        left -= taken
+        chunk = (chunk + 1) % chunks
+    return begun
+
+
+def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
+    """As many layers in each stage, as Megatron cuts a Transformer."""
+    count = args.pipeline_model_parallel_size * (args.num_virtual_stages_per_pipeline_rank or 1)
+    cuts = [shape.num_layers * stage // count for stage in range(count + 1)]
+    split = max(1, shape.num_self_decoder_layers)  # the K,V are made where the last layer before it is
+    stages: list[Parts] = []
+    for first, stop in pairwise(cuts):
+        self_layers = max(0, min(stop, shape.num_self_decoder_layers) - first)
+        if shape.architecture == "transformer":
+            held = {"decoder": stop - first}
+        else:
+            held = {"self_decoder": self_layers, "cross_decoder": stop - first - self_layers}
+            held["shared_kv"] = int(first < split <= stop)
+        stages.append(held | {"embedding": int(first == 0), "output_layer": int(stop == shape.num_layers)})
+    return stages
+
+
+def _memory(args: Namespace, shape: ModelShape, chunks: Sequence[Parts], begun: Sequence[int]) -> Memory:
+    """Of a rank that holds `chunks`, with so many micro-batches in flight in each."""
+    tp, cp, e = args.tensor_model_parallel_size, args.context_parallel_size, _bytes_of_a_value(args)
+    tokens = args.seq_length * args.micro_batch_size / cp
+    rows = tokens * shape.query_share  # behind the shared K,V
+    split = tp if args.sequence_parallel or tp == 1 else 1
+    positions = {"self_decoder": tokens, "cross_decoder": rows, "decoder": tokens}
+    kinds = [kind for kind in positions if any(chunk.get(kind) for chunk in chunks)]
+    stored = {kind: positions[kind] * _stored(args, shape, kind, split) for kind in kinds}
+    read_kv = _kv_values(args, shape, tokens)
+    arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
+
+    def of_chunk(chunk: Parts) -> dict[str, float]:
+        """Stored for one micro-batch."""
+        return {kind: chunk.get(kind, 0) * stored[kind] for kind in kinds} | {
+            "shared K,V": 2 * e * tokens * shape.hidden_size / split * chunk.get("shared_kv", 0)
+            + e * (read_kv + arrived_kv) * bool(chunk.get("cross_decoder")),
+            "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
+        }
+
+    parts = _states(args, shape, chunks)
+    each = [of_chunk(chunk) for chunk in chunks]
+    for name in each[0]:
+        parts[name] = sum(count * sizes[name] for count, sizes in zip(begun, each))
+    backward = {kind: positions[kind] * _layer_in_backward(args, shape, kind, split) for kind in kinds}
+    if "cross_decoder" in backward:
+        backward["cross_decoder"] += 4 * read_kv  # the gradient
+    if "self_decoder" in backward:
+        backward["self_decoder"] -= max(sizes.get("cross_decoder", 0.0) for sizes in each)  # free by then
+    layer = max(backward.values(), default=0.0)
+    loss = _loss(args, shape, rows) if any(chunk.get("output_layer") for chunk in chunks) else 0.0
+    # With full recompute a layer in backward is large, and what the loss needed is free again.
+    full = args.recompute_granularity == "full"
+    return Memory(parts | {"loss and layer in backward": max(loss, layer) if full else loss + max(0.0, layer)})
+
+
+def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
+    """Kept between steps."""
+    tp = args.tensor_model_parallel_size
+    parts = of_rank(chunks)
+    held = stage_parameters(parts, shape) / tp
+    in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
+    shards = data_parallel_size(args) * args.context_parallel_size if args.use_distributed_optimizer else 1
+    low = _bytes_of_a_value(args) == 2
+    # With the precision-aware optimizer the fp32 weights are the bf16 ones and 16 bits more.
+    optimizer = (10 if args.use_precision_aware_optimizer else 12) if low else 8
+    # Transformer Engine keeps each matrix in FP8 twice, for the products of forward and of backward.
+    copies = 2 * in_layers if args.fp8 and not args.fp8_param_gather else 0
+    return {
+        "weights": held * (2 if low else 4) + copies,
+        "gradients": held * 4,
+        "optimizer": held * optimizer / shards,
+    }
+
+
 def _bytes_of_a_value(args: Namespace) -> int:
     """In the dtype of training."""
     return 2 if args.bf16 or args.fp16 else 4
 
 
-def _recomputed(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes a layer, the mean of all, that --recompute-elementwise does not store: SwiGLU's output, and what the
-    mixer's record says (model/layers/recompute.py)."""
-    if args.architecture != "yoco" or not args.recompute_elementwise:
+def _kv_values(args: Namespace, shape: ModelShape, tokens: float) -> float:
+    """Of the shared K,V as the layers of a stage read them: of the whole sequence; of packed documents in several
+    samples a second time, laid end to end (model/cross_decoder/document_attention.py)."""
+    if shape.architecture != "yoco":
         return 0.0
-    mixer = shape.mixer.recomputed_values(shape) * shape.num_self_decoder_layers / shape.num_layers
-    return _bytes_of_a_value(args) * tokens * (shape.ffn_hidden_size + mixer)
+    cp = args.context_parallel_size
+    copies = 2 if _lays_out(args) and cp == 1 else 1
+    return copies * tokens * cp * shape.kv_width / args.tensor_model_parallel_size
 
 
-def _stored_attention(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes a layer, the mean of all, that --keep-cross-attention stores: outputs of cross attention and, for each
-    query, the fp32 logarithm of its softmax's sum; for documents of several samples the queries as the kernel
-    reads them, too (model/layers/recompute.py)."""
+def _lays_out(args: Namespace) -> bool:
+    """Whether cross attention needs copies in which the documents of several samples lie end to end."""
+    return args.dataloader_inter_document_masking and args.micro_batch_size > 1
+
+
+def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
+    """A token of a layer stores for what mixes tokens, before tensor parallelism."""
+    e, heads = _bytes_of_a_value(args), shape.num_attention_heads
+    if kind == "self_decoder":
+        return shape.mixer.stored_bytes(shape, e)
+    queries = e * heads * shape.kv_channels
+    attention = 2 * queries + 4 * heads
+    return attention + (e * shape.kv_width if kind == "decoder" else _lays_out(args) * queries)
+
+
+def _stored(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
+    """Bytes a token that one layer stores until its backward pass; `split`: ranks that share the hidden states."""
+    if args.recompute_granularity == "full":
+        kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0
+        return _bytes_of_a_value(args) * shape.hidden_size / split + kept / args.tensor_model_parallel_size
+    return _stored_whole(args, shape, kind, split)
+
+
+def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
+    """The same without full recompute."""
+    e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_hidden_size
+    # FP8 stores the inputs of linear layers in a byte a value, but those of attention's, which its kernel stores.
+    of_linear = 1 if args.fp8 else e
+    norms = 0 if _recomputes(args, "layernorm") else 2 * of_linear * hidden
+    inner = 0.0 if _recomputes(args, "mlp") else (2 * e + of_linear) * ffn
+    if args.architecture == "yoco" and args.recompute_elementwise:
+        inner -= e * (ffn + (shape.mixer.recomputed_values(shape) if kind == "self_decoder" else 0))
+    inner += _mixer_bytes(args, shape, kind)
+    return (2 * e * hidden + norms) / split + inner / args.tensor_model_parallel_size
+
+
+def _recomputes(args: Namespace, module: str) -> bool:
+    """Whether selective recompute covers `module`."""
+    return args.recompute_granularity == "selective" and module in (args.recompute_modules or ["core_attn"])
+
+
+def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
+    """Bytes a token that the backward pass of one layer needs beside what was stored: gradients inside the FFN, and
+    gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
+    e, tp = _bytes_of_a_value(args), args.tensor_model_parallel_size
+    ffn = e * shape.ffn_hidden_size / tp / args.mlp_chunks_for_training
+    if args.recompute_granularity != "full":
+        again = 3 * ffn if _recomputes(args, "mlp") else 0.0
+        return 3 * ffn + 3 * e * shape.hidden_size + again
+    kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0
+    again = _stored_whole(args, shape, kind, split) - kept / tp
+    return again + ffn + e * shape.hidden_size / split
+
+
+def _stored_attention(args: Namespace, shape: ModelShape) -> float:
+    """Bytes a token that --keep-cross-attention stores in a layer of the cross-decoder: the output and, for each query,
+    the fp32 logarithm of its softmax's sum; for documents of several samples the queries as the kernel reads them, too
+    (model/layers/recompute.py)."""
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
-    share = 1 - shape.num_self_decoder_layers / shape.num_layers
-    value = _bytes_of_a_value(args)
-    copies = args.dataloader_inter_document_masking and args.micro_batch_size > 1
-    heads = shape.num_attention_heads * (1 + copies)
-    return share * tokens * (heads * value * shape.kv_channels + 4 * shape.num_attention_heads)
+    heads = shape.num_attention_heads
+    return heads * (1 + _lays_out(args)) * _bytes_of_a_value(args) * shape.kv_channels + 4 * heads
 
 
-def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Bytes of the loss of `tokens` tokens: logits and their gradient in fp32.
+def _loss(args: Namespace, shape: ModelShape, rows: float) -> float:
+    """Bytes of the loss of `rows` positions: logits in the dtype of training, and in fp32 their softmax.
 
     With --loss-chunk-size the logits of a chunk alone, which their gradient replaces, in the dtype of training; and the
     output layer's gradient in fp32 where it is not added to Megatron's buffer (ops/linear_cross_entropy/torch.py).
@@ -99,6 +262,6 @@ def _loss(args: Namespace, shape: ModelShape, tokens: float) -> float:
         return 0
     vocab_rows = shape.vocab_rows / args.tensor_model_parallel_size
     if not args.loss_chunk_size:
-        return 2 * 4 * tokens * vocab_rows
-    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, tokens) * vocab_rows
+        return (_bytes_of_a_value(args) + 4) * rows * vocab_rows
+    logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, rows) * vocab_rows
     return logits + (0 if args.gradient_accumulation_fusion else 4 * vocab_rows * shape.hidden_size)

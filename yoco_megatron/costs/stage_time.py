@@ -6,22 +6,37 @@ grows with the sequence, the projection to the shared K,V and the head belong to
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 
 Parts = Mapping[str, int]
 """How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
-output_layer. A missing one is 0."""
+output_layer (a Transformer: embedding, decoder, output_layer). A missing one is 0."""
 Seconds = Mapping[str, float]
 """Of each of these parts, one layer or the whole, for a token: a third of forward and backward together, which is the
 forward time without recompute."""
 
-# FLOP/s that were achieved, 3B in training on one H200, bf16 (docs/performance.md); only their ratios matter. Cross
-# attention: 340e12 at 4096 tokens, 490e12 at 131,072. Mixers of the self-decoder have theirs in their records.
-RATES = {"linear": 700e12, "cross_attention": 400e12}
-ELEMENTWISE_SECONDS = 5e-12  # a layer's norms, SwiGLU and residuals, per token and unit of hidden and FFN width
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a GPU in training. Mixers of the self-decoder have theirs in their records."""
+
+    linear: float
+    """FLOP/s of the layers' matrix products."""
+    attention: float
+    """FLOP/s of causal attention."""
+    output_layer: float
+    """FLOP/s of the head and its loss."""
+    elementwise: float
+    """Seconds of a layer's norms, SwiGLU and residuals, per token and unit of hidden and FFN width."""
+
+
+# 3B on one H200, bf16 (docs/performance.md). The pipeline planner needs their ratios alone, and cuts every run alike.
+PLANNER_RATES = Rates(linear=700e12, attention=400e12, output_layer=700e12, elementwise=5e-12)
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
 RECOMPUTE_FACTOR = 4 / 3  # of what is recomputed in backward: four products where three would do
 
@@ -32,8 +47,9 @@ def part_seconds(
     recomputed_logits: float = 0.0,
     store_cross_attention: bool = False,
     mixer_backend: str = "auto",
+    rates: Rates = PLANNER_RATES,
 ) -> Seconds:
-    """Estimate of the seconds of each part from the FLOPs of a YOCO.
+    """Estimate of the seconds of each part from its FLOPs.
 
     Args:
         recompute_layers: backward recomputes every layer (full recompute),
@@ -45,29 +61,32 @@ def part_seconds(
 
     def layer_seconds(kind: str, mixing_rate: float) -> float:
         mixing = layers[kind]["mixing"] / mixing_rate
-        rest = layers[kind]["linear"] / RATES["linear"]
+        rest = layers[kind]["linear"] / rates.linear
         share = shape.query_share if kind == "cross_decoder" else 1
-        rest += ELEMENTWISE_SECONDS * (shape.hidden_size + shape.ffn_hidden_size) * share
+        rest += rates.elementwise * (shape.hidden_size + shape.ffn_hidden_size) * share
         if not recompute_layers:
             return rest + mixing
         stored = store_cross_attention and kind == "cross_decoder"
         return rest * RECOMPUTE_FACTOR + mixing * (1 if stored else RECOMPUTE_FACTOR)
 
-    return {
-        "embedding": shape.hidden_size * EMBEDDING_SECONDS,
+    head = whole["output_layer"] / rates.output_layer * (1 + (RECOMPUTE_FACTOR - 1) * recomputed_logits)
+    ends = {"embedding": shape.hidden_size * EMBEDDING_SECONDS, "output_layer": head}
+    if shape.architecture == "transformer":
+        return ends | {"decoder": layer_seconds("decoder", rates.attention)}
+    return ends | {
         "self_decoder": layer_seconds("self_decoder", shape.mixer.flop_rate(mixer_backend)),
-        "shared_kv": whole["shared_kv"] / RATES["linear"],
-        "cross_decoder": layer_seconds("cross_decoder", RATES["cross_attention"]),
-        "output_layer": whole["output_layer"] / RATES["linear"] * (1 + (RECOMPUTE_FACTOR - 1) * recomputed_logits),
+        "shared_kv": whole["shared_kv"] / rates.linear,
+        "cross_decoder": layer_seconds("cross_decoder", rates.attention),
     }
 
 
-def part_seconds_of_run(shape: ModelShape, args: Namespace) -> Seconds:
+def part_seconds_of_run(shape: ModelShape, args: Namespace, rates: Rates = PLANNER_RATES) -> Seconds:
     """The same, with what parsed arguments say to recompute."""
     every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
     tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
     loss_chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
-    return part_seconds(shape, every_layer, 1 - 1 / loss_chunks, args.keep_cross_attention, args.retention_backend)
+    logits = 1 - 1 / loss_chunks
+    return part_seconds(shape, every_layer, logits, args.keep_cross_attention, args.retention_backend, rates)
 
 
 def stage_seconds(parts: Parts, seconds: Seconds) -> float:
@@ -75,10 +94,16 @@ def stage_seconds(parts: Parts, seconds: Seconds) -> float:
     return sum(count * seconds[part] for part, count in parts.items())
 
 
+def of_rank(chunks: Sequence[Parts]) -> Parts:
+    """What a pipeline rank holds in all its model chunks."""
+    return sum(map(Counter, chunks), Counter())
+
+
 def stage_parameters(parts: Parts, shape: ModelShape) -> int:
     """Parameters that a stage holds; a tied head on a stage of its own is a copy of the embedding."""
     parameters = parameter_count(shape)
     layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
+    layers |= {"decoder": shape.num_layers}
     count = sum(parameters[part] // max(1, layers.get(part, 1)) * held for part, held in parts.items())
     if parts.get("output_layer"):
         copied = shape.tied and not parts.get("embedding")

@@ -37,6 +37,12 @@ def flop_rate(backend: str) -> float:
     return 12e12 if backend == "torch" else 100e12
 
 
+def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
+    """q, k, v, gate, output, the normalised and gated output; a D x D state a head every 512 tokens; fp32 decays."""
+    values = 6 * sizes.hidden_size + sizes.hidden_size * sizes.self_decoder_head_dim / 512
+    return values * bytes_per_value + 8 * sizes.self_decoder_heads
+
+
 def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:
     """States and decays of every other rank's two chunks forward, states alone backward, all in fp32."""
     state = (ranks - 1) * 2 * sequences * sizes.self_decoder_heads * 4
@@ -75,6 +81,7 @@ GATED_RETENTION = Mixer(
     matmul_parameters=matmul_parameters,
     mixing_flops=mixing_flops,
     flop_rate=flop_rate,
+    stored_bytes=stored_bytes,
     recomputed_values=lambda sizes: sizes.hidden_size,  # the normalised and gated output
     received_bytes=received_bytes,
     tensors=tensors,

@@ -75,6 +75,8 @@ class Mixer:
     """Forward FLOPs a token beside the projections, averaged over a sequence."""
     flop_rate: Callable[[str], float]
     """FLOP/s at which mixing runs in training, by --retention-backend; for the pipeline planner, which needs ratios."""
+    stored_bytes: Callable[[Sizes, int], float]
+    """(sizes, bytes a value) -> bytes a token that the mixer stores for backward, beside its layer's input and norm."""
     recomputed_values: Callable[[Sizes], int]
     """Values a token that --recompute-elementwise does not store."""
     received_bytes: Callable[[Sizes, int, int, int, int], float]

@@ -23,6 +23,12 @@ def mixing_flops(sizes: Sizes) -> float:
     return 4 * sizes.hidden_size * mean_visible_keys(sizes.seq_length, sizes.self_decoder_window)
 
 
+def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
+    """q, k, v, output; the fp32 logarithm of the softmax's sum."""
+    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
+    return (2 * sizes.hidden_size + 2 * kv) * bytes_per_value + 4 * sizes.self_decoder_heads
+
+
 def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:
     """The W - 1 keys and values before each of two chunks forward, their gradients backward (W - 1 <= s / 2 ranks)."""
     row = sequences * 2 * sizes.self_decoder_query_groups * sizes.self_decoder_head_dim * bytes_per_value
@@ -59,6 +65,7 @@ SLIDING_WINDOW = Mixer(
     matmul_parameters=matmul_parameters,
     mixing_flops=mixing_flops,
     flop_rate=lambda backend: 400e12,  # as cross attention at 4096 tokens; not measured alone
+    stored_bytes=stored_bytes,
     recomputed_values=lambda sizes: 0,
     received_bytes=received_bytes,
     tensors=tensors,

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
 from yoco_megatron.utils.errors import require
 
 
@@ -97,6 +94,10 @@ class StagePlan:
     @staticmethod
     def from_config(config: Any) -> "StagePlan":
         """The plan in a YOCOConfig's layout (--pipeline-model-parallel-layout, or the planner's); else one stage."""
+        # Here, so that tools/plan.py need not wait for torch.
+        from megatron.core.transformer.enums import LayerType
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
         layout = config.pipeline_model_parallel_layout
         if layout is None:
             require(

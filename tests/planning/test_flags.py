@@ -1,0 +1,51 @@
+"""The flags that plans read, against Megatron's parser."""
+
+import argparse
+
+import pytest
+
+from yoco_megatron import runtime
+from yoco_megatron.planning import flags
+from yoco_megatron.startup.parser import build_parser
+
+MODEL = ["--config", "configs/model/yoco_tiny.yaml", "--vocab-size", "255"]
+MODEL += ["--micro-batch-size", "1", "--global-batch-size", "8"]
+
+
+def test_names_types_and_defaults_are_megatrons():
+    megatrons = build_parser()
+    read = [action for action in flags.build_parser()._actions if action.dest != "no_effect"]
+    assert len(read) > 50
+    for action in read:
+        theirs = megatrons._option_string_actions[action.option_strings[0]]
+        assert (action.dest, action.nargs == 0) == (theirs.dest, theirs.nargs == 0)
+        if action.dest not in runtime.argument_defaults():  # of a machine without a GPU
+            assert action.default == megatrons.get_default(action.dest)
+        if action.nargs != 0 and action.dest != "recompute_modules":
+            assert action.type in (theirs.type, str)
+
+
+def test_flags_without_effect_are_taken_and_unknown_ones_refused():
+    args, own = flags.parse([*MODEL, "--lr", "1e-4", "--mock-data", "--data-path", "0.5", "a", "0.5", "b"], gpus=1)
+    assert args.padded_vocab_size == 256
+    assert own["vocab_size"] == 255 and "num_layers" not in own
+    with pytest.raises(
+        ValueError, match="unrecognized arguments: --tensor-parallel-size 2; did you mean --tensor-model-"
+    ):
+        flags.parse([*MODEL, "--tensor-parallel-size", "2"], gpus=2)
+    with pytest.raises(ValueError, match="invalid int value: 'two'"):
+        flags.parse([*MODEL, "--num-layers", "two"], gpus=2)
+    with pytest.raises(ValueError, match="--global-batch-size is missing"):
+        flags.parse(MODEL[:-2], gpus=1)
+
+
+def test_config_then_command_line(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("bf16: true\nmicro-batch-size: 4\nrecompute-granularity: full\n")
+    later = tmp_path / "later.yaml"
+    later.write_text("recompute-granularity: null\n")
+    argv = ["--config", MODEL[1], str(config), str(later), *MODEL[2:]]
+    args, own = flags.parse(argv, gpus=1)
+    assert (args.bf16, args.micro_batch_size, args.recompute_granularity) == (True, 1, None)
+    assert own.keys() == {"vocab_size", "micro_batch_size", "global_batch_size"}
+    assert isinstance(args, argparse.Namespace)

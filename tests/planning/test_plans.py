@@ -1,0 +1,222 @@
+"""Search, explanation and run, on no GPU."""
+
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yoco_megatron.config.yaml_files import load_config_file
+from yoco_megatron.costs.card import CARDS, H100
+from yoco_megatron.costs.memory import GIB, gpu_memory, in_flight
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_seconds
+from yoco_megatron.planning import flags, report
+from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
+from yoco_megatron.planning.run import Site, goodput, plan_run
+from yoco_megatron.planning.search import ERROR, search, settings
+
+ROOT = Path(__file__).parents[2]
+MODELS = ["configs/model/yoco_13b.yaml", "configs/recipe/scaling_large.yaml"]
+REST = ["--vocab-size", "100288", "--seq-length", "4096", "--global-batch-size", "512"]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parsed(*more: str, gpus: int = 64):
+    return flags.parse(["--config", *MODELS, *REST, *more], gpus)
+
+
+def test_the_run_has_the_memory_and_the_stages_of_its_plan(tmp_path):
+    """The tool's file, read by the trainer's own parser."""
+    from yoco_megatron.startup.arguments import parse_for_job
+
+    output = tmp_path / "plan.yaml"
+    argv = ["--gpus", "64", "--pipeline-model-parallel-size", "4", "--context-parallel-size", "2"]
+    tool = subprocess.run(
+        [sys.executable, "-c", TOOL, "search", "--config", *MODELS, *REST, *argv, "--output", str(output)],
+        capture_output=True,
+        text=True,
+    )
+    assert tool.returncode == 0, tool.stderr
+    assert "13.68B parameters" in tool.stdout and "loaded: []" in tool.stdout
+    assert load_config_file(output)["pipeline-model-parallel-size"] == 4
+
+    given, _ = flags.parse(["--config", *MODELS, str(output), *REST], 64)
+    plan = Plan.of(given, H100)
+    mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--save-interval", "10"]
+    mock += ["--max-position-embeddings", "4096"]
+    args, stages = parse_for_job(["--config", *MODELS, str(output), *REST, *mock], 64)
+    args.gradient_accumulation_fusion = True  # as on a GPU
+    assert [dict(stage) for stage in stages.parts()] == [dict(stage) for stage in plan.stages]
+    assert gpu_memory(args, stages.parts()).parts == pytest.approx(dict(plan.memory.parts))
+
+
+TOOL = """
+import runpy, sys
+sys.argv[0] = "tools/plan.py"
+runpy.run_path("tools/plan.py", run_name="__main__")
+print("loaded:", [name for name in ("torch", "numpy", "megatron") if name in sys.modules])
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        args, own = parsed()
+    return args, search(args, own, H100)
+
+
+def test_plans_fit_and_the_first_is_the_simplest_of_the_equal(found):
+    args, plans = found
+    assert all(plan.memory.total <= FILL * 79.1 * GIB for plan in plans.plans)
+    assert [plan.time.seconds for plan in plans.plans] == sorted(plan.time.seconds for plan in plans.plans)
+    assert plans.best.time.seconds <= plans.plans[0].time.seconds * (1 + ERROR)
+    assert {"GPUs do not divide", "heads or widths do not divide", "states do not fit"} <= plans.discarded.keys()
+    text = report.search_report(plans, settings(plans.best, args), top=4)
+    assert "--micro-batch-size" in text and "states do not fit" in text
+
+
+def test_the_least_recompute_that_fits(found):
+    """Of the same mesh and micro-batch, one plan, and no other with less fits."""
+    _, plans = found
+    recomputing = next(plan for plan in plans.plans if plan.recompute == "elementwise")
+    args = flags.argparse.Namespace(**vars(recomputing.args) | {"recompute_elementwise": False})
+    assert not dataclasses.replace(recomputing, args=args).fits
+
+
+def test_the_command_line_holds():
+    args, own = parsed("--tensor-model-parallel-size", "4", "--micro-batch-size", "1", "--recompute-elementwise")
+    plans = search(args, own, H100).plans
+    assert {(p.args.tensor_model_parallel_size, p.args.micro_batch_size, p.recompute) for p in plans} == {
+        (4, 1, "elementwise")
+    }
+
+
+def test_settings_take_back_what_configs_say():
+    args, own = flags.parse(
+        ["--config", *MODELS, "recompute-granularity=full", "recompute-method=uniform", "bf16=true", *REST], 64
+    )
+    decided = settings(search(args, own, H100).best, args)
+    assert decided["recompute-granularity"] is None and decided["recompute-method"] is None
+
+
+def test_one_error_where_nothing_fits():
+    args, own = parsed(gpus=1)
+    with pytest.raises(ValueError, match=r"no mesh of 1 GPUs fits \(.*states do not fit: \d+"):
+        search(args, own, H100)
+
+
+def test_more_memory_allows_more():
+    args, own = parsed("--context-parallel-size", "1", "--micro-batch-size", "2", gpus=16)
+    h100, h200 = (search(args, own, CARDS[card]) for card in ("h100", "h200"))
+    assert len(h200.plans) > len(h100.plans)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 8, 13, 40])
+def test_fast_stages_are_nearly_the_best(stages):
+    """Against all cuts, by dynamic programming; ratios are rounded to a hundredth."""
+    args, _ = parsed("--pipeline-model-parallel-size", str(stages), gpus=stages)
+    shape = ModelShape.from_args(args)
+    seconds = part_seconds_of_run(shape, args)
+    fast = nearly_best_stages(args, shape)
+    assert len(fast) == stages
+    held = {part: sum(stage[part] for stage in fast) for part in fast[0]}
+    assert held == {"embedding": 1, "self_decoder": 20, "shared_kv": 1, "cross_decoder": 20, "output_layer": 1}
+    cost = [seconds["self_decoder"]] * 20 + [seconds["cross_decoder"]] * 20
+    cost[19] += seconds["shared_kv"]
+    cost[39] += seconds["output_layer"]
+    sums = [0.0, *itertools.accumulate(cost)]
+    best = [0.0] + [math.inf] * 40
+    for _ in range(stages):
+        best = [math.inf] + [max_of(best, sums, stop) for stop in range(1, 41)]
+    assert max(stage_seconds(stage, seconds) for stage in fast) <= best[40] * 1.02
+
+
+def max_of(best: list[float], sums: list[float], stop: int) -> float:
+    """Shortest longest stage of layers before `stop`, with one stage more than `best`."""
+    return min(max(best[start], sums[stop] - sums[start]) for start in range(stop))
+
+
+def test_in_flight_is_what_the_schedules_begin():
+    """1F1B: P - rank. Interleaved, by hand: 2 ranks, 2 chunks: warm-up 5 and 3 chunks, then one forward."""
+    args, _ = parsed("--pipeline-model-parallel-size", "4", "--micro-batch-size", "1", gpus=4)
+    assert [in_flight(args, rank, 1) for rank in range(4)] == [[4], [3], [2], [1]]
+    args.pipeline_model_parallel_size = args.world_size = 2
+    assert [in_flight(args, rank, 2) for rank in range(2)] == [[3, 2], [2, 1]]
+    args.global_batch_size = 2
+    assert in_flight(args, 0, 2) == [2, 2]
+
+
+def test_a_loss_on_fewer_positions_takes_less_of_everything():
+    whole, some = (Plan.of(parsed(*more, gpus=8)[0], H100) for more in ([], ["--loss-suffix", "512"]))
+    assert some.memory.parts["cross_decoder"] == pytest.approx(whole.memory.parts["cross_decoder"] / 8)
+    assert some.memory.parts["self_decoder"] == whole.memory.parts["self_decoder"]
+    assert some.memory.parts["head"] == pytest.approx(whole.memory.parts["head"] / 8)
+    assert some.time.seconds < 0.7 * whole.time.seconds
+
+
+def test_shared_kv_over_context_and_documents():
+    """Gathered, they are as many values a rank as without context parallelism; documents of several samples: a copy."""
+
+    def kv(gpus: int, *more: str) -> float:
+        args, _ = parsed("--micro-batch-size", "2", *more, gpus=gpus)
+        return Plan.of(args, H100).memory.parts["shared K,V"] / (4096 * 2 * 2)  # tokens, bytes
+
+    shape = ModelShape.from_args(parsed()[0])
+    width, hidden = shape.kv_width, shape.hidden_size
+    assert kv(1) == width + 2 * hidden
+    assert kv(4, "--context-parallel-size", "4") == width + 2 * hidden / 4
+    assert kv(1, "--dataloader-inter-document-masking") == 2 * width + 2 * hidden
+
+
+def test_explanation_adds_up(tmp_path):
+    args, _ = parsed("--pipeline-model-parallel-size", "4", "--tensor-model-parallel-size", "4", gpus=64)
+    plan = Plan.of(args, H100)
+    text = report.explain_report(plan)
+    assert f"{plan.memory.total / GIB:.2f}" in text and "K,V" in text
+    assert sum(plan.time.parts.values()) == pytest.approx(plan.time.seconds)
+    pytest.importorskip("matplotlib")
+    report.picture(plan, str(tmp_path / "plan.svg"))
+    assert "memory" in (tmp_path / "plan.svg").read_text()
+
+
+def test_run_of_a_trillion_tokens(found):
+    """Goodput against the formula's own minimum, and the figures against each other."""
+    plan = found[1].best
+    site = Site()
+    run = plan_run(plan, 10**12, site)
+    assert run.steps == math.ceil(10**12 / (512 * 4096))
+    between = 3600 / (site.failures_per_gpu_hour * 64)
+    assert run.mean_time_between_failures == between
+    others = [
+        goodput(between, site.save_stall, site.restart, run.save_every * factor) for factor in (0.8, 0.99, 1.01, 1.25)
+    ]
+    assert all(other < run.goodput for other in others)
+    assert run.gpu_hours == pytest.approx(run.compute / run.goodput * 64 / 3600)
+    text = report.run_report(plan, run, site, 10**12, corpus=3 * 10**11)
+    assert "3.33" in text and f"{run.steps:,}" in text
+    assert "WARNING: --train-iters" in text
+
+
+def test_published_interval():
+    """1,024 GPUs at 3.4e-5 failures a GPU-hour, stall 30 s, restart 10 min: every 41.6 min, 97.0%."""
+    between = 3600 / (3.4e-5 * 1024)
+    every = math.sqrt(2 * 30 * between)
+    assert every / 60 == pytest.approx(41.6, abs=0.1)
+    assert goodput(between, 30, 600, every) == pytest.approx(0.970, abs=5e-4)
+
+
+def test_runs_that_cannot_be(found):
+    args, _ = parsed(gpus=8)
+    with pytest.raises(ValueError, match=r"DP8 needs .* GiB of a GPU's 79.1: find a mesh by search"):
+        plan_run(Plan.of(args, H100), 10**12, Site())
+    with pytest.raises(ValueError, match="makes no progress: a failure every 1 min"):
+        plan_run(found[1].best, 10**12, Site(failures_per_gpu_hour=1.0))

@@ -1,0 +1,174 @@
+"""Seconds of a training step on a mesh: the slowest pipeline rank's kernels, then what no kernel hides.
+
+    step    m T_max + (the other ranks' T) / V        1F1B or interleaved: m micro-batches, V chunks a rank
+            + sends of the pipeline + gradients and weights of data parallelism + optimizer + a fixed part
+
+T is the time of a micro-batch on a rank: its products, attention and elementwise kernels by the rates of the card, or
+the host's time to launch them where that is longer, and what tensor and context parallelism send. Measured rows beside
+it: tests/costs/test_measured.py. Sends between nodes are by the card's figures; no run of ours has measured them.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from yoco_megatron.costs.card import Card
+from yoco_megatron.costs.flops import train_flops
+from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import Parts, of_rank, part_seconds_of_run, stage_parameters
+from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes, recomputes_cross_attention
+
+BYTES = 2  # a value on its way: bf16
+# All-gathers and reduce-scatters of a layer's hidden states: two of each forward and backward, two gathers once more.
+TENSOR_EXCHANGES, RECOMPUTED_EXCHANGES = 10, 4
+EXPOSED_WITH_OVERLAP = 0.85  # of them, with --tp-comm-overlap: 3B TP2
+EXPOSED_RING = 0.5  # of a Transformer's ring attention
+EXPOSED_SENDS = 0.3  # of the sends between interleaved chunks
+LAYERS = ("self_decoder", "cross_decoder", "decoder")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step."""
+
+    parts: Mapping[str, float]
+    """{what: seconds} of the slowest pipeline rank: compute, host, tensor, context, bubble, pipeline, data,
+    optimizer."""
+    stages: tuple[Mapping[str, float], ...]
+    """{compute, host, tensor, context: seconds} of a micro-batch on each stage."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+    def share(self, part: str) -> float:
+        """Of the step."""
+        return self.parts[part] / self.seconds
+
+
+def mfu(args: Namespace, shape: ModelShape, card: Card, seconds: float) -> float:
+    """Of a step in `seconds`, by the card's data sheet."""
+    return train_flops(shape, args.global_batch_size) / args.world_size / seconds / card.peak
+
+
+def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card: Card) -> StepTime:
+    """Of arguments whose vocabulary and global batch are known; `stages` as for `memory.gpu_memory`."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp, dp = args.context_parallel_size, data_parallel_size(args)
+    model_chunks, count = len(stages) // pp, num_microbatches(args) or 1
+    tokens = args.seq_length * args.micro_batch_size / cp
+
+    layers = _layers(args, shape, card)
+    per_stage = tuple(_stage(args, shape, card, layers, stage) for stage in stages)
+    ranks = [{part: sum(stage[part] for stage in per_stage[rank::pp]) for part in per_stage[0]} for rank in range(pp)]
+    totals = [sum(rank.values()) for rank in ranks]
+    slowest = max(range(pp), key=totals.__getitem__)
+
+    bubble = (sum(totals) - totals[slowest]) / model_chunks
+    sends = 0.0
+    if pp > 1:
+        size = boundary_bytes(shape, 1, BYTES, with_kv=shape.architecture == "yoco") * tokens / tp
+        both_ways = 2 * card.link(args.world_size).seconds(size)
+        exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
+        sends = both_ways * (count * exposed + 2 * (pp - 1))
+
+    held = max(stage_parameters(of_rank(stages[rank::pp]), shape) for rank in range(pp)) / tp
+    shards = dp * cp
+    reduced = 0.0
+    if shards > 1:
+        # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
+        reduced = held * 6 * (shards - 1) / shards / card.link(args.world_size).bytes_per_second
+        reduced = max(0.05 * reduced, reduced - totals[slowest])
+    optimizer = card.optimizer * held / (shards if args.use_distributed_optimizer else 1) + card.fixed
+    parts = {part: count * seconds for part, seconds in ranks[slowest].items()}
+    return StepTime(parts | {"bubble": bubble, "pipeline": sends, "data": reduced, "optimizer": optimizer}, per_stage)
+
+
+def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[str, float]]:
+    """{kind: seconds of a micro-batch by part} of one layer of each kind, or of another part of a stage."""
+    tp, cp, sequences = args.tensor_model_parallel_size, args.context_parallel_size, args.micro_batch_size
+    tokens = args.seq_length * sequences / cp
+    full = args.recompute_granularity == "full"
+    seconds = part_seconds_of_run(shape, args, card.rates(args))
+    exchanges = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * full
+    exposed = EXPOSED_WITH_OVERLAP if args.tp_comm_overlap else 1.0
+    host = (card.launch if tp == 1 else card.launch_tensor_parallel) * (4 / 3 if full else 1)
+    if args.cuda_graph_impl == "full_iteration":
+        host = 0.0
+    context = card.link(tp * cp)
+    found = {}
+    for kind, third in seconds.items():
+        parts = {"compute": 3 * third * tokens / tp, "host": 0.0, "tensor": 0.0, "context": 0.0}
+        if kind in LAYERS:
+            share = shape.query_share if kind == "cross_decoder" else 1.0
+            if _recomputes_mlp(args):
+                ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size
+                parts["compute"] += ffn / card.rates(args).linear * share * tokens / tp
+            if tp > 1:
+                size = tokens * share * shape.hidden_size * BYTES * (tp - 1) / tp
+                link = card.link(tp)
+                each = size / link.bytes_per_second + link.latency * math.log2(tp)
+                parts["tensor"] = exchanges * exposed * each
+            if cp > 1:
+                parts["context"] = context.seconds(_received_by_layer(args, shape, kind) / tp) + 5 * context.latency
+            parts["host"] = max(0.0, host - sum(parts.values()))
+        found[kind] = parts
+    return found
+
+
+def _stage(
+    args: Namespace, shape: ModelShape, card: Card, layers: Mapping[str, Mapping[str, float]], stage: Parts
+) -> dict[str, float]:
+    """Seconds of a micro-batch by part."""
+    total = {"compute": 0.0, "host": 0.0, "tensor": 0.0, "context": 0.0}
+    for kind, count in stage.items():
+        for part, seconds in layers[kind].items():
+            total[part] += count * seconds
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    if cp > 1 and stage.get("cross_decoder") and _travels(args, shape) == "keys":
+        total["context"] += card.link(tp * cp).seconds(_of_cross_attention(args, shape)["keys"] / tp)
+    return total
+
+
+def _recomputes_mlp(args: Namespace) -> bool:
+    """Once more than --recompute-granularity full says, where in parts (--mlp-chunks-for-training)."""
+    if args.mlp_chunks_for_training > 1:
+        return True
+    return args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or [])
+
+
+def _of_cross_attention(args: Namespace, shape: ModelShape) -> dict[str, float]:
+    """Bytes of a micro-batch in both ways: keys of one stage, queries of all layers."""
+    return cross_attention_bytes(
+        shape,
+        args.context_parallel_size,
+        args.seq_length,
+        shape.num_queries or args.seq_length,
+        args.micro_batch_size,
+        BYTES,
+        forward_passes=2 if recomputes_cross_attention(args) else 1,
+    )
+
+
+def _travels(args: Namespace, shape: ModelShape) -> str:
+    """Keys or queries (--cp-cross-attention)."""
+    if shape.num_queries is None or args.cp_cross_attention == "keys":
+        return "keys"
+    sizes = _of_cross_attention(args, shape)
+    return "queries" if args.cp_cross_attention == "queries" else min(sizes, key=sizes.__getitem__)
+
+
+def _received_by_layer(args: Namespace, shape: ModelShape, kind: str) -> float:
+    """Bytes that context parallelism sends for one layer and micro-batch, before tensor parallelism."""
+    cp, passes = args.context_parallel_size, 2 if args.recompute_granularity == "full" else 1
+    if kind == "self_decoder":
+        return shape.mixer.received_bytes(shape, cp, args.micro_batch_size, BYTES, passes)
+    if kind == "decoder":
+        kv = (cp - 1) / cp * args.seq_length * args.micro_batch_size * shape.kv_width * BYTES
+        return EXPOSED_RING * kv * (passes + 2)
+    if _travels(args, shape) == "keys":
+        return 0.0
+    return _of_cross_attention(args, shape)["queries"] / shape.num_cross_decoder_layers

@@ -1,0 +1,144 @@
+"""The flags of pretrain_yoco.py that decide memory and speed, read without Megatron, whose import takes seconds.
+
+tests/planning/test_flags.py holds names, types and defaults against Megatron's own parser. Every other flag of the
+table of flags is taken and has no effect here; one that the table lacks is an error.
+"""
+
+import argparse
+import math
+from dataclasses import fields
+from typing import Any, NoReturn, get_type_hints
+
+from yoco_megatron.config import flags as table
+from yoco_megatron.config.resolve import resolve_loss_chunk
+from yoco_megatron.config.yaml_files import load_config_files, to_argv
+from yoco_megatron.config.yoco_fields import YOCOFields
+from yoco_megatron.utils.errors import nearest, require
+
+# Megatron's: flag -> (type, default). A type of bool is a switch, and one that starts with "no-" turns its field off.
+MEGATRONS: dict[str, tuple[type, Any]] = {
+    "num-layers": (int, None),
+    "hidden-size": (int, None),
+    "ffn-hidden-size": (int, None),
+    "num-attention-heads": (int, None),
+    "group-query-attention": (bool, False),
+    "num-query-groups": (int, 1),
+    "kv-channels": (int, None),
+    "seq-length": (int, None),
+    "untie-embeddings-and-output-weights": (bool, False),
+    "vocab-size": (int, None),
+    "make-vocab-size-divisible-by": (int, 128),
+    "tokenizer-type": (str, None),
+    "micro-batch-size": (int, None),
+    "global-batch-size": (int, None),
+    "train-iters": (int, None),
+    "train-samples": (int, None),
+    "lr-warmup-iters": (int, 0),
+    "lr-decay-iters": (int, None),
+    "bf16": (bool, False),
+    "fp16": (bool, False),
+    "fp8-format": (str, None),
+    "fp8-param-gather": (bool, False),
+    "optimizer": (str, "adam"),
+    "use-distributed-optimizer": (bool, False),
+    "use-precision-aware-optimizer": (bool, False),
+    "tensor-model-parallel-size": (int, 1),
+    "sequence-parallel": (bool, False),
+    "tp-comm-overlap": (bool, False),
+    "pipeline-model-parallel-size": (int, 1),
+    "num-virtual-stages-per-pipeline-rank": (int, None),
+    "num-layers-per-virtual-pipeline-stage": (int, None),
+    "decoder-first-pipeline-num-layers": (int, None),
+    "decoder-last-pipeline-num-layers": (int, None),
+    "pipeline-model-parallel-layout": (str, None),
+    "context-parallel-size": (int, 1),
+    "recompute-granularity": (str, None),
+    "recompute-method": (str, None),
+    "recompute-num-layers": (int, None),
+    "recompute-modules": (list, None),
+    "mlp-chunks-for-training": (int, 1),
+    "dataloader-inter-document-masking": (bool, False),
+    "cuda-graph-impl": (str, "none"),
+    "fp16-lm-cross-entropy": (bool, False),
+    "cross-entropy-loss-fusion": (bool, False),
+    "no-gradient-accumulation-fusion": (bool, True),
+}
+DESTINATIONS = {"fp8-format": "fp8"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Of the flags above and those of a YOCO; the other ones of the table are taken."""
+    parser = argparse.ArgumentParser(prog="plan.py", add_help=False, allow_abbrev=False)
+
+    def error(message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split(": ", 1)[1].split()[0]
+            message += nearest(flag, parser._option_string_actions)
+        raise ValueError(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    for flag, (kind, default) in (MEGATRONS | _of_yoco()).items():
+        dest = DESTINATIONS.get(flag, flag.removeprefix("no-").replace("-", "_"))
+        if kind is bool:
+            action = "store_false" if flag.startswith("no-") else "store_true"
+            parser.add_argument(f"--{flag}", dest=dest, action=action)
+        elif kind is list:
+            parser.add_argument(f"--{flag}", dest=dest, nargs="+", default=default)
+        else:
+            parser.add_argument(f"--{flag}", dest=dest, type=kind, default=default)
+    for entry in table.table():
+        for flag in entry.flags:
+            if f"--{flag}" not in parser._option_string_actions and flag != "config":
+                parser.add_argument(f"--{flag}", nargs="*", dest="no_effect", default=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(arguments as Megatron names them, with `world_size` and `padded_vocab_size`; the fields that `argv` sets itself,
+    without --config).
+
+    Raises:
+        ValueError: a flag that does not exist, a value of the wrong type, a config that cannot be read, sizes missing.
+    """
+    parser = build_parser()
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", action="append", nargs="+", default=[])
+    config_only.error = parser.error  # type: ignore[method-assign]
+    given, rest = config_only.parse_known_args(argv)
+    configs = to_argv(load_config_files([source for group in given.config for source in group]), parser)
+    args = parser.parse_args([*configs, *rest])
+    own = vars(_without_defaults(parser).parse_args(rest))
+    require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
+    for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
+        require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
+    require(gpus >= 1, f"--gpus {gpus} must be at least 1")
+    args.world_size = gpus
+    set_padded_vocab_size(args)
+    resolve_loss_chunk(args)
+    return args, own
+
+
+def set_padded_vocab_size(args: argparse.Namespace) -> None:
+    """As Megatron pads it, for this tensor parallelism."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
+
+
+def _without_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
+
+
+def _of_yoco() -> dict[str, tuple[type, Any]]:
+    """The fields of a YOCO, in the form of MEGATRONS."""
+    hints = get_type_hints(YOCOFields)
+    found: dict[str, tuple[type, Any]] = {}
+    for field in fields(YOCOFields):
+        flag = field.name.replace("_", "-")
+        if hints[field.name] is bool:
+            found[f"no-{flag}" if field.default else flag] = (bool, field.default)
+        else:
+            number = hints[field.name] in (int, float, int | None)
+            found[flag] = (float if hints[field.name] is float else int if number else str, field.default)
+    return found

@@ -1,0 +1,173 @@
+"""`Plan`: one way to run a model on so many GPUs, with its memory and its step."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate
+
+from yoco_megatron.costs.card import Card
+from yoco_megatron.costs.memory import GIB, Memory, data_parallel_size, even_stages, num_microbatches, rank_memories
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import Parts, part_seconds_of_run
+from yoco_megatron.costs.step_time import StepTime, mfu, step_time
+from yoco_megatron.parallel.pipeline.planner import plan_cuts
+from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.utils.errors import require
+
+# Share of a GPU's memory that a plan may fill: the rest is for CUDA, NCCL, fragments and what the formulas leave out.
+FILL = 0.92
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Flags, and the stages that they give."""
+
+    args: Namespace
+    shape: ModelShape
+    card: Card
+    stages: Sequence[Parts]
+
+    @classmethod
+    def of(cls, args: Namespace, card: Card) -> "Plan":
+        """With the stages of the run itself. Raises ValueError for flags that make no mesh."""
+        shape = ModelShape.from_args(args)
+        return cls(args, shape, card, stages_of(args, shape))
+
+    @cached_property
+    def memories(self) -> list[Memory]:
+        """Of each pipeline rank."""
+        return rank_memories(self.args, self.shape, self.stages)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of the fullest."""
+        return max(self.memories, key=lambda memory: memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """The memory of its GPUs."""
+        return self.memory.total <= FILL * self.card.gib * GIB
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of a step."""
+        return step_time(self.args, self.shape, self.stages, self.card)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.args.global_batch_size * self.args.seq_length / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        """By the card's data sheet."""
+        return mfu(self.args, self.shape, self.card, self.time.seconds)
+
+    @property
+    def mesh(self) -> str:
+        """TP2 PP4 VP2 CP1 DP8 without the ones."""
+        sizes = {
+            "TP": self.args.tensor_model_parallel_size,
+            "PP": self.args.pipeline_model_parallel_size,
+            "VP": len(self.stages) // self.args.pipeline_model_parallel_size,
+            "CP": self.args.context_parallel_size,
+            "DP": data_parallel_size(self.args),
+        }
+        return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+
+    @property
+    def crosses_nodes(self) -> bool:
+        """Whether context parallelism does."""
+        span = self.args.tensor_model_parallel_size * self.args.context_parallel_size
+        return self.args.context_parallel_size > 1 and span > self.card.gpus_per_node
+
+    @property
+    def recompute(self) -> str:
+        """What backward recomputes, in a word."""
+        if self.args.recompute_granularity == "full":
+            return "full, attention kept" if self.args.keep_cross_attention else "full"
+        if self.args.recompute_elementwise:
+            return "elementwise"
+        return self.args.recompute_granularity or "none"
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step on each replica."""
+        return num_microbatches(self.args) or 1
+
+
+def stages_of(args: Namespace, shape: ModelShape) -> list[Parts]:
+    """The stages that the flags ask for, as the run itself would cut them.
+
+    Raises:
+        ValueError: more stages than layers, or a layout by hand that does not fit.
+    """
+    ranks = args.pipeline_model_parallel_size
+    for dest in ("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers"):
+        flag = f"--{dest.replace('_', '-')}"
+        require(getattr(args, dest) is None, f"{flag} is not read here: give --pipeline-model-parallel-layout instead")
+    if ranks == 1 or shape.architecture == "transformer":
+        return list(even_stages(args, shape))
+    if args.pipeline_model_parallel_layout:
+        counts = _counts(args.pipeline_model_parallel_layout, shape.num_layers, ranks)
+    else:
+        chunks = args.num_virtual_stages_per_pipeline_rank or 1
+        seconds = part_seconds_of_run(shape, args)
+        counts = plan_cuts(shape.num_layers, shape.num_self_decoder_layers, ranks, chunks, seconds)
+    plan = StagePlan((0, *accumulate(counts)), shape.num_self_decoder_layers)
+    return list(plan.parts())
+
+
+def _counts(layout: str, num_layers: int, ranks: int) -> list[int]:
+    """Layers of each stage of 'Ett|tttL'."""
+    counts = [stage.count("t") for stage in layout.split("|")]
+    require(
+        set(layout) <= set("Et|L") and sum(counts) == num_layers and len(counts) % ranks == 0,
+        f"--pipeline-model-parallel-layout '{layout}': write stages of t, a multiple of {ranks} of them with "
+        f"{num_layers} t in all, for example 'Ett|tttL'",
+    )
+    return counts
+
+
+def nearly_best_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
+    """Stages for thousands of meshes: the planner takes a hundred times as long, and balances ranks, too.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    count = args.pipeline_model_parallel_size * (args.num_virtual_stages_per_pipeline_rank or 1)
+    seconds = part_seconds_of_run(shape, args)
+    # Few ratios occur, so that most meshes find their cuts made.
+    ratios = (
+        round(seconds[part] / seconds["cross_decoder"], 2) for part in ("self_decoder", "shared_kv", "output_layer")
+    )
+    return _bisected(shape.num_layers, shape.num_self_decoder_layers, count, *ratios)
+
+
+@cache
+def _bisected(
+    num_layers: int, split_layer: int, stages: int, self_decoder: float, shared_kv: float, output_layer: float
+) -> list[Parts]:
+    """Contiguous stages whose longest is nearly as short as can be, by bisection over its length. Costs of a layer of
+    each part are relative to one of the cross-decoder."""
+    require(stages <= num_layers, f"{stages} stages are more than --num-layers {num_layers}")
+    cost = [self_decoder if layer < split_layer else 1.0 for layer in range(num_layers)]
+    cost[max(0, split_layer - 1)] += shared_kv
+    cost[-1] += output_layer
+
+    def cuts(longest: float) -> tuple[int, ...]:
+        """Where no stage is longer; but as many stages as wanted, as far as there are layers."""
+        starts, held = [0], 0.0
+        for layer, own in enumerate(cost):
+            if layer > starts[-1] and (held + own > longest or num_layers - layer <= stages - len(starts)):
+                starts.append(layer)
+                held = 0.0
+            held += own
+        return (*starts, num_layers)
+
+    low, high = max(max(cost), sum(cost) / stages), sum(cost)
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(cuts(middle)) <= stages + 1 else (middle, high)
+    return list(StagePlan(cuts(high), split_layer).parts())

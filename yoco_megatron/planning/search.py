@@ -1,0 +1,202 @@
+"""The best mesh for so many GPUs: all by the formulas of `costs`, the fastest cut once more as the run would be."""
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from yoco_megatron.costs.card import Card
+from yoco_megatron.costs.memory import GIB, data_parallel_size, num_microbatches
+from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.planning.flags import set_padded_vocab_size
+from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
+from yoco_megatron.utils.errors import require
+
+# Median error of the step's time on measured rows (tests/costs/test_measured.py): plans nearer than that are equal.
+ERROR = 0.04
+FINALISTS = 8  # cut again by the planner, which takes a tenth of a second each
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+NO_RECOMPUTE = {
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "recompute_elementwise": False,
+    "keep_cross_attention": False,
+}
+# From the least to the most; a plan takes the first that fits.
+RECOMPUTE: tuple[dict[str, Any], ...] = (
+    NO_RECOMPUTE,
+    NO_RECOMPUTE | {"recompute_elementwise": True},
+    NO_RECOMPUTE | FULL | {"keep_cross_attention": True},
+    NO_RECOMPUTE | FULL,
+)
+# What a search decides: fields of the flags, whichever the configs name.
+DECIDED = {
+    "tensor_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "pipeline_model_parallel_size": 1,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "context_parallel_size": 1,
+    "micro_batch_size": None,
+    "use_distributed_optimizer": False,
+    "use_precision_aware_optimizer": False,
+} | NO_RECOMPUTE
+FLAGS = {"fp8": "fp8-format"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Plans from the fastest; why the others were discarded, and how many."""
+
+    plans: list[Plan]
+    discarded: Counter[str]
+
+    @property
+    def equal(self) -> list[Plan]:
+        """Those that the model cannot tell from the fastest."""
+        limit = self.plans[0].time.seconds * (1 + ERROR)
+        return [plan for plan in self.plans if plan.time.seconds <= limit]
+
+    @property
+    def best(self) -> Plan:
+        """The simplest of these."""
+        return min(self.equal, key=_complexity)
+
+
+def search(args: Namespace, own: dict[str, Any], card: Card, precisions: tuple[str, ...] = ()) -> Found:
+    """All meshes of `args.world_size` GPUs for the model, lengths and batch of `args`.
+
+    Args:
+        own: fields that the user set on the command line, which hold; see `flags.parse`.
+        precisions: of bf16 and fp8, those to try; by default what `args` say.
+    Raises:
+        ValueError: none fits; the text has the reasons.
+    """
+    require(args.architecture == "yoco", "the search is for --architecture yoco, whose pipeline the planner cuts")
+    discarded: Counter[str] = Counter()
+    plans: list[Plan] = []
+    shape = ModelShape.from_args(args)
+    for mesh in _meshes(args, own):
+        reason = _breaks(mesh, shape, card)
+        if reason:
+            discarded[reason] += 1
+            continue
+        for with_precision in _precisions(mesh, precisions):
+            of_mesh = replace(shape, padded_vocab_size=mesh.padded_vocab_size)
+            plan = _first_that_fits(with_precision, own, of_mesh, card, discarded)
+            if plan is not None:
+                plans.append(plan)
+    if not plans:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in discarded.most_common())
+        raise ValueError(f"no mesh of {args.world_size} GPUs fits ({reasons}): use more GPUs, or another batch")
+    plans.sort(key=lambda plan: plan.time.seconds)
+    # The search's cuts are a little worse than the planner's, for some meshes more than for others.
+    finalists = [Plan.of(plan.args, card) for plan in plans[:FINALISTS]]
+    fits = [plan for plan in finalists if plan.fits] or finalists
+    return Found(sorted([*fits, *plans[FINALISTS:]], key=lambda plan: plan.time.seconds), discarded)
+
+
+def settings(plan: Plan, base: Namespace) -> dict[str, Any]:
+    """The flags of a plan, as a config has them; null for one of `base` that the plan does not have."""
+    found: dict[str, Any] = {}
+    for dest, default in (DECIDED | {"fp8": None}).items():
+        value = getattr(plan.args, dest)
+        if value != default or getattr(base, dest) != value:
+            found[FLAGS.get(dest, dest.replace("_", "-"))] = None if value in (None, False) else value
+    return found
+
+
+def _complexity(plan: Plan) -> tuple[int, ...]:
+    """What no run has measured, kinds of parallelism, recompute, then their sizes."""
+    args = plan.args
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    kinds = sum(size > 1 for size in (*sizes, len(plan.stages) // sizes[1]))
+    recompute = 2 if args.recompute_granularity else int(args.recompute_elementwise)
+    return int(plan.crosses_nodes), kinds, recompute, sizes[0] * sizes[1] * sizes[2], -args.micro_batch_size
+
+
+def _meshes(args: Namespace, own: dict[str, Any]) -> Iterator[Namespace]:
+    """Every mesh with every micro-batch and number of virtual stages, possible or not."""
+
+    def sizes(dest: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (own[dest],) if dest in own else choices
+
+    divisors = tuple(
+        size for size in range(1, min(args.num_layers, args.world_size) + 1) if args.world_size % size == 0
+    )
+    for tp, pp, cp, micro_batch in product(
+        sizes("tensor_model_parallel_size", SIZES[:4]),
+        sizes("pipeline_model_parallel_size", divisors),
+        sizes("context_parallel_size", SIZES[:6]),
+        sizes("micro_batch_size", SIZES[:4]),
+    ):
+        virtual = (1, 2, 3, 4, 5, 6) if pp > 1 else (1,)
+        for chunks in sizes("num_virtual_stages_per_pipeline_rank", virtual):
+            mesh = Namespace(**vars(args))
+            mesh.tensor_model_parallel_size, mesh.pipeline_model_parallel_size = tp, pp
+            mesh.context_parallel_size, mesh.micro_batch_size = cp, micro_batch
+            mesh.num_virtual_stages_per_pipeline_rank = chunks if (chunks or 1) > 1 else None
+            mesh.sequence_parallel = tp > 1
+            mesh.use_distributed_optimizer = True
+            mesh.use_precision_aware_optimizer = own.get(
+                "use_precision_aware_optimizer", mesh.optimizer == "adam" and mesh.bf16 and not mesh.fp8_param_gather
+            )
+            mesh.pipeline_model_parallel_layout = None
+            set_padded_vocab_size(mesh)
+            yield mesh
+
+
+def _precisions(mesh: Namespace, precisions: tuple[str, ...]) -> Iterator[Namespace]:
+    if not precisions:
+        yield mesh
+    for precision in precisions:
+        yield Namespace(**vars(mesh) | {"fp8": (mesh.fp8 or "hybrid") if precision == "fp8" else None})
+
+
+def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
+    """The first rule that the mesh breaks, in a few words."""
+    tp, pp, cp = mesh.tensor_model_parallel_size, mesh.pipeline_model_parallel_size, mesh.context_parallel_size
+    if mesh.world_size % (tp * pp * cp):
+        return "GPUs do not divide"
+    if tp > card.gpus_per_node:
+        return "tensor parallelism over nodes"
+    split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    if any(size % tp for size in (*split, shape.self_decoder_heads, shape.self_decoder_query_groups)):
+        return "heads or widths do not divide"
+    if cp > 1 and (mesh.seq_length % (2 * cp) or mesh.seq_length % (tp * cp)):
+        return "sequence does not divide"
+    if mesh.global_batch_size % (data_parallel_size(mesh) * mesh.micro_batch_size):
+        return "batch does not divide"
+    chunks = mesh.num_virtual_stages_per_pipeline_rank or 1
+    if pp * chunks > mesh.num_layers:
+        return "more stages than layers"
+    if chunks > 1 and (num_microbatches(mesh) or 1) % pp:
+        return "micro-batches are no multiple of the pipeline"
+    return None
+
+
+def _first_that_fits(
+    mesh: Namespace, own: dict[str, Any], shape: ModelShape, card: Card, discarded: Counter[str]
+) -> Plan | None:
+    """With the least recompute that fits."""
+    held = own.keys() & NO_RECOMPUTE.keys()
+    limit = FILL * card.gib * GIB
+    sharded = 10 if mesh.use_precision_aware_optimizer else 12
+    shards = data_parallel_size(mesh) * mesh.context_parallel_size
+    model_parallel = mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size
+    if sum(parameter_count(shape).values()) / model_parallel * (6 + sharded / shards) > limit:  # in the mean
+        discarded["states do not fit"] += 1
+        return None
+    for recompute in ({},) if held else RECOMPUTE:
+        if mesh.fp8 and recompute.get("recompute_elementwise"):
+            continue
+        args = Namespace(**vars(mesh) | recompute)
+        plan = Plan(args, shape, card, nearly_best_stages(args, shape))
+        if plan.fits:
+            return plan
+    discarded["states do not fit" if plan.memory.states > limit else "activations do not fit"] += 1
+    return None
