@@ -33,6 +33,8 @@ def check(flags: str) -> None:
         (SAMPLES + "--global-batch-size 102", "--train-samples 100 is less than --global-batch-size 102"),
         (SAMPLES + "--step-batch-size-schedule 0:2 --global-batch-size 2", "and --global-batch-size are both set"),
         (SAMPLES + "--step-batch-size-schedule 0:2,640:3", "3 is not a multiple of --micro-batch-size 2 x 1"),
+        (SAMPLES + "--step-batch-size-schedule 0:2,640:4", "--train-samples 100 ends within a step .*: give 102"),
+        (SAMPLES + "--step-batch-size-schedule 0:8,640:16,99999:2", "--train-samples 100 ends within .*: give 112"),
         (SAMPLES + "--step-batch-size-schedule 64:2", "threshold 0"),
         (SAMPLES + "--step-batch-size-schedule 0:2,x:4", r"Give '0:BATCH TOKENS:BATCH"),
         (SAMPLES + "--step-batch-size-schedule 0:2,inf:4", r"Give '0:BATCH TOKENS:BATCH"),
@@ -43,6 +45,8 @@ def test_one_error(flags, message):
         check(flags)
 
 
-@pytest.mark.parametrize("flags", [ITERS, SAMPLES, SAMPLES + "--step-batch-size-schedule 0:2,640:4", "--skip-train"])
+@pytest.mark.parametrize(
+    "flags", [ITERS, SAMPLES, SAMPLES + "--step-batch-size-schedule 0:2,704:4,9999:8", "--skip-train"]
+)
 def test_what_passes(flags):
     check(flags)

@@ -110,3 +110,10 @@ def _check_batches(args: Namespace) -> None:
             f"{told}: {batch} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
             f"{at_a_time // args.micro_batch_size} data-parallel ranks = {at_a_time}: change it",
         )
+    read = 0
+    for (_, batch), (end, _) in zip(schedule, [*schedule[1:], (args.train_samples, 0)]):
+        read += max(0, -(-(min(end, args.train_samples) - read) // batch)) * batch
+    require(
+        read == args.train_samples,
+        f"--train-samples {args.train_samples} ends within a step of {told}, and the data may end there: give {read}",
+    )
