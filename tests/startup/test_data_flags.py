@@ -105,9 +105,9 @@ def test_what_packing_does_is_told(masked: str, prefix: str) -> None:
 
 
 def test_documents_that_lose_what_is_learned_of_them_are_counted(tmp_path: Path) -> None:
-    """Of 40 tokens 32 stay, of which the last label is the 32nd."""
-    masks = [np.arange(40) >= first for first in (30, 31, 32, 35)]
-    prefix = write(tmp_path / "long", [np.arange(40)] * 4, loss_masks=masks)
+    """Of 40 tokens 32 stay, of which the last label is the 32nd; of the last document nothing is learned anyway."""
+    masks = [np.arange(40) >= first for first in (30, 31, 32, 35, 40)]
+    prefix = write(tmp_path / "long", [np.arange(40)] * 5, loss_masks=masks)
     said = packing(flags_of("--data-path", prefix, "--split", "1,0,0", "--eval-iters", "0"))
     assert said[1].endswith("20.00% of all, are left out, and with them all that is learned of 2 documents")
 

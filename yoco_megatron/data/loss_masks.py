@@ -68,12 +68,12 @@ def check_masks(prefixes: Sequence[str], flag: str = "--data-path", inside: bool
         raise ValueError(f"{flag}: {error}") from None
 
 
-def without_loss(prefix: str, documents: np.ndarray, tokens: int) -> int:
-    """How many of the documents, int [documents], have no label with a loss in their first so many tokens."""
+def learned_behind(prefix: str, documents: np.ndarray, tokens: int) -> int:
+    """How many of the documents, int [documents], have labels with a loss, but none in their first so many tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    masks = IndexedDataset(mask_of(prefix))
-    return sum(not masks.get(number, offset=1, length=tokens - 1).any() for number in documents.tolist())
+    masks = map(IndexedDataset(mask_of(prefix)).get, documents.tolist())
+    return sum(mask[tokens:].any() and not mask[1:tokens].any() for mask in masks)
 
 
 def _file(prefix: str, suffix: str) -> Path:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.blend import DATA_FLAGS, PARTS, flag_of, read_blends, shares
 from yoco_megatron.data.check import check_data_prefixes, check_split, data_prefixes_from_args
-from yoco_megatron.data.loss_masks import check_masks, has_mask, without_loss
+from yoco_megatron.data.loss_masks import check_masks, has_mask, learned_behind
 from yoco_megatron.data.packing import is_packed
 from yoco_megatron.data.plan import epoch_of, plan, train_samples
 from yoco_megatron.utils.errors import require
@@ -101,7 +101,7 @@ def packing(args: Namespace) -> list[str]:
             )
             longer = len(held.longer)
             if longer:
-                unlearned = without_loss(prefix, held.longer, args.seq_length) if has_mask(prefix) else 0
+                unlearned = learned_behind(prefix, held.longer, args.seq_length) if has_mask(prefix) else 0
                 notes.append(
                     f"WARNING: {name}: {longer:,} documents ({longer / held.documents:.2%}) are longer than "
                     f"--seq-length {args.seq_length}: their tokens behind it, {held.cut / held.tokens:.2%} of all, are "
