@@ -174,3 +174,14 @@ def test_truncated_dataset(folder: Path) -> None:
         ValidationLoss(data=prefix, length=8)
     with pytest.raises(ValueError, match="prefix of a"):
         ValidationLoss(data=f"{prefix}.bin", length=8)
+
+
+def test_dataset_of_another_tokenizer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = WordTokenizer()
+    data = write_dataset(folder, tokenizer)
+    Path(f"{data}.json").write_text(json.dumps({"tokenizer": {"sha256": "theirs"}}))
+    tokenizer.sha256 = "ours"
+    assert list(iter_documents(data, tokenizer, "text")) and "another tokenizer than the model has" in caplog.text
+    tokenizer.rows = len(tokenizer.words) - 1
+    with pytest.raises(ValueError, match=r"stored, document 3: ids from 0 to \d+ are not the tokenizer's"):
+        list(iter_documents(data, tokenizer, "text"))

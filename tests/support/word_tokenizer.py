@@ -9,6 +9,8 @@ class WordTokenizer:
 
     end = 1
     banned = frozenset({0})
+    rows = 1 << 30
+    sha256: str | None = None
 
     def __init__(self, start: tuple[int, ...] = (0,)) -> None:
         self.start = start

@@ -47,7 +47,7 @@ def prepare(args: Namespace) -> None:
     if args.evaluate_suite is None:
         return
     tasks = read_suite(Path(args.evaluate_suite))
-    tokenizer, vocab_size = _tokenizer(args)
+    tokenizer = _tokenizer(args)
     try:
         driver.check(tasks, tokenizer, args.seq_length)
         suite = [(task, task.requests(tokenizer)) for task in tasks]
@@ -57,13 +57,13 @@ def prepare(args: Namespace) -> None:
     def evaluate(model: Sequence[torch.nn.Module], iteration: int) -> None:
         # What a step has room for, backward pass included, an evaluation has.
         tokens = args.micro_batch_size * args.seq_length
-        _evaluate(suite, MeshBackend(model, tokenizer, args.seq_length, tokens, vocab_size), iteration)
+        _evaluate(suite, MeshBackend(model, tokenizer, args.seq_length, tokens, tokenizer.rows), iteration)
 
     between_steps.at_evaluation[:] = [evaluate]
 
 
-def _tokenizer(args: Namespace) -> tuple[TextTokenizer, int]:
-    """(that of the run, as tasks see it; the number of its ids)."""
+def _tokenizer(args: Namespace) -> TextTokenizer:
+    """That of the run, as tasks see it."""
     folder = local_path(args.tokenizer_model) if args.tokenizer_type == "HuggingFaceTokenizer" else None
     require(
         folder is not None and folder.is_dir(),
@@ -71,8 +71,7 @@ def _tokenizer(args: Namespace) -> tuple[TextTokenizer, int]:
         "with a folder as --tokenizer-model",
     )
     assert folder is not None
-    tokenizer = tokenizer_files.load(folder, document_start(args, get_tokenizer()))
-    return TextTokenizer(tokenizer), tokenizer_files.rows(tokenizer)
+    return TextTokenizer(tokenizer_files.load(folder, document_start(args, get_tokenizer())))
 
 
 def _evaluate(suite: Sequence[tuple[Task, Sequence[Any]]], backend: MeshBackend, iteration: int) -> None:

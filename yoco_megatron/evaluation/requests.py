@@ -60,6 +60,8 @@ class Tokenizer(Protocol):
     start: tuple[int, ...]  # ids that a document begins with, as in training; often none, or <s>
     end: int | None  # the id that ends a document, </s>
     banned: frozenset[int]  # ids that no continuation has: <s> and padding
+    rows: int  # its ids are below
+    sha256: str | None  # of its files
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without `start` and `end`."""

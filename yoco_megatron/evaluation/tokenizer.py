@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from yoco_megatron.data.tokenizer import template_ids
+from yoco_megatron.convert import tokenizer_files
+from yoco_megatron.data.tokenizer import template_ids, tokenizer_sha256
 
 
 class TextTokenizer:
@@ -13,6 +14,8 @@ class TextTokenizer:
         self.wrapped = tokenizer
         self.start: tuple[int, ...] = tuple(template_ids(tokenizer)[0])
         self.end: int | None = tokenizer.eos_token_id
+        self.rows = tokenizer_files.rows(tokenizer)
+        self.sha256 = tokenizer_sha256(tokenizer.name_or_path or None)
         self.banned = frozenset({tokenizer.bos_token_id, tokenizer.pad_token_id} - {None, self.end})
 
     def encode(self, text: str) -> list[int]:

@@ -64,7 +64,8 @@ def open_backend(
     )
     if exported or (mesh is None and processes == 1 and not is_baseline(folder)):
         model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
-        return CachedBackend(model, *_of_text(folder, found, model.config.vocab_size), token_budget=token_budget)
+        text = _of_text(folder, found, model.config.vocab_size)
+        return CachedBackend(model, text, text.rows, token_budget=token_budget)
     return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
 
 
@@ -84,7 +85,7 @@ def _on_mesh(
     path = carried_tokenizer.of_run(Path(folder), tokenizer)
     start = carried_tokenizer.recorded(Path(folder)).get("document_start")
     rows = int(architecture.read(folder)["padded_vocab_size"])
-    text, vocab_size = _of_text(folder, path and tokenizer_files.load(path, start), rows)
+    text = _of_text(folder, path and tokenizer_files.load(path, start), rows)
     sizes = [int(mesh.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "pipeline-model", "context")]
     model_processes = sizes[0] * sizes[1] * sizes[2]
     require(
@@ -96,18 +97,18 @@ def _on_mesh(
     if not hasattr(training.get_forward_backward_func, "original"):
         upstream.install(args, only={"get_forward_backward_func"})
     name = "mesh of " + " x ".join(map(str, (*sizes, processes // model_processes)))
-    return MeshBackend(chunks, text, args.max_position_embeddings, budget, vocab_size, name)
+    return MeshBackend(chunks, text, args.max_position_embeddings, budget, text.rows, name)
 
 
-def _of_text(folder: str, tokenizer: Any, rows: int) -> tuple[TextTokenizer, int]:
-    """(the tokenizer as tasks see it, the number of its ids)."""
+def _of_text(folder: str, tokenizer: Any, rows: int) -> TextTokenizer:
+    """The tokenizer as tasks see it, of a model with so many rows of an embedding."""
     require(
         tokenizer is not None,
         f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
     )
-    vocab_size = tokenizer_files.rows(tokenizer)
+    text = TextTokenizer(tokenizer)
     require(
-        vocab_size <= rows,
-        f"{folder}: the tokenizer has {vocab_size:,} ids, the model {rows:,} rows for them: it is another model's",
+        text.rows <= rows,
+        f"{folder}: the tokenizer has {text.rows:,} ids, the model {rows:,} rows for them: it is another model's",
     )
-    return TextTokenizer(tokenizer), vocab_size
+    return text

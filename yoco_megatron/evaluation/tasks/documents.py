@@ -1,6 +1,7 @@
 """Documents to measure losses on: a Megatron dataset, the lines of a .jsonl file, a file of text, a folder of .txt."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from yoco_megatron.corpus.gather import parse_line
+from yoco_megatron.data.check import read_report
 from yoco_megatron.data.idx import check_index
 from yoco_megatron.evaluation.requests import Tokenizer
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.small_files import read_text
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 4 << 30  # bytes of a file of text
 
@@ -81,9 +85,20 @@ def _stored(data: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The documents of a Megatron dataset, without what begins and ends them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    theirs = (read_report(data).get("tokenizer") or {}).get("sha256")
+    if (
+        None not in (theirs, tokenizer.sha256) and theirs != tokenizer.sha256
+    ):  # an exported one may begin texts otherwise
+        logger.warning("'data' %s was made with another tokenizer than the model has (see %s.json)", data, data)
     dataset = IndexedDataset(data)
     for number in range(len(dataset)):
         tokens = dataset.get(number).astype(np.int64)
+        low, high = tokens.min(initial=0), tokens.max(initial=0)
+        require(
+            0 <= low <= high < tokenizer.rows,
+            f"'data' {data}, document {number}: ids from {low} to {high} are not the tokenizer's, which end at "
+            f"{tokenizer.rows - 1}",
+        )
         if tuple(tokens[: len(tokenizer.start)].tolist()) == tokenizer.start:
             tokens = tokens[len(tokenizer.start) :]
         while len(tokens) and tokens[-1] == tokenizer.end:
