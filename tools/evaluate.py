@@ -88,6 +88,9 @@ def run(options: argparse.Namespace) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron tells there what it loads; here only the table belongs
             backend = open_backend(folder, options.iteration, options.tokenizer, mesh or None, options.tokens_per_batch)
         contents = driver.evaluate(tasks, backend, target, str(options.suite), options.limit, is_first())
+    else:
+        print(f"{output}: all tasks are done already, kept", file=sys.stderr)
+        target.write_all(str(options.suite), contents)
     if is_first():
         print(results.table(contents))
         print(f"\n{output}/results.json")

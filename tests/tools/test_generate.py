@@ -260,6 +260,6 @@ def test_bad_evaluations_are_one_error(folders, suite, tmp_path, what):
         "model": "holds neither a run's checkpoints",
         "iteration": "iter_0000007 is no folder",
         "hf": "holds no exported model",
-        "other": "is of another ['requests_at_most']",
+        "other": "is of settings with another requests_at_most",
     }
     assert expected[what] in line

@@ -140,12 +140,14 @@ class Folder:
             raise ValueError(f"{error}: remove it, or add --overwrite") from None
         if found is None:
             return None
-        for what, own in (("model", self.model), ("settings", settings_of(task, limit))):
-            there = found[what]
+        for what, there, own in (
+            ("a model", found["model"], self.model),
+            ("settings", found["settings"], settings_of(task, limit)),
+        ):
             different = sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key))
             require(
                 not different,
-                f"{path} is of another {different[:1]} ({what}): name another --output, or add --overwrite",
+                f"{path} is of {what} with another {', '.join(different)}: name another --output, or add --overwrite",
             )
         return found
 
