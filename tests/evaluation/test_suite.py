@@ -69,6 +69,7 @@ NEEDLE = "task: needle, lengths: [200], filler: noise"
         (f"tasks: [{{{NEEDLE}, depths: x}}]", ["'depths': the value is 'x', not int"]),
         (f"tasks: [{{{NEEDLE}, strip: 1}}]", ["'strip': the value is 1, not bool"]),
         (f"tasks: [{{{NEEDLE}, name: a/b}}]", ["'name' is 'a/b'"]),
+        (f'tasks: [{{{NEEDLE}, name: "a\\n"}}]', ["'name' is 'a\\n'"]),
         ("tasks: [{task: needle, lengths: [x], filler: noise}]", ["task 1 (needle)", "'lengths'", "'x', not int"]),
         ("tasks: [{task: needle, lengths: [200]}]", ["task 1 (needle)", "'filler' is missing"]),
         (f"tasks: [{{{NEEDLE}}}, {{{NEEDLE}}}]", ["task 2 (needle)", "the same name"]),

@@ -43,7 +43,8 @@ def _tasks(content: Any) -> list[Task]:
             task = make_task(settings)
             require(task.name not in made, "another task has the same name: give one of them another 'name'")
         except ValueError as error:
-            raise ValueError(f"task {number} ({settings.get('name', settings.get('task'))}): {error}") from None
+            title = " ".join(str(settings.get("name", settings.get("task"))).split())
+            raise ValueError(f"task {number} ({title}): {error}") from None
         made[task.name] = task
     return list(made.values())
 
@@ -65,6 +66,9 @@ def make_task(settings: dict[str, Any]) -> Task:
         is_required = field.default is dataclasses.MISSING
         require(field.name in settings or not is_required, f"{field.name!r} is missing")
     title = settings.get("name", which)
-    require(bool(title) and "/" not in title, f"'name' is {title!r}: files of results have it, so no / and not empty")
+    require(
+        0 < len(title) <= 100 and title.isprintable() and "/" not in title,
+        f"'name' is {title[:100]!r}: files of results have it, so up to 100 characters, and no /",
+    )
     require(title != "results", "'name' is 'results', as the file of all results is called")
     return made(**settings)
