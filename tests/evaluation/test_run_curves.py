@@ -30,6 +30,12 @@ def test_what_was_abandoned_is_no_part_of_a_curve(tmp_path: Path) -> None:
     assert run.flops(20) == pytest.approx(20 * train_flops(SHAPE, 4))
 
 
+def test_an_abandoned_validation_that_was_not_repeated(tmp_path: Path) -> None:
+    write(tmp_path, 1000.0, [*losses(1, 14), (VALIDATION, 5, 5.5, 5.0), (VALIDATION, 12, 12.5, 99.0)])
+    write(tmp_path, 2000.0, [*losses(9, 20), (VALIDATION, 20, 13.0, 20.0)])
+    assert read_run(tmp_path).curves[VALIDATION].steps.tolist() == [5, 20]
+
+
 def test_an_attempt_that_only_evaluates_keeps_the_training_before_it(tmp_path: Path) -> None:
     write(tmp_path, 1000.0, [*losses(1, 6), (VALIDATION, 6, 7.0, 3.0)])
     write(tmp_path, 2000.0, [(VALIDATION, 6, 1.0, 2.5)])
