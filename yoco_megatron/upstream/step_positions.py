@@ -84,7 +84,7 @@ def start_line() -> None:
 
 def state() -> list[tuple[int, int, int, int]]:
     """Of the steps since the last line, for a checkpoint."""
-    return [(one.positions, one.with_loss, one.computed, one.keys) for one in _since_line]
+    return [astuple(one) for one in _since_line]
 
 
 def fits(args: Namespace, saved: Sequence[tuple[int, ...]]) -> bool:
