@@ -9,6 +9,7 @@ from yoco_megatron.costs.stage_time import stage_parameters
 from yoco_megatron.planning.mesh import FILL, Plan
 from yoco_megatron.planning.run import DAY, RunPlan, Site
 from yoco_megatron.planning.search import ERROR, Found
+from yoco_megatron.utils.text_table import aligned
 
 SENT = ("tensor", "context", "pipeline", "data")
 NOT_MEASURED = "context parallelism over nodes, which no run of ours has measured"
@@ -22,18 +23,6 @@ def model_line(plan: Plan) -> str:
     return (
         f"{parameters / 1e9:.2f}B parameters, {args.seq_length:,} tokens a sequence{positions}, "
         f"{args.global_batch_size:,} sequences a step ({batch / 1e6:.2f}M tokens), {args.world_size:,} {plan.card.name}"
-    )
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they must be; the first is aligned left."""
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in (heads, *rows)
     )
 
 
@@ -59,7 +48,7 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
     lines = [
         model_line(best),
         "",
-        table(heads, rows),
+        aligned([heads, *rows]),
         "",
         f"First the simplest of {len(found.equal)} within {ERROR:.0%} of the fastest, which the model cannot tell "
         "apart; then by speed.",
@@ -68,7 +57,7 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
     ]
     if any(plan.crosses_nodes for plan in shown):
         lines.append(f"* {NOT_MEASURED}")
-    lines += ["", table(("discarded", "meshes"), discarded)] if discarded else []
+    lines += ["", aligned([("discarded", "meshes"), *discarded])] if discarded else []
     lines += ["", f"{len(found.plans):,} fit. Flags of the first:", "", "  " + command_line(settings)]
     unset = [name for name, value in settings.items() if value is None]
     if unset:
@@ -97,7 +86,7 @@ def explain_report(plan: Plan) -> str:
         for rank, memory in enumerate(plan.memories)
     ]
     lines += [f"GiB of a GPU's {plan.card.gib:.1f}, by pipeline rank:"]
-    lines += [table(("rank", *names, "all"), rows), ""]
+    lines += [aligned([("rank", *names, "all"), *rows]), ""]
     parts = list(plan.time.stages[0])
     stages = [
         (
@@ -112,10 +101,10 @@ def explain_report(plan: Plan) -> str:
     ]
     lines += [f"Milliseconds of a micro-batch, forward and backward, by stage (stage g is on rank g % {pp}):"]
     heads = ("stage", "self", "cross", "also", "M parameters a GPU", *parts, "all")
-    lines += [table(heads, _merged(stages)), ""]
+    lines += [aligned([heads, *_merged(stages)]), ""]
     step = plan.time
     shares = [(part, f"{seconds * 1e3:,.1f}", f"{step.share(part):.1%}") for part, seconds in step.parts.items()]
-    lines += [table(("a step, slowest rank", "ms", "share"), [*shares, ("all", f"{step.seconds * 1e3:,.1f}", "")])]
+    lines += [aligned([("a step, slowest rank", "ms", "share"), *shares, ("all", f"{step.seconds * 1e3:,.1f}", "")])]
     speed = plan.tokens_per_second / args.world_size
     lines += ["", f"{speed:,.0f} tokens/s/GPU, MFU {plan.mfu:.1%}"]
     if not plan.fits:
@@ -155,7 +144,7 @@ def run_report(plan: Plan, run: RunPlan, site: Site, tokens: int, corpus: int | 
     ]
     if corpus:
         rows.append(("epochs of the corpus", f"{tokens / corpus:.2f}"))
-    lines.append(table(("of the run", ""), rows))
+    lines.append(aligned([("of the run", ""), *rows]))
     for dest in ("train_iters", "lr_decay_iters"):
         value = getattr(args, dest)
         if value is not None and abs(value / run.steps - 1) > 0.01:
