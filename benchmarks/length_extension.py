@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--shortest", type=int, default=1000, help="needles in prompts longer than so many tokens")
     add_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="evaluate anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of another checkpoint")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     if options.what == "prepare":

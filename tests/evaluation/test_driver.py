@@ -135,6 +135,8 @@ def test_results_of_something_else_are_not_taken(tmp_path: Path, other: str) -> 
         driver.evaluate(tasks, backend, Folder(tmp_path, model), "suite.yaml", limit)
     (content,) = driver.evaluate(tasks, backend, Folder(tmp_path, model, overwrite=True), "suite.yaml", limit)
     assert content["counts"] in ({"documents": limit or 4}, {"prompts": 2})
+    again = Folder(tmp_path, model, overwrite=True).finished(tasks[0], limit)
+    assert again == content, "repeated after an interruption, what is finished is not done again"
 
 
 def test_lengths_beyond_the_model(tmp_path: Path) -> None:
@@ -156,6 +158,7 @@ def test_damaged_answers_are_asked_for_again(tmp_path: Path, line: str) -> None:
 def test_damaged_results_are_an_error(tmp_path: Path) -> None:
     for content in ({"model": 3}, {"model": MODEL, "settings": results.settings_of(TASKS[0], None)}):
         (tmp_path / "echo.json").write_text(json.dumps(content))
+        assert Folder(tmp_path, MODEL, overwrite=True).finished(TASKS[0], None) is None
         with pytest.raises(
             ValueError, match=r"echo\.json does not hold what it should.*: remove it, or add --overwrite"
         ):

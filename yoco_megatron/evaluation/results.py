@@ -126,30 +126,30 @@ class Folder:
             ) from None
 
     def finished(self, task: Task, limit: int | None) -> dict[str, Any] | None:
-        """The content of the task's file; None if there is none yet.
+        """The content of the task's file; None if there is none yet, or one to overwrite.
 
         Raises:
             ValueError: it is of another model, or of other settings.
         """
         path = self.path / f"{task.name}.json"
-        if self.overwrite:
-            return None
         try:
             found = read_json(path, _Content, missing=None)
         except BadFile as error:
-            raise ValueError(f"{error}: remove it, or add --overwrite") from None
-        if found is None:
-            return None
-        for what, there, own in (
-            ("a model", found["model"], self.model),
-            ("settings", found["settings"], settings_of(task, limit)),
-        ):
-            different = sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key))
-            require(
-                not different,
-                f"{path} is of {what} with another {', '.join(different)}: name another --output, or add --overwrite",
-            )
-        return found
+            found, problem = None, f"{error}: remove it"
+        else:
+            if found is None:
+                return None
+            problem = self._difference(found, settings_of(task, limit))
+            problem = problem and f"{path} is of {problem}: name another --output"
+        require(not problem or self.overwrite, f"{problem}, or add --overwrite")
+        return None if problem else found
+
+    def _difference(self, found: _Content, settings: dict[str, Any]) -> str:
+        """Of what else these results are; "" if of the same model and settings."""
+        for what, there, own in (("a model", found["model"], self.model), ("settings", found["settings"], settings)):
+            if different := sorted(key for key in own.keys() | there.keys() if own.get(key) != there.get(key)):
+                return f"{what} with another {', '.join(different)}"
+        return ""
 
     def answers(self, task: Task, limit: int | None) -> "Answers":
         """Those to the task's requests so far."""
