@@ -13,15 +13,23 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from support.answers import KnowingBackend
 from support.cli import TINY, Log, Runs, checkpoint, run_script
 from support.evaluation import write_suite
+from support.word_tokenizer import WordTokenizer
 
+from yoco_megatron.evaluation import in_training
+from yoco_megatron.evaluation.tasks.loss_by_position import LossByPosition
+from yoco_megatron.evaluation.tasks.phonebook import Phonebook
 from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.upstream import between_steps
 
 STEPS, INTERVAL = 6, 2
 MESHES = {
-    "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--hidden-dropout", "0.1"),
+    "TP2": (
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *("--hidden-dropout", "0.1", "--loss-suffix", "64"),
+    ),
     "PP2": ("--pipeline-model-parallel-size", "2"),
     "DP2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 }
@@ -97,6 +105,21 @@ def test_state_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         scaling.amax_history[0] = 7
     assert draw() == inside
     assert torch.equal(scaling.scale, before[0]) and torch.equal(scaling.amax_history, before[1])
+
+
+def test_a_text_that_is_gone_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some words of it")
+    tokenizer, tasks = WordTokenizer(), [Phonebook(entries=[3]), LossByPosition(data=f"{tmp_path}/text.txt", length=8)]
+    suite = [(task, task.requests(tokenizer)) for task in tasks]
+    monkeypatch.setattr(LossByPosition, "summarise", lambda *_: (tmp_path / "gone.txt").read_text())
+    monkeypatch.setattr(in_training, "dist", Namespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    reported: list[Any] = []
+    monkeypatch.setattr(in_training, "_report", lambda results, *_: reported.append([*results]))
+    in_training._evaluate(suite, KnowingBackend(tokenizer), 3)
+    assert reported == [["phonebook"]]
+    assert "warning: loss_by_position at iteration 3: no result: " in capsys.readouterr().err
 
 
 EVERY = ("--evaluate-interval", "5")
