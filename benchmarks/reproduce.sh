@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The tables of docs/performance.md and docs/context_parallel.md, part by part; rows go to benchmarks/results.jsonl.
+# The tables of docs/performance.md, context_parallel.md and masked_loss.md, part by part; rows go to benchmarks/results.jsonl.
 #
 #   benchmarks/reproduce.sh bf16 fp8 long            # on one GPU, about a minute and a half each
 #   CUDA_VISIBLE_DEVICES=1 benchmarks/reproduce.sh small &    # parts for one GPU run beside each other on several
 #   benchmarks/reproduce.sh mesh2 mesh2pp context million # on two GPUs
-#   benchmarks/reproduce.sh mesh4 context4           # on four
+#   benchmarks/reproduce.sh mesh4 context4 suffix4   # on four
 #
 # OUTPUT: another file for the rows. MICRO, MICRO_FP8, CHUNK_FP8: micro-batches, and tokens in a chunk of the loss with
 # FP8; by default those of an 80 GB card, 2, 2 and 2048; on 141 GB 8, 4 and 8192.
@@ -66,6 +66,10 @@ for part in "$@"; do
     mesh4_13b) mesh4 --model 13b --steps 5 --batch-tokens 16384 --micro-batches 1 --loss-chunk-size 4096 --meshes TP2xPP2 TP4 ;;
     context4) train --steps 4 --lengths 131072 --meshes CP4 --models GPT gated_retention "--flags=$full" $keep ;;
     million4) train --steps 3 --lengths 1048576 --layers 4 --meshes CP4 TP2xCP2 --models gated_retention --loss-chunk-size 4096 --timeout 500 "--flags=${full/1000000/80000000}" "$keep --mlp-chunks-for-training 16" ;;
+    suffix) run loss_positions --layers 8 --steps 5 --keep
+        run loss_positions --length 32768 --batch-tokens 65536 --steps 5 --keep --models GPT gated_retention "$exact"
+        run loss_positions --layers 8 --steps 6 --rounds 1 --recompute selective --keep --models gated_retention sliding_window ;;
+    answers) python3 benchmarks/packed_answers.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
     suffix4) run loss_positions --meshes CP4 --models gated_retention --keep --batch-tokens 131072 --steps 5 --rounds 1 --travels keys queries ;;
     suffixmillion4) run loss_positions --length 1048576 --meshes TP2xCP2 --models gated_retention --keep --positions loss --travels keys queries --steps 4 --rounds 1 --rotary-base 80000000 --loss-chunk-size 4096 --timeout 300 --yoco-flags=--mlp-chunks-for-training=16 ;;
     *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
