@@ -23,6 +23,7 @@ from itertools import pairwise
 
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
 from yoco_megatron.costs.stage_time import Parts, of_rank, stage_parameters
+from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
 BETWEEN_STEPS = ("weights", "gradients", "optimizer")
@@ -179,11 +180,11 @@ def _bytes_of_a_value(args: Namespace) -> int:
 
 
 def _kv_values(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Of the shared K,V as the layers of a stage read them: of the whole sequence; of packed documents in several
-    samples a second time, laid end to end (model/cross_decoder/document_attention.py)."""
+    """Of the shared K,V as the layers of a stage read them: of the whole sequence, unless queries travel; of packed
+    documents in several samples a second time, laid end to end (model/cross_decoder/document_attention.py)."""
     if shape.architecture != "yoco":
         return 0.0
-    cp = args.context_parallel_size
+    cp = args.context_parallel_size if travelling(args, shape) == "keys" else 1
     copies = 2 if _lays_out(args) and cp == 1 else 1
     return copies * tokens * cp * shape.kv_width / args.tensor_model_parallel_size
 

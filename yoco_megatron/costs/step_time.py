@@ -18,7 +18,7 @@ from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, of_rank, part_seconds_of_run, stage_parameters
-from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes, recomputes_cross_attention
+from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, travelling
 
 BYTES = 2  # a value on its way: bf16
 # All-gathers and reduce-scatters of a layer's hidden states: two of each forward and backward, two gathers once more.
@@ -128,8 +128,8 @@ def _stage(
         for part, seconds in layers[kind].items():
             total[part] += count * seconds
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    if cp > 1 and stage.get("cross_decoder") and _travels(args, shape) == "keys":
-        total["context"] += card.link(tp * cp).seconds(_of_cross_attention(args, shape)["keys"] / tp)
+    if cp > 1 and stage.get("cross_decoder") and travelling(args, shape) == "keys":
+        total["context"] += card.link(tp * cp).seconds(cross_attention_bytes_of_run(args, shape)["keys"] / tp)
     return total
 
 
@@ -140,27 +140,6 @@ def _recomputes_mlp(args: Namespace) -> bool:
     return args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or [])
 
 
-def _of_cross_attention(args: Namespace, shape: ModelShape) -> dict[str, float]:
-    """Bytes of a micro-batch in both ways: keys of one stage, queries of all layers."""
-    return cross_attention_bytes(
-        shape,
-        args.context_parallel_size,
-        args.seq_length,
-        shape.num_queries or args.seq_length,
-        args.micro_batch_size,
-        BYTES,
-        forward_passes=2 if recomputes_cross_attention(args) else 1,
-    )
-
-
-def _travels(args: Namespace, shape: ModelShape) -> str:
-    """Keys or queries (--cp-cross-attention)."""
-    if shape.num_queries is None or args.cp_cross_attention == "keys":
-        return "keys"
-    sizes = _of_cross_attention(args, shape)
-    return "queries" if args.cp_cross_attention == "queries" else min(sizes, key=sizes.__getitem__)
-
-
 def _received_by_layer(args: Namespace, shape: ModelShape, kind: str) -> float:
     """Bytes that context parallelism sends for one layer and micro-batch, before tensor parallelism."""
     cp, passes = args.context_parallel_size, 2 if args.recompute_granularity == "full" else 1
@@ -169,6 +148,6 @@ def _received_by_layer(args: Namespace, shape: ModelShape, kind: str) -> float:
     if kind == "decoder":
         kv = (cp - 1) / cp * args.seq_length * args.micro_batch_size * shape.kv_width * BYTES
         return EXPOSED_RING * kv * (passes + 2)
-    if _travels(args, shape) == "keys":
+    if travelling(args, shape) == "keys":
         return 0.0
-    return _of_cross_attention(args, shape)["queries"] / shape.num_cross_decoder_layers
+    return cross_attention_bytes_of_run(args, shape)["queries"] / shape.num_cross_decoder_layers

@@ -20,6 +20,7 @@ again backward, and their gradients, as much once more. Full recompute repeats w
 attention with --keep-cross-attention; it does not gather the shared K,V again.
 """
 
+from argparse import Namespace
 from typing import Any
 
 from yoco_megatron.costs.shape import ModelShape
@@ -62,6 +63,26 @@ def cross_attention_bytes(
         "keys": others * stages * length * 2 * sizes.num_query_groups * width * (bytes_per_value + 4),
         "queries": others * (forward * forward_passes + backward),
     }
+
+
+def cross_attention_bytes_of_run(args: Namespace, shape: ModelShape) -> dict[str, float]:
+    """The same for a micro-batch of 16-bit values in one stage, by parsed arguments."""
+    return cross_attention_bytes(
+        shape,
+        args.context_parallel_size,
+        args.seq_length,
+        args.seq_length if shape.num_queries is None else shape.num_queries,
+        args.micro_batch_size,
+        forward_passes=2 if recomputes_cross_attention(args) else 1,
+    )
+
+
+def travelling(args: Namespace, shape: ModelShape) -> str:
+    """keys or queries, as --cp-cross-attention says; auto: what is fewer bytes."""
+    if shape.num_queries is None or args.cp_cross_attention == "keys":
+        return "keys"
+    sizes = cross_attention_bytes_of_run(args, shape)
+    return "queries" if args.cp_cross_attention == "queries" else min(sizes, key=sizes.__getitem__)
 
 
 def received_bytes(

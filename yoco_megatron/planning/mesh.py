@@ -87,9 +87,9 @@ class Plan:
         """What backward recomputes, in a word."""
         if self.args.recompute_granularity == "full":
             return "full, attention kept" if self.args.keep_cross_attention else "full"
-        if self.args.recompute_elementwise:
-            return "elementwise"
-        return self.args.recompute_granularity or "none"
+        if self.args.recompute_granularity == "selective":
+            return " ".join(self.args.recompute_modules or ["core_attn"])
+        return "elementwise" if self.args.recompute_elementwise else "none"
 
     @property
     def microbatches(self) -> int:

@@ -67,8 +67,12 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
 
 def command_line(settings: dict[str, Any]) -> str:
     """To paste."""
-    flags = ((name, value) for name, value in settings.items() if value is not None)
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags)
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return " ".join(words)
 
 
 def explain_report(plan: Plan) -> str:

@@ -31,6 +31,7 @@ NO_RECOMPUTE = {
 RECOMPUTE: tuple[dict[str, Any], ...] = (
     NO_RECOMPUTE,
     NO_RECOMPUTE | {"recompute_elementwise": True},
+    NO_RECOMPUTE | {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
     NO_RECOMPUTE | FULL | {"keep_cross_attention": True},
     NO_RECOMPUTE | FULL,
 )
@@ -115,7 +116,7 @@ def _complexity(plan: Plan) -> tuple[int, ...]:
     args = plan.args
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     kinds = sum(size > 1 for size in (*sizes, len(plan.stages) // sizes[1]))
-    recompute = 2 if args.recompute_granularity else int(args.recompute_elementwise)
+    recompute = {None: int(args.recompute_elementwise), "selective": 2, "full": 3}[args.recompute_granularity]
     return int(plan.crosses_nodes), kinds, recompute, sizes[0] * sizes[1] * sizes[2], -args.micro_batch_size
 
 
