@@ -73,7 +73,7 @@ def main(argv: list[str]) -> str:
         if own.output:
             head = f"# tools/plan.py search, {found.best.mesh} on {own.gpus} {card.name}\n"
             write_atomically(own.output, head + yaml.safe_dump(decided, sort_keys=False))
-        return report.search_report(found, decided, own.top)
+        return report.search_report(found, decided, max(1, own.top))
     plan = Plan.of(args, card)
     if own.command == "explain":
         if own.picture:
@@ -87,5 +87,5 @@ def main(argv: list[str]) -> str:
 if __name__ == "__main__":
     try:
         print(main(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"plan.py: error: {error}")

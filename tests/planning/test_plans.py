@@ -214,6 +214,26 @@ def test_published_interval():
     assert goodput(between, 30, 600, every) == pytest.approx(0.970, abs=5e-4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-model-parallel-size", "3"], "64 processes cannot be divided into --tensor-model-parallel-size 3"),
+        (
+            ["--tensor-model-parallel-size", "16"],
+            "--num-attention-heads 40 is not a multiple of --tensor-model-parallel",
+        ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0 must be at least 1"),
+        (["--micro-batch-size", "0"], "--micro-batch-size 0 must be at least 1"),
+        (["--micro-batch-size", "16"], "--global-batch-size 512 is not a multiple of --micro-batch-size 16 x 64"),
+        (["--pipeline-model-parallel-size", "64"], "64 pipeline stages .* are more than --num-layers 40"),
+        (["--pipeline-model-parallel-layout", "Et|tL", "--pipeline-model-parallel-size", "2"], "with 40 t in all"),
+    ],
+)
+def test_meshes_that_cannot_be(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.of(parsed(*flags)[0], H100)
+
+
 def test_runs_that_cannot_be(found):
     args, _ = parsed(gpus=8)
     with pytest.raises(ValueError, match=r"DP8 needs .* GiB of a GPU's 79.1: find a mesh by search"):

@@ -56,6 +56,7 @@ MEGATRONS: dict[str, tuple[type, Any]] = {
     "recompute-method": (str, None),
     "recompute-num-layers": (int, None),
     "recompute-modules": (list, None),
+    "transformer-impl": (str, "transformer_engine"),
     "mlp-chunks-for-training": (int, 1),
     "dataloader-inter-document-masking": (bool, False),
     "cuda-graph-impl": (str, "none"),
@@ -110,7 +111,9 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     own = vars(_without_defaults(parser).parse_args(rest))
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
-        require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
+        value, flag = getattr(args, dest), f"--{dest.replace('_', '-')}"
+        require(value is not None, f"{flag} is missing: set it")
+        require(value >= 1, f"{flag} {value} must be at least 1")
     require(gpus >= 1, f"--gpus {gpus} must be at least 1")
     args.world_size = gpus
     set_padded_vocab_size(args)

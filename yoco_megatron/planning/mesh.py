@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 
+from yoco_megatron.config.resolve import resolved
+from yoco_megatron.config.rules import check_mesh, check_tensor_parallel
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB, Memory, data_parallel_size, even_stages, num_microbatches, rank_memories
 from yoco_megatron.costs.shape import ModelShape
@@ -32,6 +34,14 @@ class Plan:
     def of(cls, args: Namespace, card: Card) -> "Plan":
         """With the stages of the run itself. Raises ValueError for flags that make no mesh."""
         shape = ModelShape.from_args(args)
+        check_mesh(args)
+        check_tensor_parallel(resolved(args))
+        ranks, microbatches = args.pipeline_model_parallel_size, num_microbatches(args) or 1
+        require(
+            (args.num_virtual_stages_per_pipeline_rank or 1) == 1 or microbatches % ranks == 0,
+            f"virtual stages take micro-batches {ranks} at a time, and there are {microbatches}: change "
+            "--global-batch-size, --micro-batch-size or --pipeline-model-parallel-size",
+        )
         return cls(args, shape, card, stages_of(args, shape))
 
     @cached_property

@@ -168,7 +168,7 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     if any(size % tp for size in (*split, shape.self_decoder_heads, shape.self_decoder_query_groups)):
         return "heads or widths do not divide"
-    if cp > 1 and (mesh.seq_length % (2 * cp) or mesh.seq_length % (tp * cp)):
+    if mesh.seq_length % (tp * cp) or (cp > 1 and mesh.seq_length % (2 * cp)):
         return "sequence does not divide"
     if mesh.global_batch_size % (data_parallel_size(mesh) * mesh.micro_batch_size):
         return "batch does not divide"
