@@ -25,6 +25,7 @@ from yoco_megatron import upstream
 from yoco_megatron.data.provider import build_datasets
 from yoco_megatron.evaluation import in_training
 from yoco_megatron.resilience import exit_record, run_lock, secrets
+from yoco_megatron.startup import agreement
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
 from yoco_megatron.training.step import forward_step
@@ -72,6 +73,6 @@ if __name__ == "__main__":
         how = exit_record.record_exception(sys.argv, error)
         if how.kind == "crash" or os.environ.get("YOCO_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0" or how.kind == "storage":
+        if how.kind == "storage" or agreement.tells_error():
             print(f"pretrain_yoco.py: error: {secrets.redact(str(error))}", file=sys.stderr)
         sys.exit(how.code)

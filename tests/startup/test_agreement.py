@@ -61,3 +61,13 @@ def test_where_there_is_nobody_to_ask(world, monkeypatch):
         raise ValueError("mine")
     with agreement.of_all_ranks():
         pass
+
+
+@pytest.mark.parametrize(("rank", "launcher", "tells"), [(0, "True", True), (1, "True", True), (1, "False", False)])
+def test_the_first_one_has_time_to_tell_its_mistake(rank, launcher, tells, monkeypatch):
+    waited: list[float] = []
+    monkeypatch.setattr(agreement.time, "sleep", waited.append)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": launcher}.items():
+        monkeypatch.setenv(name, str(value))
+    assert agreement.tells_error() == tells
+    assert waited == ([11] if rank and tells else [])

@@ -7,6 +7,7 @@ Under torchrun all processes end with one. Elsewhere the others would wait in th
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -17,6 +18,8 @@ from yoco_megatron.resilience.exit_record import InUse
 # As what all raise what one of them raised, which another process cannot always be given.
 KINDS = {"InUse": InUse, "ValueError": ValueError, "RuntimeError": RuntimeError}
 TIMEOUT = timedelta(minutes=30)  # the first process may read for minutes
+UNDER_TORCHRUN = "TORCHELASTIC_USE_AGENT_STORE"
+SECONDS_TO_TELL = 10
 _calls = itertools.count()
 _stores: list[TCPStore] = []  # the server ends with its store, and process groups will use the same one
 
@@ -30,7 +33,7 @@ def of_all_ranks() -> Iterator[None]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     is_known = {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys()
-    if world == 1 or not is_known or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if world == 1 or not is_known or os.environ.get(UNDER_TORCHRUN) == "True":
         yield
         return
     rank = int(os.environ["RANK"])
@@ -44,6 +47,20 @@ def of_all_ranks() -> Iterator[None]:
     if found:
         kind, text = found.split("\n", 1)
         raise KINDS[kind](text)
+
+
+def tells_error() -> bool:
+    """Whether this process prints the mistake that ends it: the first one does, as most mistakes are found by all.
+
+    torchrun ends all processes as soon as one has ended. So there the others give the first one time; those that still
+    live then have a mistake of their own, as where a machine lacks a file, and one on each machine prints it.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    if os.environ.get(UNDER_TORCHRUN) != "True":  # `of_all_ranks` has given the first one what this one found
+        return False
+    time.sleep(SECONDS_TO_TELL + int(os.environ.get("LOCAL_RANK", "0")))
+    return True
 
 
 def _first_error(rank: int, world: int, own: str) -> str:
