@@ -45,8 +45,10 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     try:
         run(options)
-    except ValueError as error:  # every process has it, the first one tells it
-        sys.exit(f"evaluate.py: error: {error}" if is_first() else 1)
+    except ValueError as error:
+        from yoco_megatron.startup import agreement
+
+        sys.exit(f"evaluate.py: error: {error}" if agreement.tells_error() else 1)
     except OSError as error:
         sys.exit(f"evaluate.py: error: {error}")
 
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     driver.check(tasks, files.tokenizer, files.max_length)
     mesh: dict[str, Any] = {name: getattr(options, name.replace("-", "_")) for name in (*SIZES, "sequence-parallel")}
     mesh = {name: value for name, value in mesh.items() if value}
-    output = options.output or default_output(Path(folder), options.suite, files.identity["iteration"])
+    output = options.output or default_output(options, files.identity["iteration"])
     target = results.Folder(output, files.identity, options.overwrite, options.format)
     if is_first():
         target.hold()
@@ -97,11 +99,14 @@ def run(options: argparse.Namespace) -> None:
     close()
 
 
-def default_output(folder: Path, suite: Path, iteration: int | None) -> Path:
-    """Beside a run's checkpoints, or in an exported model's folder."""
+def default_output(options: argparse.Namespace, iteration: int | None) -> Path:
+    """In the folder of the run or of the exported model; what --limit left apart from the whole."""
+    from yoco_megatron.evaluation.results import run_folder
+
+    suite = options.suite.stem + ("" if options.limit is None else f"_limit_{options.limit}")
     if iteration is None:
-        return folder / "evaluation" / suite.stem
-    return folder.absolute().parent / "evaluation" / suite.stem / f"iter_{iteration:07d}"
+        return Path(options.hf or options.load, "evaluation", suite)
+    return run_folder(options.load) / "evaluation" / suite / f"iter_{iteration:07d}"
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def test_same_last_tokens_with_more_before_them(folder: Path) -> None:
     assert result.metrics == {"loss_2": 2, "loss_12": 0.75}
     assert result.curves[0].counts == (8, 8) and result.counts == {"documents": 2, "tokens": 8}
     assert task.summarise([[5, 5, 5, 5], [1, 1, 1, 1], [9, 9, 9, 9]], tokenizer).metrics == {"loss_2": 5, "loss_12": 1}
+    assert all(map(math.isnan, task.summarise([[5, 5, 5, 5]], tokenizer).metrics.values()))
     with pytest.raises(ValueError, match=r"no document .* has the 44 tokens"):
         LossByContext(data=str(folder), contexts=[40], last=4).requests(tokenizer)
 
@@ -121,6 +122,8 @@ def test_bits_per_byte_by_hand(folder: Path) -> None:
     )
     # The last document has several windows, and is left out where one has no answer.
     assert task.summarise(answers[:-1], tokenizer).counts["documents"] == 3
+    none = task.summarise([], tokenizer)
+    assert none.counts["documents"] == 0 and all(map(math.isnan, none.metrics.values()))
 
 
 def test_no_whole_document_has_no_loss(folder: Path) -> None:

@@ -231,7 +231,7 @@ def test_either_format_is_evaluated_alike(folders, suite, tmp_path):
 def test_the_baseline_is_evaluated(folders, suite):
     results, _ = evaluated(suite, "--load", folders["baseline"])
     assert 0 < results["tasks"]["loss_by_position"]["metrics"]["loss"] < 20
-    assert (folders["baseline"].parent / "evaluation/losses/iter_0000001/results.json").exists()
+    assert (folders["baseline"] / "evaluation/losses/iter_0000001/results.json").exists()
 
 
 @pytest.mark.parametrize("what", ["suite", "task", "length", "model", "iteration", "hf", "other"])

@@ -2,7 +2,7 @@
 
 Results go to the log, to TensorBoard and wandb as evaluation/TASK/METRIC, and to
 
-    evaluation/in_training/iter_ITERATION.json    below --run-folder, or --save without one
+    RUN/evaluation/in_training/iter_ITERATION.json    of --run-folder RUN or --save RUN/checkpoints
 
 Training does not notice: see upstream/between_steps.py.
 """
@@ -26,7 +26,7 @@ from yoco_megatron.data.tokenizer import local_path
 from yoco_megatron.evaluation import driver
 from yoco_megatron.evaluation.backends.mesh import MeshBackend
 from yoco_megatron.evaluation.requests import Result, Task
-from yoco_megatron.evaluation.results import plain
+from yoco_megatron.evaluation.results import plain, run_folder
 from yoco_megatron.evaluation.suite import read_suite
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
 from yoco_megatron.startup import agreement
@@ -94,10 +94,9 @@ def _report(results: dict[str, Result], iteration: int, seconds: float) -> None:
     shown = " | ".join(f"{name}: {value:.6g}" for name, value in metrics.items())
     print(f" evaluation at iteration {iteration} | {shown} | {seconds:.1f} s", flush=True)
     throughput.write_scalars({f"evaluation/{name}": value for name, value in metrics.items()}, iteration)
-    folder = args.run_folder or args.save
-    if folder is None:
+    if args.save is None:
         return
-    path = Path(folder, FOLDER, f"iter_{iteration:07d}.json")
+    path = run_folder(args.save) / FOLDER / f"iter_{iteration:07d}.json"
     about = {"suite": args.evaluate_suite, "iteration": iteration, "seconds": seconds}
     about |= {"tokens": args.consumed_train_samples * args.seq_length}
     tasks = {task: asdict(replace(result, records=[])) for task, result in results.items()}

@@ -52,6 +52,12 @@ def _identity(named: str) -> str:
     return identity([*Path(named).glob("*.txt"), *filter(Path.is_file, alone)])
 
 
+def run_folder(checkpoints: str) -> Path:
+    """Where a run's results lie, by its --save: RUN for RUN/checkpoints, else the folder itself."""
+    folder = Path(checkpoints).absolute()
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 class Answers:
     """A file with what the answers belong to, then an answer a line. Losses of tokens are too many to be kept."""
 
@@ -206,7 +212,7 @@ def table(contents: list[dict[str, Any]]) -> str:
     lines = [["task", "metric", "value", "chance", "of"]]
     for one in contents:
         counts = one["counts"]
-        count = ", ".join(f"{value:,} {what}" for what, value in counts.items()) if len(counts) < 3 else ""
+        count = ", ".join(f"{value:,} {what}" for what, value in counts.items()) if len(counts) <= 3 else ""
         for metric, value in one["metrics"].items():
             chance = one["chance"].get(metric)
             group = counts.get(metric.partition("/")[0])  # a benchmark of several
