@@ -158,4 +158,5 @@ def test_packed_documents_beside_a_stream(sources: list[str], tmp_path: Path) ->
     assert of_packed.loss_masks is not None and of_stream.loss_masks is None
     said = table([packed, stream], 32, 320).splitlines()
     assert [line.split()[-1] for line in said] == ["padding", "16.41%", "0.00%", "8.20%"]
+    assert table([packed], 32, 160).splitlines()[-1].split()[-2:] == ["2.00", "16.41%"]
     assert {source.padding for source in plan(parsed(*flags, "--sample-packing", "stream"), 320)} == {0.0}

@@ -151,9 +151,10 @@ def table(sources: list[Source], seq_length: int, wanted: int) -> str:
     samples = sum(source.samples for source in sources)
     tokens = sum(source.tokens for source in sources)
     documents = sum(source.documents for source in sources)
+    epochs = sum(source.epochs * source.tokens for source in sources) / tokens
     padding = sum(source.samples * source.padding for source in sources)
     rows.append(("all", "1.0000", f"{documents:,}", f"{tokens:,}", f"{samples:,}", f"{samples * seq_length:,}",
-                 f"{samples * seq_length / tokens:.2f}", f"{padding / samples:.2%}"))  # fmt: skip
+                 f"{epochs:.2f}", f"{padding / samples:.2%}"))  # fmt: skip
     text = aligned(rows)
     if samples < wanted:
         text += (
