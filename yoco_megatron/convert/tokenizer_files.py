@@ -37,8 +37,10 @@ def load(folder: Path, start: list[int] | None = None) -> Any:
     Raises:
         ValueError: no tokenizer can be loaded from there.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the type of an exported model, which it does not know
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer raises its own types
@@ -47,6 +49,8 @@ def load(folder: Path, start: list[int] | None = None) -> Any:
             what = what if "trust_remote_code" in str(error) else str(error)
             raise ValueError(f"--tokenizer {folder}: no tokenizer can be loaded from there: {what}") from None
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    finally:
+        logging.set_verbosity(before)
     if start is not None and start != template_ids(tokenizer)[0]:
         _set_start(tokenizer, start)
     return tokenizer

@@ -1,6 +1,8 @@
 """A trained model from its checkpoint folder, in one process, whatever mesh it was trained on."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import socket
 from argparse import Namespace
@@ -110,7 +112,8 @@ def load_model_chunks(
     tokenizer = {"tokenizer-type": "NullTokenizer", "tokenizer-model": None, "vocab-size": rows}
     args = parse_run(folder, iteration, **{"padded-vocab-size": rows, **tokenizer, **more})
     set_environment_of_one_process()
-    args = arguments.finalize(args)
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's list of all arguments
+        args = arguments.finalize(args)
     safe_unpickling.check_installed()
     initialize_megatron()
     model_config = model_config_from_args(args)
