@@ -176,6 +176,19 @@ def _differ(saved: object, wanted: object) -> bool:
     return saved != wanted
 
 
+def _change(saved: object, wanted: object) -> str:
+    """What became of a setting or of a dataset, without the digests, which say nothing to a reader."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return f"has another {', '.join(name for name in saved if wanted.get(name, saved[name]) != saved[name])}"
+    if isinstance(saved, dict) or isinstance(wanted, dict):
+        return "was not read" if saved is None else "is not read"
+    return f"was {_short(saved)}, is {_short(wanted)}"
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value
+
+
 def check_resumable(args: Namespace) -> None:
     """Compare the data of the --load checkpoint with the flags, unless --finetune starts over or nothing is trained.
 
@@ -197,7 +210,7 @@ def check_resumable(args: Namespace) -> None:
         saved["tokenizer_sha256"] = wanted["tokenizer_sha256"]
     now = json.loads(json.dumps(sample_order(args))) if was else {}
     different = [
-        f"{name} was {saved.get(name)}, is {wanted.get(name)}"
+        f"{name} {_change(saved.get(name), wanted.get(name))}"
         for name in {**saved, **wanted}
         if _differ(saved.get(name), wanted.get(name))
     ]
