@@ -1,0 +1,136 @@
+"""The real trainer as ranks of a world that does not exist: right meshes are confirmed, wrong ones named."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib import import_module
+from unittest import mock
+
+import pytest
+from support.cli import TINY
+from support.ports import free_port
+from support.worlds import spawn
+
+from yoco_megatron.dry_run.checks import mismatched_calls, uncovered
+from yoco_megatron.dry_run.confirm import Confirmed, confirm, report
+from yoco_megatron.dry_run.fake_rank import STEP
+from yoco_megatron.dry_run.ledger import Call, Ledger
+from yoco_megatron.dry_run.mesh import Mesh, Place
+
+FLAGS = [*TINY, "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PP = ["--pipeline-model-parallel-size", "2"]
+
+
+def _confirm(entry, flags: list[str], world_size: int) -> Confirmed:
+    return confirm(entry, flags, world_size, jobs=2)
+
+
+def _main(argv: list[str]) -> None:
+    import pretrain_yoco
+
+    pretrain_yoco.main(argv)
+
+
+def _without_an_all_reduce_on_rank_1(argv: list[str]) -> None:
+    skipped = "megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads"
+    module, name = skipped.rsplit(".", 1)
+    is_broken = mock.patch.object(import_module(module), name) if os.environ["RANK"] == "1" else nullcontext()
+    with is_broken:
+        _main(argv)
+
+
+def _ledger_of_a_real_run(argv: list[str]) -> list[Call]:
+    """Of the first step."""
+    from megatron.training import training
+
+    ledger, step = Ledger(), training.train_step
+
+    class Done(BaseException):
+        pass
+
+    def train_step(*args, **kwargs):
+        with ledger:
+            ledger.phase = STEP
+            step(*args, **kwargs)
+        raise Done
+
+    with mock.patch.object(training, "train_step", train_step), pytest.raises(Done):
+        _main(argv)
+    return ledger.calls
+
+
+@pytest.fixture(scope="module")
+def of_16() -> Confirmed:
+    return spawn(_confirm, 1, (_main, [*FLAGS, *TP, *PP, "--context-parallel-size", "2"], 16))[0]
+
+
+def test_right_mesh_is_confirmed(of_16):
+    assert of_16.problems == []
+    assert [record.rank for record in of_16.records] == [0, 1, 2, 4, 8, 9, 10, 12]
+    assert "8 of 16 ranks ran a step" in report(of_16)
+
+
+def test_states_are_those_of_bf16_and_a_sharded_optimizer(of_16):
+    for record in of_16.records:
+        # The optimizer is divided by data and context parallelism; Megatron pads buffers.
+        bytes_per_parameter = [size / record.parameters for size in record.state_bytes.values()]
+        assert bytes_per_parameter == pytest.approx([2, 4, 12 / 4], rel=0.02)
+
+
+def test_skipped_collective_names_ranks_and_call():
+    found = spawn(_confirm, 1, (_without_an_all_reduce_on_rank_1, [*FLAGS, *TP], 2))[0]
+    (problem,) = found.problems
+    assert problem.startswith("ranks 0 and 1 differ in number ")
+    assert ": allreduce of " in problem and "(float32) among ranks 0, 1 in the step against " in problem
+
+
+def test_lost_or_larger_message_is_found(of_16):
+    sender, *others = of_16.records
+    sends = [index for index, call in enumerate(sender.calls) if call.name == "send"]
+    lost = replace(sender, calls=sender.calls[: sends[-1]] + sender.calls[sends[-1] + 1 :])
+    assert [text[:38] for text in mismatched_calls([lost, *others])] == ["ranks 0 and 8 differ in number 2 of th"]
+    calls = list(sender.calls)
+    calls[sends[0]] = replace(calls[sends[0]], bytes=1)
+    (problem,) = mismatched_calls([replace(sender, calls=tuple(calls)), *others])
+    assert "number 1 of their sends: send of 1 bytes" in problem
+
+
+def test_checkpoint_must_cover_each_tensor_once(of_16):
+    first, *others = of_16.records
+    shard = next(shard for shard in first.shards if shard.size != shard.shape)
+    without = replace(first, shards=tuple(one for one in first.shards if one != shard))
+    assert list(uncovered(of_16.records, of_16.mesh)) == []
+    assert all(shard.key in text for text in uncovered([without, *others], of_16.mesh))
+    assert "no rank would write" in next(uncovered([without, *others], of_16.mesh))
+    twice = replace(first, shards=(*first.shards, shard))
+    assert "several ranks would write" in next(uncovered([twice, *others], of_16.mesh))
+
+
+def test_ledger_is_that_of_a_real_run():
+    flags = [*FLAGS, *TP, *PP]
+    fake = spawn(_confirm, 1, (_main, flags, 4))[0]
+    real = spawn(_ledger_of_a_real_run, 4, ([*flags, "--num-workers", "0"],), env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    assert fake.problems == []
+    for record, calls in zip(fake.records, real, strict=True):
+        assert [call for call in record.calls if call.phase == STEP] == calls
+
+
+def test_ranks_of_a_large_mesh():
+    mesh = Mesh(Place(tp=8, cp=4, dp=64, pp=4))
+    assert all(mesh.rank(mesh.place(rank)) == rank for rank in range(0, len(mesh), 37))
+    middle = {"cross_decoder": 2}
+    ranks = mesh.distinct_ranks([{"embedding": 1}, middle, middle, {"output_layer": 1}])
+    assert [str(mesh.place(rank)) for rank in ranks[:4]] == [
+        "TP0 CP0 DP0 PP0",
+        "TP7 CP0 DP0 PP0",
+        "TP0 CP3 DP0 PP0",
+        "TP0 CP0 DP63 PP0",
+    ]
+    assert len(ranks) == 4 + 4 + 2 + 4
+    assert mesh.kind((0, 8, 16)) == "cp" and mesh.kind(range(len(mesh))) == "world"
+
+
+def test_flags_of_files_are_refused():
+    with pytest.raises(ValueError, match="--save: a dry run reads and writes no files"):
+        confirm(_main, [*TINY, "--save", "somewhere"], 2)

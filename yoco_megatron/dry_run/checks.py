@@ -1,0 +1,108 @@
+"""Whether the ranks of a world fit together, and each of them the formulas of `costs`."""
+
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations, zip_longest
+from math import prod
+from operator import attrgetter
+
+from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import Parts, stage_parameters
+from yoco_megatron.dry_run.fake_rank import RankRecord, Shard
+from yoco_megatron.dry_run.ledger import Call
+from yoco_megatron.dry_run.mesh import Mesh, Place
+
+# Tensor parallelism leaves weights of norms whole, and Megatron pads buffers.
+TOLERANCE = 0.01
+
+
+def mismatched_calls(records: Sequence[RankRecord]) -> Iterator[str]:
+    """What two ranks do together, each has to do in the same order: collectives, and sends with their receives."""
+    for first, second in combinations(records, 2):
+        for what, ours, theirs in (
+            ("collectives", _shared(first, second), _shared(second, first)),
+            ("sends", _one_way(first, "send", second), _one_way(second, "receive", first)),
+            ("receives", _one_way(first, "receive", second), _one_way(second, "send", first)),
+        ):
+            for number, (one, other) in enumerate(zip_longest(ours, theirs), 1):
+                if one is None or other is None or _essence(one) != _essence(other):
+                    yield (
+                        f"ranks {first.rank} and {second.rank} differ in number {number} of their {what}: "
+                        f"{one or 'nothing'} against {other or 'nothing'}"
+                    )
+                    break
+
+
+def _shared(record: RankRecord, other: RankRecord) -> list[Call]:
+    return [call for call in record.calls if not call.is_point_to_point and other.rank in call.group]
+
+
+def _one_way(record: RankRecord, name: str, other: RankRecord) -> list[Call]:
+    return [call for call in record.calls if call.name == name and call.group[1] == other.rank]
+
+
+def _essence(call: Call) -> tuple:
+    """What both sides of a call agree on."""
+    both = ("", ()) if call.is_point_to_point else (call.name, call.group)
+    return (*both, call.phase, call.bytes, call.dtype)
+
+
+def off_the_formulas(
+    records: Sequence[RankRecord], mesh: Mesh, args: Namespace, shape: ModelShape, stages: Sequence[Parts]
+) -> Iterator[str]:
+    """Parameters, and FLOPs of the products with weights where nothing is recomputed, off by more than TOLERANCE."""
+    for record in records:
+        chunks = stages[mesh.place(record.rank).pp :: mesh.sizes.pp]
+        expected = sum(stage_parameters(parts, shape) for parts in chunks) / mesh.sizes.tp
+        if abs(record.parameters - expected) > TOLERANCE * expected:
+            yield f"rank {record.rank} has {record.parameters:,} parameters, the formulas say {expected:,.0f}"
+        flops = product_flops(mesh, args, shape, chunks)
+        if args.recompute_granularity is None and abs(record.flops - flops) > TOLERANCE * flops:
+            yield f"rank {record.rank} multiplies {record.flops:.4e} FLOPs a step, the formulas say {flops:.4e}"
+
+
+def product_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> float:
+    """Of a rank that holds `chunks`, in a step: forward, and twice as many in backward."""
+    linear = {kind: parts["linear"] for kind, parts in layer_flops_per_token(shape).items()}
+    linear["output_layer"] = forward_flops_per_token(shape)["output_layer"]
+    per_token = sum(linear.get(part, 0.0) * count for parts in chunks for part, count in parts.items())
+    tokens = args.global_batch_size * args.seq_length / (mesh.sizes.dp * mesh.sizes.cp)
+    return 3 * per_token * tokens / mesh.sizes.tp
+
+
+def uncovered(records: Sequence[RankRecord], mesh: Mesh) -> Iterator[str]:
+    """Tensors of the checkpoint that its shards do not cover exactly once."""
+    boxes: dict[str, list[Shard]] = defaultdict(list)
+    by_rank = {record.rank: record for record in records}
+    for pp in range(mesh.sizes.pp):
+        first, last = (by_rank[mesh.rank(Place(tp, 0, 0, pp))] for tp in (0, mesh.sizes.tp - 1))
+        for shard in first.shards if first is last else _of_all(first, last, mesh.sizes.tp):
+            boxes[shard.key].append(shard)
+    for key, shards in boxes.items():
+        size = prod(shards[0].shape)
+        if len({shard.shape for shard in shards}) > 1:
+            yield f"ranks disagree on the shape of the checkpoint's {key}"
+        elif any(_overlap(one, other) for one, other in combinations(shards, 2)):
+            yield f"several ranks would write the same values of the checkpoint's {key}"
+        elif sum(prod(shard.size) for shard in shards) < size:
+            yield f"no rank would write some of the {size:,} values of the checkpoint's {key}"
+
+
+def _of_all(first: RankRecord, last: RankRecord, tp: int) -> list[Shard]:
+    """Of all `tp` tensor-parallel ranks; between the first and the last they are taken to be evenly spaced."""
+    shards = [*first.shards, *last.shards]
+    order = attrgetter("key", "offset")
+    ends = {shard.key for shard in last.shards}
+    begins = sorted((shard for shard in first.shards if shard.key in ends), key=order)
+    for begin, end in zip(begins, sorted(last.shards, key=order)):
+        for rank in range(1, tp - 1):
+            offset = (low + (high - low) * rank // (tp - 1) for low, high in zip(begin.offset, end.offset))
+            shards.append(replace(begin, offset=tuple(offset)))
+    return shards
+
+
+def _overlap(one: Shard, other: Shard) -> bool:
+    return all(a < b + n and b < a + m for a, m, b, n in zip(one.offset, one.size, other.offset, other.size))

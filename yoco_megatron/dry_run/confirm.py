@@ -1,0 +1,147 @@
+"""The real trainer as each distinct rank of a mesh, one child process each, and whether they fit together."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from yoco_megatron.costs.memory import GIB
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
+from yoco_megatron.dry_run.fake_rank import STEP, RankRecord, run_rank
+from yoco_megatron.dry_run.mesh import Mesh
+from yoco_megatron.startup.arguments import parse_for_job
+from yoco_megatron.utils.child_process import follow_parent
+from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.text_table import aligned
+
+Main = Callable[[list[str]], None]
+# Nothing of a user's is read or written: no data, no checkpoint, no logs.
+NO_FILES = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
+FILES = ("load", "save", "run_folder", "tensorboard_dir", "data_path", "data_args_path", "train_data_path")
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Records of the distinct ranks of a mesh, and what is wrong with them: one text each, none if all is right."""
+
+    mesh: Mesh
+    records: list[RankRecord]
+    problems: list[str]
+
+
+def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> Confirmed:
+    """Run `main`, which is pretrain_yoco.py's, with the flags `argv` as each distinct rank of so many.
+
+    Args:
+        jobs: ranks at a time; each takes one core and up to 1 GiB.
+    Raises:
+        ValueError: a mistake in the flags, or a rank that fails.
+    """
+    argv = [*argv, *NO_FILES]
+    args, plan = parse_for_job(argv, world_size)
+    given = [f"--{name.replace('_', '-')}" for name in FILES if getattr(args, name, None) is not None]
+    require(not given, f"{' and '.join(given)}: a dry run reads and writes no files of a run; leave it out")
+    require(args.architecture == "yoco", "confirm is for --architecture yoco")
+    require(
+        not args.dataloader_inter_document_masking,
+        "--dataloader-inter-document-masking: a dry run has no documents; leave it out",
+    )
+    shape, mesh = ModelShape.from_args(args), Mesh.from_args(args)
+    stages = plan.parts() if plan else [_whole(shape)]
+    records = list(_run(main, argv, mesh.distinct_ranks(stages), world_size, jobs))
+    problems = [
+        *mismatched_calls(records),
+        *off_the_formulas(records, mesh, args, shape, stages),
+        *uncovered(records, mesh),
+    ]
+    return Confirmed(mesh, records, problems)
+
+
+def _whole(shape: ModelShape) -> dict[str, int]:
+    """A model in one stage."""
+    layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
+    return layers | {"embedding": 1, "shared_kv": 1, "output_layer": 1}
+
+
+def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, jobs: int) -> Iterator[RankRecord]:
+    """Each rank in a child of its own, `jobs` at a time, in the order of `ranks`."""
+    context = multiprocessing.get_context("fork")  # what is imported is imported once
+    waiting, records = list(ranks), {}
+    running: dict[Connection, tuple[int, Any]] = {}
+    with tempfile.TemporaryDirectory() as logs:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                rank = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                log = Path(logs, str(rank))
+                child = context.Process(target=_child, args=(main, argv, rank, world_size, theirs, log, os.getpid()))
+                child.start()
+                theirs.close()
+                running[ours] = rank, child
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                rank, child = running.pop(ready)
+                try:
+                    result = ready.recv()
+                except EOFError:
+                    result = f"ended without an answer, perhaps for lack of memory:\n{_end(Path(logs, str(rank)))}"
+                child.join()
+                if isinstance(result, str):
+                    for _, other in running.values():
+                        other.kill()
+                    raise ValueError(f"rank {rank} of {world_size} {result}")
+                records[rank] = result
+    return iter([records[rank] for rank in ranks])
+
+
+def _child(main: Main, argv: list[str], rank: int, world_size: int, answer: Connection, log: Path, parent: int) -> None:
+    follow_parent(parent)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    try:
+        answer.send(run_rank(main, argv, rank, world_size))
+    except ValueError as error:
+        answer.send(f"refuses the flags: {error}")
+    except BaseException:
+        answer.send(f"failed:\n{traceback.format_exc()}")
+    answer.close()
+    os._exit(0)
+
+
+def _end(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+
+
+def report(confirmed: Confirmed) -> str:
+    """A table of the ranks, one of what they exchange in a step, and what is wrong."""
+    mesh = confirmed.mesh
+    rows: list[tuple[str, ...]] = [("rank", "place", "parameters", "weights", "gradients", "optimizer", "TFLOP a step", "calls")]
+    for record in confirmed.records:
+        sizes = [f"{size / GIB:.3f} GiB" for size in record.state_bytes.values()]
+        place, flops = str(mesh.place(record.rank)), f"{record.flops / 1e12:,.3f}"
+        rows.append((str(record.rank), place, f"{record.parameters:,}", *sizes, flops, f"{len(record.calls):,}"))
+    exchanges: list[tuple[str, ...]] = [("rank", "over", "call", "a step", "GB")]
+    for record in confirmed.records:
+        if record.rank % mesh.ranks_of_a_stage:
+            continue
+        count: Counter[tuple[str, str]] = Counter()
+        size: Counter[tuple[str, str]] = Counter()
+        for call in record.calls:
+            if call.phase == STEP:
+                kind = mesh.kind(call.group), call.name
+                count[kind] += 1
+                size[kind] += call.bytes
+        exchanges += [(str(record.rank), *kind, str(n), f"{size[kind] / 1e9:.4f}") for kind, n in sorted(count.items())]
+    verdict = "\n".join(confirmed.problems) or (
+        f"{len(confirmed.records)} of {len(mesh)} ranks ran a step: their collectives, sends and receives match, each "
+        "tensor of the checkpoint is written once, parameters and FLOPs are those of the formulas"
+    )
+    return "\n\n".join([aligned(rows), aligned(exchanges), verdict])
