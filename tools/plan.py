@@ -1,14 +1,17 @@
-"""Plan a run before it has GPUs: the best mesh, where memory and time go, days and failures. Needs no GPU and no torch.
+"""Plan a run before it has GPUs: the best mesh, where memory and time go, days and failures. Needs no GPU, and but for
+`confirm` no torch.
 
     python tools/plan.py search --config MODEL RECIPE --vocab-size 100288 --gpus 256 --output plan.yaml
     python tools/plan.py explain --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256
     python tools/plan.py run --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256 --tokens 10T
+    python tools/plan.py confirm --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256
 
 All other flags are those of pretrain_yoco.py. `search` keeps what the command line says of the mesh, the micro-batch
 and recompute, and decides what only configs say.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("search", "rank all meshes"),
         ("explain", "bytes and milliseconds of one mesh, stage by stage"),
         ("run", "days, energy, failures and saves of a whole run"),
+        ("confirm", "a step of the trainer as each distinct rank, on this CPU; needs torch and minutes"),
     ):
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         command.add_argument("--gpus", type=int, required=True)
@@ -52,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--output", type=Path, help="YAML file for the flags of the first plan")
         elif name == "explain":
             command.add_argument("--picture", help="file for a picture (.png, .svg); needs matplotlib")
+        elif name == "confirm":
+            command.add_argument("--jobs", type=int, default=os.cpu_count(), help="ranks at a time, each on one core")
         else:
             site = Site()
             command.add_argument("--tokens", type=token_count, required=True, help="to train on, for example 10T")
@@ -65,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> str:
     own, rest = build_parser().parse_known_args(argv)
+    if own.command == "confirm":
+        return _confirm(rest, own.gpus, own.jobs)
     args, given = flags.parse(rest, own.gpus)
     card = CARDS[own.card]
     if own.command == "search":
@@ -82,6 +90,20 @@ def main(argv: list[str]) -> str:
     site = Site(own.failures_per_gpu_hour, own.save_stall, own.restart_seconds, power_usage=own.power_usage)
     run = plan_run(plan, own.tokens, site)
     return report.run_report(plan, run, site, own.tokens, own.corpus_tokens)
+
+
+def _confirm(argv: list[str], gpus: int, jobs: int) -> str:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is fake
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import pretrain_yoco  # here, because torch and Megatron take seconds
+    from yoco_megatron.dry_run.confirm import confirm
+    from yoco_megatron.dry_run.report import report
+
+    confirmed = confirm(pretrain_yoco.main, argv, gpus, jobs)
+    if confirmed.problems:
+        print(report(confirmed))
+        raise ValueError(f"the ranks do not fit together: {confirmed.problems[0]}")
+    return report(confirmed)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from support.ports import free_port
 from support.worlds import spawn
 
 from yoco_megatron.dry_run.checks import mismatched_calls, uncovered
-from yoco_megatron.dry_run.confirm import Confirmed, confirm, report
+from yoco_megatron.dry_run.confirm import Confirmed, confirm
 from yoco_megatron.dry_run.fake_rank import STEP
 from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.dry_run.mesh import Mesh, Place
+from yoco_megatron.dry_run.report import report
 
 FLAGS = [*TINY, "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -110,7 +111,8 @@ def test_checkpoint_must_cover_each_tensor_once(of_16):
 def test_ledger_is_that_of_a_real_run():
     flags = [*FLAGS, *TP, *PP]
     fake = spawn(_confirm, 1, (_main, flags, 4))[0]
-    real = spawn(_ledger_of_a_real_run, 4, ([*flags, "--num-workers", "0"],), env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    real = spawn(_ledger_of_a_real_run, 4, ([*flags, "--num-workers", "0"],), env=env)
     assert fake.problems == []
     for record, calls in zip(fake.records, real, strict=True):
         assert [call for call in record.calls if call.phase == STEP] == calls

@@ -4,22 +4,20 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.costs.memory import GIB
+from yoco_megatron.costs.memory import even_stages
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
-from yoco_megatron.dry_run.fake_rank import STEP, RankRecord, run_rank
+from yoco_megatron.dry_run.fake_rank import RankRecord, leave_out_flags_of_gpus, run_rank
 from yoco_megatron.dry_run.mesh import Mesh
 from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.utils.child_process import follow_parent
 from yoco_megatron.utils.errors import require
-from yoco_megatron.utils.text_table import aligned
 
 Main = Callable[[list[str]], None]
 # Nothing of a user's is read or written: no data, no checkpoint, no logs.
@@ -29,10 +27,14 @@ FILES = ("load", "save", "run_folder", "tensorboard_dir", "data_path", "data_arg
 
 @dataclass(frozen=True)
 class Confirmed:
-    """Records of the distinct ranks of a mesh, and what is wrong with them: one text each, none if all is right."""
+    """What the distinct ranks of a mesh did, and what is wrong with it.
+
+    without: flags that need a GPU, left out; problems: one text each, none if all is right.
+    """
 
     mesh: Mesh
     records: list[RankRecord]
+    without: list[str]
     problems: list[str]
 
 
@@ -53,21 +55,16 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
         not args.dataloader_inter_document_masking,
         "--dataloader-inter-document-masking: a dry run has no documents; leave it out",
     )
+    without = leave_out_flags_of_gpus(args)
     shape, mesh = ModelShape.from_args(args), Mesh.from_args(args)
-    stages = plan.parts() if plan else [_whole(shape)]
+    stages = plan.parts() if plan else even_stages(args, shape)
     records = list(_run(main, argv, mesh.distinct_ranks(stages), world_size, jobs))
     problems = [
         *mismatched_calls(records),
         *off_the_formulas(records, mesh, args, shape, stages),
         *uncovered(records, mesh),
     ]
-    return Confirmed(mesh, records, problems)
-
-
-def _whole(shape: ModelShape) -> dict[str, int]:
-    """A model in one stage."""
-    layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
-    return layers | {"embedding": 1, "shared_kv": 1, "output_layer": 1}
+    return Confirmed(mesh, records, without, problems)
 
 
 def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, jobs: int) -> Iterator[RankRecord]:
@@ -118,30 +115,3 @@ def _child(main: Main, argv: list[str], rank: int, world_size: int, answer: Conn
 
 def _end(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-
-
-def report(confirmed: Confirmed) -> str:
-    """A table of the ranks, one of what they exchange in a step, and what is wrong."""
-    mesh = confirmed.mesh
-    rows: list[tuple[str, ...]] = [("rank", "place", "parameters", "weights", "gradients", "optimizer", "TFLOP a step", "calls")]
-    for record in confirmed.records:
-        sizes = [f"{size / GIB:.3f} GiB" for size in record.state_bytes.values()]
-        place, flops = str(mesh.place(record.rank)), f"{record.flops / 1e12:,.3f}"
-        rows.append((str(record.rank), place, f"{record.parameters:,}", *sizes, flops, f"{len(record.calls):,}"))
-    exchanges: list[tuple[str, ...]] = [("rank", "over", "call", "a step", "GB")]
-    for record in confirmed.records:
-        if record.rank % mesh.ranks_of_a_stage:
-            continue
-        count: Counter[tuple[str, str]] = Counter()
-        size: Counter[tuple[str, str]] = Counter()
-        for call in record.calls:
-            if call.phase == STEP:
-                kind = mesh.kind(call.group), call.name
-                count[kind] += 1
-                size[kind] += call.bytes
-        exchanges += [(str(record.rank), *kind, str(n), f"{size[kind] / 1e9:.4f}") for kind, n in sorted(count.items())]
-    verdict = "\n".join(confirmed.problems) or (
-        f"{len(confirmed.records)} of {len(mesh)} ranks ran a step: their collectives, sends and receives match, each "
-        "tensor of the checkpoint is written once, parameters and FLOPs are those of the formulas"
-    )
-    return "\n\n".join([aligned(rows), aligned(exchanges), verdict])

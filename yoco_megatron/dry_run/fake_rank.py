@@ -5,6 +5,7 @@ rest of the world is listed here, each with the place that needs it (paths insid
 """
 
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.startup import checks
 
 STEP = "the step"
+# Flags that need a GPU, and the value that leaves each out: (destination, flag, value).
+OF_GPUS = (
+    ("fp8", "--fp8-format", None),
+    ("fp8_param_gather", "--fp8-param-gather", False),
+    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", False),
+    ("tp_comm_overlap", "--tp-comm-overlap", False),
+    ("cuda_graph_impl", "--cuda-graph-impl", "none"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,14 @@ class RankRecord:
     state_bytes: dict[str, int]
     """Of weights, gradients and optimizer after the step."""
     shards: tuple[Shard, ...]
+
+
+def leave_out_flags_of_gpus(args: Namespace) -> list[str]:
+    """Change `args`; returns the flags that it had."""
+    had = [(name, flag, value) for name, flag, value in OF_GPUS if getattr(args, name) != value]
+    for name, _, value in had:
+        setattr(args, name, value)
+    return [flag for _, flag, _ in had]
 
 
 class _Finished(BaseException):
@@ -96,7 +113,8 @@ class _FakeLedger(Ledger):
         return None if not returns else work if returns == 1 else (args[0], work)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:  # nothing is wrong: no flag, no faults, a norm of one
+        if function is torch.ops.aten._local_scalar_dense.default:
+            # All is well: no flag is set, no fault counted, a norm is one.
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
         return super().__torch_dispatch__(function, types, args, kwargs)
@@ -129,6 +147,12 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     def broadcast_object_list(object_list: list, src: Any = None, group: Any = None, *_: Any, **__: Any) -> None:
         ledger.add_objects("broadcast_object_list", group)
 
+    check = checks.check_machine
+
+    def check_machine(args: Namespace) -> None:
+        leave_out_flags_of_gpus(args)
+        check(args)
+
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         result = set_up(*args, **kwargs)
         built[:] = result[:2]
@@ -153,6 +177,7 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
         train_step=train_step,
         build_train_valid_test_data_iterators=_iterators,
     )
+    yield mock.patch.object(checks, "check_machine", check_machine)
     yield mock.patch.object(checks, "check_fits")  # asks for this machine's memory
     # core/utils.py makes a tensor of the numbers of others, which fakes do not have.
     yield mock.patch.object(clip_grads, "l2_norm_impl", _l2_norm)
