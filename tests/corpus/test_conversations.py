@@ -261,7 +261,7 @@ def test_odd_prompts_are_named(folder: Path, tmp_path: Path) -> None:
     assert [reason for _, reason in problems(report).values()] == [
         "the value under the key 'completion' is null, not text",
         "the value under the key 'prompt' is of the type int, not text",
-        "no key 'completion' (keys: prompt); name another one by --json-keys",
+        "no key 'completion' (keys: prompt); name another one by --json-keys, or another --data-format",
         "both values are lists: read messages with --data-format messages --json-keys prompt completion",
         "the value under the key 'completion' is of the type list, not text",
     ]

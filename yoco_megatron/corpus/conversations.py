@@ -168,7 +168,9 @@ def _texts(value: Any) -> Iterator[str]:
 def _values(record: dict[str, Any], keys: list[str]) -> list[Any]:
     for key in keys:
         if key not in record:
-            raise ValueError(f"no key {key!r} (keys: {', '.join(record)}); name another one by --json-keys")
+            raise ValueError(
+                f"no key {key!r} (keys: {', '.join(record)}); name another one by --json-keys, or another --data-format"
+            )
     return [record[key] for key in keys]
 
 

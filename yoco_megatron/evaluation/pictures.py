@@ -37,7 +37,9 @@ def figure(path: Path, rows: int, columns: int, width: float = 4.5, height: floa
     from matplotlib import pyplot
 
     # Names in the file by content, so that a picture drawn again is the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "yoco", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
+    style: dict[Any, Any] = {"svg.hashsalt": "yoco", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+    style["axes.formatter.limits"] = (-4, 4)  # longer numbers of tokens run into each other
+    with matplotlib.rc_context(style):
         drawn, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
         try:
             yield list(axes.flat)
