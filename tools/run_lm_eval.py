@@ -15,6 +15,9 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
+        if {"-h", "--help"} & {*sys.argv}:  # lm-eval's own help comes with it
+            print(__doc__ + "\nIt needs the package lm-eval: pip install lm-eval")
+            return
         sys.exit("run_lm_eval.py: error: the package lm-eval is missing: pip install lm-eval")
     import yoco_megatron.evaluation.lm_eval_model  # noqa: F401
 
