@@ -11,12 +11,14 @@ from support.cli import TINY
 from support.ports import free_port
 from support.worlds import spawn
 
-from yoco_megatron.dry_run.checks import mismatched_calls, uncovered
-from yoco_megatron.dry_run.confirm import Confirmed, confirm
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
+from yoco_megatron.dry_run.confirm import NO_FILES, Confirmed, confirm
 from yoco_megatron.dry_run.fake_rank import STEP
 from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.dry_run.mesh import Mesh, Place
 from yoco_megatron.dry_run.report import report
+from yoco_megatron.startup.arguments import parse_for_job
 
 FLAGS = [*TINY, "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -61,9 +63,12 @@ def _ledger_of_a_real_run(argv: list[str]) -> list[Call]:
     return ledger.calls
 
 
+MESH = [*FLAGS, *TP, *PP, "--context-parallel-size", "2"]
+
+
 @pytest.fixture(scope="module")
 def of_16() -> Confirmed:
-    return spawn(_confirm, 1, (_main, [*FLAGS, *TP, *PP, "--context-parallel-size", "2"], 16))[0]
+    return spawn(_confirm, 1, (_main, MESH, 16))[0]
 
 
 def test_right_mesh_is_confirmed(of_16):
@@ -84,6 +89,26 @@ def test_skipped_collective_names_ranks_and_call():
     (problem,) = found.problems
     assert problem.startswith("ranks 0 and 1 differ in number ")
     assert ": allreduce of " in problem and "(float32) among ranks 0, 1 in the step against " in problem
+
+
+def test_states_and_flops_are_held_against_the_formulas(of_16):
+    args, plan = parse_for_job([*MESH, *NO_FILES], 16)
+    first = of_16.records[0]
+
+    def problems(**changes) -> list[str]:
+        record = replace(first, **changes)
+        return list(off_the_formulas([record], of_16.mesh, args, ModelShape.from_args(args), plan.parts()))
+
+    assert problems() == []
+    assert problems(flops=first.flops * 105 // 100)[0].startswith("rank 0 has ")
+    states = first.state_bytes | {"optimizer": first.state_bytes["optimizer"] * 2}  # not divided by context parallelism
+    assert "bytes of optimizer, the formulas say" in problems(state_bytes=states)[0]
+
+
+def test_queries_travel_between_ranks():
+    """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""
+    flags = ["--context-parallel-size", "2", "--loss-suffix", "8", "--cp-cross-attention", "queries"]
+    assert spawn(_confirm, 1, (_main, [*FLAGS, *flags], 2))[0].problems == []
 
 
 def test_lost_or_larger_message_is_found(of_16):

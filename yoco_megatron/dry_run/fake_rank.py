@@ -21,11 +21,13 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_args, training
 from torch._C._distributed_c10d import FakeWork
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from yoco_megatron.dry_run.ledger import Call, Ledger
+from yoco_megatron.ops.attention import torch as attention
+from yoco_megatron.parallel.context import query_shard
 from yoco_megatron.startup import checks
 
 STEP = "the step"
@@ -183,6 +185,18 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     yield mock.patch.object(clip_grads, "l2_norm_impl", _l2_norm)
     yield mock.patch.object(core_utils, "local_multi_tensor_l2_norm", _l2_norm)
     yield mock.patch.object(torch.nn.Module, "_apply", _apply)
+    # torch/nn/attention/bias.py makes a class of tensor of its own, which fakes cannot be.
+    yield mock.patch.object(attention, "causal_lower_right")
+    # Which rank sends which query: lengths depend on numbers, which are made of none but those of the run.
+    yield mock.patch.object(query_shard, "_route", _with_numbers(query_shard._route))
+
+
+def _with_numbers(function: Callable) -> Callable:
+    def with_numbers(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return with_numbers
 
 
 def _l2_norm(chunk_size: int, flag: Any, lists: list, per_tensor: bool, *_: Any) -> tuple[torch.Tensor, None]:
