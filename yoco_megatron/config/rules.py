@@ -144,7 +144,12 @@ def check_travelling_queries(args: Namespace) -> None:
         not args.has_loss_masks,
         "--cp-cross-attention queries does not go with data with loss masks, whose positions begin anywhere: use auto",
     )
-    flag = "--dataloader-inter-document-masking" if args.dataloader_inter_document_masking else flag_against_parts(args)
+    require(
+        not args.dataloader_inter_document_masking,
+        "--cp-cross-attention queries does not go with packed documents that do not see each other "
+        "(--dataloader-inter-document-masking, which --sample-packing documents switches on): use auto",
+    )
+    flag = flag_against_parts(args)
     require(flag is None, f"--cp-cross-attention queries does not go with {flag}: use auto, or remove one of them")
 
 
