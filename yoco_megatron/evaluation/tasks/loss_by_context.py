@@ -13,6 +13,7 @@ import numpy as np
 
 from yoco_megatron.evaluation.requests import Curve, Result, Tokenizer, TokenLosses, mean
 from yoco_megatron.evaluation.tasks.documents import check_data, iter_documents
+from yoco_megatron.evaluation.tasks.settings import check_counts, check_not_empty
 from yoco_megatron.utils.errors import require
 
 
@@ -33,10 +34,9 @@ class LossByContext:
     key: str = "text"
 
     def __post_init__(self) -> None:
-        require(bool(self.contexts), "'contexts' is empty")
+        check_not_empty(self, "contexts")
         require(min(self.contexts) >= 1, f"'contexts' has {min(self.contexts)}, and must be at least 1")
-        require(self.last >= 1, f"'last' is {self.last}, and must be at least 1")
-        require(self.limit >= 1, f"'limit' is {self.limit}, and must be at least 1")
+        check_counts(self, "last", "limit")
         check_data(self.data)
 
     def requests(self, tokenizer: Tokenizer) -> Sequence[TokenLosses]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from yoco_megatron.evaluation.requests import Curve, Result, Tokenizer, TokenLosses
 from yoco_megatron.evaluation.tasks.documents import check_data, read_documents
+from yoco_megatron.evaluation.tasks.settings import check_counts
 from yoco_megatron.utils.errors import require
 
 
@@ -33,7 +34,7 @@ class LossByPosition:
 
     def __post_init__(self) -> None:
         require(self.length >= 2, f"'length' is {self.length}, and must be at least 2")
-        require(self.limit is None or self.limit >= 1, f"'limit' is {self.limit}, and must be at least 1")
+        check_counts(self, "limit")
         check_data(self.data)
 
     def requests(self, tokenizer: Tokenizer) -> Sequence[TokenLosses]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from yoco_megatron.evaluation.requests import Likelihood, Result, Score, Tokenizer, mean
 from yoco_megatron.evaluation.tasks.benchmarks import BENCHMARKS, Question, data_folder, read_benchmark
+from yoco_megatron.evaluation.tasks.settings import check_counts
 from yoco_megatron.utils.errors import nearest, require
 
 
@@ -38,7 +39,7 @@ class MultipleChoice:
         require(bool(self._names()), "'benchmarks' is empty")
         for name in self._names():
             require(name in BENCHMARKS, f"'benchmarks' has {name!r}{nearest(name, BENCHMARKS)}")
-        require(self.limit is None or self.limit >= 1, f"'limit' is {self.limit}, and must be at least 1")
+        check_counts(self, "limit")
         require(self.max_length >= 2, f"'max_length' is {self.max_length}, and must be at least 2")
         self.questions()
 

@@ -17,6 +17,7 @@ from yoco_megatron.evaluation.requests import Curve, Generate, Grid, Result, Tok
 from yoco_megatron.evaluation.tasks.cities import CITIES
 from yoco_megatron.evaluation.tasks.filler import Filler, Stretch, check_filler, load_filler
 from yoco_megatron.evaluation.tasks.prompts import Lazy, to_continue
+from yoco_megatron.evaluation.tasks.settings import check_counts, check_not_empty
 from yoco_megatron.utils.errors import require
 
 # It ends with two spaces, the question's and its own; `strip` removes both.
@@ -70,9 +71,9 @@ class Needle:
     strip: bool = False
 
     def __post_init__(self) -> None:
-        require(bool(self.lengths), "'lengths' is empty")
+        check_not_empty(self, "lengths")
         require(self.depths >= 2, f"'depths' is {self.depths}: from 0 to 1 there are at least 2")
-        require(self.samples >= 1, f"'samples' is {self.samples}, and must be at least 1")
+        check_counts(self, "samples")
         short = min(self.lengths)
         require(short > MARGIN, f"'lengths' has {short}: {MARGIN} tokens are set aside for needle and question")
         check_filler(self.filler)

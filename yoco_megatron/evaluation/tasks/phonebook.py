@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from yoco_megatron.evaluation.requests import Curve, Generate, Result, Tokenizer
 from yoco_megatron.evaluation.tasks.needle import accuracy
 from yoco_megatron.evaluation.tasks.prompts import Lazy, to_continue
+from yoco_megatron.evaluation.tasks.settings import check_counts, check_not_empty
 from yoco_megatron.evaluation.tasks.words import FIRST_NAMES, LAST_NAMES
 from yoco_megatron.utils.errors import require
 
@@ -62,11 +63,10 @@ class Phonebook:
     seeds: int = 4
 
     def __post_init__(self) -> None:
-        require(bool(self.entries), "'entries' is empty")
+        check_not_empty(self, "entries")
         for count in self.entries:
             require(3 <= count <= MOST, f"'entries' has {count}, and must be from 3 to {MOST:,} distinct names")
-        for key, value in (("samples", self.samples), ("seeds", self.seeds)):
-            require(value >= 1, f"{key!r} is {value}, and must be at least 1")
+        check_counts(self, "samples", "seeds")
 
     def _plan(self) -> list[tuple[int, int, int]]:
         return [

@@ -15,6 +15,7 @@ from yoco_megatron.evaluation.requests import Curve, Generate, Result, Tokenizer
 from yoco_megatron.evaluation.tasks.filler import NOISE, check_filler, load_filler
 from yoco_megatron.evaluation.tasks.prompts import Lazy, to_continue
 from yoco_megatron.evaluation.tasks.ruler_prompts import ESSAY_SUBTASKS, SUBTASKS, Prompt
+from yoco_megatron.evaluation.tasks.settings import check_counts, check_not_empty
 from yoco_megatron.utils.errors import nearest, require
 
 
@@ -44,9 +45,9 @@ class Ruler:
     filler: str | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.lengths), "'lengths' is empty")
+        check_not_empty(self, "lengths")
         require(min(self.lengths) >= 1, "'lengths' must be positive")
-        require(self.samples >= 1, f"'samples' is {self.samples}, and must be at least 1")
+        check_counts(self, "samples")
         require(bool(self._names()), "'subtasks' is empty")
         for name in self._names():
             require(name in SUBTASKS, f"'subtasks' has {name!r}{nearest(name, SUBTASKS)}")

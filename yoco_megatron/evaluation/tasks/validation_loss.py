@@ -15,6 +15,7 @@ import numpy as np
 
 from yoco_megatron.evaluation.requests import Result, Tokenizer, TokenLosses
 from yoco_megatron.evaluation.tasks.documents import check_data, read_documents
+from yoco_megatron.evaluation.tasks.settings import check_counts
 from yoco_megatron.utils.errors import require
 
 
@@ -37,7 +38,7 @@ class ValidationLoss:
         require(self.length >= 2, f"'length' is {self.length}, and must be at least 2")
         most = self.length - 1
         require(1 <= self._stride <= most, f"'stride' is {self._stride}, and must be from 1 to 'length' - 1 = {most}")
-        require(self.limit is None or self.limit >= 1, f"'limit' is {self.limit}, and must be at least 1")
+        check_counts(self, "limit")
         check_data(self.data)
 
     @property
