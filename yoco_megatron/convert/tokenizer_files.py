@@ -29,6 +29,16 @@ def choose(source: Source, given: str | None) -> None:
         source.tokenizer = carried_tokenizer.named(given, own)
 
 
+def load_of_run(folder: Path, given: str | None) -> Any:
+    """The tokenizer of the run that has `folder` as its --save, or the `given` one; None if there is none.
+
+    Raises:
+        ValueError: a tokenizer that is not the run's, unless it is `given`.
+    """
+    path = carried_tokenizer.of_run(folder, given)
+    return path and load(path, carried_tokenizer.recorded(folder).get("document_start"))
+
+
 def load(folder: Path, start: list[int] | None = None) -> Any:
     """The Hugging Face tokenizer in `folder`, as training built it.
 

@@ -60,15 +60,10 @@ def look(folder: str, iteration: int | None = None, tokenizer: str | None = None
         assert iteration is not None
         weights = path_of(path, iteration)
         require(weights.is_dir(), f"--iteration {iteration}: {weights} is no folder")
-    require(
-        found is not None,
-        f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
-    )
-    assert found is not None
-    text = TextTokenizer(tokenizer_files.load(found, start))
+    text = TextTokenizer.of_model(folder, found and tokenizer_files.load(found, start))
     identity = {
         "folder": str(path.resolve()),
         "iteration": iteration,
         "files": files.identity(filter(Path.is_file, weights.iterdir())),
     }
-    return ModelFiles(text, max_length, identity | {"tokenizer": str(found.resolve()) if tokenizer else None})
+    return ModelFiles(text, max_length, identity | {"tokenizer": str(Path(tokenizer).resolve()) if tokenizer else None})

@@ -5,6 +5,7 @@ from typing import Any
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data.tokenizer import template_ids, tokenizer_sha256
+from yoco_megatron.utils.errors import require
 
 
 class TextTokenizer:
@@ -17,6 +18,15 @@ class TextTokenizer:
         self.rows = tokenizer_files.rows(tokenizer)
         self.sha256 = tokenizer_sha256(tokenizer.name_or_path or None)
         self.banned = frozenset({tokenizer.bos_token_id, tokenizer.pad_token_id} - {None, self.end})
+
+    @classmethod
+    def of_model(cls, folder: str, tokenizer: Any) -> "TextTokenizer":
+        """That of the model in `folder`. Raises ValueError where it is None."""
+        require(
+            tokenizer is not None,
+            f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
+        )
+        return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone; what looks like a special token in it is one, as in training."""

@@ -8,7 +8,6 @@ import torch
 from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import open_source
-from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
 
@@ -23,9 +22,7 @@ def load_baseline(
     """(Megatron's model, its tokenizer or None, its longest sequence), for `UncachedDecoder`."""
     from yoco_megatron.startup.load_run import load_model
 
-    path = carried_tokenizer.of_run(Path(folder), tokenizer)
-    start = carried_tokenizer.recorded(Path(folder)).get("document_start")
-    loaded = path and tokenizer_files.load(path, start)
+    loaded = tokenizer_files.load_of_run(Path(folder), tokenizer)
     model, args = load_model(folder, iteration)
     return model, loaded, args.max_position_embeddings
 

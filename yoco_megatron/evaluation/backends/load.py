@@ -13,7 +13,6 @@ from megatron.training import training
 from yoco_megatron import runtime, upstream
 from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tokenizer_files
-from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.evaluation.backends.cached import CachedBackend
 from yoco_megatron.evaluation.backends.mesh import MeshBackend
 from yoco_megatron.evaluation.requests import Backend
@@ -82,10 +81,8 @@ def _on_mesh(
 ) -> MeshBackend:
     unknown = sorted(mesh.keys() - set(MESH_FLAGS))
     require(not unknown, f"--{'-'.join(unknown[:1])} is no flag of a mesh")
-    path = carried_tokenizer.of_run(Path(folder), tokenizer)
-    start = carried_tokenizer.recorded(Path(folder)).get("document_start")
     rows = int(architecture.read(folder)["padded_vocab_size"])
-    text = _of_text(folder, path and tokenizer_files.load(path, start), rows)
+    text = _of_text(folder, tokenizer_files.load_of_run(Path(folder), tokenizer), rows)
     sizes = [int(mesh.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "pipeline-model", "context")]
     model_processes = sizes[0] * sizes[1] * sizes[2]
     require(
@@ -102,11 +99,7 @@ def _on_mesh(
 
 def _of_text(folder: str, tokenizer: Any, rows: int) -> TextTokenizer:
     """The tokenizer as tasks see it, of a model with so many rows of an embedding."""
-    require(
-        tokenizer is not None,
-        f"{folder}: the model has no Hugging Face tokenizer, so it cannot read text: name one with --tokenizer",
-    )
-    text = TextTokenizer(tokenizer)
+    text = TextTokenizer.of_model(folder, tokenizer)
     require(
         text.rows <= rows,
         f"{folder}: the tokenizer has {text.rows:,} ids, the model {rows:,} rows for them: it is another model's",
