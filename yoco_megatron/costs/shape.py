@@ -77,9 +77,14 @@ class ModelShape:
         return 2 * self.num_query_groups * self.kv_channels
 
     @property
+    def computed_queries(self) -> int:
+        """Positions of a sequence that the cross-decoder and the head compute."""
+        return self.seq_length if self.num_queries is None else self.num_queries
+
+    @property
     def query_share(self) -> float:
         """Of the positions of a sequence, those that the cross-decoder and the head compute."""
-        return 1.0 if self.num_queries is None else self.num_queries / self.seq_length
+        return self.computed_queries / self.seq_length
 
     @property
     def vocab_rows(self) -> int:

@@ -71,7 +71,7 @@ def cross_attention_bytes_of_run(args: Namespace, shape: ModelShape) -> dict[str
         shape,
         args.context_parallel_size,
         args.seq_length,
-        args.seq_length if shape.num_queries is None else shape.num_queries,
+        shape.computed_queries,
         args.micro_batch_size,
         forward_passes=2 if recomputes_cross_attention(args) else 1,
     )
@@ -112,7 +112,7 @@ def received_bytes(
         shape,
         ranks,
         shape.seq_length,
-        shape.seq_length if shape.num_queries is None else shape.num_queries,
+        shape.computed_queries,
         micro_batch_size,
         bytes_per_value,
         forward_passes=1 if keep_cross_attention else forward_passes,

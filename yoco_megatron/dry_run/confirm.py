@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -58,7 +58,7 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     without = leave_out_flags_of_gpus(args)
     shape, mesh = ModelShape.from_args(args), Mesh.from_args(args)
     stages = plan.parts() if plan else even_stages(args, shape)
-    records = list(_run(main, argv, mesh.distinct_ranks(stages), world_size, jobs))
+    records = _run(main, argv, mesh.distinct_ranks(stages), world_size, jobs)
     problems = [
         *mismatched_calls(records),
         *off_the_formulas(records, mesh, args, shape, stages),
@@ -67,7 +67,7 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     return Confirmed(mesh, records, without, problems)
 
 
-def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, jobs: int) -> Iterator[RankRecord]:
+def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, jobs: int) -> list[RankRecord]:
     """Each rank in a child of its own, `jobs` at a time, in the order of `ranks`."""
     context = multiprocessing.get_context("fork")  # what is imported is imported once
     waiting, records = list(ranks), {}
@@ -95,7 +95,7 @@ def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, job
                         other.kill()
                     raise ValueError(f"rank {rank} of {world_size} {result}")
                 records[rank] = result
-    return iter([records[rank] for rank in ranks])
+    return [records[rank] for rank in ranks]
 
 
 def _child(main: Main, argv: list[str], rank: int, world_size: int, answer: Connection, log: Path, parent: int) -> None:

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from yoco_megatron.costs.memory import data_parallel_size
 from yoco_megatron.costs.stage_time import Parts
 from yoco_megatron.utils.errors import require
 
@@ -32,8 +33,7 @@ class Mesh:
         """Raises ValueError for another order of ranks."""
         require(not args.use_tp_pp_dp_mapping, "--use-tp-pp-dp-mapping: confirm does not know that order of ranks")
         tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-        pp = args.pipeline_model_parallel_size
-        return cls(Place(tp, cp, args.world_size // (tp * cp * pp), pp))
+        return cls(Place(tp, cp, data_parallel_size(args), args.pipeline_model_parallel_size))
 
     def rank(self, place: Place) -> int:
         """At `place`."""

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from yoco_megatron.costs.memory import data_parallel_size
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run
 from yoco_megatron.parallel.pipeline import planner
@@ -59,8 +60,7 @@ def set_layout(args: Namespace, plan: StagePlan) -> None:
 
 def sequences_at_a_time(args: Namespace) -> int:
     """One micro-batch on each data-parallel rank."""
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    return args.micro_batch_size * (args.world_size // model)
+    return args.micro_batch_size * data_parallel_size(args)
 
 
 def check_micro_batches(args: Namespace, stages: int) -> None:
