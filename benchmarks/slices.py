@@ -44,8 +44,13 @@ class Job:
         return (self.folder / "done").exists()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How runs are made."""
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Of what and how runs are made; they lie in runs/`name`."""
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / name, help="of text and runs")
+    parser.add_argument("--text", type=Path, help="folder of text; default: the site-packages of this Python")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--size", default="160m", help="a size of configs/model")
+    parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--flags", default="", help="more flags for every run")
     parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
     parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
