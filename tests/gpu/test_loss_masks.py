@@ -3,28 +3,21 @@
 bf16, one step's loss: sums in another order, as in test_training.py.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from gpu.test_training import LOSS_NOISE, pretrain
 from support.datasets import write
 
 from yoco_megatron.parallel.context.query_shard import QueryShard
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--config configs/model/yoco_tiny.yaml --tokenizer-type NullTokenizer --vocab-size 1000 --seq-length 1024 "
     "--max-position-embeddings 1024 --micro-batch-size 2 --global-batch-size 16 --train-iters 4 --lr 1e-3 "
     "--log-interval 1 --eval-iters 0 --bf16 --split 1,0,0 --use-distributed-optimizer"
 )
-LOSS_NOISE = 2e-2
 
 
 def test_the_host_does_not_wait() -> None:
@@ -46,17 +39,7 @@ def test_the_host_does_not_wait() -> None:
 
 
 def losses(gpus: int, flags: str) -> list[float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-    run = subprocess.run(
-        [*command, "pretrain_yoco.py", *FLAGS.split(), *flags.split()],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-    return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", run.stdout)]
+    return pretrain(f"{FLAGS} {flags}", gpus, CUDA_DEVICE_MAX_CONNECTIONS="1")
 
 
 @pytest.fixture(scope="module")

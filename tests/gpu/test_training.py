@@ -20,9 +20,9 @@ TINY = (
 LOSS_NOISE = 2e-2
 
 
-def log_of(flags: str, **env: str) -> str:
-    """What `torchrun --nproc-per-node 1 pretrain_yoco.py flags` prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+def log_of(flags: str, gpus: int = 1, **env: str) -> str:
+    """What `torchrun --nproc-per-node GPUS pretrain_yoco.py flags` prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     run = subprocess.run(
         [*command, "pretrain_yoco.py", *flags.split()],
         cwd=ROOT,
@@ -43,9 +43,9 @@ def losses_in(log: str) -> list[float]:
     return [float(value) for value in re.findall(r"lm loss: ([0-9.E+-]+) \|", log)]
 
 
-def pretrain(flags: str, **env: str) -> list[float]:
+def pretrain(flags: str, gpus: int = 1, **env: str) -> list[float]:
     """Losses by iteration of a run."""
-    return losses_in(log_of(flags, **env))
+    return losses_in(log_of(flags, gpus, **env))
 
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)
