@@ -117,7 +117,8 @@ def _complexity(plan: Plan) -> tuple[int, ...]:
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     kinds = sum(size > 1 for size in (*sizes, len(plan.stages) // sizes[1]))
     recompute = {None: int(args.recompute_elementwise), "selective": 2, "full": 3}[args.recompute_granularity]
-    return int(plan.crosses_nodes), kinds, recompute, sizes[0] * sizes[1] * sizes[2], -args.micro_batch_size
+    product_of_sizes, chunks = sizes[0] * sizes[1] * sizes[2], len(plan.stages) // sizes[1]
+    return int(plan.crosses_nodes), kinds, recompute, product_of_sizes, chunks, -args.micro_batch_size
 
 
 def _meshes(args: Namespace, own: dict[str, Any]) -> Iterator[Namespace]:
