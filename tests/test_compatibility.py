@@ -17,6 +17,7 @@ from support.tools import run
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
+from yoco_megatron.checkpoint import architecture
 from yoco_megatron.mixers import options_of_others
 
 RELEASE = Path(__file__).parent / "fixtures/release_0.1"
@@ -102,9 +103,7 @@ def test_exported_folder_comes_back(released, tmp_path):
     dcp_to_torch_save(back / "release", tmp_path / "whole.pt")
     ours = model_tensors(torch.load(tmp_path / "whole.pt", weights_only=False))
     assert_same_tensors(ours, model_tensors(checkpoint(released / "checkpoint", SAVED)))
-    architectures = [
-        json.loads((folder / "architecture.json").read_text()) for folder in (back, released / "checkpoint")
-    ]
+    architectures = [architecture.read(folder) for folder in (back, released / "checkpoint")]
     of_others = options_of_others(architectures[0]["self_decoder"])  # which no longer travel with a model
     ours, theirs = ({name: value for name, value in one.items() if name not in of_others} for one in architectures)
     assert ours == theirs

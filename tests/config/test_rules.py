@@ -70,6 +70,11 @@ MISTAKES = {
     "no groups": ({"num-query-groups": 0}, ["num-query-groups 0"]),
     "groups without their switch": ({"group-query-attention": None}, ["num-query-groups 4", "group-query-attention"]),
     "groups, self": ({"self-decoder-query-groups": 3}, ["self-decoder-query-groups 3", "self-decoder-heads 4"]),
+    "K,V for unequal groups of layers": (
+        {"num-layers": 6, "shared-kv-sets": 2},
+        ["cross-decoder layers 3", "shared-kv-sets 2"],
+    ),
+    "no K,V": ({"shared-kv-sets": 0}, ["shared-kv-sets 0", "at least 1"]),
     "groups of retention": (
         {**RETENTION, "self-decoder-query-groups": 2},
         ["self-decoder-query-groups", "sliding_window"],
@@ -192,6 +197,7 @@ IN_PYTHON = {
     "--num-self-decoder-layers": {"num_self_decoder_layers": 4},
     "--self-decoder-heads": {"self_decoder_heads": 12},
     "--num-query-groups": {"num_query_groups": 3},
+    "--shared-kv-sets": {"shared_kv_sets": 3},
     "--self-decoder-window": {"self_decoder_window": 0},
     "--loss-chunk-size": {"loss_chunk_size": -1},
     "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},

@@ -19,6 +19,8 @@ from yoco_megatron.utils.small_files import BadFile, read_json
 FILE_NAME = "architecture.json"
 # Flags that change the function but not the parameter shapes.
 SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
+# What older versions did not write, and how it was.
+ALWAYS_WAS = {"shared_kv_sets": 1}
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
@@ -42,7 +44,8 @@ def save(args: Namespace, folder: str) -> Path:
 
 def read(folder: str | Path) -> dict[str, Any]:
     """What the architecture.json in `folder` says; {} without one. Raises BadFile for one that is damaged."""
-    return read_json(Path(folder) / FILE_NAME, _Recorded, missing={}, fix=FIX)
+    saved = read_json(Path(folder) / FILE_NAME, _Recorded, missing={}, fix=FIX)
+    return ALWAYS_WAS | saved if saved else saved
 
 
 def check_loadable(args: Namespace) -> None:

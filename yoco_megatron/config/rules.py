@@ -58,6 +58,13 @@ def check_sizes(config: Any) -> None:
         f"--num-self-decoder-layers {n_self} must lie between 0 and --num-layers - 1 = {config.num_layers - 1}: "
         "at least one layer has to read the shared K,V (for a model without one use --architecture transformer)",
     )
+    require_divides(
+        config.shared_kv_sets,
+        config.num_layers - n_self,
+        "the number of cross-decoder layers",
+        "--shared-kv-sets",
+        "groups of as many layers read one K,V each",
+    )
     require_divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
     self_groups, fix = config.self_decoder_query_groups, "each K,V head serves a whole group"
     require_divides(self_groups, self_heads, "--self-decoder-heads", "--self-decoder-query-groups", fix)
@@ -74,6 +81,7 @@ def check_sizes(config: Any) -> None:
 def check_model(config: Any) -> None:
     """Rules of a YOCO without its mesh, and of tensor parallelism. `config` has the fields of YOCOConfig, resolved."""
     check_sizes(config)
+    require(config.shared_kv_sets == 1, "--shared-kv-sets above 1 is not built yet")
     check_loss_chunk(config)
     require(
         not (config.recompute_elementwise and config.fp8),

@@ -35,6 +35,10 @@ class YOCOFields:
     decay_temperature: float = 16.0
     """tau of gated retention: decay = sigmoid(x w)^(1/tau) (paper equation 5)."""
 
+    shared_kv_sets: int = 1
+    """Sets of K,V that the self-decoder's output is projected to; each is read by an equal group of neighbouring
+    cross-decoder layers. The paper has one. The cache grows with their number."""
+
     rope_variant: Literal["yoco", "standard"] = "yoco"
     """yoco: frequencies theta^-linspace(0,1), interleaved pairs (the authors' code). standard: theta^(-2j/d), with the
     pairing that --rotary-interleaved chooses."""

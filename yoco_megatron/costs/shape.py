@@ -13,7 +13,7 @@ K,V heads of width D, V vocabulary):
 """
 
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
 from yoco_megatron.config.resolve import resolved
@@ -50,6 +50,8 @@ class ModelShape:
     seq_length: int
     tied: bool
     """The output layer is the embedding matrix."""
+    shared_kv_sets: int = 1
+    """K,V that groups of cross-decoder layers share; `num_query_groups` and `kv_channels` are those of each."""
     num_queries: int | None = None
     """Last positions of a sequence that the cross-decoder and the head compute (--loss-suffix); None for all."""
 
@@ -103,7 +105,9 @@ class ModelShape:
         sizes = vars(resolved(args)) | {"tied": not args.untie_embeddings_and_output_weights}
         if args.architecture == "transformer":
             sizes |= {field.name: 0 for field in fields(cls) if "self_decoder_" in field.name}
-        read: dict[str, Any] = {field.name: sizes.get(field.name) for field in fields(cls)}
+        # The flags of an older run lack newer sizes, which have defaults.
+        named = [field.name for field in fields(cls) if field.name in sizes or field.default is MISSING]
+        read: dict[str, Any] = {name: sizes.get(name) for name in named}
         return cls(**read)
 
 

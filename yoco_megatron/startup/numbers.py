@@ -29,6 +29,7 @@ ABOVE_ZERO = {
     "num_distributed_optimizer_instances",
     "num_layers",
     "num_query_groups",
+    "shared_kv_sets",
     "recompute_num_layers",
     "rotary_base",
     "seed",
