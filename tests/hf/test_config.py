@@ -27,6 +27,9 @@ WRONG = [
     ("self_decoder_key_value_heads", 3),
     ("num_self_decoder_layers", 4),
     ("num_self_decoder_layers", -1),
+    ("shared_kv_sets", 0),
+    ("shared_kv_sets", 3),  # of two cross-decoder layers
+    ("shared_kv_sets", None),
     ("sliding_window", -1),
     ("sliding_window", 0),
     ("sliding_window", None),

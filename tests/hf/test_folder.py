@@ -58,6 +58,7 @@ def saved(request, tmp_path_factory) -> tuple[YocoForCausalLM, Path]:
     config = small_config(
         request.param,
         sliding_window=6,
+        shared_kv_sets={"sliding_window": 2}.get(request.param, 1),
         pad_token_id=0,
         auto_map={
             "AutoConfig": "configuration_yoco.YocoConfig",

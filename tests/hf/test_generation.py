@@ -16,11 +16,17 @@ CLOSE = 1e-5
 VOCAB, NEW, PROMPT = 257, 24, 37
 
 
-@pytest.fixture(params=SELF_DECODERS)
+MODELS = {kind: dict(self_decoder=kind, num_hidden_layers=6) for kind in SELF_DECODERS}
+MODELS["two sets of K,V"] = dict(
+    self_decoder="sliding_window", num_hidden_layers=7, num_self_decoder_layers=3, shared_kv_sets=2
+)
+
+
+@pytest.fixture(params=MODELS)
 def model(request) -> YocoForCausalLM:
     torch.manual_seed(3)
-    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=6)
-    return YocoForCausalLM(small_config(request.param, **sizes, max_position_embeddings=512, pad_token_id=0)).eval()
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, max_position_embeddings=512, pad_token_id=0)
+    return YocoForCausalLM(small_config(**MODELS[request.param], **sizes)).eval()
 
 
 def prompts(batch: int = 2, length: int = PROMPT, seed: int = 0) -> torch.Tensor:
@@ -68,15 +74,15 @@ def test_steps_equal_one_forward(model):
 
 @torch.no_grad()
 def test_the_cache_is_small(model):
-    """One global entry; the self-decoder's do not grow."""
+    """One global entry a set of K,V; the self-decoder's do not grow."""
     config, sizes = model.config, []
     for length in (40, 80):
         cache = DynamicCache(config=config)
         model(prompts(1, length), past_key_values=cache, logits_to_keep=1)
         sizes.append(cache_elements(cache))
     for length, size in zip((40, 80), sizes):
-        assert size[3] == 2 * length * config.num_key_value_heads * config.head_dim
-        assert size[4:] == [0, 0]
+        entry = 2 * length * config.num_key_value_heads * config.head_dim
+        assert size[3:] == {1: [entry, 0, 0], 2: [entry, 0, entry, 0]}[config.shared_kv_sets]
     assert sizes[0][:3] == sizes[1][:3]
     if config.self_decoder == "gated_retention":
         assert sizes[0][0] == config.hidden_size * config.self_decoder_head_dim

@@ -13,7 +13,8 @@ LENGTH, PROMPT = 20, 13
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> YocoForCausalLM:
     torch.manual_seed(1)
-    return YocoForCausalLM(small_config(request.param)).double().train()
+    kind, _, sets = request.param.partition(", sets ")
+    return YocoForCausalLM(small_config(kind, shared_kv_sets=int(sets or 1))).double().train()
 
 
 def loss_and_gradients(
@@ -25,7 +26,7 @@ def loss_and_gradients(
     return [out.loss.detach(), *(param.grad.clone() for param in model.parameters())]
 
 
-@pytest.mark.parametrize("model", SELF_DECODERS, indirect=True)
+@pytest.mark.parametrize("model", [*SELF_DECODERS, "gated_retention, sets 2"], indirect=True)
 @pytest.mark.parametrize("padded", [False, True])
 def test_loss_and_gradients_are_those_of_all_positions(model: YocoForCausalLM, padded: bool) -> None:
     tokens = torch.randint(0, 64, (2, LENGTH))

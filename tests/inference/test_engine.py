@@ -59,7 +59,7 @@ def test_bytes(model):  # noqa: F811
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * 64 * config.hidden_size,  # a ring of 8 slots takes a tile of 64
     }[config.self_decoder]
-    shared = 2 * 192 * config.num_key_value_heads * config.head_dim
+    shared = config.shared_kv_sets * 2 * 192 * config.num_key_value_heads * config.head_dim
     assert engine.cache.nbytes() == 4 * 2 * (3 * fixed + shared)
 
 

@@ -65,7 +65,7 @@ def test_cache_bytes(model):  # noqa: F811
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * (config.sliding_window - 1) * config.hidden_size,
     }[config.self_decoder]
-    elements = 3 * fixed + 2 * tokens * config.num_key_value_heads * config.head_dim
+    elements = 3 * fixed + config.shared_kv_sets * 2 * tokens * config.num_key_value_heads * config.head_dim
     assert decoder.nbytes() == 4 * elements
 
 

@@ -23,6 +23,7 @@ SIZES = (
     "max_position_embeddings",
     "num_hidden_layers",
     "sliding_window",
+    "shared_kv_sets",
 )
 # Numbers and what they must lie between, inclusive.
 NUMBERS = {
@@ -44,9 +45,11 @@ else:
 class YocoConfig(PreTrainedConfig):
     """Sizes and switches of a YOCO.
 
-    `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the cross-decoder and the one shared K,V; the
+    `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the cross-decoder and its shared K,V; the
     self-decoder has `self_decoder_heads` heads of width hidden_size / self_decoder_heads, and, with a sliding window,
     `self_decoder_key_value_heads`. `sliding_window` counts the keys that a query sees, itself included.
+
+    Of `shared_kv_sets` K,V each is read by equally many neighbouring cross-decoder layers; the paper has one.
 
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
@@ -86,6 +89,7 @@ class YocoConfig(PreTrainedConfig):
     self_decoder_heads: int | NotGiven = None
     self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
+    shared_kv_sets: int = 1
     decay_temperature: float | int = 16.0
     rope_theta: float | int = 10000.0
     rope_variant: str = "yoco"
@@ -201,6 +205,10 @@ class YocoConfig(PreTrainedConfig):
                 f"num_self_decoder_layers {self.num_self_decoder_layers} must lie between 0 and num_hidden_layers - 1"
             )
 
+        cross = self.num_hidden_layers - self.num_self_decoder_layers
+        if cross % self.shared_kv_sets:
+            raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
+
     @property
     def self_decoder_head_dim(self) -> int:
         """Width of one self-decoder head."""
@@ -208,9 +216,10 @@ class YocoConfig(PreTrainedConfig):
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """transformers' caches read this: the first cross layer stores the K,V, the others reuse them."""
-        own, cross = self.num_self_decoder_layers, self.num_hidden_layers - self.num_self_decoder_layers
-        return [*([None] * own), "store", *(["reuse"] * (cross - 1))]
+        """transformers' caches read this: the first cross layer of a set's stores its K,V, the others reuse them."""
+        own, sets = self.num_self_decoder_layers, self.shared_kv_sets
+        readers = (self.num_hidden_layers - own) // sets
+        return [None] * own + ["store", *["reuse"] * (readers - 1)] * sets
 
 
 __all__ = ["YocoConfig"]

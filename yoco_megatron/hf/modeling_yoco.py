@@ -3,7 +3,8 @@
     X^0 = sqrt(h) E[tokens] -> self-decoder (gated retention or sliding window) -> one K^,V^ -> cross-decoder -> head
 
 The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
-the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1).
+the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1). With
+`shared_kv_sets` above 1 there are so many K^,V^, each for a group of cross layers.
 
 Shapes: b batch, s new tokens, h hidden, H heads, D head width; attention and retention work on [b, H, s, D].
 """
@@ -337,24 +338,33 @@ class YocoGatedRetention(nn.Module):
 
 
 class YocoSharedKV(nn.Module):
-    """The one K^,V^ of the model, projected from the self-decoder's output; also its one global cache entry."""
+    """The sets of K^,V^ of the model, projected from the self-decoder's output; also its global cache entries.
 
-    def __init__(self, config: YocoConfig, layer_idx: int):
+    Rows of the projections are ordered by head, and for one head by set: tensor parallelism cuts between heads.
+    """
+
+    def __init__(self, config: YocoConfig):
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.config, self.head_dim = config, config.head_dim
+        # Each set's place in the cache: that of the first layer that reads it.
+        self.layer_indices = [i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store"]
+        width = config.num_key_value_heads * config.shared_kv_sets * self.head_dim
         self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
 
-    def forward(self, x, rotary, past_key_values: Cache | None = None):
-        x = self.norm(x)
+    def forward(self, x, rotary, past_key_values: Cache | None = None) -> list[tuple]:
+        x, sets = self.norm(x), len(self.layer_indices)
         k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
         v = split_heads(self.v_proj(x), self.head_dim)
-        return (k, v) if past_key_values is None else past_key_values.update(k, v, self.layer_idx)
+        pairs = [(k[:, i::sets], v[:, i::sets]) for i in range(sets)]
+        if past_key_values is None:
+            return pairs
+        return [past_key_values.update(*pair, index) for pair, index in zip(pairs, self.layer_indices)]
 
 
 class YocoCrossAttention(YocoAttention):
-    """Queries of one cross-decoder layer over the shared K^,V^."""
+    """Queries of one cross-decoder layer over a set of the shared K^,V^."""
 
     def __init__(self, config: YocoConfig, layer_idx: int):
         super().__init__(config, layer_idx, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -414,7 +424,7 @@ class YocoModel(YocoPreTrainedModel):
         mixer = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}[config.self_decoder]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i)) for i in range(border))
-        self.shared_kv = YocoSharedKV(config, border)
+        self.shared_kv = YocoSharedKV(config)
         self.cross_layers = nn.ModuleList(
             YocoLayer(config, YocoCrossAttention(config, i)) for i in range(border, config.num_hidden_layers)
         )
@@ -442,7 +452,7 @@ class YocoModel(YocoPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        length, shared = x.shape[1], self.shared_kv.layer_idx
+        length, shared = x.shape[1], self.shared_kv.layer_indices[0]
         documents, seq_idx = None, kwargs.pop("seq_idx", None)
         if past_key_values is None and (attention_mask is None or getattr(attention_mask, "ndim", 4) == 4):
             documents = documents_of(position_ids, x.shape[0], length, kwargs.get("cu_seq_lens_q"), seq_idx)
@@ -474,9 +484,10 @@ class YocoModel(YocoPreTrainedModel):
             own = {"mask": self_mask, "past_key_values": past_key_values, "documents": documents}
             x = layer(x, rotary=rotary, **own, **kwargs)
         rotary = self.cross_rotary(position_ids)
-        k, v = self.shared_kv(x, rotary, past_key_values)
+        sets = self.shared_kv(x, rotary, past_key_values)
         x, rotary = x[:, length - kept :], tuple(t[:, length - kept :] for t in rotary)
-        for layer in self.cross_layers if kept else ():
+        for index, layer in enumerate(self.cross_layers if kept else ()):
+            k, v = sets[index * len(sets) // len(self.cross_layers)]
             x = layer(x, k, v, rotary=rotary, mask=cross_mask, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x[:, kept - last :]), past_key_values=past_key_values
@@ -513,7 +524,7 @@ class YocoModel(YocoPreTrainedModel):
         implementation = self.config._attn_implementation
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             return None
-        length, shared = x.shape[1], self.shared_kv.layer_idx
+        length, shared = x.shape[1], self.shared_kv.layer_indices[0]
         keys, first_key, seen = length, 0, 0
         if past_key_values is not None:
             keys, first_key = past_key_values.get_mask_sizes(length, shared)
