@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 NEW, LENGTHS = 24, (5, 40, 200, 333)
 
 
-def make_tiny(folder: Path) -> None:
+def make_tiny(folder: Path, shared_kv_sets: int) -> None:
     """A random model with every shape different; needs yoco_megatron/hf on the path."""
     import shutil
 
@@ -36,8 +36,9 @@ def make_tiny(folder: Path) -> None:
         vocab_size=512,
         hidden_size=256,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_self_decoder_layers=2,
+        shared_kv_sets=shared_kv_sets,
         num_attention_heads=8,
         num_key_value_heads=2,
         self_decoder="sliding_window",
@@ -63,9 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tiny", action="store_true", help="make a small random model in that folder first")
+    parser.add_argument("--shared-kv-sets", type=int, default=1, help="of the small model, which has 4 cross layers")
     options = parser.parse_args()
     if options.tiny:
-        make_tiny(options.model)
+        make_tiny(options.model, options.shared_kv_sets)
 
     import torch
     from transformers import AutoModelForCausalLM

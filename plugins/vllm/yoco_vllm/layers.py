@@ -1,4 +1,4 @@
-"""Layers of a YOCO in vLLM: window attention, the one shared K,V, and cross attention that only reads it.
+"""Layers of a YOCO in vLLM: window attention, the shared K,V, and cross attention that only reads them.
 
 Shapes: t tokens of all sequences of a step, h hidden; heads are this tensor-parallel rank's.
 """
@@ -54,15 +54,15 @@ class Rotary(nn.Module):
 
 
 class KVWriter(Attention):
-    """The one global K,V cache: an attention layer whose cache is written and that is never called."""
+    """A global K,V cache: an attention layer whose cache is written and that is never called."""
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """k, v [t, heads * width] into the pages of this step's tokens."""
+        """k, v [t, heads, width] into the pages of this step's tokens."""
         if self.attn_backend.forward_includes_kv_cache_update:
             raise ValueError(
                 f"attention backend {self.attn_backend.get_name()} writes its cache inside attention; choose FLASH_ATTN"
             )
-        k, v = (t.view(-1, self.num_kv_heads, self.head_size) for t in (k, v))
+        k, v = k.contiguous(), v.contiguous()
         if self.use_direct_call:
             unified_kv_cache_update(k, v, self.layer_name)
         else:
@@ -128,29 +128,40 @@ class CrossAttention(nn.Module):
 
 
 class SharedKV(nn.Module):
-    """Projects the self-decoder's output to the one K,V, and writes it to the cache."""
+    """Projects the self-decoder's output to the sets of K,V, and writes each to its cache, of the name in `writers`.
 
-    def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
+    Rows of the projections are ordered by head, and for one head by set.
+    """
+
+    def __init__(self, config, vllm: VllmConfig, prefix: str, writers: list[str]) -> None:
         super().__init__()
-        width, groups = config.head_dim, config.num_key_value_heads
+        width, groups, sets = config.head_dim, config.num_key_value_heads, len(writers)
+        self.shape = (-1, sets, width)
         self.rotary = Rotary(config, width)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         common = {"bias": False, "quant_config": vllm.quant_config}
-        self.k_proj = ColumnParallelLinear(config.hidden_size, groups * width, prefix=f"{prefix}.k_proj", **common)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, groups * width, prefix=f"{prefix}.v_proj", **common)
-        self.attn = KVWriter(
-            share(config.num_attention_heads, "attention heads"),
-            width,
-            width**-0.5,
-            num_kv_heads=share(groups, "K,V heads"),
-            cache_config=vllm.cache_config,
-            quant_config=vllm.quant_config,
-            prefix=f"{prefix}.attn",
+        rows = groups * sets * width
+        self.k_proj = ColumnParallelLinear(config.hidden_size, rows, prefix=f"{prefix}.k_proj", **common)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, rows, prefix=f"{prefix}.v_proj", **common)
+        self.writers = nn.ModuleList(
+            KVWriter(
+                share(config.num_attention_heads, "attention heads"),
+                width,
+                width**-0.5,
+                num_kv_heads=share(groups, "K,V heads"),
+                cache_config=vllm.cache_config,
+                quant_config=vllm.quant_config,
+                prefix=name,
+            )
+            for name in writers
         )
 
     def forward(self, positions: Tensor, x: Tensor) -> None:
         x = self.norm(x)
-        self.attn.write(self.rotary(positions, self.k_proj(x)[0]), self.v_proj(x)[0])
+        k, v = self.rotary(positions, self.k_proj(x)[0]), self.v_proj(x)[0]
+        of_sets = (t.unflatten(-1, self.shape).unbind(2) for t in (k, v))
+        for writer, k_of_set, v_of_set in zip(self.writers, *of_sets):
+            writer.write(k_of_set, v_of_set)
 
 
 class MLP(nn.Module):

@@ -1,6 +1,8 @@
 """YOCO in vLLM: windows in the self-decoder, ONE global K,V cache for the whole cross-decoder.
 
-All cross layers share the cache of `SharedKV`'s writer, so they are the trailing run of sharing layers that
+(With `shared_kv_sets` above 1 one for each set, which a group of cross layers reads.)
+
+All cross layers share caches of `SharedKV`'s writers, so they are the trailing run of sharing layers that
 `--kv-sharing-fast-prefill` knows: with it, prompt tokens never enter the cross-decoder, except those whose logits are
 needed.
 """
@@ -51,15 +53,16 @@ class YocoModel(nn.Module):
         def layer(name: str, mixer: type, *more: str) -> Layer:
             return Layer(config, vllm_config, name, mixer(config, vllm_config, f"{name}.mixer", *more))
 
-        # vLLM needs exactly one number in a name, all different: the owner of the cache counts as a layer.
-        writer = f"{prefix}.shared_kv.{split_layer}"
+        # vLLM needs exactly one number in a name, all different: the owners of the caches count as layers.
+        sets, cross = getattr(config, "shared_kv_sets", 1), config.num_hidden_layers - split_layer
+        writers = [f"{prefix}.shared_kv.{split_layer + i}.attn" for i in range(sets)]
         self.self_layers = nn.ModuleList(
             layer(f"{prefix}.self_layers.{i}", SlidingAttention) for i in range(split_layer)
         )
-        self.shared_kv = SharedKV(config, vllm_config, writer)
+        self.shared_kv = SharedKV(config, vllm_config, f"{prefix}.shared_kv", writers)
         self.cross_layers = nn.ModuleList(
-            layer(f"{prefix}.cross_layers.{i + 1}", CrossAttention, f"{writer}.attn")
-            for i in range(split_layer, config.num_hidden_layers)
+            layer(f"{prefix}.cross_layers.{split_layer + sets + i}", CrossAttention, writers[i * sets // cross])
+            for i in range(cross)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
