@@ -23,6 +23,7 @@ SAME = {
     "num_attention_heads": "num_attention_heads",
     "num_key_value_heads": "num_query_groups",
     "head_dim": "kv_channels",
+    "shared_kv_sets": "shared_kv_sets",
     "self_decoder": "self_decoder",
     "self_decoder_heads": "self_decoder_heads",
     "self_decoder_key_value_heads": "self_decoder_query_groups",
@@ -181,6 +182,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
     mixer = get_mixer(config.self_decoder)
     no = {
         f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
+        "second set of shared K,V": config.shared_kv_sets > 1,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
         "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads

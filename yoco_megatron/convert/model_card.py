@@ -29,7 +29,7 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 |---|---|
 {rows}
 
-The cache of a sequence is {per_token:,} bytes a token for the one global K,V and {fixed:,} bytes of {what} whatever its
+The cache of a sequence is {per_token:,} bytes a token for {kv} and {fixed:,} bytes of {what} whatever its
 length. Prompts are prefilled without the cross-decoder.
 """
 
@@ -49,6 +49,7 @@ def model_card(source: Source, dtype: str) -> str:
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
         "self-decoder heads": str(config.self_decoder_heads),
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
+        "shared K,V sets": str(config.shared_kv_sets),
         "vocabulary": f"{config.vocab_size:,} rows",
         "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies",
         "trained to length": f"{facts.get('seq_length') or config.max_position_embeddings:,}",
@@ -63,6 +64,7 @@ def model_card(source: Source, dtype: str) -> str:
         kind={"megatron": "training"}.get(source.kind, source.kind),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         per_token=per_token,
+        kv="the one global K,V" if config.shared_kv_sets == 1 else f"{config.shared_kv_sets} global sets of K,V",
         fixed=fixed,
         what=shape.mixer.require("cache"),
     )

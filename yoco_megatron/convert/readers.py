@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from yoco_megatron.checkpoint import safe_unpickling
+from yoco_megatron.checkpoint.architecture import ALWAYS_WAS
 from yoco_megatron.checkpoint.common_state import common_state
 from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of, tracked
 from yoco_megatron.config.yaml_files import load_config_files
@@ -341,7 +342,8 @@ def _hf(folder: Path, _: int | None) -> Source:
         "converted" + ("; use --from fla" if architecture == "YOCOForCausalLM" else ""),
     )
     # Every writer gives them all; a default in the place of a misspelt one would be another model.
-    missing = [name for name in config_fields.SAME if name not in config]
+    asked = [name for name, theirs in config_fields.SAME.items() if theirs not in ALWAYS_WAS]
+    missing = [name for name in asked if name not in config]
     _require(not missing, f"{file} lacks {', '.join(missing)}{nearest(missing[0], config) if missing else ''}")
     described = _described(file, YocoConfig.from_dict, config)
     tensors = SafeTensors(folder)

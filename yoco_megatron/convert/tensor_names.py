@@ -21,7 +21,7 @@ def shapes(config: Any) -> dict[str, Shape]:
     A tied head is the embedding, and has no entry.
     """
     h, ffn, split_layer = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q, kv = config.num_attention_heads * config.head_dim, _kv_heads_of_all_sets(config) * config.head_dim
     self_mixer = get_mixer(config.self_decoder).tensors(sizes(config))
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers):
@@ -38,6 +38,11 @@ def shapes(config: Any) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, h)
     return found
+
+
+def _kv_heads_of_all_sets(config: Any) -> int:
+    """Of the shared K,V: rows of their projections are ordered by head, and for one head by set."""
+    return config.num_key_value_heads * config.shared_kv_sets
 
 
 def layer_name(config: Any, index: int) -> str:
@@ -94,7 +99,7 @@ def megatron(config: Any) -> list[Fused]:
     kv = ("model.shared_kv.k_proj.weight", "model.shared_kv.v_proj.weight")
     entries += [
         Fused("decoder.shared_kv.linear_kv.layer_norm_weight", ("model.shared_kv.norm.weight",)),
-        Fused("decoder.shared_kv.linear_kv.weight", kv, config.num_key_value_heads, (1, 1)),
+        Fused("decoder.shared_kv.linear_kv.weight", kv, _kv_heads_of_all_sets(config), (1, 1)),
         Fused("final_layernorm.weight", ("model.norm.weight",)),
     ]
     if not config.tie_word_embeddings:
