@@ -32,18 +32,24 @@ SIZES = dict(
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
+THREE_SETS = "three sets of K,V"
+
+
 def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
+    sets = 3 if kind == THREE_SETS else 1
+    kind = "gated_retention" if kind == THREE_SETS else kind
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
-        model = YocoForCausalLM(YocoConfig(**SIZES, self_decoder=kind, self_decoder_heads=2, sliding_window=100))
+        own = dict(self_decoder=kind, self_decoder_heads=2, sliding_window=100, shared_kv_sets=sets)
+        model = YocoForCausalLM(YocoConfig(**SIZES, **own))
     return model.to("cuda", dtype).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", [*SELF_DECODERS, "llama"])
+@pytest.mark.parametrize("kind", [*SELF_DECODERS, THREE_SETS, "llama"])
 def test_engine_equals_transformers(kind, dtype):
     model = build(kind, dtype)
     tokens = torch.randint(0, 512, (3, 700), generator=torch.Generator().manual_seed(1)).cuda()
