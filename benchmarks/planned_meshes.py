@@ -16,7 +16,7 @@ from pathlib import Path
 from record import record
 from runs import ROOT, Run, attempt, device_name
 
-from yoco_megatron.costs.card import CARDS, Card
+from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB
 from yoco_megatron.planning import flags
 from yoco_megatron.planning.mesh import Plan
@@ -143,13 +143,13 @@ def main() -> None:
     parts = [case.name for case in CASES] + ["fit"]
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--card", choices=list(CARDS), default="h100")
+    parser.add_argument("--card", default="h100", help="as tools/plan.py --card")
     parser.add_argument("--flags", default="", help="more flags for every run")
     parser.add_argument("--timeout", type=int, default=150, help="seconds of a run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
     options.device = device_name(options.gpus)
-    card = CARDS[options.card]
+    card = Card.of(options.card)
     for case in CASES:
         if case.name in options.only:
             ranking(case, card, options)

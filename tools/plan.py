@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from yoco_megatron.costs.card import CARDS
+from yoco_megatron.costs.card import SHIPPED, Card
 from yoco_megatron.planning import flags, report
 from yoco_megatron.planning.mesh import Plan
 from yoco_megatron.planning.run import Site, plan_run
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         command.add_argument("--gpus", type=int, required=True)
-        command.add_argument("--card", choices=list(CARDS), default="h100")
+        command.add_argument("--card", default="h100", help=f"{', '.join(SHIPPED)}, or the file of a card")
         if name == "search":
             command.add_argument("--precisions", nargs="+", choices=["bf16", "fp8"], default=[], help="to try, of both")
             command.add_argument("--top", type=int, default=8, help="plans to print")
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> str:
     if own.command == "confirm":
         return _confirm(rest, own.gpus, own.jobs)
     args, given = flags.parse(rest, own.gpus)
-    card = CARDS[own.card]
+    card = Card.of(own.card)
     if own.command == "search":
         found = search(args, given, card, tuple(own.precisions))
         decided = settings(found.best, args)

@@ -1,8 +1,8 @@
 """Memory and seconds of a step, beside those that were measured on H100 and H200 (benchmarks/results.jsonl).
 
 The formulas of memory are derived from shapes; which tensors live at a peak was decided with these rows in sight. The
-rates of the card come from breakdowns of one and two GPUs. Largest errors of the time: small models and lengths, which
-the host bounds; FP8 at micro-batch 1; rows from before the host's work was cut.
+figures of the cards (yoco_megatron/costs/cards) come from breakdowns and from the rows marked `calibration`, which the
+test of the time leaves out.
 """
 
 import json
@@ -11,7 +11,7 @@ from statistics import median
 
 import pytest
 
-from yoco_megatron.costs.card import CARDS
+from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB
 from yoco_megatron.planning.flags import parse
 from yoco_megatron.planning.mesh import Plan
@@ -29,7 +29,7 @@ def errors(request) -> dict[str, list[tuple[float, str]]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(ROOT)  # flags name configs from there
             args, _ = parse(row["flags"].split(), row["gpus"])
-        plan = Plan.of(args, CARDS["h200" if "H200" in row["device"] else "h100"])
+        plan = Plan.of(args, Card.of("h200" if "H200" in row["device"] else "h100"))
         if "throughput" in row:
             seconds = args.global_batch_size * args.seq_length / row["gpus"] / row["throughput"]
         else:
@@ -69,7 +69,29 @@ def test_memory_of_a_loss_at_some_positions(errors):
     assert within(of_suffix, 0.025) == 5
 
 
+# Further off than 8%, and why. In the first five the host decides, in another way than the model knows.
+BEFORE = "before the host was spared (b538d1d): no kernel ran in 42% to 47% of such a step"
+OUTLIERS = {
+    "3b sliding_window 512 bf16, micro-batch 1": "a third slower from the seventh step on, for no known reason",
+    "3b gated_retention 4096 bf16 PP2xTP2 VP2 --tp-comm-overlap, micro-batch 2": BEFORE,
+    "3b gated_retention 4096 bf16 PP2xTP2 --tp-comm-overlap, micro-batch 2": BEFORE,
+    "3b GPT 4096 bf16 PP2xTP2 --tp-comm-overlap, micro-batch 2": BEFORE,
+    "3b gated_retention 4096 delayed-gather, micro-batch 4": "FP8 weights are cast one by one, from the host",
+    "13b gated_retention 4096 bf16 TP2xPP2 --tp-comm-overlap, micro-batch 1": "8 ms a layer, of which the host needs 7",
+    "3b gated_retention 4096 bf16 TP2xDP2, micro-batch 4": "before the loss stored its last chunk's logits",
+    "3b gated_retention 131072 bf16 CP4, loss on the last 4096, positions with loss": (
+        "each rank has 1,024 queries for 131,072 keys, too few to fill the card"
+    ),
+}
+
+
 def test_time(errors):
-    assert median(abs(error) for error, _ in errors["time"]) < 0.04
-    assert within(errors["time"], 0.10) >= 85
-    assert all(abs(error) < 0.30 for error, _ in errors["time"])
+    """Rows that no figure of a card was taken from."""
+    rows = [(*pair, row["device"]) for pair, row in zip(errors["time"], ROWS) if not row.get("calibration")]
+    held_out = [(error, case) for error, case, _ in rows]
+    assert len(held_out) == 92
+    assert median(abs(error) for error, _ in held_out) < 0.04
+    assert {case for error, case in held_out if abs(error) > 0.08} == OUTLIERS.keys()
+    assert all(abs(error) < 0.30 for error, _ in held_out)
+    of_h200 = [abs(error) for error, _, device in rows if "H200" in device]
+    assert len(of_h200) == 18 and median(of_h200) < 0.04

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from yoco_megatron.config.yaml_files import load_config_file
-from yoco_megatron.costs.card import CARDS, H100
+from yoco_megatron.costs.card import H100, Card
 from yoco_megatron.costs.memory import GIB, gpu_memory, in_flight
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_seconds
@@ -116,7 +116,7 @@ def test_one_error_where_nothing_fits():
 
 def test_more_memory_allows_more():
     args, own = parsed("--context-parallel-size", "1", "--micro-batch-size", "2", gpus=16)
-    h100, h200 = (search(args, own, CARDS[card]) for card in ("h100", "h200"))
+    h100, h200 = (search(args, own, Card.of(card)) for card in ("h100", "h200"))
     assert len(h200.plans) > len(h100.plans)
 
 
@@ -240,3 +240,17 @@ def test_runs_that_cannot_be(found):
         plan_run(Plan.of(args, H100), 10**12, Site())
     with pytest.raises(ValueError, match="makes no progress: a failure every 1 min"):
         plan_run(found[1].best, 10**12, Site(failures_per_gpu_hour=1.0))
+
+
+def test_a_transformers_stages_are_megatrons():
+    """By hand for 26 layers in four stages: with embedding and loss as a layer each, seven places a stage."""
+
+    def layers(*more: str) -> list[int]:
+        words = "--config configs/model/transformer_3b.yaml configs/recipe/scaling.yaml --vocab-size 100288"
+        words += " --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
+        args, _ = flags.parse([*words.split(), *more], 2)
+        return [stage["decoder"] for stage in Plan.of(args, H100).stages]
+
+    ends = ["--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"]
+    assert layers(*ends) == [6, 7, 7, 6]
+    assert sum(layers()) == 26

@@ -1,16 +1,27 @@
-"""`Card`: how fast a GPU is in training, and its links.
+"""`Card`: how fast a GPU is in training, and its links; read from a file, of which two are here (cards/).
 
-The figures come from breakdowns of one H100 (benchmarks/breakdown.py) and from two rows of two; none is fitted to the
-other rows that tests/costs/test_measured.py compares. The network's are assumed.
+    Card.of("h100")            # cards/h100.yaml
+    Card.of("my_node.yaml")    # as `tools/plan.py calibrate` writes it
+
+A file has the fields of `Card`, all of them, in the units of their names.
 """
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from yoco_megatron.costs.gpu_peak import TFLOPS
+from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.costs.stage_time import Rates
+from yoco_megatron.utils.errors import nearest
+from yoco_megatron.utils.small_files import BadFile, mismatch
+
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "cards").glob("*.yaml"))}
+TRANSFORMER_LAUNCH = 0.92  # of a YOCO layer's: 3B at 512 tokens a micro-batch, which the host bounds
+FP8_LAUNCH_MS = 1.8  # more a layer with FP8: 3B at micro-batch 1
+BLOCKWISE_RATE = 0.84  # of FP8's other recipes, whose products have one scale a tensor
 
 
 @dataclass(frozen=True)
@@ -29,57 +40,118 @@ class Link:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU in a node of `gpus_per_node`."""
+    """A GPU in a node. Rates are those of training, below what one kernel reaches alone."""
 
     name: str
-    gib: float
-    """Memory that a process can allocate."""
-    linear: float = 690e12
-    """FLOP/s of the layers' matrix products in bf16."""
-    linear_fp8: float = 1000e12
-    head_in_chunks: float = 638e12
-    """FLOP/s of head and loss in chunks (--loss-chunk-size)."""
-    head_at_once: float = 356e12
+    source: str
+    """Where the figures come from."""
+    memory_gib: float
+    """That a process can allocate."""
+    peak_tflops: float
+    """By the data sheet, bf16 without sparsity: MFU is a share of it."""
+    linear_tflops: float
+    """Of the layers' matrix products in bf16."""
+    linear_fp8_tflops: float
+    """In FP8, without casts."""
+    head_in_chunks_tflops: float
+    """Of head and loss in chunks (--loss-chunk-size)."""
+    head_at_once_tflops: float
     """And with Megatron's loss."""
-    attention: tuple[tuple[int, float], ...] = ((4096, 338e12), (32768, 430e12), (131072, 490e12))
-    """(tokens, FLOP/s) of causal attention; between these it grows with the logarithm of the length."""
-    elementwise: float = 4.2e-12
-    """As `Rates.elementwise`."""
-    optimizer: float = 1.92e-11
-    """Seconds a parameter of a rank's shard."""
-    fixed: float = 20e-3
-    """Seconds a step in which no kernel runs."""
-    launch: float = 3.3e-3
-    """Seconds of the host for the kernels of a layer, forward and backward."""
-    launch_tensor_parallel: float = 7.0e-3
+    attention_tflops: dict[int, float]
+    """{tokens: TFLOP/s} of causal attention; between these it grows with the logarithm of the length."""
+    mixing_tflops: dict[str, float]
+    """Of the self-decoder's mixers, {name: TFLOP/s}."""
+    elementwise_ps: float
+    """As `Rates.elementwise`: for a token and value of hidden and FFN width, forward."""
+    cast_ps: float
+    """To cast a value of a linear layer's input or output gradient to FP8."""
+    optimizer_ps: float
+    """For a parameter of a rank's shard."""
+    step_ms: float
+    """Of a step, in which no kernel runs."""
+    step_layer_ms: float
+    """And for each layer of a rank, whose parameters and gradients the host goes through."""
+    launch_ms: float
+    """Of the host for the kernels of a YOCO layer, forward and backward."""
+    launch_tensor_parallel_ms: float
     """The same with tensor parallelism."""
-    node: Link = Link(280e9, 12e-6)
-    network: Link = Link(40e9, 25e-6)
-    """Between nodes: one adapter of 400 Gbit/s a GPU, at 80%."""
-    gpus_per_node: int = 8
-    watts: float = 700.0
+    node_gb_per_s: float
+    node_latency_us: float
+    network_gb_per_s: float
+    """Between nodes, for each GPU."""
+    network_latency_us: float
+    gpus_per_node: int
+    watts: float
     """Of the GPU at full load, by its data sheet."""
+
+    @classmethod
+    def of(cls, name: str) -> "Card":
+        """A card by its name here, or by its file.
+
+        Raises:
+            ValueError: no such card; a file that lacks a field or has one too many, or a figure that is none.
+        """
+        path = SHIPPED.get(name, Path(name))
+        try:
+            content = {key.replace("-", "_"): value for key, value in load_config_file(path).items()}
+        except BadFile as error:
+            raise ValueError(f"--card {error}: give one of {', '.join(SHIPPED)} or the file of a card") from None
+        kinds = get_type_hints(cls)
+        for key in content:
+            if key not in kinds:
+                raise ValueError(f"--card {path}: no figure {key!r}{nearest(key, kinds)}")
+        for field in fields(cls):
+            if field.name not in content:
+                raise ValueError(f"--card {path}: {field.name} is missing: take it from {SHIPPED['h100']}")
+            wrong = mismatch(content[field.name], kinds[field.name], field.name) or _not_positive(content[field.name])
+            if wrong:
+                raise ValueError(f"--card {path}: {field.name}: {wrong}")
+        if not all(type(length) is int for length in content["attention_tflops"]):
+            raise ValueError(f"--card {path}: attention_tflops: write {{tokens: TFLOP/s, ...}}")
+        return cls(**content)
 
     @property
     def peak(self) -> float:
-        """FLOP/s by the data sheet, bf16."""
-        return TFLOPS[self.name] * 1e12
+        """FLOP/s."""
+        return self.peak_tflops * 1e12
 
     def link(self, span: int) -> Link:
         """Between ranks of a group that `span` neighbouring GPUs hold."""
-        return self.node if span <= self.gpus_per_node else self.network
+        if span <= self.gpus_per_node:
+            return Link(self.node_gb_per_s * 1e9, self.node_latency_us * 1e-6)
+        return Link(self.network_gb_per_s * 1e9, self.network_latency_us * 1e-6)
 
     def rates(self, args: Namespace) -> Rates:
         """Of these flags."""
+        linear = self.linear_tflops
+        if args.fp8:
+            linear = self.linear_fp8_tflops * (BLOCKWISE_RATE if args.fp8_recipe == "blockwise" else 1.0)
+        head = self.head_in_chunks_tflops if args.loss_chunk_size else self.head_at_once_tflops
         return Rates(
-            linear=self.linear_fp8 if args.fp8 else self.linear,
-            attention=_between(self.attention, args.seq_length),
-            output_layer=self.head_in_chunks if args.loss_chunk_size else self.head_at_once,
-            elementwise=self.elementwise * (1.05 if args.recompute_elementwise else 1.0),
+            linear=linear * 1e12,
+            attention=_between(self.attention_tflops, args.seq_length) * 1e12,
+            output_layer=head * 1e12,
+            elementwise=self.elementwise_ps * 1e-12 * (1.05 if args.recompute_elementwise else 1.0),
+            cast=self.cast_ps * 1e-12 if args.fp8 else 0.0,
+            mixing={mixer: rate * 1e12 for mixer, rate in self.mixing_tflops.items()},
         )
 
+    def launch(self, args: Namespace) -> float:
+        """Seconds of the host for the kernels of a layer, forward and backward, without recompute."""
+        bf16 = self.launch_ms if args.tensor_model_parallel_size == 1 else self.launch_tensor_parallel_ms
+        bf16 *= TRANSFORMER_LAUNCH if args.architecture == "transformer" else 1.0
+        return (bf16 + (FP8_LAUNCH_MS if args.fp8 else 0.0)) * 1e-3
 
-def _between(points: tuple[tuple[int, float], ...], length: int) -> float:
+
+def _not_positive(value: Any) -> str | None:
+    """What is no positive, finite number in a figure or in a mapping to figures."""
+    figures = list(value.values()) if isinstance(value, dict) else [] if isinstance(value, str) else [value]
+    wrong = [figure for figure in figures if not 0 < figure < math.inf]
+    return f"{wrong[0]} is not above 0" if wrong else None if figures or isinstance(value, str) else "it is empty"
+
+
+def _between(rates: dict[int, float], length: int) -> float:
+    points = sorted(rates.items())
     if length <= points[0][0]:
         return points[0][1]
     for (shorter, low), (longer, high) in pairwise(points):
@@ -88,5 +160,4 @@ def _between(points: tuple[tuple[int, float], ...], length: int) -> float:
     return points[-1][1]
 
 
-H100 = Card("H100", gib=79.1)
-CARDS = {"h100": H100, "h200": replace(H100, name="H200", gib=139.8)}
+H100 = Card.of("h100")

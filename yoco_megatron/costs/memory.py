@@ -105,7 +105,9 @@ def in_flight(args: Namespace, rank: int, chunks: int) -> list[int]:
 def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
     """As many layers in each stage, as Megatron cuts a Transformer."""
     count = args.pipeline_model_parallel_size * (args.num_virtual_stages_per_pipeline_rank or 1)
-    cuts = [shape.num_layers * stage // count for stage in range(count + 1)]
+    before, behind = args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split
+    places = shape.num_layers + before + behind  # the embedding and the loss may count as a layer each
+    cuts = [min(max(places * stage // count - before, 0), shape.num_layers) for stage in range(count + 1)]
     split = max(1, shape.num_self_decoder_layers)  # the K,V are made where the last layer before it is
     stages: list[Parts] = []
     for first, stop in pairwise(cuts):

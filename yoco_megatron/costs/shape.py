@@ -126,6 +126,17 @@ def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
     return {"self_decoder": mixer + ffn, "shared_kv": k_and_v, "cross_decoder": q_and_out + ffn}
 
 
+def layer_linear_values(shape: ModelShape) -> dict[str, int]:
+    """Values a token of the inputs and outputs of one layer's linear layers: what FP8 casts, forward and backward."""
+    d, queries = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
+    ffn = 2 * d + 3 * shape.ffn_hidden_size
+    attention = 2 * (d + queries)
+    if shape.architecture == "transformer":
+        return {"decoder": attention + shape.kv_width + ffn}
+    outputs = sum(rows for rows, _ in shape.mixer.tensors(shape).values())
+    return {"self_decoder": outputs + 2 * d + ffn, "cross_decoder": attention + ffn}
+
+
 def parameter_count(shape: ModelShape) -> dict[str, int]:
     """Parameters of each part of the model; the parts add up to the whole, padded vocabulary included.
 

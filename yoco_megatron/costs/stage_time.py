@@ -8,10 +8,10 @@ import math
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
-from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count
 
 Parts = Mapping[str, int]
 """How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
@@ -23,7 +23,7 @@ forward time without recompute."""
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a GPU in training. Mixers of the self-decoder have theirs in their records."""
+    """Of a GPU in training."""
 
     linear: float
     """FLOP/s of the layers' matrix products."""
@@ -33,6 +33,10 @@ class Rates:
     """FLOP/s of the head and its loss."""
     elementwise: float
     """Seconds of a layer's norms, SwiGLU and residuals, per token and unit of hidden and FFN width."""
+    cast: float = 0.0
+    """Seconds to cast a value of a linear layer's input or output gradient to FP8."""
+    mixing: Mapping[str, float] = field(default_factory=dict)
+    """FLOP/s of mixers by name; of others, and of the torch implementation, it is in their records."""
 
 
 # 3B on one H200, bf16 (docs/performance.md). The pipeline planner needs their ratios alone, and cuts every run alike.
@@ -58,12 +62,14 @@ def part_seconds(
         mixer_backend: which implementation the self-decoder's mixer has (--retention-backend).
     """
     layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
+    values = layer_linear_values(shape)
 
     def layer_seconds(kind: str, mixing_rate: float) -> float:
         mixing = layers[kind]["mixing"] / mixing_rate
         rest = layers[kind]["linear"] / rates.linear
         share = shape.query_share if kind == "cross_decoder" else 1
         rest += rates.elementwise * (shape.hidden_size + shape.ffn_hidden_size) * share
+        rest += rates.cast * values[kind] / 3 * share
         if not recompute_layers:
             return rest + mixing
         stored = store_cross_attention and kind == "cross_decoder"
@@ -73,8 +79,10 @@ def part_seconds(
     ends = {"embedding": shape.hidden_size * EMBEDDING_SECONDS, "output_layer": head}
     if shape.architecture == "transformer":
         return ends | {"decoder": layer_seconds("decoder", rates.attention)}
+    own = shape.mixer.flop_rate(mixer_backend)
+    mixing_rate = own if mixer_backend == "torch" else rates.mixing.get(shape.self_decoder, own)
     return ends | {
-        "self_decoder": layer_seconds("self_decoder", shape.mixer.flop_rate(mixer_backend)),
+        "self_decoder": layer_seconds("self_decoder", mixing_rate),
         "shared_kv": whole["shared_kv"] / rates.linear,
         "cross_decoder": layer_seconds("cross_decoder", rates.attention),
     }

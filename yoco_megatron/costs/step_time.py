@@ -23,6 +23,7 @@ from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of
 BYTES = 2  # a value on its way: bf16
 # All-gathers and reduce-scatters of a layer's hidden states: two of each forward and backward, two gathers once more.
 TENSOR_EXCHANGES, RECOMPUTED_EXCHANGES = 10, 4
+FP8_EXCHANGES = 0.7  # of the bytes: the six gathers are of FP8 values, the four reduce-scatters are not
 EXPOSED_WITH_OVERLAP = 0.85  # of them, with --tp-comm-overlap: 3B TP2
 EXPOSED_RING = 0.5  # of a Transformer's ring attention
 EXPOSED_SENDS = 0.3  # of the sends between interleaved chunks
@@ -82,7 +83,8 @@ def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card:
         # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
         reduced = held * 6 * (shards - 1) / shards / card.link(args.world_size).bytes_per_second
         reduced = max(0.05 * reduced, reduced - totals[slowest])
-    optimizer = card.optimizer * held / (shards if args.use_distributed_optimizer else 1) + card.fixed
+    optimizer = card.optimizer_ps * 1e-12 * held / (shards if args.use_distributed_optimizer else 1)
+    optimizer += (card.step_ms + card.step_layer_ms * shape.num_layers / pp) * 1e-3
     parts = {part: count * seconds for part, seconds in ranks[slowest].items()}
     return StepTime(parts | {"bubble": bubble, "pipeline": sends, "data": reduced, "optimizer": optimizer}, per_stage)
 
@@ -95,7 +97,7 @@ def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[st
     seconds = part_seconds_of_run(shape, args, card.rates(args))
     exchanges = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * full
     exposed = EXPOSED_WITH_OVERLAP if args.tp_comm_overlap else 1.0
-    host = (card.launch if tp == 1 else card.launch_tensor_parallel) * (4 / 3 if full else 1)
+    host = card.launch(args) * (4 / 3 if full else 1)
     if args.cuda_graph_impl == "full_iteration":
         host = 0.0
     context = card.link(tp * cp)
@@ -108,7 +110,7 @@ def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[st
                 ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size
                 parts["compute"] += ffn / card.rates(args).linear * share * tokens / tp
             if tp > 1:
-                size = tokens * share * shape.hidden_size * BYTES * (tp - 1) / tp
+                size = tokens * share * shape.hidden_size * BYTES * (tp - 1) / tp * (FP8_EXCHANGES if args.fp8 else 1)
                 link = card.link(tp)
                 each = size / link.bytes_per_second + link.latency * math.log2(tp)
                 parts["tensor"] = exchanges * exposed * each

@@ -58,7 +58,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """The memory of its GPUs."""
-        return self.memory.total <= FILL * self.card.gib * GIB
+        return self.memory.total <= FILL * self.card.memory_gib * GIB
 
     @cached_property
     def time(self) -> StepTime:

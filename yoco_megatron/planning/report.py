@@ -52,8 +52,8 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
         "",
         f"First the simplest of {len(found.equal)} within {ERROR:.0%} of the fastest, which the model cannot tell "
         "apart; then by speed.",
-        f"GiB of {best.card.gib:.1f}, of which a plan fills {FILL:.0%} at most; tensor, context, pipeline, data: "
-        "communication that nothing hides.",
+        f"GiB of {best.card.memory_gib:.1f}, of which a plan fills {FILL:.0%} at most; tensor, context, pipeline, "
+        "data: communication that nothing hides.",
     ]
     if any(plan.crosses_nodes for plan in shown):
         lines.append(f"* {NOT_MEASURED}")
@@ -89,7 +89,7 @@ def explain_report(plan: Plan) -> str:
         )
         for rank, memory in enumerate(plan.memories)
     ]
-    lines += [f"GiB of a GPU's {plan.card.gib:.1f}, by pipeline rank:"]
+    lines += [f"GiB of a GPU's {plan.card.memory_gib:.1f}, by pipeline rank:"]
     lines += [aligned([("rank", *names, "all"), *rows]), ""]
     parts = list(plan.time.stages[0])
     stages = [
@@ -113,7 +113,7 @@ def explain_report(plan: Plan) -> str:
     lines += ["", f"{speed:,.0f} tokens/s/GPU, MFU {plan.mfu:.1%}"]
     if not plan.fits:
         lines.append(
-            f"WARNING: {plan.memory.total / GIB:.1f} GiB is above {FILL:.0%} of {plan.card.gib:.1f}: too large"
+            f"WARNING: {plan.memory.total / GIB:.1f} GiB is above {FILL:.0%} of {plan.card.memory_gib:.1f}: too large"
         )
     if plan.crosses_nodes:
         lines.append(f"WARNING: {NOT_MEASURED}")
@@ -170,7 +170,7 @@ def picture(plan: Plan, path: str) -> None:
         raise ValueError("--picture needs matplotlib: pip install matplotlib, or leave it out") from None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     _bars(left, [{name: size / GIB for name, size in memory.parts.items()} for memory in plan.memories])
-    left.axhline(plan.card.gib, color="black", linestyle="--")
+    left.axhline(plan.card.memory_gib, color="black", linestyle="--")
     left.set(xlabel="pipeline rank", ylabel="GiB of a GPU", title="memory")
     _bars(right, [{part: value * 1e3 for part, value in stage.items()} for stage in plan.time.stages])
     right.set(xlabel="stage", ylabel="ms of a micro-batch", title=f"time ({plan.mesh})")

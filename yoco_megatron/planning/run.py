@@ -88,8 +88,8 @@ def plan_run(plan: Plan, tokens: int, site: Site) -> RunPlan:
     args, step = plan.args, plan.time.seconds
     require(
         plan.fits,
-        f"{plan.mesh} needs {plan.memory.total / GIB:.1f} GiB of a GPU's {plan.card.gib:.1f}: find a mesh by search, "
-        "and add the file of its --output to --config",
+        f"{plan.mesh} needs {plan.memory.total / GIB:.1f} GiB of a GPU's {plan.card.memory_gib:.1f}: find a mesh by "
+        "search, and add the file of its --output to --config",
     )
     require(site.failures_per_gpu_hour > 0, "--failures-per-gpu-hour must be above 0")
     require(site.save_stall > 0, "--save-stall must be above 0 seconds")

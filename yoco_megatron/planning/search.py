@@ -186,7 +186,7 @@ def _first_that_fits(
 ) -> Plan | None:
     """With the least recompute that fits."""
     held = own.keys() & NO_RECOMPUTE.keys()
-    limit = FILL * card.gib * GIB
+    limit = FILL * card.memory_gib * GIB
     sharded = 10 if mesh.use_precision_aware_optimizer else 12
     shards = data_parallel_size(mesh) * mesh.context_parallel_size
     model_parallel = mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size
