@@ -140,9 +140,9 @@ def test_layer_by_layer_is_whole(name, trained, tmp_path):
     """How a model too large for memory is compared: the same logits as of the whole one, to some roundings."""
     in_fresh_process("megatron", str(trained(name)), "hf", str(tmp_path / "hf"))
     tokens = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
-    whole = verify._by_folder("hf", tmp_path / "hf", None, tokens)
+    whole = verify._by_folder(tmp_path / "hf", None, tokens)
     for kind, folder in (("megatron", trained(name)), ("hf", tmp_path / "hf")):
-        assert relative_error(verify._by_layers(kind, folder, None, tokens), whole) < 2e-6
+        assert relative_error(verify._by_layers(open_source(kind, str(folder)), tokens), whole) < 2e-6
 
 
 def test_extra_states_are_neither_needed_nor_read(tmp_path, monkeypatch):

@@ -41,15 +41,27 @@ def convert(
         (kind, to) != ("megatron", "megatron"),
         f"--from megatron --to megatron: nothing to convert, any mesh loads --input {folder} as it is",
     )
+    check_output(output, shard_bytes)
+    source = open_source(kind, folder, iteration)
+    tokenizer_files.choose(source, tokenizer)
+    return write(source, to, output, iteration=iteration, shard_bytes=shard_bytes)
+
+
+def check_output(output: str, shard_bytes: int) -> None:
+    """Raises ValueError for what `write` would refuse, before a source is opened."""
     require(shard_bytes > 0, f"--max-shard-size {shard_bytes / 1024**3:g} must be positive")
     final = Path(output)
     require(
         not final.exists() or (final.is_dir() and not any(final.iterdir())),
         f"--output {output} exists already: name a new folder",
     )
-    source = open_source(kind, folder, iteration)
-    tokenizer_files.choose(source, tokenizer)
+
+
+def write(source: Source, to: str, output: str, *, iteration: int | None = None, shard_bytes: int) -> str:
+    """Write `source` to `output`, and compare the two; arguments, result and errors as those of `convert`."""
+    check_output(output, shard_bytes)
     _check_tokenizer(source)
+    final = Path(output)
     aside = final.parent / f".{final.name}.incomplete-{os.getpid()}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

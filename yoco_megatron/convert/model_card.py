@@ -13,8 +13,7 @@ tags: [yoco]
 
 # {title}
 
-A YOCO ([You Only Cache Once](https://arxiv.org/abs/2405.05254)) language model, exported by yoco-megatron from its
-{kind} format.
+A YOCO ([You Only Cache Once](https://arxiv.org/abs/2405.05254)) language model, {origin}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +31,12 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 The cache of a sequence is {per_token:,} bytes a token for {kv} and {fixed:,} bytes of {what} whatever its
 length. Prompts are prefilled without the cross-decoder.
 """
+
+ORIGIN = {
+    "megatron": "exported by yoco-megatron from its\ntraining format",
+    "upcycled": "made by yoco-megatron of a Transformer's\n"
+    "weights and not trained since: a beginning, which writes worse text than that Transformer",
+}
 
 
 def model_card(source: Source, dtype: str) -> str:
@@ -61,7 +66,7 @@ def model_card(source: Source, dtype: str) -> str:
     rows |= {f"`{name}`": str(value) for name, value in facts.get("flags", {}).items()}
     return CARD.format(
         title=f"YOCO {count / 1e9:.2g}B" if count >= 1e9 else f"YOCO {count / 1e6:.3g}M",
-        kind={"megatron": "training"}.get(source.kind, source.kind),
+        origin=ORIGIN.get(source.kind, f"exported by yoco-megatron from its\n{source.kind} format"),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         per_token=per_token,
         kv="the one global K,V" if config.shared_kv_sets == 1 else f"{config.shared_kv_sets} global sets of K,V",

@@ -60,6 +60,8 @@ class Source:
     """What is known of its training, for the model card."""
     document_start: list[int] | None = None
     """The special tokens that begin a text; None: as the tokenizer's template says."""
+    flag: str = "--input"
+    """The flag that named the folder, for errors."""
 
     @property
     def bytes(self) -> int:
@@ -103,7 +105,7 @@ def check_shapes(where: Path, found: Found, wanted: dict[str, tensor_names.Shape
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     near = _near(missing, found)
     _require(not missing, f"{where}: {len(missing)} tensors of its {config} are missing, first {missing[:1]}{near}")
-    _require(not extra, f"{where}: {len(extra)} tensors belong to no YOCO of its {config}, first {extra[:1]}")
+    _require(not extra, f"{where}: {len(extra)} tensors belong to no model of its {config}, first {extra[:1]}")
     for name, shape in wanted.items():
         _require(
             tuple(found[name][0]) == tuple(shape),
@@ -308,6 +310,13 @@ def _described(file: Path, read: Callable[..., Any], *args: Any, **more: Any) ->
         raise BadFile(f"{file} describes no YOCO: {type(error).__name__}: {error}") from None
 
 
+def drop_tied_head(file: Path, tensors: Any, found: Found, head: str, embedding: str) -> None:
+    """Take a tied head, which some writers repeat, out of `found`. Raises ValueError for another one."""
+    if head in found and embedding in found:
+        same = found.pop(head) == found[embedding] and torch.equal(tensors.load(head), tensors.load(embedding))
+        _require(same, f"{file}: {head} is not {embedding}, but its config says tie_word_embeddings")
+
+
 def _renamed(
     kind: str, file: Path, config: YocoConfig, tensors: Any, rename: Callable[[str], str], described_by: str
 ) -> Source:
@@ -322,9 +331,8 @@ def _renamed(
     shapes = _described(folder / described_by, tensor_names.shapes, config)
     wanted = {rename(name): shape for name, shape in shapes.items()}
     head, embedding = rename("lm_head.weight"), rename("model.embed_tokens.weight")
-    if config.tie_word_embeddings and head in found and embedding in found:  # some writers repeat it
-        same = found.pop(head) == found[embedding] and torch.equal(load(head), load(embedding))
-        _require(same, f"{file}: {head} is not {embedding}, but its {described_by} says tie_word_embeddings")
+    if config.tie_word_embeddings:
+        drop_tied_head(file, tensors, found, head, embedding)
     check_shapes(file, found, wanted, described_by)
     dtypes = {name: found[rename(name)][1] for name in shapes}
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else None

@@ -6,6 +6,7 @@ layer by layer instead.
 """
 
 import gc
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,16 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
     # Code in the source's folder is not run; that in the result's is ours.
     of_source = {"megatron": _by_trainer, "hf": _by_ours} if whole else {}
     of_result = {"megatron": _by_trainer, "hf": _by_folder} if whole else {}
-    logits = [of_source.get(source.kind, _by_layers)(source.kind, source.folder, iteration, tokens)]
+    run = of_source.get(source.kind)
+    logits = [run(source.folder, iteration, tokens) if run else _by_layers(source, tokens)]
     gc.collect()
-    logits.append(of_result.get(kind, _by_layers)(kind, folder, None, tokens))
+    run = of_result.get(kind)
+    logits.append(run(folder, None, tokens) if run else _by_layers(open_source(kind, str(folder)), tokens))
     error = relative_difference(logits[1], logits[0])
     how = "" if whole else ", layer by layer because the whole does not fit into memory"
     if not error < TOLERANCE:  # nan fails too
         raise ValueError(
-            f"--input {source.folder}: the converted model's logits differ from the source's by {error:.1e} "
+            f"{source.flag} {source.folder}: the converted model's logits differ from the source's by {error:.1e} "
             f"(relative, {TOLERANCE:.0e} allowed); nothing was written"
         )
     length, window = tokens.shape[1], _window(source)
@@ -89,7 +92,7 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
 
 
 @torch.no_grad()
-def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+def _by_trainer(folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     from yoco_megatron.startup.load_run import load_model
 
     model, _ = load_model(str(folder), iteration, bf16=False, fp16=False)
@@ -97,7 +100,7 @@ def _by_trainer(kind: str, folder: Path, iteration: int | None, tokens: Tensor) 
 
 
 @torch.no_grad()
-def _by_folder(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+def _by_folder(folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
@@ -105,25 +108,33 @@ def _by_folder(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
 
 
 @torch.no_grad()
-def _by_ours(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
+def _by_ours(folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
     model = YocoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()
-def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -> Tensor:
-    """The exported model's forward, in which each layer's weights are loaded when it runs and dropped afterwards."""
-    source = open_source(kind, str(folder), iteration)
+def _by_layers(source: Source, tokens: Tensor) -> Tensor:
+    return unloaded(source)(tokens, use_cache=False).logits
+
+
+def unloaded(source: Source, dtype: torch.dtype = torch.float32) -> YocoForCausalLM:
+    """The exported model, of which a module's weights are loaded when it runs, and dropped afterwards."""
     with torch.device("meta"):
         model = YocoForCausalLM(source.config).eval()
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
         rotary.reset(torch.device("cpu"))
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if source.config.tie_word_embeddings else {}
+    load_when_run(model, lambda name: source.load(tied.get(name, name)).to(dtype))
+    return model
+
+
+def load_when_run(model: nn.Module, weight: Callable[[str], Tensor]) -> None:
+    """Give the modules of a model on the meta device their weights by name for the time of their forward alone."""
 
     def load(path: str, module: nn.Module, *_: Any) -> None:
         for name in [name for name, _ in module.named_parameters(recurse=False)]:
-            whole = f"{path}.{name}"
-            setattr(module, name, nn.Parameter(source.load(tied.get(whole, whole)).float(), requires_grad=False))
+            setattr(module, name, nn.Parameter(weight(f"{path}.{name}"), requires_grad=False))
 
     def drop(module: nn.Module, *_: Any) -> None:
         module.to("meta")
@@ -132,4 +143,3 @@ def _by_layers(kind: str, folder: Path, iteration: int | None, tokens: Tensor) -
         if [*module.parameters(recurse=False)]:
             module.register_forward_pre_hook(partial(load, path))
             module.register_forward_hook(drop)
-    return model(tokens, use_cache=False).logits

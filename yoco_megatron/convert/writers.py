@@ -35,7 +35,7 @@ def checked(source: Source, name: str) -> Tensor:
     tensor = source.load(name)
     if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # NaN is both; a mask would take half the tensor's size
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        raise ValueError(f"--input {source.folder}: {name} holds {bad} values that are NaN or infinite")
+        raise ValueError(f"{source.flag} {source.folder}: {name} holds {bad} values that are NaN or infinite")
     return tensor
 
 
