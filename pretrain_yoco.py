@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 pretrain_yoco.py --config configs/model/yoco_3b.yaml configs/recipe/3b_1t.yaml \\
         --data-path DATA_text_document --tokenizer-type HuggingFaceTokenizer --tokenizer-model TOKENIZER ...
 
-The flags are those of Megatron's pretrain_gpt.py, and ours, which `--help` shows in the group YOCO. docs/flags.md says
+The flags are those of Megatron's pretrain_gpt.py, and ours, which `--help-yoco` shows alone. docs/flags.md says
 which work, and which are refused; docs/configuration.md has more.
 """
 
@@ -29,6 +29,7 @@ from yoco_megatron.startup import agreement
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
 from yoco_megatron.training.step import forward_step
+from yoco_megatron.upstream import log_lines, quiet
 from yoco_megatron.upstream.resilience_hooks import managed_run
 
 # All that was imported stays to the end. Later collections, and those with which the interpreter ends, leave it out.
@@ -38,7 +39,9 @@ gc.enable()
 
 def datasets_provider(num_samples, vp_stage=None):
     """(train, validation, test) datasets of the run."""
-    return build_datasets(get_args(), get_tokenizer(), num_samples)
+    datasets = build_datasets(get_args(), get_tokenizer(), num_samples)
+    log_lines.measure_text(datasets[1])
+    return datasets
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> None:
             )
     finally:
         run_lock.release()
+        quiet.end()
 
 
 if __name__ == "__main__":

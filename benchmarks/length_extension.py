@@ -106,7 +106,7 @@ def job_of(model: str, number: int, options: argparse.Namespace) -> Job:
         *("--seq-length", stage.length, "--max-position-embeddings", stage.length, "--rotary-base", round(stage.theta)),
         *("--micro-batch-size", max(1, min(batch, options.micro_tokens // stage.length)), "--global-batch-size", batch),
         *("--lr", stage.rate, "--lr-warmup-iters", warmup, "--lr-decay-iters", max(steps, warmup + 1)),
-        *("--save-interval", max(1, steps // 4), "--log-interval", 10, "--log-throughput"),
+        *("--save-interval", max(1, steps // 4), "--log-interval", 10),
         *("--tensorboard-log-interval", 5, "--num-workers", 2 if options.gpus else 0),
         *(("--self-decoder-window", window) if window else ()),
         *(("--pretrained-checkpoint", before) if number else ()),

@@ -75,7 +75,7 @@ def job_of(case: Case, options: argparse.Namespace) -> Job:
         *("--micro-batch-size", min(options.micro_batch_size, batch), "--global-batch-size", batch),
         *("--lr", case.rate, "--lr-warmup-iters", max(1, steps // 20), "--lr-decay-iters", steps, "--seed", case.seed),
         *("--eval-interval", max(1, steps // 10), "--full-validation"),
-        *("--save-interval", max(1, steps // 4), "--log-interval", 10, "--log-throughput"),
+        *("--save-interval", max(1, steps // 4), "--log-interval", 10),
         *("--tensorboard-log-interval", 5, "--num-workers", 2 if options.gpus else 0),
         *VARIANTS[case.variant],
         *options.flags.split(),

@@ -52,7 +52,7 @@ def attempt(
 ) -> Run | Failure:
     """Run `script data flags` on `gpus` processes; `verbose` shows the log where it fails."""
     print(f"== {name}", flush=True)
-    run = torchrun(gpus, [script, *data.split(), *flags.split()], timeout, env)
+    run = torchrun(gpus, [script, "--verbose", *data.split(), *flags.split()], timeout, env)
     if run is None:
         failure = Failure(f"did not end within {timeout} s")
         print(f"   {name} {failure.reason}", flush=True)

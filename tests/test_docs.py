@@ -10,7 +10,7 @@ from yoco_megatron.startup.parser import build_parser
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ROOT / "benchmarks/NOTES.md"]
 # Flags of other programs in our examples.
-OTHERS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--help", "--signal"}
+OTHERS = {"--logdir", "--nproc-per-node", "--no-build-isolation", "--no-deps", "--help", "--signal"}
 OTHERS |= {"--model", "--tasks", "--include_path", "--model_args", "--trust-remote-code", "--kv-sharing-fast-prefill"}
 
 

@@ -92,7 +92,7 @@ def assert_same_checkpoint(found: dict, expected: dict) -> None:
 
 
 def learning_rates(log: Log) -> dict[int, float]:
-    return {int(step): float(rate) for step, rate in re.findall(r"iteration +(\d+)/.*?learning rate: (\S+) ", log.text)}
+    return {int(step): float(rate) for step, rate in re.findall(r"iteration +(\d+)/.*?lr: (\S+) ", log.text)}
 
 
 def assert_close_run(log: Log, whole: Log) -> None:
@@ -150,7 +150,7 @@ def test_asynchronous_save(undisturbed, tmp_path):
     saving = [*flags, "--async-save", "--save", str(tmp_path), "--save-interval", str(HALF)]
     first = train(1, *saving, "--exit-interval", str(HALF + 2))
     assert first.losses == {step: loss for step, loss in whole.losses.items() if step <= HALF + 2}
-    said = ["scheduled an async checkpoint save at iteration      10", " iteration       11/", "successfully saved"]
+    said = ["scheduled an async checkpoint save at iteration      10", " iteration 11/", "successfully saved"]
     places = [first.text.index(text) for text in said]
     assert places == sorted(places), "the step after it did not wait"
     assert_same_checkpoint(checkpoint(tmp_path, HALF), checkpoint(folder, HALF))
@@ -172,7 +172,8 @@ def test_another_learning_rate_when_told(name, undisturbed, tmp_path):
     assert faster.losses[HALF + 1] == whole.losses[HALF + 1]  # before its first step at the new rate
     assert all(faster.losses[step] != whole.losses[step] for step in range(HALF + 2, WHOLE + 1))
     want = {step: 2 * rate for step, rate in learning_rates(whole).items() if step > HALF}
-    assert learning_rates(faster) == pytest.approx(want, rel=1e-5) and len(want) == WHOLE - HALF
+    assert learning_rates(faster) == pytest.approx(want, rel=1e-3)  # printed with four digits
+    assert len(want) == WHOLE - HALF
     processes, flags = RUNS[name]
     again = train(processes, *flags, *TWICE, "--load", str(tmp_path), "--ckpt-step", "15", base=base_of(flags))
     assert list(again.grad_norms) == list(range(16, WHOLE + 1))

@@ -119,3 +119,12 @@ def test_resolved_config_holds_what_was_said_and_no_more(config, tmp_path):
         "bf16": True,
     }
     assert list(path.parent.iterdir()) == [path]  # nothing half-written is left
+
+
+def test_help_of_our_flags_alone(capsys):
+    with pytest.raises(SystemExit) as done:
+        build_parser().parse_args(["--help-yoco"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    assert all(flag in shown for flag in ("--self-decoder-window", "--run-folder", "--verbose", "--help-yoco"))
+    assert "--num-layers" not in shown.replace("--num-layers.", "") and len(shown.splitlines()) < 250

@@ -9,10 +9,10 @@ from support.cli import Log, _main, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from yoco_megatron.costs.gpu_peak import peak_flops
-from yoco_megatron.upstream import step_log
+from yoco_megatron.upstream import log_lines, step_log
 from yoco_megatron.upstream.throughput import Rates
 
-FLAGS = ("--train-iters", "8", "--num-workers", "0", "--eval-iters", "0", "--log-throughput")
+FLAGS = ("--train-iters", "8", "--num-workers", "0", "--eval-iters", "0")
 MASKED = 7
 SHOWN = 1e-6  # of a mean of printed losses
 
@@ -74,28 +74,69 @@ def test_interval_of_other_lines_is_left_out(start, monkeypatch):
 def test_step_without_a_loss_is_told(each_step):
     assert each_step.text.count(f"step {MASKED}: no position with a loss") == 1
     (line,) = [line for line in each_step.text.splitlines() if re.search(rf"iteration +{MASKED}/", line)]
-    assert "lm loss" not in line and "number of skipped iterations:   1" in line
+    assert "lm loss" not in line and "| skipped: 1 |" in line
 
 
 def test_rates_of_a_small_model(each_step, folder):
-    shown = r"throughput per GPU \(TFLOP/s/GPU\): (\S+) \| tokens/s/GPU: (\S+) \| time left: (\S+) \|"
-    rates = re.findall(shown, each_step.text)
-    assert len(rates) == 8 and all(
-        float(flops) > 0 and float(tokens.replace(",", "")) > 0 for flops, tokens, _ in rates
-    )
+    shown = r"(\S+) s \| (\S+) tokens/s/CPU \| (\S+ [MG])FLOP/s/CPU \| (\S+) GiB \| \S+ left$"
+    units = {",": "", " M": "E6", " G": "E9"}
+    lines = re.findall(shown, each_step.text, re.M)
+    rates = [[float(re.sub("|".join(units), lambda unit: units[unit[0]], value)) for value in line] for line in lines]
+    assert len(rates) == 8 and all(value > 0 for line in rates for value in line)
     events = EventAccumulator(str(folder / "curves"))
     events.Reload()
-    for name, column in (("tflops-per-gpu", 0), ("tokens-per-second", 1)):
-        written = [event.value for event in events.Scalars(f"throughput/{name}")]
-        assert written == pytest.approx([float(rate[column].replace(",", "")) for rate in rates], rel=0.01)
+    names = {"seconds-per-step": 1, "tokens-per-second-per-gpu": 1, "tflops-per-gpu": 1e12}
+    scales = {f"throughput/{name}": scale for name, scale in names.items()} | {"memory/peak-gib": 1}
+    for column, (name, scale) in enumerate(scales.items()):
+        written = [event.value * scale for event in events.Scalars(name)]
+        assert written == pytest.approx([rate[column] for rate in rates], rel=0.01, abs=0.06), name
+
+
+def test_a_run_starts_with_few_lines_each_of_which_fits_a_terminal(each_step):
+    before, _, _ = each_step.text.partition("iteration 1/8")
+    assert 5 < len(before.splitlines()) <= 20, before
+    assert max(len(line) for line in each_step.text.splitlines() if "iteration" in line) <= 160
+
+
+RATES = Rates(
+    seconds_per_step=1.25, tokens_per_second=1e5, flops_per_gpu=400e12, peak_per_gpu=989e12, seconds_left=90061, gpus=8,
+    memory=31 * 2**30,
+)  # fmt: skip
 
 
 def test_share_of_the_peak():
-    rates = Rates(1e5, flops_per_gpu=400e12, peak_per_gpu=989e12, seconds_left=90061, gpus=8)
-    assert rates.text() == (
+    assert RATES.text() == "1.25 s | 12,500 tokens/s/CPU | MFU 40.4% | 31.0 GiB | 1 day, 1:01:01 left"
+    assert RATES.in_megatrons_style() == (
         "throughput per GPU (TFLOP/s/GPU): 400 | tokens/s/GPU: 12,500 | MFU: 40.4% | time left: 1 day, 1:01:01 |"
     )
-    assert rates.scalars()["throughput/mfu"] == pytest.approx(400 / 989)
+    assert RATES.scalars()["throughput/mfu"] == pytest.approx(400 / 989)
+
+
+MEGATRONS = (
+    " [2026-11-28 03:54:03.360306] iteration        1/       4 | consumed samples:            8 | elapsed time per"
+    " iteration (ms): 85.3 | throughput per GPU (TFLOP/s/GPU): 0.0 | learning rate: 3.333333E-03 | global batch size:"
+    "     8 | lm loss: 6.647708E+00 | loss scale: {} | grad norm: 1.088 | num zeros: 3 | number of skipped iterations:"
+    " {:3d} | number of nan iterations:   0 |"
+)
+
+
+def test_the_line_of_a_step():
+    usual = "[11-28 03:54] iteration 1/4 | lm loss: 6.647708 | grad norm: 1.088 | lr: 3.333E-03"
+    assert log_lines.step_line(MEGATRONS.format(1.0, 0), "2 s", False) == f"{usual} | num zeros: 3 | 2 s"
+    unusual = log_lines.step_line(MEGATRONS.format(2.0, 1), "2 s", True)
+    more = "global batch size: 8 | loss scale: 2.0 | num zeros: 3 | skipped: 1 | 2 s"
+    assert unusual == f"{usual} | {more}"
+
+
+def test_the_line_of_an_evaluation(monkeypatch):
+    monkeypatch.setitem(log_lines.bytes_per_token, "-wiki", 4.0)
+    told = " validation{} loss at iteration 20 on test set | lm loss value: 2.772589E+00 | lm loss PPL: 1.600000E+01 | "
+    scalars = log_lines.evaluation_scalars(told.format("-wiki"))
+    assert scalars == pytest.approx({"perplexity": 16, "bits-per-byte": 1})
+    line = log_lines.evaluation_line(told.format("-wiki"), scalars)
+    loss = "validation-wiki loss at iteration 20 on test set | lm loss value: 2.772589"
+    assert line.partition("] ")[2] == f"{loss} | perplexity: 16.00 | bits per byte: 1.000"
+    assert log_lines.evaluation_scalars(told.format("")) == pytest.approx({"perplexity": 16})
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ class RunCurves:
         return tokens, flops
 
     def throughput(self) -> Series:
-        """Tokens a second: of the steps alone, as --log-throughput writes it; else from the times of the losses."""
+        """Tokens a second: of the steps alone, as training writes it; else from the times of the losses."""
         if (logged := self.curves.get(SPEED)) is not None:
             return logged
         steps = self.curves[LOSS].steps

@@ -28,6 +28,7 @@ from yoco_megatron.resilience import run_lock, secrets
 from yoco_megatron.startup import agreement, checks, defaults, numbers, record
 from yoco_megatron.startup.megatrons_errors import as_value_errors
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
+from yoco_megatron.upstream import quiet
 from yoco_megatron.utils.errors import require
 
 
@@ -81,7 +82,7 @@ def parse_for_job(argv: list[str], processes: int) -> tuple[Namespace, StagePlan
 @agreement.of_all_ranks()
 def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[Namespace, GPTModelConfig]:
     """Everything before training starts: parse, check, make and lock the folders that are written into, set Megatron's
-    globals. `run_lock.release` unlocks them.
+    globals. `run_lock.release` unlocks them; `quiet.end` ends what it does to Megatron's output.
 
     Args:
         reduce_overhead: turn off features that cost host time without helping the GPU; False for a baseline.
@@ -91,6 +92,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
         ValueError: a mistake in the command line or in the files it names, found by any of the processes.
     """
     args = parse(argv)
+    quiet.begin(args)
     secrets.refuse((), args.resolved_config)
     checks.check_machine(args)
     checks.check_training(args)

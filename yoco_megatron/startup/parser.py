@@ -34,9 +34,27 @@ YOCO_DEFAULTS: dict[str, Any] = {
     "eval_interval": 1000,  # Megatron has none and then divides by it
     "ckpt_format": "torch_dist",
     "async_strategy": "mcore",  # our writer (upstream/background_writer.py); Megatron's default is another package's
+    "log_throughput": True,
     # A checkpoint must load at any mesh, optimizer included.
     "dist_ckpt_optim_fully_reshardable": True,
 }
+
+OUR_GROUPS = ("YOCO", "resilience")
+
+
+class _HelpOfOurs(argparse.Action):
+    """`--help` has four thousand lines, nearly all of them Megatron's."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        formatter = parser.formatter_class(prog=parser.prog)
+        for group in parser._action_groups:
+            if group.title in OUR_GROUPS:
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        print(formatter.format_help(), end="")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +88,19 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     group.add_argument("--evaluate-suite", metavar="FILE", help="YAML of tasks that are evaluated between steps.")
     group.add_argument("--evaluate-interval", type=int, metavar="STEPS", help="Steps from one evaluation to the next.")
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print all that Megatron prints: its arguments, its log, and its own line for a step",
+    )
+    group.add_argument(
+        "--help-yoco",
+        action=_HelpOfOurs,
+        dest="help",
+        default=argparse.SUPPRESS,
+        nargs=0,
+        help="show the flags of this package alone, and exit",
+    )
     resilience.add(parser)
     for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")

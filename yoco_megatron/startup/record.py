@@ -18,6 +18,7 @@ from yoco_megatron.parallel.pipeline.layout import sequences_at_a_time
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import run_folder
 from yoco_megatron.startup.data_flags import packing, repeated_validation
+from yoco_megatron.startup.summary import summary
 from yoco_megatron.utils.files import write_atomically
 
 
@@ -44,14 +45,13 @@ def make_folders(args: Namespace) -> None:
 
 
 def record_run(args: Namespace, model: GPTModelConfig) -> None:
-    """Print what an evaluation repeats and the stages of a pipelined YOCO; describe the run beside its checkpoints.
-
-    The first rank does it.
+    """Print what the run is; describe it beside its checkpoints. The first rank does it.
 
     `--load` compares the description with its flags; one process can read the run with it.
     """
     if args.rank != 0:
         return
+    print(summary(args))
     for note in [*packing(args), *(f"WARNING: {note}" for note in repeated_validation(args))]:
         print(note)
     if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:

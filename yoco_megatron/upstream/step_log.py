@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.training import get_args, get_timers
 
 from yoco_megatron import runtime
-from yoco_megatron.upstream import checkpointing, step_positions, throughput
+from yoco_megatron.upstream import checkpointing, log_lines, quiet, step_positions, throughput
 from yoco_megatron.upstream.registry import relies_on, replaces
 from yoco_megatron.utils.small_files import read_json
 
@@ -123,10 +123,12 @@ def training_log(
         for name in totals.keys() - {ADVANCED, SKIPPED, NAN}:
             del totals[name]  # it would be printed as 0
     regular = iteration % args.log_interval == 0
-    if args.log_throughput and prints and (regular or is_first_iteration):
-        throughput.measure(iteration, totals.get(ADVANCED, 0) + totals.get(SKIPPED, 0) + 1)
-    if prints and regular:
-        throughput.write(iteration)
+    quiet.training_begins()
+    if regular or is_first_iteration:
+        rates = throughput.measure(iteration, totals.get(ADVANCED, 0) + totals.get(SKIPPED, 0) + 1)
+        log_lines.rates = rates
+        if prints and regular:
+            throughput.write(rates, iteration)
     # An attempt's first step has a line in any case, and counts in the next line as well: not where its own was due.
     first = is_first_iteration and not regular
     result = training_log.original(

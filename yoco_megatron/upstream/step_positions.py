@@ -109,11 +109,11 @@ def shares() -> dict[str, list[float]]:
 
 
 def text() -> str:
-    """For a step's line, in Megatron's style: the means, and how far data-parallel ranks are apart."""
+    """For a step's line: the means, and how far data-parallel ranks are apart."""
     parts = []
     for name, of_ranks in shares().items():
         apart = f" ({100 * min(of_ranks):.1f} to {100 * max(of_ranks):.1f})" if len(of_ranks) > 1 else ""
-        parts.append(f" positions {name}: {100 * sum(of_ranks) / len(of_ranks):.1f}%{apart} |")
+        parts.append(f" | positions {name}: {100 * sum(of_ranks) / len(of_ranks):.1f}%{apart}")
     return "".join(parts)
 
 

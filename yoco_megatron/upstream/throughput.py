@@ -1,78 +1,99 @@
-"""--log-throughput: tokens a second, FLOP/s, their share of the GPU's peak and the time left, for lines and curves.
+"""Tokens a second, FLOP/s, their share of the GPU's peak, memory and the time left, for lines and curves.
 
 The positions with a loss (step_positions.py) stand beside them.
 """
 
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers
 from megatron.training.global_vars import get_wandb_writer
 
 from yoco_megatron import runtime
 from yoco_megatron.costs.gpu_peak import peak_flops
+from yoco_megatron.costs.memory import GIB
 from yoco_megatron.upstream import step_positions
-from yoco_megatron.upstream.registry import replaces
+from yoco_megatron.utils.units import with_unit
 
 
 @dataclass(frozen=True)
 class Rates:
     """Of the steps since the last line, of the whole run where it does not say per GPU."""
 
+    seconds_per_step: float
     tokens_per_second: float
     flops_per_gpu: float
     peak_per_gpu: float | None
     seconds_left: float
     gpus: int
+    memory: int
+    """Bytes that PyTorch has reserved at most on any GPU; resident ones of the largest process without GPUs."""
 
     @property
     def mfu(self) -> float | None:
         """Share of the peak, 0 to 1; None where the peak is not known."""
         return self.flops_per_gpu / self.peak_per_gpu if self.peak_per_gpu else None
 
-    def text(self) -> str:
-        """For the line of a step, in Megatron's style; some digits, however small."""
-        mfu = "" if self.mfu is None else f" MFU: {100 * self.mfu:.3G}% |"
+    @property
+    def _speed(self) -> str:
         tokens = self.tokens_per_second / self.gpus
+        return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3G}"
+
+    def text(self) -> str:
+        """For the line of a step."""
+        unit = "GPU" if runtime.has_gpu() else "CPU"
+        flops = f"{with_unit(self.flops_per_gpu, f'FLOP/s/{unit}')}" if self.mfu is None else f"MFU {self.mfu:.1%}"
         return (
-            f"throughput per GPU (TFLOP/s/GPU): {self.flops_per_gpu / 1e12:.4G} |"
-            f" tokens/s/GPU: {f'{tokens:,.0f}' if tokens >= 100 else f'{tokens:.3G}'} |{mfu}"
+            f"{self.seconds_per_step:#.3g} s | {self._speed} tokens/s/{unit} | {flops} | {self.memory / GIB:.1f} GiB | "
+            f"{timedelta(seconds=round(self.seconds_left))} left"
+        )
+
+    def in_megatrons_style(self) -> str:
+        """For Megatron's own line; some digits, however small."""
+        mfu = "" if self.mfu is None else f" MFU: {100 * self.mfu:.3G}% |"
+        return (
+            f"throughput per GPU (TFLOP/s/GPU): {self.flops_per_gpu / 1e12:.4G} | tokens/s/GPU: {self._speed} |{mfu}"
             f" time left: {timedelta(seconds=round(self.seconds_left))} |"
         )
 
     def scalars(self) -> dict[str, float]:
         """For TensorBoard and wandb."""
-        found = {"tokens-per-second": self.tokens_per_second, "tflops-per-gpu": self.flops_per_gpu / 1e12}
+        found = {
+            "tokens-per-second": self.tokens_per_second,
+            "tokens-per-second-per-gpu": self.tokens_per_second / self.gpus,
+            "tflops-per-gpu": self.flops_per_gpu / 1e12,
+            "seconds-per-step": self.seconds_per_step,
+            "hours-left": self.seconds_left / 3600,
+        }
         if self.mfu is not None:
             found["mfu"] = self.mfu
-        return {f"throughput/{name}": value for name, value in found.items()}
+        return {f"throughput/{name}": value for name, value in found.items()} | {"memory/peak-gib": self.memory / GIB}
 
 
-_rates: Rates | None = None
-"""Of the line that is about to be printed."""
-
-
-def measure(iteration: int, steps: int) -> None:
-    """Set the rates of the line of `iteration`, which stands for so many steps. For the process that prints it."""
-    global _rates
+def measure(iteration: int, steps: int) -> Rates:
+    """The rates of the line of `iteration`, which stands for so many steps. Collective."""
     args = get_args()
+    memory = torch.tensor(torch.cuda.max_memory_reserved(), device=runtime.device())
+    dist.all_reduce(memory, op=dist.ReduceOp.MAX)
     seconds = get_timers()("interval-time").elapsed(reset=False) / steps
     sequences = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-    _rates = Rates(
+    return Rates(
+        seconds_per_step=seconds,
         tokens_per_second=sequences * args.seq_length / seconds,
         flops_per_gpu=step_positions.flops_since_line(args, sequences, steps) / steps / seconds / args.world_size,
         peak_per_gpu=peak_flops(torch.cuda.get_device_name()) if runtime.has_gpu() else None,
         seconds_left=seconds * (args.train_iters - iteration),
         gpus=args.world_size,
+        memory=int(memory),
     )
 
 
-def write(iteration: int) -> None:
+def write(rates: Rates, iteration: int) -> None:
     """Write what was measured to TensorBoard and wandb, where they are used. For the process that prints the line."""
-    write_scalars(step_positions.scalars() | (_rates.scalars() if _rates is not None else {}), iteration)
+    write_scalars(step_positions.scalars() | rates.scalars(), iteration)
 
 
 def write_scalars(scalars: dict[str, float], iteration: int) -> None:
@@ -82,18 +103,3 @@ def write_scalars(scalars: dict[str, float], iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if scalars and (wandb := get_wandb_writer()):
         wandb.log(scalars, iteration)
-
-
-@replaces(
-    "megatron.training.training",
-    "print_rank_last",
-    digest="84fa73764d1a5148",
-    why="a step's line has TFLOP/s with one digit after the point, and no tokens a second, time left or positions with "
-    "a loss",
-)
-def print_rank_last(message: str) -> None:
-    if _rates is not None:
-        message = re.sub(r"throughput per GPU \(TFLOP/s/GPU\): \S+ \|", _rates.text(), message)
-    if re.search(r"\] iteration +\d+/", message):
-        message += step_positions.text()
-    print_rank_last.original(message)

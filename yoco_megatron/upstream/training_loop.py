@@ -9,16 +9,12 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import unwrap_model
 
-from yoco_megatron import runtime
-from yoco_megatron.config.resolve import queries_vary, resolved
 from yoco_megatron.costs.flops import forward_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, parameter_count
-from yoco_megatron.model.cross_decoder.travelling_queries import queries_travel, received_by_cross_attention
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.context.query_shard import count
 from yoco_megatron.parallel.pipeline.communicator import Shape, SharedKVCommunicator
 from yoco_megatron.parallel.pipeline.stages import StagePlan
-from yoco_megatron.training.query_positions import query_runs
 from yoco_megatron.upstream import step_positions
 from yoco_megatron.upstream.deferred_nan_check import deferred_result_checks
 from yoco_megatron.upstream.registry import replaces
@@ -127,9 +123,9 @@ _reported = False
     why="it prints the memory of a GPT, at every log line",
 )
 def report_model(args: Namespace, num_microbatches: int | None = None, verbose: bool = False) -> None:
-    """Print parameters and training FLOPs per token by part, once."""
+    """Print parameters and training FLOPs per token by part, once, with --verbose."""
     global _reported
-    if _reported:
+    if _reported or not args.verbose:
         return
     _reported = True
     shape = ModelShape.from_args(args)
@@ -137,32 +133,9 @@ def report_model(args: Namespace, num_microbatches: int | None = None, verbose: 
     print(f"{args.architecture} of {sum(parameters.values()):,} parameters:")
     for part, weights in parameters.items():
         print(f"  {part:<22}{weights:>16,} parameters")
-    if shape.num_queries is not None:
-        print(f"cross-decoder, head and loss at the last {shape.num_queries:,} of {args.seq_length:,} positions")
-        report_cross_attention(args)
-    if queries_vary(args):
-        print("cross-decoder, head and loss where the data have a loss; here, at all positions:")
     print(f"{3 * sum(flops.values()) / 1e9:.3f} GFLOP a token to train, causal, at --seq-length {args.seq_length}:")
     for part, forward in flops.items():
         print(f"  {part:<22}{3 * forward / 1e9:>16.3f} GFLOP")
-
-
-def report_cross_attention(args: Namespace) -> None:
-    """Print what context-parallel ranks exchange for it, and what the other way would cost, at few positions."""
-    runs, ranks = query_runs(args), args.context_parallel_size
-    varying = queries_vary(args) or args.dataloader_inter_document_masking
-    if args.architecture != "yoco" or runs is None or ranks == 1 or varying:
-        return
-    sizes = resolved(args)
-    sizes.num_cross_decoder_layers = sizes.num_layers - sizes.num_self_decoder_layers
-    travel = queries_travel(sizes, ranks, args.seq_length, runs, runtime.device())
-    received = received_by_cross_attention(sizes, ranks, args.seq_length, runs)
-    keys, queries = (
-        f"{received[way] * args.micro_batch_size / args.tensor_model_parallel_size / 1e6:,.1f} MB"
-        for way in ("keys", "queries")
-    )
-    chosen, other = (f"queries, {queries}", f"keys: {keys}") if travel else (f"keys, {keys}", f"queries: {queries}")
-    print(f"cross attention: ranks exchange {chosen} a micro-batch ({other})")
 
 
 def prefer_cudnn_norms(args: Namespace) -> None:
