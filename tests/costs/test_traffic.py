@@ -127,15 +127,16 @@ def halo_back_bytes(rank: int, ranks: int, window: int) -> int:
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_retention_and_shared_kv(ranks: int, documents: bool) -> None:
+@pytest.mark.parametrize(("ranks", "kv_sets"), [(2, 1), (4, 1), (2, 2)])
+def test_retention_and_shared_kv(ranks: int, kv_sets: int, documents: bool) -> None:
     shared_kv = (ranks - 1) * SEQ // ranks * BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * BYTES
     state = (ranks - 1) * 2 * BATCH * HEADS * WIDTH * WIDTH * BYTES
     decay = (ranks - 1) * 2 * BATCH * HEADS * BYTES
-    for calls in run_world(ranks, step, dict(self_decoder="gated_retention"), documents, cp=ranks):
+    model = dict(self_decoder="gated_retention", shared_kv_sets=kv_sets)
+    for calls in run_world(ranks, step, model, documents, cp=ranks):
         assert calls == {
-            ("all_gather_into_tensor", "forward"): [state + decay] * LAYERS + [shared_kv],
-            ("reduce_scatter_tensor", "backward"): [shared_kv],
+            ("all_gather_into_tensor", "forward"): [state + decay] * LAYERS + [shared_kv] * kv_sets,
+            ("reduce_scatter_tensor", "backward"): [shared_kv] * kv_sets,
             ("all_gather_into_tensor", "backward"): [state] * LAYERS,
         }
 
@@ -157,26 +158,28 @@ def test_no_rank_waits_for_one_that_has_nothing_to_give(ranks: int, kind: str) -
     assert results == whole
 
 
-def pipelined(layout: str, num_microbatches: int) -> dict:
+def pipelined(kv_sets: int, layout: str, num_microbatches: int) -> dict:
     """Traffic of a whole pipeline schedule."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         traffic = Traffic(monkeypatch)
-        pipeline_step(dict(self_decoder="sliding_window"), layout, False, num_microbatches)
+        model = dict(self_decoder="sliding_window", shared_kv_sets=kv_sets)
+        pipeline_step(model, layout, False, num_microbatches)
         return dict(traffic.calls)
 
 
-def test_once_for_each_stage_and_micro_batch() -> None:
-    """Stages: self-decoder; the rest of it and cross-decoder layers; cross-decoder; cross-decoder. float32."""
+@pytest.mark.parametrize(("kv_sets", "read"), [(1, [1, 1, 1]), (4, [1, 1, 2])])
+def test_once_for_each_set_stage_and_micro_batch(kv_sets: int, read: list[int]) -> None:
+    """Stages: self-decoder; the rest of it and a cross-decoder layer; one more; two more. float32."""
     number = 3
     shared_kv = SEQ // 2 * MICRO_BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * 4
-    results = run_world(8, pipelined, "Ett|ttt|t|ttL", number, pp=4, cp=2)
+    results = run_world(8, pipelined, kv_sets, "Ett|ttt|t|ttL", number, pp=4, cp=2)
     gathers = [sum(calls.get(("all_gather_into_tensor", "forward"), [])) for calls in results]
     scatters = [sum(calls.get(("reduce_scatter_tensor", "forward"), [])) for calls in results]
-    wanted = [0, 0] + [number * shared_kv] * 6  # two ranks for each stage
+    wanted = [number * sets * shared_kv for sets in (0, *read) for _ in range(2)]  # two ranks for each stage
     assert gathers == scatters == wanted
 
 
-def shape_of(kind: str, num_queries: int | None = None) -> ModelShape:
+def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> ModelShape:
     """The shape of `tiny_config`, with windows of 5."""
     return ModelShape(
         architecture="yoco",
@@ -195,16 +198,17 @@ def shape_of(kind: str, num_queries: int | None = None) -> ModelShape:
         seq_length=SEQ,
         tied=False,
         num_queries=num_queries,
+        shared_kv_sets=kv_sets,
     )
 
 
 def test_the_formulas() -> None:
     """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
-    for kind, recompute in (("gated_retention", {}), ("sliding_window", FULL_RECOMPUTE)):
-        overrides = dict(self_decoder=kind, self_decoder_window=5)
+    for kind, kv_sets, recompute in (("gated_retention", 2, {}), ("sliding_window", 1, FULL_RECOMPUTE)):
+        overrides = dict(self_decoder=kind, self_decoder_window=5, shared_kv_sets=kv_sets)
         results = run_world(4, step32, overrides | recompute, cp=4)
         counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
-        assert counted == sum(received_bytes(shape_of(kind), 4, BATCH, 4, bool(recompute)).values())
+        assert counted == sum(received_bytes(shape_of(kind, None, kv_sets), 4, BATCH, 4, bool(recompute)).values())
 
 
 def step32(overrides: dict) -> dict:
@@ -275,5 +279,5 @@ def test_what_is_fewer_bytes_travels() -> None:
     assert once["queries"] == 3 / 4 * 4096 * 24 * 13 * (6 * 128 * 2 + 8)
     assert once["queries"] < once["keys"] / 6
     assert ways(1 << 17)["queries"] > ways(1 << 17)["keys"]
-    assert ways(1 << 20, stages=3)["keys"] == 3 * once["keys"]
+    assert ways(1 << 20, kv_reads=3)["keys"] == 3 * once["keys"]
     assert ways(1 << 20, forward_passes=2)["queries"] == once["queries"] + 3 / 4 * 4096 * 24 * 13 * (2 * 128 * 2 + 4)

@@ -103,7 +103,7 @@ def test_the_shared_kv_come_from_the_self_decoder_alone(generator):
     model = build(config)
     embedded, shared = [], []
     model.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
-    model.decoder.shared_kv.register_forward_hook(lambda module, args, output: shared.append(output))
+    model.decoder.shared_kv.register_forward_hook(lambda module, args, output: shared.extend(output))
     model(tokens(generator))
     assert len(shared) == 1, "one K,V for the whole model"
     influenced = influence(embedded[0], shared[0][:, 0], generator)

@@ -47,6 +47,8 @@ CASES = {
     "another temperature": {"decay_temperature": 3.0},
     "one chunk": {"retention_chunk_size": 64},
     "another eps": {"layernorm_epsilon": 1e-2},
+    "two sets of K,V": {"num_self_decoder_layers": 0, "shared_kv_sets": 2},
+    "a set of K,V for each layer": dict(**SLIDING, shared_kv_sets=2),
 }
 
 
@@ -65,6 +67,7 @@ def sizes_of(config: YOCOConfig) -> Sizes:
         interleaved=config.rotary_interleaved,
         scale_embedding=config.scale_embedding,
         eps=config.layernorm_epsilon,
+        kv_sets=config.shared_kv_sets,
     )
 
 

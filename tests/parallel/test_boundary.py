@@ -14,26 +14,28 @@ S, B, H, G, D = 12, 2, 10, 3, 4
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("fp32", [False, True])
-def test_splitting_inverts_joining(tp: int, fp32: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("sets", [1, 3])
+def test_splitting_inverts_joining(tp: int, fp32: bool, sets: int, generator: torch.Generator) -> None:
     hidden = torch.randn(S // tp, B, H, generator=generator).bfloat16().requires_grad_()
-    kv = torch.randn(S, B, G, 2, D, generator=generator)
-    kv = (kv if fp32 else kv.bfloat16()).requires_grad_()
-    boundary_tensor = join_boundary_tensor(hidden, kv, fp32)
+    kv_sets = torch.randn(sets, S, B, G, 2, D, generator=generator).unbind()
+    kv_sets = [(kv if fp32 else kv.bfloat16()).requires_grad_() for kv in kv_sets]
+    boundary_tensor = join_boundary_tensor(hidden, kv_sets, fp32)
     assert boundary_tensor.dtype == torch.bfloat16
-    assert boundary_tensor.shape == (1, B, S // tp * H + kv_values((S, G, 2, D), fp32))
+    assert boundary_tensor.shape == (1, B, S // tp * H + sets * kv_values((S, G, 2, D), fp32))
     assert boundary_tensor._base is None  # Megatron frees its storage after sending
     # The next stage gets a copy, as over the wire.
     received = boundary_tensor.detach().clone().requires_grad_()
-    hidden_out, kv_out = split_boundary_tensor(received, hidden.shape, kv.shape, fp32)
+    hidden_out, kv_out = split_boundary_tensor(received, hidden.shape, (S, B, G, 2, D), sets, fp32)
     assert torch.equal(hidden_out, hidden)
-    assert torch.equal(kv_out, kv)
-    assert kv_out.is_contiguous()
+    assert torch.equal(torch.stack(kv_out), torch.stack(kv_sets))
+    assert all(kv.is_contiguous() for kv in kv_out)
     grad_hidden = torch.randn(hidden.shape, generator=generator).bfloat16()
-    grad_kv = torch.randn(kv.shape, generator=generator).to(kv.dtype)
-    torch.autograd.backward((hidden_out, kv_out), (grad_hidden, grad_kv))
+    grad_kv = [torch.randn(kv.shape, generator=generator).to(kv.dtype) for kv in kv_sets]
+    torch.autograd.backward((hidden_out, *kv_out), (grad_hidden, *grad_kv))
     boundary_tensor.backward(received.grad)
     assert torch.equal(hidden.grad, grad_hidden)
-    assert torch.equal(kv.grad, grad_kv), "the K,V's gradient was rounded on its way"
+    for kv, gradient in zip(kv_sets, grad_kv):
+        assert torch.equal(kv.grad, gradient), "the K,V's gradient was rounded on its way"
 
 
 def readers(kv: torch.Tensor, hidden: torch.Tensor, layers: int, weight: torch.Tensor, through) -> torch.Tensor:

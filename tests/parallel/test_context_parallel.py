@@ -31,6 +31,7 @@ QUICK = {
     "PP2 CP2 uneven": ("Ett|ttttttL", 2, 1, 2, {}),
     "CP2 recompute full": (PP1, 1, 1, 2, FULL_RECOMPUTE),
     "CP2 recompute all but attention": (PP1, 1, 1, 2, STORED_ATTENTION),
+    "PP2 CP2 two sets of K,V": ("Ettttt|tttL", 2, 1, 2, dict(shared_kv_sets=2)),
 }
 FULL = {
     "TP2 CP2": (PP1, 1, 2, 2, {}),
@@ -82,6 +83,7 @@ def check(mesh: str, model: dict, documents: bool, one_process) -> None:
         cp=cp,
         vp=vp if vp > 1 else None,
     )
+    model = model | {name: value for name, value in overrides.items() if name == "shared_kv_sets"}
     compare(results, one_process(model, documents), TOLERANCE[model.get("params_dtype", torch.float32)])
 
 
@@ -92,7 +94,9 @@ def test_retention(mesh: str, documents: bool, one_process) -> None:
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize(("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest", "short"])])
+@pytest.mark.parametrize(
+    ("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest", "short", "long"])]
+)
 def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
     model = FLOAT64 | dict(self_decoder="sliding_window", self_decoder_window=WINDOWS[window])
     check(mesh, model, documents, one_process)

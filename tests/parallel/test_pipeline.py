@@ -23,7 +23,10 @@ QUICK = {
     "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, {}),
     "TP2 PP2 SP": ("Etttt|ttttL", 2, 2, dict(sequence_parallel=True)),
     "PP2 recompute full": ("Ettt|tttttL", 2, 1, FULL_RECOMPUTE),
+    "PP4 two sets of K,V, one of which passes a stage": ("Etttt|t|tt|tL", 4, 1, dict(shared_kv_sets=2)),
 }
+# What changes the model, not only how it is computed.
+OF_THE_MODEL = ("self_decoder", "num_self_decoder_layers", "shared_kv_sets")
 FULL = {
     "PP4 uneven": ("Et|ttttt|t|tL", 4, 1, {}),
     "PP4 embedding and head alone": ("E|ttttt|ttt|L", 4, 1, {}),
@@ -37,6 +40,8 @@ FULL = {
     "PP4 VP2 recompute full": ("Et|t|t|t|t|t|t|tL", 4, 1, FULL_RECOMPUTE),
     "PP2 no self-decoder": ("Etttt|ttttL", 2, 1, dict(num_self_decoder_layers=0)),
     "PP4 split 3:1": ("Ett|tt|tt|ttL", 4, 1, dict(num_self_decoder_layers=6)),
+    "PP2 VP4 a set of K,V for each layer": ("Et|t|t|t|t|t|t|tL", 2, 1, dict(shared_kv_sets=4)),
+    "TP2 PP2 SP two sets of K,V": ("Ett|ttttttL", 2, 2, dict(sequence_parallel=True, shared_kv_sets=2)),
 }
 DOCUMENTS = {
     "PP4": ("Ett|tt|tt|ttL", 4, 1, {}),
@@ -84,7 +89,7 @@ def check(mesh: str, kind: str, tied: bool, one_process) -> None:
     vp = (layout.count("|") + 1) // ranks
     number = MICROBATCHES.get(mesh, 4)
     model = {"self_decoder": kind, **overrides}
-    plain = {name: value for name, value in model.items() if name in ("self_decoder", "num_self_decoder_layers")}
+    plain = {name: value for name, value in model.items() if name in OF_THE_MODEL}
     results = run_world(
         ranks * tp, pipeline_step, model, layout, tied, number, tp=tp, pp=ranks, vp=vp if vp > 1 else None
     )
@@ -139,11 +144,15 @@ def test_packed_documents(mesh: str, kind: str, one_process) -> None:
         compare(reference, one_process(dict(self_decoder=kind), False, 4), GRAD)
 
 
-@pytest.mark.parametrize("layout", ["Ett|tt|tt|ttL"])
-def test_bf16_transport(layout: str, one_process) -> None:
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [("Ett|tt|tt|ttL", {}), ("Et|tt|tttt|tL", dict(num_self_decoder_layers=0, shared_kv_sets=2))],
+    ids=["one set", "two sets, one of which passes a stage"],
+)
+def test_bf16_transport(layout: str, model: dict) -> None:
     """In bf16, sending K,V and their gradients in fp32 is exact: the same gradients as bf16 in one process, but for the
     rounding of hidden states' own path; sending bf16 rounds dK,dV once a boundary (2^-9 each)."""
-    bf16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+    bf16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, **model)
     reference = run_world(1, pipeline_step, bf16, None, False)[0]
     errors = {}
     for fp32 in (True, False):

@@ -44,8 +44,8 @@ def shape(**changes) -> ModelShape:
     return ModelShape(**fields | changes)
 
 
-def plan(counts, split_layer: int) -> StagePlan:
-    return StagePlan((0, *itertools.accumulate(counts)), split_layer)
+def plan(counts, split_layer: int, kv_sets: int = 1) -> StagePlan:
+    return StagePlan((0, *itertools.accumulate(counts)), split_layer, kv_sets)
 
 
 PARTS = ("embedding", "self_decoder", "shared_kv", "cross_decoder", "output_layer")
@@ -114,9 +114,20 @@ def test_table_adds_up(tied: bool) -> None:
 def test_where_the_shared_kv_are() -> None:
     cuts = plan([2, 3, 3, 0], 4)  # the split inside stage 1, the head alone on the last stage
     assert cuts.producer == 1
-    assert [cuts.kv_arrives(g) for g in range(4)] == [False, False, True, False]
+    assert [cuts.kv_arriving(g) for g in range(4)] == [0, 0, 1, 0]
+    assert cuts.kv_reads == 2
     assert plan([0, 4, 4], 0).producer == 0
-    assert plan([4, 4], 4).stage(0).kv_out
+    assert plan([4, 4], 4).stage(0).kv_out == 1
+
+
+def test_where_several_sets_are() -> None:
+    """They travel as far as a layer reads them; cross-decoder layers 4, 5 | 6, 7, or each its own."""
+    cuts = plan([4, 1, 2, 1, 0], 4, kv_sets=2)
+    assert [cuts.kv_arriving(g) for g in range(5)] == [0, 2, 2, 1, 0]
+    assert [cuts.stage(g).kv_out for g in range(5)] == [2, 2, 1, 0, 0]
+    assert cuts.kv_reads == 1 + 2 + 1
+    assert [plan([3, 3, 2], 4, kv_sets=4).kv_arriving(g) for g in range(3)] == [0, 0, 2]
+    assert plan([3, 3, 2], 4, kv_sets=4).kv_reads == 4
 
 
 def flags(**changes) -> Namespace:

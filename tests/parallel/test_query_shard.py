@@ -81,6 +81,18 @@ CASES = [
     ("TP2 CP2 SP queries travel", RETENTION, "answers", False),
     ("PP2 CP2 queries travel", WINDOW, "random", False),
 ]
+# The same with several sets of K,V, for the four layers of the cross-decoder.
+SEVERAL_SETS = [
+    (2, "recompute full", RETENTION, "answers", True),
+    (2, "TP2 SP", RETENTION, "answers", True),
+    (2, "PP2 VP2", RETENTION, "answers", True),
+    (2, "CP2", RETENTION, "answers", True),
+    (4, "recompute all but attention", WINDOW, "random", False),
+    (4, "CP2", WINDOW, "random", False),
+    (4, "CP2 queries travel", WINDOW, "random", False),
+    (4, "PP2 CP2", WINDOW, "random", False),
+    (4, "TP2 PP2 SP", WINDOW, "random", False),
+]
 
 
 def masks() -> dict[str, torch.Tensor]:
@@ -96,10 +108,10 @@ def masks() -> dict[str, torch.Tensor]:
     return found
 
 
-def step(mesh: str, kind: str, where: str, documents: bool, only_queries: bool) -> list[dict]:
+def step(kv_sets: int, mesh: str, kind: str, where: str, documents: bool, only_queries: bool) -> list[dict]:
     layout, pp, tp, cp, overrides = MESHES[mesh]
     vp = (layout.count("|") + 1) // pp
-    model = FLOAT64 | dict(self_decoder=kind) | overrides
+    model = FLOAT64 | dict(self_decoder=kind, shared_kv_sets=kv_sets) | overrides
     given = model, layout, False, MICROBATCHES, False, documents, masks()[where], only_queries
     return run_world(tp * pp * cp, pipeline_step, *given, tp=tp, pp=pp, cp=cp, vp=vp if vp > 1 else None)
 
@@ -109,18 +121,22 @@ def everywhere():
     """The reference: one process computes all positions and masks the loss."""
     done: dict = {}
 
-    def found(*case) -> dict[str, torch.Tensor]:
-        if case not in done:
-            done[case] = step("one process", *case, only_queries=False)[0]
-        return done[case]
+    def found(kv_sets: int, *case) -> dict[str, torch.Tensor]:
+        if (kv_sets, *case) not in done:
+            done[kv_sets, *case] = step(kv_sets, "one process", *case, only_queries=False)[0]
+        return done[kv_sets, *case]
 
     return found
 
 
-@pytest.mark.parametrize(("mesh", "kind", "where", "documents"), CASES)
-def test_equals_the_whole_computation(mesh: str, kind: str, where: str, documents: bool, everywhere) -> None:
-    reference = everywhere(kind, where, documents)
-    results = step(mesh, kind, where, documents, only_queries=True)
+@pytest.mark.parametrize(
+    ("kv_sets", "mesh", "kind", "where", "documents"), [*((1, *case) for case in CASES), *SEVERAL_SETS]
+)
+def test_equals_the_whole_computation(
+    kv_sets: int, mesh: str, kind: str, where: str, documents: bool, everywhere
+) -> None:
+    reference = everywhere(kv_sets, kind, where, documents)
+    results = step(kv_sets, mesh, kind, where, documents, only_queries=True)
     assert set().union(*results) == reference.keys()
     for result in results:
         for name, value in result.items():

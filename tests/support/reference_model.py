@@ -3,6 +3,8 @@
 Source: arXiv 2405.05254 sections 2 and 3, and the authors' code where the paper is silent (embedding scale, key scale,
 tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the right: y = x W^T with W [out, in].
 
+Of several sets of K,V (`kv_sets`) each is read by an equal group of neighbouring layers.
+
 Legend: B batch, T tokens, d hidden, H query heads, G K,V heads, D head width. Rotary angles, their sines and cosines
 are fp32 as in the authors' code, everything else is float64.
 """
@@ -36,6 +38,7 @@ class Sizes:
     interleaved: bool = True
     scale_embedding: bool = True
     eps: float = 1e-5
+    kv_sets: int = 1
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -116,9 +119,11 @@ def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
         x = x + mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
     normed = rms(x, sizes.eps) * w["kv.norm"]
-    k, v = (heads(normed @ w[f"kv.{m}"].T, sizes.groups) for m in "kv")
-    k = rope(k, sizes)
+    readers = (sizes.num_layers - sizes.num_self_decoder_layers) // sizes.kv_sets
     for layer in range(sizes.num_self_decoder_layers, sizes.num_layers):
+        of = (layer - sizes.num_self_decoder_layers) // readers
+        k, v = (heads(normed @ w[f"kv.{of}.{m}"].T, sizes.groups) for m in "kv")
+        k = rope(k, sizes)
         q = rope(heads((rms(x, sizes.eps) * w[f"{layer}.norm"]) @ w[f"{layer}.q"].T, sizes.heads), sizes)
         x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
@@ -135,7 +140,7 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     """The project's parameters (names of a single process) as this file's, by views: gradients flow back through them.
 
     What a fused matrix holds, in rows: qkvg per head [q, k, v, gate]; qkv per K,V head [its queries, k, v]; kv per head
-    [k, v]; fc1 [a; b].
+    [k, v] of each set; fc1 [a; b].
     """
 
     def split(matrix: Tensor, groups: int, parts: list[int]) -> list[Tensor]:
@@ -147,7 +152,9 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     if "output_layer.weight" in state:
         w["head"] = state["output_layer.weight"]
     w["kv.norm"] = state["decoder.shared_kv.layernorm.weight"]
-    w["kv.k"], w["kv.v"] = split(state["decoder.shared_kv.linear_kv.weight"], sizes.groups, [1, 1])
+    kv = split(state["decoder.shared_kv.linear_kv.weight"], sizes.groups, [1, 1] * sizes.kv_sets)
+    for of in range(sizes.kv_sets):
+        w[f"kv.{of}.k"], w[f"kv.{of}.v"] = kv[2 * of : 2 * of + 2]
     for layer in range(sizes.num_layers):
         ours = f"decoder.layers.{layer}."
         own_name = (

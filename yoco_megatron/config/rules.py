@@ -81,7 +81,6 @@ def check_sizes(config: Any) -> None:
 def check_model(config: Any) -> None:
     """Rules of a YOCO without its mesh, and of tensor parallelism. `config` has the fields of YOCOConfig, resolved."""
     check_sizes(config)
-    require(config.shared_kv_sets == 1, "--shared-kv-sets above 1 is not built yet")
     check_loss_chunk(config)
     require(
         not (config.recompute_elementwise and config.fp8),

@@ -10,10 +10,11 @@ In a step each layer stores what its backward pass reads (e bytes a value, h hid
     mixer                                         its record's; cross attention 2 H D e + 4 H: queries, outputs, sums
     full recompute                                its input h e, and what --keep-cross-attention stores
 
-Behind the shared K,V only the positions that are computed count. The K,V are stored once a stage, of the whole sequence
-with context parallelism, and their gradient is an fp32 buffer as long. The peak is the largest of three moments: the
-loss; the first layer of the cross-decoder in backward; the first of the self-decoder, when all that the cross-decoder
-stored is free. Measured rows beside it: tests/costs/test_measured.py. Not counted: allocator, CUDA, NCCL.
+Behind the shared K,V only the positions that are computed count. Each set of K,V that a stage reads is stored once, of
+the whole sequence with context parallelism, and its gradient is an fp32 buffer as long, of one set at a time. The peak
+is the largest of three moments: the loss; the first layer of the cross-decoder in backward; the first of the
+self-decoder, when all that the cross-decoder stored is free. Measured rows beside it: tests/costs/test_measured.py. Not
+counted: allocator, CUDA, NCCL.
 """
 
 from argparse import Namespace
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
-from yoco_megatron.costs.stage_time import Parts, of_rank, stage_parameters
+from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, stage_parameters
 from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
@@ -60,15 +61,17 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
 
 def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
     """Memory of each pipeline rank."""
-    pp = args.pipeline_model_parallel_size
-    return [_memory(args, shape, stages[rank::pp], in_flight(args, rank, len(stages) // pp)) for rank in range(pp)]
+    pp, read = args.pipeline_model_parallel_size, kv_sets_read(stages, shape)
+    return [
+        _memory(args, shape, stages[rank::pp], read[rank::pp], in_flight(args, rank, len(stages) // pp))
+        for rank in range(pp)
+    ]
 
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
-    """Of one sequence in generation: (a token, for the one shared K,V; whatever the length, for the self-decoder)."""
-    return shape.kv_width * bytes_per_value, shape.num_self_decoder_layers * shape.mixer.cache_bytes(
-        shape, bytes_per_value
-    )
+    """Of one sequence in generation: (a token, for the shared K,V; whatever the length, for the self-decoder)."""
+    own = shape.num_self_decoder_layers * shape.mixer.cache_bytes(shape, bytes_per_value)
+    return shape.shared_kv_sets * shape.kv_width * bytes_per_value, own
 
 
 def data_parallel_size(args: Namespace) -> int:
@@ -121,8 +124,10 @@ def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
     return stages
 
 
-def _memory(args: Namespace, shape: ModelShape, chunks: Sequence[Parts], begun: Sequence[int]) -> Memory:
-    """Of a rank that holds `chunks`, with so many micro-batches in flight in each."""
+def _memory(
+    args: Namespace, shape: ModelShape, chunks: Sequence[Parts], read: Sequence[range], begun: Sequence[int]
+) -> Memory:
+    """Of a rank that holds `chunks`, which read these sets of K,V, with so many micro-batches in flight in each."""
     tp, cp, e = args.tensor_model_parallel_size, args.context_parallel_size, _bytes_of_a_value(args)
     tokens = args.seq_length * args.micro_batch_size / cp
     rows = tokens * shape.query_share  # behind the shared K,V
@@ -133,16 +138,17 @@ def _memory(args: Namespace, shape: ModelShape, chunks: Sequence[Parts], begun: 
     read_kv = _kv_values(args, shape, tokens)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
 
-    def of_chunk(chunk: Parts) -> dict[str, float]:
+    def of_chunk(chunk: Parts, sets: range) -> dict[str, float]:
         """Stored for one micro-batch."""
+        arrived = shape.shared_kv_sets - sets.start if sets else 0
         return {kind: chunk.get(kind, 0) * stored[kind] for kind in kinds} | {
             "shared K,V": 2 * e * tokens * shape.hidden_size / split * chunk.get("shared_kv", 0)
-            + e * (read_kv + arrived_kv) * bool(chunk.get("cross_decoder")),
+            + e * (len(sets) * read_kv + arrived * arrived_kv),
             "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
         }
 
     parts = _states(args, shape, chunks)
-    each = [of_chunk(chunk) for chunk in chunks]
+    each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
     for name in each[0]:
         parts[name] = sum(count * sizes[name] for count, sizes in zip(begun, each))
     backward = {kind: positions[kind] * _layer_in_backward(args, shape, kind, split) for kind in kinds}
@@ -182,8 +188,8 @@ def _bytes_of_a_value(args: Namespace) -> int:
 
 
 def _kv_values(args: Namespace, shape: ModelShape, tokens: float) -> float:
-    """Of the shared K,V as the layers of a stage read them: of the whole sequence, unless queries travel; of packed
-    documents in several samples a second time, laid end to end (model/cross_decoder/document_attention.py)."""
+    """Of one set of the shared K,V as the layers of a stage read it: of the whole sequence, unless queries travel; of
+    packed documents in several samples a second time, laid end to end (model/cross_decoder/document_attention.py)."""
     if shape.architecture != "yoco":
         return 0.0
     cp = args.context_parallel_size if travelling(args, shape) == "keys" else 1

@@ -5,7 +5,7 @@ Planner, FLOP counter and tests read sizes from here, so that they agree with ea
 K,V heads of width D, V vocabulary):
 
     self layer    its mixer's (`mixers`) + 3 d F + 2 d
-    shared K,V    2 d g D + d                      (two projections and their own norm, once)
+    shared K,V    n 2 d g D + d                    (two projections for each of n sets, one in a YOCO, and one norm)
     cross layer   2 d h D + 3 d F + 2 d            (queries and output only)
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
     final norm    d
@@ -75,7 +75,7 @@ class ModelShape:
 
     @property
     def kv_width(self) -> int:
-        """Values of one token's keys and values: the shared K,V's (transformer: one layer's)."""
+        """Values of one token's keys and values: of one set of the shared K,V (transformer: one layer's)."""
         return 2 * self.num_query_groups * self.kv_channels
 
     @property
@@ -123,7 +123,8 @@ def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + ffn}
     mixer = shape.mixer.matmul_parameters(shape)
-    return {"self_decoder": mixer + ffn, "shared_kv": k_and_v, "cross_decoder": q_and_out + ffn}
+    shared_kv = shape.shared_kv_sets * k_and_v
+    return {"self_decoder": mixer + ffn, "shared_kv": shared_kv, "cross_decoder": q_and_out + ffn}
 
 
 def layer_linear_values(shape: ModelShape) -> dict[str, int]:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count
@@ -100,6 +101,16 @@ def part_seconds_of_run(shape: ModelShape, args: Namespace, rates: Rates = PLANN
 def stage_seconds(parts: Parts, seconds: Seconds) -> float:
     """Seconds per token of one stage."""
     return sum(count * seconds[part] for part, count in parts.items())
+
+
+def kv_sets_read(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
+    """The sets of K,V that each stage reads, counted from 0; `stages` in the order that a micro-batch visits them."""
+    sets, layers = shape.shared_kv_sets, shape.num_cross_decoder_layers
+    edges = accumulate((stage.get("cross_decoder", 0) for stage in stages), initial=0)
+    return [
+        range(first * sets // layers, (last - 1) * sets // layers + 1) if first < last else range(0)
+        for first, last in pairwise(edges)
+    ]
 
 
 def of_rank(chunks: Sequence[Parts]) -> Parts:

@@ -17,7 +17,7 @@ from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts, of_rank, part_seconds_of_run, stage_parameters
+from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, part_seconds_of_run, stage_parameters
 from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, travelling
 
 BYTES = 2  # a value on its way: bf16
@@ -63,7 +63,8 @@ def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card:
     tokens = args.seq_length * args.micro_batch_size / cp
 
     layers = _layers(args, shape, card)
-    per_stage = tuple(_stage(args, shape, card, layers, stage) for stage in stages)
+    read = kv_sets_read(stages, shape)
+    per_stage = tuple(_stage(args, shape, card, layers, stage, len(sets)) for stage, sets in zip(stages, read))
     ranks = [{part: sum(stage[part] for stage in per_stage[rank::pp]) for part in per_stage[0]} for rank in range(pp)]
     totals = [sum(rank.values()) for rank in ranks]
     slowest = max(range(pp), key=totals.__getitem__)
@@ -71,7 +72,8 @@ def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card:
     bubble = (sum(totals) - totals[slowest]) / model_chunks
     sends = 0.0
     if pp > 1:
-        size = boundary_bytes(shape, 1, BYTES, with_kv=shape.architecture == "yoco") * tokens / tp
+        kv_sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
+        size = boundary_bytes(shape, 1, BYTES, kv_sets) * tokens / tp
         both_ways = 2 * card.link(args.world_size).seconds(size)
         exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
         sends = both_ways * (count * exposed + 2 * (pp - 1))
@@ -122,16 +124,22 @@ def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[st
 
 
 def _stage(
-    args: Namespace, shape: ModelShape, card: Card, layers: Mapping[str, Mapping[str, float]], stage: Parts
+    args: Namespace,
+    shape: ModelShape,
+    card: Card,
+    layers: Mapping[str, Mapping[str, float]],
+    stage: Parts,
+    kv_sets: int,
 ) -> dict[str, float]:
-    """Seconds of a micro-batch by part."""
+    """Seconds of a micro-batch by part; the stage reads so many sets of K,V."""
     total = {"compute": 0.0, "host": 0.0, "tensor": 0.0, "context": 0.0}
     for kind, count in stage.items():
         for part, seconds in layers[kind].items():
             total[part] += count * seconds
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    if cp > 1 and stage.get("cross_decoder") and travelling(args, shape) == "keys":
-        total["context"] += card.link(tp * cp).seconds(cross_attention_bytes_of_run(args, shape)["keys"] / tp)
+    if cp > 1 and kv_sets and travelling(args, shape) == "keys":
+        each = cross_attention_bytes_of_run(args, shape)["keys"] / shape.shared_kv_sets
+        total["context"] += kv_sets * card.link(tp * cp).seconds(each / tp)
     return total
 
 

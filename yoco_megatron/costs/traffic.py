@@ -9,8 +9,8 @@ retention heads of this tensor-parallel rank, widths D of the cross-decoder and 
 
 The cross-decoder needs all keys in one place, or all queries in all places (--cp-cross-attention), m of them:
 
-    keys, a stage, forward            (C-1) / C  s b 2 G D e                (K,V)
-    keys, a stage, backward           (C-1) / C  s b 2 G D 4                (their gradients, summed in fp32)
+    keys, a set and stage, forward    (C-1) / C  s b 2 G D e                (K,V; a YOCO has one set)
+    keys, a set and stage, backward   (C-1) / C  s b 2 G D 4                (their gradients, summed in fp32)
     queries, a layer, forward         (C-1) / C  m b H (2 D e + 4)          (queries; outputs with log-sum-exp)
     queries, a layer, backward        (C-1) / C  m b H (4 D e + 4)          (queries, outputs with log-sum-exp and their
                                                                             gradients; gradients of queries)
@@ -26,9 +26,9 @@ from typing import Any
 from yoco_megatron.costs.shape import ModelShape
 
 
-def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, with_kv: bool) -> int:
-    """Of the tensor that enters a pipeline stage: hidden states and, once it exists, the shared K,V."""
-    return tokens * (shape.hidden_size + with_kv * shape.kv_width) * bytes_per_value
+def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, kv_sets: int) -> int:
+    """Of the tensor that enters a pipeline stage: hidden states and so many sets of the shared K,V."""
+    return tokens * (shape.hidden_size + kv_sets * shape.kv_width) * bytes_per_value
 
 
 def recomputes_cross_attention(config: Any) -> bool:
@@ -45,14 +45,15 @@ def cross_attention_bytes(
     queries: int,
     sequences: int = 1,
     bytes_per_value: int = 2,
-    stages: int = 1,
+    kv_reads: int = 1,
     forward_passes: int = 1,
 ) -> dict[str, float]:
     """Received by cross attention of the whole model in both ways, {"keys": ..., "queries": ...}.
 
     Args:
         sizes: a ModelShape or a YOCOConfig.
-        queries: positions of each sequence that are computed; stages: pipeline stages with cross-decoder layers.
+        queries: positions of each sequence that are computed; kv_reads: sets of K,V that each pipeline stage reads, all
+            stages together.
         forward_passes: two if cross attention is recomputed.
     """
     others = (ranks - 1) / ranks * sequences
@@ -60,7 +61,7 @@ def cross_attention_bytes(
     rows = queries * sizes.num_attention_heads * sizes.num_cross_decoder_layers
     forward, backward = (rows * (tensors * width * bytes_per_value + 4) for tensors in (2, 4))
     return {
-        "keys": others * stages * length * 2 * sizes.num_query_groups * width * (bytes_per_value + 4),
+        "keys": others * kv_reads * length * 2 * sizes.num_query_groups * width * (bytes_per_value + 4),
         "queries": others * (forward * forward_passes + backward),
     }
 
@@ -73,6 +74,7 @@ def cross_attention_bytes_of_run(args: Namespace, shape: ModelShape) -> dict[str
         args.seq_length,
         shape.computed_queries,
         args.micro_batch_size,
+        kv_reads=shape.shared_kv_sets,
         forward_passes=2 if recomputes_cross_attention(args) else 1,
     )
 
@@ -115,6 +117,7 @@ def received_bytes(
         shape.computed_queries,
         micro_batch_size,
         bytes_per_value,
+        shape.shared_kv_sets,
         forward_passes=1 if keep_cross_attention else forward_passes,
     )
     return {"self_decoder": shape.num_self_decoder_layers * layer, "cross_decoder": both[travels]}

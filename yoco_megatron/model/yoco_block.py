@@ -1,6 +1,7 @@
 """The layers of a YOCO, or of one pipeline stage of it: self-decoder, shared K,V, cross-decoder.
 
-The block returns hidden states and the shared K,V, because a later stage needs both.
+The block returns hidden states and the shared K,V that a later stage reads. Of several sets of K,V
+(--shared-kv-sets) each has a group of cross-decoder layers, which run one after the other.
 
 Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
 need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
@@ -12,6 +13,7 @@ need otherwise. They carry two things of ours, so that YOCO needs no layer class
 The mixers give them their true names in the first line of `forward`.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -29,6 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from yoco_megatron.config.kv_sets import layers_of_sets
 from yoco_megatron.mixers import get_mixer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
@@ -82,28 +85,28 @@ class YOCOBlock(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        kv: Tensor | None,
+        kv_sets: Sequence[Tensor],
         self_angles: Tensor,
         cross_angles: Tensor,
         shard: SequenceShard,
         queries: SequenceShard | QueryShard,
         query_angles: Tensor,
-    ) -> tuple[Tensor, SharedKVReader | None]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the layers.
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            kv: the shared K,V [s, b, G, 2, D] of the tokens held here, from an earlier stage; None if this block makes
-                them, or if a later one does.
+            kv_sets: the shared K,V [s, b, G, 2, D] of the tokens held here, from an earlier stage: the last
+                `stage.kv_in` sets; none if this block makes them, or if a later one does.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
             queries: the positions that are computed behind the shared K,V; `shard` for all.
             query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`; `cross_angles` for all.
         Returns:
-            hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and a reader of
-            the shared K,V (None before they are made).
+            hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and the last
+            `stage.kv_out` sets of K,V, in fp32 if they are sent so.
         """
-        assert (kv is not None) == self.stage.kv_in, "the shared K,V and the stage do not fit"
+        assert len(kv_sets) == self.stage.kv_in, "the shared K,V and the stage do not fit"
         config = self.config
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
@@ -111,24 +114,42 @@ class YOCOBlock(MegatronModule):
             hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles, shard)
             if self.shared_kv is not None:
                 with self._layer_fp8(config.num_self_decoder_layers):
-                    kv = self.shared_kv(hidden_states, cross_angles)
+                    kv_sets = self.shared_kv(hidden_states, cross_angles)
                 if isinstance(queries, QueryShard):
                     hidden_states = queries.take(hidden_states)
-            kv_reader = None
-            if kv is not None:
-                attended: SequenceShard | QueryShard | TravellingQueries = queries
-                gather = documents = None
-                if self.num_cross and shard.document_ids is not None:
-                    documents = DocumentCalls(shard, [(chunk.start, chunk.stop) for chunk in queries.chunks])
-                elif self.num_cross and shard.ranks > 1:
-                    attended = self._travelling(queries)
-                    gather = shard if attended is queries else None
-                dtype = config.params_dtype
-                hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
-                hidden_states = self._run(
-                    self.layers[self.num_self :], hidden_states, kv_reader, query_angles, attended
-                )
-        return hidden_states, kv_reader
+            return self._cross_decoder(hidden_states, kv_sets, query_angles, shard, queries)
+
+    def _cross_decoder(
+        self,
+        hidden_states: Tensor,
+        kv_sets: Sequence[Tensor],
+        angles: Tensor,
+        shard: SequenceShard,
+        queries: SequenceShard | QueryShard,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Each set's group of layers, of those held here. Arguments and result are those of `forward`."""
+        config, stage = self.config, self.stage
+        attended: SequenceShard | QueryShard | TravellingQueries = queries
+        gather = documents = None
+        if self.num_cross and shard.document_ids is not None:
+            documents = DocumentCalls(shard, [(chunk.start, chunk.stop) for chunk in queries.chunks])
+        elif self.num_cross and shard.ranks > 1:
+            attended = self._travelling(queries)
+            gather = shard if attended is queries else None
+        groups = layers_of_sets(config.num_layers, config.num_self_decoder_layers, config.shared_kv_sets)
+        kv_out_dtype = torch.float32 if config.sends_fp32_kv else config.params_dtype
+        kv_out = []
+        for kv, group in zip(kv_sets, groups[config.shared_kv_sets - len(kv_sets) :]):
+            if group.start >= stage.last:
+                kv_out.append(kv.to(kv_out_dtype))
+                continue
+            layers = self.layers[max(0, group.start - stage.first) : group.stop - stage.first]
+            dtype = config.params_dtype
+            hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
+            hidden_states = self._run(layers, hidden_states, kv_reader, angles, attended)
+            if group.stop > stage.last:
+                kv_out.append(kv_reader.read_stacked(kv_out_dtype))
+        return hidden_states, kv_out
 
     def _travelling(self, queries: SequenceShard | QueryShard) -> SequenceShard | QueryShard | TravellingQueries:
         """`queries` as layers attend with them: as they are, or travelling between context-parallel ranks."""

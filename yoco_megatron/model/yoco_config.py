@@ -42,6 +42,11 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         return self.num_layers - self.num_self_decoder_layers
 
     @property
+    def sends_fp32_kv(self) -> bool:
+        """Whether --fp32-kv-transport makes a difference: only if boundaries of pipeline stages are in 16 bits."""
+        return self.fp32_kv_transport and self.pipeline_dtype.itemsize == 2
+
+    @property
     def self_decoder_head_dim(self) -> int:
         """Width of one self-decoder head."""
         return self.hidden_size // self.self_decoder_heads

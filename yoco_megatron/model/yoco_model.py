@@ -3,7 +3,6 @@
 import copy
 import math
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -72,8 +71,6 @@ class YOCOModel(LanguageModule):
         self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
         self.tokens_per_row = self.tp_group.size() if config.sequence_parallel else 1
-        # It makes a difference only if boundaries are in 16 bits.
-        self.fp32_transport = config.fp32_kv_transport and config.pipeline_dtype.itemsize == 2
         if self.post_process:
             # The head is Megatron's linear, not Transformer Engine's, and fuses gradients with Apex alone.
             head_config = copy.copy(config)
@@ -129,14 +126,17 @@ class YOCOModel(LanguageModule):
             fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`); with
             `query_runs` m instead of s.
         """
-        kv, config = None, self.config
+        kv_sets: list[Tensor] = []
+        config = self.config
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         assert hidden_states is not None
         ranks, batch = self.cp_group.size(), hidden_states.shape[1]
         if self.stage.kv_in:
             hidden_shape, kv_shape = self._arriving_shapes(hidden_states, query_runs)
-            hidden_states, kv = split_boundary_tensor(hidden_states, hidden_shape, kv_shape, self.fp32_transport)
-        length = kv.shape[0] if kv is not None else hidden_states.shape[0] * self.tokens_per_row
+            hidden_states, kv_sets = split_boundary_tensor(
+                hidden_states, hidden_shape, kv_shape, self.stage.kv_in, config.sends_fp32_kv
+            )
+        length = kv_sets[0].shape[0] if kv_sets else hidden_states.shape[0] * self.tokens_per_row
         group = self.cp_group if ranks > 1 else None
         shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
         positions = shard.positions()
@@ -147,15 +147,14 @@ class YOCOModel(LanguageModule):
             rows_group = self.pg_collection.tp_cp if config.sequence_parallel else group
             queries = QueryShard(shard, query_runs, rows_group, self.tokens_per_row)
             query_angles = self.cross_rotary(queries.positions())
-        hidden_states, kv_reader = self.decoder(
-            hidden_states, kv, self_angles, cross_angles, shard, queries, query_angles
+        hidden_states, kv_sets = self.decoder(
+            hidden_states, kv_sets, self_angles, cross_angles, shard, queries, query_angles
         )
         if self.post_process:
             return self.head(hidden_states, labels)
         if not self.stage.kv_out:
             return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
-        kv = kv_reader.read_stacked(torch.float32 if self.fp32_transport else None)
-        return join_boundary_tensor(hidden_states, kv, self.fp32_transport)
+        return join_boundary_tensor(hidden_states, kv_sets, config.sends_fp32_kv)
 
     def boundary_shape(
         self, stage: Stage, micro_batch_size: int, length: int, queries: int | None = None
@@ -169,18 +168,19 @@ class YOCOModel(LanguageModule):
         if not stage.kv_in:
             return tokens // self.tokens_per_row, micro_batch_size, self.config.hidden_size
         rows = (length if queries is None else queries) // self.cp_group.size() // self.tokens_per_row
-        return 1, micro_batch_size, rows * self.config.hidden_size + tokens * self._kv_values_per_token
+        return 1, micro_batch_size, rows * self.config.hidden_size + stage.kv_in * tokens * self._kv_values_per_token
 
     @property
     def _kv_values_per_token(self) -> int:
-        return kv_values((self.groups, 2, self.config.kv_channels), self.fp32_transport)
+        """Of one set, see `kv_values`."""
+        return kv_values((self.groups, 2, self.config.kv_channels), self.config.sends_fp32_kv)
 
     def _arriving_shapes(
         self, boundary_tensor: Tensor, query_runs: Runs | None
     ) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
-        """Of hidden states and K,V in it. The number of tokens follows from its size."""
+        """Of hidden states and each set of K,V in it. The number of tokens follows from its size."""
         _, batch, values = boundary_tensor.shape
-        width, kv = self.config.hidden_size, self._kv_values_per_token
+        width, kv = self.config.hidden_size, self.stage.kv_in * self._kv_values_per_token
         if query_runs is None:
             tokens = values * self.tokens_per_row // (width + kv * self.tokens_per_row)
             rows = tokens // self.tokens_per_row

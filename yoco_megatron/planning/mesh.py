@@ -126,7 +126,7 @@ def stages_of(args: Namespace, shape: ModelShape) -> list[Parts]:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         seconds = part_seconds_of_run(shape, args)
         counts = plan_cuts(shape.num_layers, shape.num_self_decoder_layers, ranks, chunks, seconds)
-    plan = StagePlan((0, *accumulate(counts)), shape.num_self_decoder_layers)
+    plan = StagePlan((0, *accumulate(counts)), shape.num_self_decoder_layers, shape.shared_kv_sets)
     return list(plan.parts())
 
 

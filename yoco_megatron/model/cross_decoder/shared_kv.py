@@ -1,9 +1,9 @@
-"""The one K,V of the whole model (paper equation 2).
+"""The one K,V of the whole model (paper equation 2), or several sets of them (--shared-kv-sets).
 
 K^ = RoPE(RMSNorm_kv(X) W_K),  V^ = RMSNorm_kv(X) W_V, from the self-decoder's output X, with a norm of its own.
-Every cross-decoder layer reads the same tensor.
+Every cross-decoder layer reads the same tensor, or every layer of a group; the sets differ in W alone.
 
-Shapes: s sequence, b batch, h hidden, G K,V heads of this tensor-parallel rank, D head width.
+Shapes: s sequence, b batch, h hidden, N sets, G K,V heads of this tensor-parallel rank, D head width.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,11 @@ class SharedKVSubmodules:
 
 
 class SharedKV(MegatronModule):
-    """Projects the self-decoder's output [s, b, h] to the shared K,V [s, b, G, 2, D].
+    """Projects the self-decoder's output [s, b, h] to N sets of shared K,V [s, b, G, 2, D], all in one product.
 
-    The rows of W are ordered by head, K before V inside one head, so that tensor parallelism cuts between heads and a
-    checkpoint fits every mesh. With sequence parallelism the input is [s/tp, b, h].
+    The rows of W [G * N * 2 * D, h] are ordered by head, inside one head by set, K before V inside one set, so that
+    tensor parallelism cuts between heads and a checkpoint fits every mesh. With sequence parallelism the input is
+    [s/tp, b, h].
     """
 
     def __init__(
@@ -44,15 +45,19 @@ class SharedKV(MegatronModule):
         self.layernorm = submodules.layernorm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
+        self.parts = 2 * config.shared_kv_sets
         self.linear_kv = input_projection(
-            submodules.linear_kv, config, 2 * config.num_query_groups * self.head_dim, pg_collection.tp
+            submodules.linear_kv, config, self.parts * config.num_query_groups * self.head_dim, pg_collection.tp
         )
 
-    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        """hidden_states [s, b, h], angles [s, 1 or b, 1, D] -> K,V [s, b, G, 2, D], K rotated."""
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> list[Tensor]:
+        """hidden_states [s, b, h], angles [s, 1 or b, 1, D] -> each set's K,V [s, b, G, 2, D], K rotated."""
         kv, _ = self.linear_kv(self.layernorm(hidden_states))
-        key_SBGD, value_SBGD = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(3)
-        return torch.stack((rotate(key_SBGD, rotary_pos_emb, self.config), value_SBGD), dim=3)
+        parts_SBGD = kv.unflatten(-1, (-1, self.parts, self.head_dim)).unbind(3)
+        return [
+            torch.stack((rotate(key_SBGD, rotary_pos_emb, self.config), value_SBGD), dim=3)
+            for key_SBGD, value_SBGD in zip(parts_SBGD[::2], parts_SBGD[1::2])
+        ]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

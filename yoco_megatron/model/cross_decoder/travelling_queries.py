@@ -63,7 +63,7 @@ def received_by_cross_attention(config: Any, ranks: int, length: int, runs: Runs
         ranks,
         length,
         count(runs),
-        stages=StagePlan.from_config(config).cross_stages,
+        kv_reads=StagePlan.from_config(config).kv_reads,
         forward_passes=2 if recomputes_cross_attention(config) else 1,
     )
 

@@ -47,7 +47,7 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, part_seconds_of_run(shape, args))
-    return StagePlan((0, *accumulate(counts)), split_layer)
+    return StagePlan((0, *accumulate(counts)), split_layer, shape.shared_kv_sets)
 
 
 def set_layout(args: Namespace, plan: StagePlan) -> None:

@@ -115,7 +115,7 @@ def table(
 
     def megabytes(g: int) -> float:
         """Of the tensor that enters stage g."""
-        return boundary_bytes(shape, tokens, bytes_per_value, plan.kv_arrives(g)) / 1e6 if 0 < g < plan.count else 0.0
+        return boundary_bytes(shape, tokens, bytes_per_value, plan.kv_arriving(g)) / 1e6 if 0 < g < plan.count else 0.0
 
     lines = [
         f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+from yoco_megatron.config.kv_sets import layers_of_sets
 from yoco_megatron.utils.errors import require
 
 
@@ -16,7 +17,8 @@ class Stage:
     """Layers [first, last) of the model, counted from 0, and what stands before and after them.
 
     pre_process: holds the embedding; post_process: holds the head.
-    makes_kv: projects the shared K,V; kv_in: they arrive with the hidden states; kv_out: they leave with them.
+    makes_kv: projects the shared K,V; kv_in: how many sets of them arrive with the hidden states, always the last ones;
+    kv_out: how many leave with them.
     """
 
     first: int
@@ -24,8 +26,8 @@ class Stage:
     pre_process: bool = True
     post_process: bool = True
     makes_kv: bool = True
-    kv_in: bool = False
-    kv_out: bool = False
+    kv_in: int = 0
+    kv_out: int = 0
 
     def split(self, split_layer: int) -> tuple[int, int]:
         """(self-decoder layers, cross-decoder layers) held here; `split_layer` is the first of the cross-decoder."""
@@ -46,10 +48,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer."""
+    """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer, and
+    equal groups of them read one of `kv_sets` each."""
 
     cuts: tuple[int, ...]
     split_layer: int
+    kv_sets: int = 1
 
     @property
     def count(self) -> int:
@@ -67,13 +71,20 @@ class StagePlan:
         return next(g for g in range(self.count) if self.cuts[g + 1] >= self.split_layer)
 
     @property
-    def cross_stages(self) -> int:
-        """Stages that hold layers of the cross-decoder."""
-        return sum(stop > max(start, self.split_layer) for start, stop in pairwise(self.cuts))
+    def kv_reads(self) -> int:
+        """Sets of K,V that each stage reads, all stages together."""
+        stages = list(pairwise(self.cuts))
+        return sum(max(of.start, first) < min(of.stop, last) for of in self._layers_of_sets for first, last in stages)
 
-    def kv_arrives(self, g: int) -> bool:
-        """Whether the tensor that enters stage g carries the K,V: they exist, and a layer from g on reads them."""
-        return self.producer < g < self.count and self.cuts[g] < self.num_layers
+    def kv_arriving(self, g: int) -> int:
+        """Sets of K,V in the tensor that enters stage g: those that exist and that a layer from g on reads."""
+        if not self.producer < g < self.count:
+            return 0
+        return sum(layers.stop > self.cuts[g] for layers in self._layers_of_sets)
+
+    @property
+    def _layers_of_sets(self) -> list[range]:
+        return layers_of_sets(self.num_layers, self.split_layer, self.kv_sets)
 
     def stage(self, g: int) -> Stage:
         """What stage g holds."""
@@ -83,8 +94,8 @@ class StagePlan:
             pre_process=g == 0,
             post_process=g == self.count - 1,
             makes_kv=g == self.producer,
-            kv_in=self.kv_arrives(g),
-            kv_out=self.kv_arrives(g + 1),
+            kv_in=self.kv_arriving(g),
+            kv_out=self.kv_arriving(g + 1),
         )
 
     def parts(self) -> list[dict[str, int]]:
@@ -105,14 +116,14 @@ class StagePlan:
                 "--pipeline-model-parallel-size needs cuts: set --pipeline-model-parallel-layout, for example "
                 "by yoco_megatron.parallel.pipeline.planner",
             )
-            return StagePlan((0, config.num_layers), config.num_self_decoder_layers)
+            return StagePlan((0, config.num_layers), config.num_self_decoder_layers, config.shared_kv_sets)
         if isinstance(layout, PipelineParallelLayerLayout):
             ranks, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
             rows = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(ranks)]
         else:
             rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
         counts = [row.count(LayerType.decoder) for row in rows]
-        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers)
+        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers, config.shared_kv_sets)
 
 
 def layout_string(counts: list[int]) -> str:
