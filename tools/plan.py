@@ -1,10 +1,11 @@
-"""Plan a run before it has GPUs: the best mesh, where memory and time go, days and failures. Needs no GPU, and but for
-`confirm` no torch.
+"""Plan a run before it has GPUs: the best mesh, where memory and time go, days and failures. Needs no GPU but for
+`calibrate`, and no torch but for that and `confirm`.
 
     python tools/plan.py search --config MODEL RECIPE --vocab-size 100288 --gpus 256 --output plan.yaml
     python tools/plan.py explain --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256
     python tools/plan.py run --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256 --tokens 10T
     python tools/plan.py confirm --config MODEL RECIPE plan.yaml --vocab-size 100288 --gpus 256
+    torchrun --nproc-per-node 8 tools/plan.py calibrate --output card.yaml      # on a node; then --card card.yaml
 
 All other flags are those of pretrain_yoco.py. `search` keeps what the command line says of the mesh, the micro-batch
 and recompute, and decides what only configs say.
@@ -46,8 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         ("explain", "bytes and milliseconds of one mesh, stage by stage"),
         ("run", "days, energy, failures and saves of a whole run"),
         ("confirm", "a step of the trainer as each distinct rank, on this CPU; needs torch and minutes"),
+        ("calibrate", "measure this node's GPUs and write the file of a card"),
     ):
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        if name == "calibrate":
+            command.add_argument("--output", type=Path, required=True, help="YAML file for the card")
+            command.add_argument("--base", default="h100", help="card or file that the rest is taken from")
+            command.add_argument("--trial", action="store_true", help="tiny sizes, on a CPU too, to see that all runs")
+            continue
         command.add_argument("--gpus", type=int, required=True)
         command.add_argument("--card", default="h100", help=f"{', '.join(SHIPPED)}, or the file of a card")
         if name == "search":
@@ -73,6 +80,10 @@ def main(argv: list[str]) -> str:
     own, rest = build_parser().parse_known_args(argv)
     if own.command == "confirm":
         return _confirm(rest, own.gpus, own.jobs)
+    if own.command == "calibrate":
+        if rest:
+            raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
+        return _calibrate(own.output, Card.of(own.base), own.trial)
     args, given = flags.parse(rest, own.gpus)
     card = Card.of(own.card)
     if own.command == "search":
@@ -92,6 +103,16 @@ def main(argv: list[str]) -> str:
     return report.run_report(plan, run, site, own.tokens, own.corpus_tokens)
 
 
+def _calibrate(output: Path, base: Card, trial: bool) -> str:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from yoco_megatron.startup.prepare import prepare
+
+    prepare()
+    from yoco_megatron.calibration.calibrate import calibrate
+
+    return calibrate(output, base, trial)
+
+
 def _confirm(argv: list[str], gpus: int, jobs: int) -> str:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all is fake
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,6 +129,7 @@ def _confirm(argv: list[str], gpus: int, jobs: int) -> str:
 
 if __name__ == "__main__":
     try:
-        print(main(sys.argv[1:]))
+        if said := main(sys.argv[1:]):
+            print(said)
     except (ValueError, OSError) as error:
         sys.exit(f"plan.py: error: {error}")
