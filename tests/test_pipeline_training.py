@@ -57,12 +57,17 @@ def test_batch_size_schedule() -> None:
     assert_same_losses(log, reference)
 
 
-@pytest.mark.parametrize("optimizer", [(), ("--use-distributed-optimizer",)], ids=["adam", "distributed optimizer"])
-def test_checkpoints_do_not_know_the_cuts(optimizer: tuple, tmp_path: Path, one_process: Log) -> None:
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [((), ()), (("--shared-kv-sets", "2"), ("--use-distributed-optimizer",))],
+    ids=["adam", "two sets of K,V, distributed optimizer"],
+)
+def test_checkpoints_do_not_know_the_cuts(model: tuple, optimizer: tuple, tmp_path: Path, one_process: Log) -> None:
     """Saved with four stages after five steps, continued with one process, with two stages cut elsewhere, with TP2."""
+    reference = train(1, *TEN, *model) if model else one_process
     save = ("--save", str(tmp_path), "--save-interval", "5")
-    train(4, *TEN, *optimizer, *save, "--exit-interval", "5", "--pipeline-model-parallel-size", "4")
-    load = (*TEN, *optimizer, "--load", str(tmp_path))
+    train(4, *TEN, *model, *optimizer, *save, "--exit-interval", "5", "--pipeline-model-parallel-size", "4")
+    load = (*TEN, *model, *optimizer, "--load", str(tmp_path))
     for size, flags in (
         (1, ()),
         (2, (*PP2, "--pipeline-model-parallel-layout", "Ettt|tL")),
@@ -71,4 +76,4 @@ def test_checkpoints_do_not_know_the_cuts(optimizer: tuple, tmp_path: Path, one_
         log = train(size, *load, *flags)
         assert max(log.losses) == 10
         for step in (8, 9, 10):
-            assert log.loss(step) == pytest.approx(one_process.loss(step), rel=1e-5), (flags, step)
+            assert log.loss(step) == pytest.approx(reference.loss(step), rel=1e-5), (flags, step)

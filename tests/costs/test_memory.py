@@ -58,6 +58,11 @@ def test_what_is_made_again_in_backward_is_not_kept(kind, also):
     assert activations() - activations("--recompute-elementwise") == 2 * 64 * (4 * 64 + 2 * also)
 
 
+def test_cache_of_several_sets():
+    per_token, fixed = memory.cache_bytes(ModelShape.from_args(parsed(1)), 2)
+    assert memory.cache_bytes(ModelShape.from_args(parsed(1, "--shared-kv-sets", "2")), 2) == (2 * per_token, fixed)
+
+
 def test_attention_that_is_kept():
     """64 tokens in bf16, two cross-decoder layers, 32 wide: outputs, and an fp32 number a token and head."""
 

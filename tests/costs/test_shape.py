@@ -74,6 +74,7 @@ def test_yoco_3b_part_by_part():
     count = parameter_count(shape(**YOCO_3B))
     assert count["self_decoder"] == 13 * (5 * d * d + d * h_s + 3 * d * F + 2 * d)
     assert count["shared_kv"] == 2 * d * kv + d
+    assert parameter_count(shape(**YOCO_3B, shared_kv_sets=13))["shared_kv"] == 13 * 2 * d * kv + d
     assert count["cross_decoder"] == 13 * (2 * d * d + 3 * d * F + 2 * d)
     assert count["final_norm"] == d
 

@@ -63,7 +63,7 @@ def _ledger_of_a_real_run(argv: list[str]) -> list[Call]:
     return ledger.calls
 
 
-MESH = [*FLAGS, *TP, *PP, "--context-parallel-size", "2"]
+MESH = [*FLAGS, *TP, *PP, "--context-parallel-size", "2", "--shared-kv-sets", "2"]
 
 
 @pytest.fixture(scope="module")

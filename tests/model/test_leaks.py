@@ -111,6 +111,19 @@ def test_the_shared_kv_come_from_the_self_decoder_alone(generator):
     assert torch.equal(influenced, torch.ones_like(influenced).tril().triu(1 - reach))
 
 
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_set_of_kv_serves_its_own_layers(group, generator):
+    """A set whose layers attend in vain gets no gradient, and the other one does."""
+    config = tiny_config(num_self_decoder_layers=0, shared_kv_sets=2, params_dtype=torch.float64)
+    model = build(config)
+    for layer in model.decoder.layers[2 * group :][:2]:
+        torch.nn.init.zeros_(layer.self_attention.linear_proj.weight)
+    model(tokens(generator)).square().sum().backward()
+    gradient = model.decoder.shared_kv.linear_kv.weight.grad
+    of_sets = gradient.unflatten(0, (config.num_query_groups, 2, -1)).transpose(0, 1).flatten(1)
+    assert (of_sets != 0).any(1).tolist() == [group != 0, group != 1]
+
+
 def test_the_probe_finds_a_leak(generator):
     """A key one position too late would be found."""
     inputs = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()

@@ -12,6 +12,7 @@ from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.costs.stage_time import (
     PLANNER_RATES,
     Seconds,
+    kv_sets_read,
     part_seconds,
     part_seconds_of_run,
     stage_gflop,
@@ -125,7 +126,8 @@ def test_where_several_sets_are() -> None:
     cuts = plan([4, 1, 2, 1, 0], 4, kv_sets=2)
     assert [cuts.kv_arriving(g) for g in range(5)] == [0, 2, 2, 1, 0]
     assert [cuts.stage(g).kv_out for g in range(5)] == [2, 2, 1, 0, 0]
-    assert cuts.kv_reads == 1 + 2 + 1
+    read = kv_sets_read(cuts.parts(), shape(shared_kv_sets=2))
+    assert [len(sets) for sets in read] == [0, 1, 2, 1, 0] and cuts.kv_reads == 1 + 2 + 1
     assert [plan([3, 3, 2], 4, kv_sets=4).kv_arriving(g) for g in range(3)] == [0, 0, 2]
     assert plan([3, 3, 2], 4, kv_sets=4).kv_reads == 4
 

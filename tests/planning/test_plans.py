@@ -175,6 +175,7 @@ def test_shared_kv_over_context_and_documents():
     assert kv(1) == width + 2 * hidden
     assert kv(4, "--context-parallel-size", "4") == width + 2 * hidden / 4
     assert kv(1, "--dataloader-inter-document-masking") == 2 * width + 2 * hidden
+    assert kv(1, "--shared-kv-sets", "5") == 5 * width + 2 * hidden
 
 
 def test_explanation_adds_up(tmp_path):
