@@ -35,8 +35,8 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-# Windows shorter and longer than the chunks of 12 tokens.
-WINDOWS = {"gated_retention": [7], "sliding_window": [7, 17]}
+# (window, sets of K,V); windows shorter and longer than the chunks of 12 tokens.
+WINDOWS = {"gated_retention": [(7, 1)], "sliding_window": [(7, 1), (17, 2)]}
 PATHS = {
     "float32 torch": ({}, 1e-5, 1e-4),
     "bf16 torch": (BF16, 5e-3, 6e-2),
@@ -46,12 +46,12 @@ PATHS = {
 }
 LONG = {"plain": {}, "all but attention": STORED_ATTENTION}
 FP8_RECIPES = ("delayed", "tensorwise")
-CASES = [(kind, window) for kind in SELF_DECODERS for window in WINDOWS.get(kind, [7])]
+CASES = [(kind, *case) for kind in SELF_DECODERS for case in WINDOWS.get(kind, [(7, 1)])]
 DOCUMENTS = pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 
 
-def step(kind: str, window: int, path: str, documents: bool) -> dict:
-    model = WIDE_HEADS | dict(self_decoder=kind, self_decoder_window=window) | PATHS[path][0]
+def step(kind: str, window: int, kv_sets: int, path: str, documents: bool) -> dict:
+    model = WIDE_HEADS | dict(self_decoder=kind, self_decoder_window=window, shared_kv_sets=kv_sets) | PATHS[path][0]
     return pipeline_step(model, None, False, 2, False, documents)
 
 
@@ -114,13 +114,13 @@ def two_gpus() -> Cases:
 
 @DOCUMENTS
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("kind", "window"), CASES)
+@pytest.mark.parametrize(("kind", "window", "kv_sets"), CASES)
 def test_two_gpus_equal_one(
-    kind: str, window: int, path: str, documents: bool, one_gpu: Cases, two_gpus: Cases
+    kind: str, window: int, kv_sets: int, path: str, documents: bool, one_gpu: Cases, two_gpus: Cases
 ) -> None:
     _, loss, grad = PATHS[path]
-    (reference,) = one_gpu[kind, window, "float32 torch", documents]
-    for result in two_gpus[kind, window, path, documents]:
+    (reference,) = one_gpu[kind, window, kv_sets, "float32 torch", documents]
+    for result in two_gpus[kind, window, kv_sets, path, documents]:
         assert_close({plain_name(name): value for name, value in result.items()}, reference, loss, grad)
 
 

@@ -27,6 +27,11 @@ RECIPES = {
 }
 MODELS = {kind: MODEL | {"self_decoder": kind} for kind in SELF_DECODERS}
 MODELS |= RECIPES | {f"{name}, fp32 transport": RECIPES[name] | dict(fp32_kv_transport=True) for name in RECIPES}
+TWO_SETS = dict(shared_kv_sets=2)
+MODELS |= {
+    "two sets of K,V": MODEL | TWO_SETS,
+    "delayed, fp32 transport, two sets of K,V": MODELS["delayed, fp32 transport"] | TWO_SETS,
+}
 SAME_IN_BF16 = "bf16, the size of FP8's"
 LAYOUTS = {"PP2": "Ettt|tttttL", "PP2, K,V cross": "Ettttt|tttL", "PP2 VP2": "Ett|tt|tt|ttL"}
 LOSS, GRAD = 1e-3, 2e-2
