@@ -106,21 +106,24 @@ def sizes_of(name: str) -> tuple[dict, dict]:
     )
     more = {"self_decoder": flags["self-decoder"], "self_decoder_heads": flags["self-decoder-heads"]}
     more["sliding_window"] = flags.get("self-decoder-window", 1024)
+    more["shared_kv_sets"] = flags.get("shared-kv-sets", 1)
     return sizes, more
 
 
 def predict(name: str, twin: bool, length: int) -> tuple[float, float]:
     """(bytes of weights and K,V of one sequence; FLOPs of its prefill), by formula: two a weight and token, and
     attention's two products over the causal half. Windows, states and activations are left out."""
-    sizes, _ = sizes_of(name)
+    sizes, more = sizes_of(name)
     h, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
     kv = sizes["num_key_value_heads"] * h // sizes["num_attention_heads"]
     mlp = 3 * h * sizes["intermediate_size"]
     if twin:
         body, running, storing = layers * (2 * h * h + 2 * kv * h + mlp), 1.0, layers
     else:  # half the layers run in a prefill, with q, k, v, g, o or (windows) less; the others have q, o
-        body = layers // 2 * (5 * h * h + mlp) + (layers - layers // 2) * (2 * h * h + mlp) + 2 * kv * h
-        running, storing = layers // 2 * (5 * h * h + mlp) / body, 1
+        body = layers // 2 * (5 * h * h + mlp) + (layers - layers // 2) * (2 * h * h + mlp)
+        storing = more["shared_kv_sets"]
+        body += storing * 2 * kv * h
+        running = layers // 2 * (5 * h * h + mlp) / body
     memory = 2 * (body + 2 * VOCAB * h) + 2 * 2 * storing * kv * length
     return memory, 2 * body * running * length + (2 * layers * h * length**2 if twin else 0)
 
