@@ -32,10 +32,11 @@ ONE_STEP = ["--train-iters", "1", "--lr-warmup-iters", "0", "--bf16"]
 UNTIED = ["--untie-embeddings-and-output-weights"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--self-decoder-query-groups", "2"]
+TWO_SETS = ["--shared-kv-sets", "2"]
 # name -> (processes, flags)
 RUNS = {
     "TP1, retention, tied": (1, []),
-    "TP2, windows, untied": (2, [*TP2, *WINDOWS, *UNTIED]),
+    "TP2, windows, two sets of K,V, untied": (2, [*TP2, *WINDOWS, *UNTIED, *TWO_SETS]),
     "PP2, retention, untied": (2, [*PP2, *UNTIED]),
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
@@ -90,6 +91,9 @@ def test_round_trip_is_bitwise(name, trained, tmp_path):
     report = in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"), shard_bytes=40_000)
     assert "agree within" in report
     assert (tmp_path / "hf/model.safetensors.index.json").exists()
+    if TWO_SETS[0] in RUNS[name][1]:
+        card = (tmp_path / "hf/README.md").read_text()
+        assert f"is {2 * 2 * 2 * 8 * 2} bytes a token for 2 global sets of K,V" in card  # K and V, heads, width, bf16
     report = in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
     assert "agree within" in report
     before, after = tensors(run), tensors(tmp_path / "back")
@@ -104,10 +108,10 @@ def test_round_trip_is_bitwise(name, trained, tmp_path):
 @pytest.mark.slow
 def test_training_goes_on_at_any_mesh(trained, tmp_path):
     """From the converted checkpoint as from the original's weights: the same losses, to the last printed digit."""
-    run = trained("TP2, windows, untied")
+    run = trained("TP2, windows, two sets of K,V, untied")
     in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"))
     in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
-    steps = ["--bf16", "--train-iters", "4", "--lr-warmup-iters", "0", *WINDOWS, *UNTIED]
+    steps = ["--bf16", "--train-iters", "4", "--lr-warmup-iters", "0", *WINDOWS, *UNTIED, *TWO_SETS]
     for processes, mesh in ((1, []), (2, TP2), (2, PP2)):
         original = train(processes, *steps, *mesh, "--load", str(run), "--finetune")
         converted = train(processes, *steps, *mesh, "--load", str(tmp_path / "back"))
@@ -262,7 +266,7 @@ def test_every_field_has_its_place():
 
 
 UNUSUAL = {
-    "num-layers": 5,
+    "num-layers": 7,
     "num-self-decoder-layers": 3,
     "hidden-size": 48,
     "ffn-hidden-size": 80,
@@ -270,6 +274,7 @@ UNUSUAL = {
     "group-query-attention": True,
     "num-query-groups": 3,
     "kv-channels": 10,
+    "shared-kv-sets": 2,
     "self-decoder": "sliding_window",
     "self-decoder-heads": 4,
     "self-decoder-query-groups": 2,
@@ -290,7 +295,7 @@ UNUSUAL = {
 def test_every_field_survives(changed, tmp_path):
     """Flags -> YocoConfig -> config.json -> YocoConfig -> flags: unusual values, and each one left at its default."""
     common = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--micro-batch-size", "1"]
-    needed = {"num-layers": 4, "hidden-size": 24, "num-attention-heads": 3}
+    needed = {"num-layers": 5, "hidden-size": 24, "num-attention-heads": 3}
     values = {name: value for name, value in UNUSUAL.items() if name != changed}
     for option in options_of_others(values.get("self-decoder", "gated_retention")):
         values.pop(option.replace("_", "-"), None)
@@ -299,8 +304,8 @@ def test_every_field_survives(changed, tmp_path):
     if changed == "num-query-groups":
         values["num-query-groups"] = 2
     values = needed | values
-    if values.get("num-layers") == 5 and "num-self-decoder-layers" not in values:
-        values["num-layers"] = 6
+    if "num-self-decoder-layers" not in values:
+        values["num-layers"] = 8
 
     def arguments(flags):
         args = parse([*common, "--seq-length", "64", "--config", *[f"{k}={_yaml(v)}" for k, v in flags.items()]])
@@ -345,8 +350,12 @@ def test_fla_and_back(trained, tmp_path):
     before, after = tensors(source), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(ValueError, match="no self-decoder of the kind sliding_window"):
-        config_fields.to_fla(type(open_source("fla", str(tmp_path / "fla")).config)(self_decoder="sliding_window"))
+    for other, what in (
+        ({"self_decoder": "sliding_window"}, "self-decoder of the kind sliding_window"),
+        ({"num_hidden_layers": 4, "shared_kv_sets": 2}, "second set of shared K,V"),
+    ):
+        with pytest.raises(ValueError, match=f"its YOCOForCausalLM has no {what}"):
+            config_fields.to_fla(YocoConfig(**other))
 
 
 @pytest.mark.parametrize("window", [None, 6])

@@ -24,7 +24,8 @@ Ids = Callable[[int], tuple[int, ...]]
 @pytest.fixture(params=["gated_retention", "sliding_window"])
 def model(request: pytest.FixtureRequest) -> YocoForCausalLM:
     torch.manual_seed(3)
-    return YocoForCausalLM(small_config(request.param)).eval()
+    sets = {"sliding_window": 2}.get(request.param, 1)
+    return YocoForCausalLM(small_config(request.param, shared_kv_sets=sets)).eval()
 
 
 @pytest.fixture

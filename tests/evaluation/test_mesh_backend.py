@@ -23,7 +23,7 @@ VP2 = PP2 | {"num-virtual-stages-per-pipeline-rank": 2}
 SMALL, LARGE = 64, 4096  # tokens of a micro-batch: of one sequence, of all
 MODELS: dict[str, tuple[list[str], list[tuple[dict[str, Any], int]]]] = {
     "gated retention": (TINY, [(TP2, SMALL), (PP2, SMALL), (VP2, LARGE), (CP2, LARGE), ({}, SMALL), ({}, LARGE)]),
-    "sliding window": ([*TINY, *TINY_WINDOWS], [(TP2, LARGE), (PP2, LARGE), (CP2, SMALL)]),
+    "sliding window": ([*TINY, *TINY_WINDOWS, "--shared-kv-sets", "2"], [(TP2, LARGE), (PP2, LARGE), (CP2, SMALL)]),
     "Transformer": (TINY_BASELINE, [(TP2, SMALL), (PP2, LARGE), ({}, LARGE)]),
 }
 WORLD = {"MASTER_ADDR": "127.0.0.1"}

@@ -54,11 +54,11 @@ def test_attention_implementations(kind: str, implementation: str, generator: to
         assert relative_error(model(tokens, logits_to_keep=3).logits, expected[:, -3:]) < FP32
 
 
-@pytest.mark.parametrize("kind", SELF_DECODERS)
+@pytest.mark.parametrize(("kind", "sets"), [*((kind, 1) for kind in SELF_DECODERS), ("sliding_window", 2)])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients(kind: str, reentrant: bool, generator: torch.Generator) -> None:
+def test_gradients(kind: str, sets: int, reentrant: bool, generator: torch.Generator) -> None:
     """Loss and gradients equal the trainer's, plain and with gradient checkpointing."""
-    ours = build(tiny_config(self_decoder=kind))
+    ours = build(tiny_config(self_decoder=kind, shared_kv_sets=sets))
     tokens, _ = random_batch(generator)
     model = twin(ours).train()
     ours(tokens[:, :-1], labels=tokens[:, 1:].contiguous()).mean().backward()
