@@ -4,17 +4,18 @@ import argparse
 import json
 import logging
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
 
-warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
+from yoco_megatron.utils.console import quiet_imports
+
+quiet_imports()
 
 from yoco_megatron.corpus import report
 from yoco_megatron.data.check import check_data_prefixes, count_documents, count_ids, unigram_entropy
 from yoco_megatron.data.loss_masks import check_masks
-from yoco_megatron.data.tokenizer import add_tokenizer_arguments
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments, use_files_of_gpt2
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("megatron").setLevel(logging.WARNING)  # its readers log each step to standard output
     try:
+        use_files_of_gpt2(args)
         check_data_prefixes([args.data_path])
         check_masks([args.data_path])
         checksums = report.verify(args.data_path) if args.verify else None
@@ -74,7 +76,8 @@ def main() -> None:
     print(f"unigram entropy{where}: {nats:.4f} nats per token (perplexity {math.exp(nats):,.1f})")
     recorded = report.recorded_sha256(args.data_path)
     for file, sha256 in (checksums or {}).items():
-        print(f"{file} {'is whole' if recorded[file] else 'has nothing to be compared with'}: sha256 {sha256}")
+        how = "is whole" if recorded[file] else "fits its pair, and has no checksum to be compared with"
+        print(f"{file} {how}: sha256 {sha256}")
     if lengths.max() <= 1:
         print("no document has two tokens: with --eod-mask-loss and document masking all of the loss is masked")
     if tokenizer is not None:

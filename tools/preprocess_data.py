@@ -10,18 +10,20 @@ import itertools
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", module="megatron")  # about layers, optimizers and ranks: there are none here
+from yoco_megatron.utils.console import quiet_imports
+
+quiet_imports()
 
 from yoco_megatron.corpus.encoders import BACKENDS
 from yoco_megatron.corpus.formats import FORMATS
+from yoco_megatron.corpus.output_files import how_to_use
 from yoco_megatron.corpus.preprocess import MAX_BAD_LINES, Report, preprocess
 from yoco_megatron.corpus.readers import expand_inputs
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.loss_masks import mask_of
-from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, describe
+from yoco_megatron.data.tokenizer import add_tokenizer_arguments, build_tokenizer, describe, use_files_of_gpt2
 from yoco_megatron.utils.small_files import BadFile, read_text
 
 # Bad records that are printed.
@@ -79,6 +81,7 @@ def main() -> None:
     try:
         if args.chat_template is not None:
             args.chat_template = read_template(args.chat_template)
+        use_files_of_gpt2(args)
         tokenizer = build_tokenizer(args)
         gc.freeze()  # what is imported need not be looked through for each thousand of records
         about = describe(args) | {"vocab_size": tokenizer.vocab_size}
@@ -117,6 +120,8 @@ def main() -> None:
             f"{report.documents_with_special_tokens} with special tokens in the text; {report.backend}: "
             f"{report.tokens_per_second:,.0f} tokens/s, tokenizer sha256 {about['sha256']}"
         )
+    for key, report in reports.items():
+        print(how_to_use(f"{args.output_prefix}_{key}_document", report.tokenizer))
     print_problems(list(reports.values()), args.split_special_tokens)
 
 

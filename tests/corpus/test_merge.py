@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from yoco_megatron.corpus.merge import find_prefixes, merge
+from yoco_megatron.corpus.merge import find_prefixes, merge, merged_prefix
 from yoco_megatron.data.loss_masks import check_masks
 
 
@@ -40,6 +40,12 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, monkeypatch: pytes
     assert report["tokens"] == (tmp_path / "out" / "all.bin").stat().st_size // 2
     with pytest.raises(ValueError, match=r"--output-prefix: .*all\.idx exists"):
         merge(prefixes, str(tmp_path / "out" / "all"))
+
+
+def test_names_are_those_of_preprocessing():
+    parts = ["a/x_text_document", "b_text_document"]
+    assert merged_prefix(parts, "out/all") == merged_prefix(parts, "out/all_text_document") == "out/all_text_document"
+    assert merged_prefix(["x_text_document", "x_messages_document"], "all") == merged_prefix(["x", "y"], "all") == "all"
 
 
 def test_folders_are_taken_by_name(tmp_path: Path) -> None:

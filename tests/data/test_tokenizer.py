@@ -22,6 +22,7 @@ from yoco_megatron.data.tokenizer import (
     check_vocabulary,
     describe,
     tokenizer_sha256,
+    use_files_of_gpt2,
 )
 
 # Not in the training text: other scripts, control characters, spaces at both ends, the special token itself.
@@ -183,7 +184,7 @@ def test_a_path_is_never_looked_up_on_the_hub(kind: str, model: str, monkeypatch
 
 @pytest.mark.parametrize(("kind", "model"), [("HuggingFaceTokenizer", "nobody/bpe"), ("GPT2BPETokenizer", None)])
 def test_a_name_that_the_hub_does_not_give_is_one_question(
-    kind: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, model: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a short patience; the library itself tries for a minute."""
     asked = []
@@ -193,12 +194,8 @@ def test_a_name_that_the_hub_does_not_give_is_one_question(
         raise OSError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
-    files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
-    for file in files.values():
-        Path(file).write_text("{}")
-    more = files if model is None else {}
     with pytest.raises(ValueError, match=rf"{model or kind}: .*{model or 'gpt2'}.*service not known.*Give a folder"):
-        build_tokenizer(config(model, kind, **more))
+        build_tokenizer(config(model, kind))
     assert asked == [(model or "gpt2", HUB_SECONDS)]
 
 
@@ -209,6 +206,32 @@ def test_vocab_and_merges_load_as_the_error_says(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     tokenizer = build_tokenizer(config(tmp_path))
     assert tokenizer.tokenize("abc") == [90, vocabulary["c"]] and tokenizer.eod == 91
+
+
+def test_gpt2_of_files_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = {chr(33 + byte): byte for byte in range(90)} | {"ab": 90, EOD: 91}
+    files = {"vocab_file": str(tmp_path / "gpt2-vocab.json"), "merge_file": str(tmp_path / "gpt2-merges.txt")}
+    Path(files["vocab_file"]).write_text(json.dumps(vocabulary))
+    Path(files["merge_file"]).write_text("#version: 0.2\na b\n")
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = config(None, "GPT2BPETokenizer", **files)
+    given.resolved_config = {"tokenizer-type": "GPT2BPETokenizer", "vocab-file": "x", "merge-file": "y", "lr": 1}
+    use_files_of_gpt2(given)
+    tokenizer = build_tokenizer(given)
+    assert tokenizer.tokenize("abc") == [90, vocabulary["c"]] and tokenizer.eod == 91
+    model = given.tokenizer_model
+    assert given.resolved_config == {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": model, "lr": 1}
+    assert tokenizer_sha256(model) is not None
+    use_files_of_gpt2(given)
+    assert given.tokenizer_model == model
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+        use_files_of_gpt2(config(None, "GPT2BPETokenizer", **files))
+    Path(files["vocab_file"]).unlink()
+    with pytest.raises(ValueError, match=r"--vocab-file, --merge-file: .*gpt2-vocab.json is missing"):
+        use_files_of_gpt2(config(None, "GPT2BPETokenizer", **files))
 
 
 def test_a_name_in_the_hubs_cache_is_its_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

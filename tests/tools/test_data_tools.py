@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,16 +166,20 @@ def test_inspect_shows_documents_and_lengths_and_verifies(made: tuple[Path, dict
     assert "copy.json describes another" in error
     (tmp_path / "copy.json").unlink()
     said = run("inspect_dataset", "--data-path", tmp_path / "copy", "--verify")
-    assert ".bin has nothing to be compared with: sha256" in said
+    assert ".bin fits its pair, and has no checksum to be compared with: sha256" in said
 
 
 def test_merge_and_its_errors(made: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder, _ = made
     prefix = folder / "out" / "code_text_document"
     arguments = ["--input", prefix, prefix, "--output-prefix", tmp_path / "two"]
-    assert "80 documents" in run("merge_datasets", *arguments)
-    assert (tmp_path / "two.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes() * 2
-    assert "80 documents" in run("inspect_dataset", "--data-path", tmp_path / "two", "--verify")
+    merged = run("merge_datasets", *arguments)
+    assert "80 documents" in merged
+    flags = shlex.split(merged.splitlines()[-1].removeprefix("train on it with: "))
+    assert flags == ["--data-path", f"{tmp_path}/two_text_document", *TOKENIZER, str(folder / "bpe")]
+    two = tmp_path / "two_text_document"
+    assert Path(f"{two}.bin").read_bytes() == Path(f"{prefix}.bin").read_bytes() * 2
+    assert "80 documents" in run("inspect_dataset", "--data-path", two, "--verify")
     assert "--overwrite" in run("merge_datasets", *arguments, fails=True)
 
 
@@ -194,7 +199,7 @@ def test_conversations_from_lines_to_a_merged_dataset(made: tuple[Path, dict[str
     assert "talks.jsonl:2: no key 'messages' (keys: text)" in done.stderr
     prefix = tmp_path / "out_messages_document"
     run("merge_datasets", "--input", prefix, prefix, "--output-prefix", tmp_path / "two")
-    said = run("inspect_dataset", "--data-path", tmp_path / "two", "--samples", 1, "--verify")
+    said = run("inspect_dataset", "--data-path", tmp_path / "two_messages_document", "--samples", 1, "--verify")
     assert "user: größer?\n⟦assistant: Yes 🙂\n⟧" in said and "2 documents" in said
     assert re.search(r"learned: \d+ tokens, ", said) and "_loss_mask.bin is whole" in said
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 import yoco_megatron.hf
 from yoco_megatron.checkpoint import architecture
@@ -22,6 +21,7 @@ from yoco_megatron.convert.model_card import model_card
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.data.tokenizer import template_ids
+from yoco_megatron.utils.progress import progress
 
 AUTO_MAP = {
     "AutoConfig": "configuration_yoco.YocoConfig",
@@ -104,14 +104,14 @@ def _write_tensors(source: Source, folder: Path, shard_bytes: int, rename: Calla
         plan[-1].append(name)
         size += bytes_
     weight_map: dict[str, str] = {}
-    with _progress(source) as progress:
+    with _progress(source) as bar:
         for number, shard in enumerate(plan, 1):
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             tensors = {}
             for name in shard:
                 # A slice of a memory-mapped file would keep the whole mapping.
                 tensors[rename(name)] = checked(source, name).clone(memory_format=torch.contiguous_format)
-                progress.update(tensors[rename(name)].nbytes)
+                bar.update(tensors[rename(name)].nbytes)
             _save_file(tensors, folder / file)
             weight_map |= dict.fromkeys(tensors, file)
             tensors.clear()
@@ -130,8 +130,8 @@ def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def _progress(source: Source) -> tqdm:
-    return tqdm(total=source.bytes, unit="B", unit_scale=True, desc="tensors", disable=None)
+def _progress(source: Source) -> Any:
+    return progress(total=source.bytes, unit="B", unit_scale=True, desc="tensors")
 
 
 # -- training checkpoints
@@ -191,7 +191,7 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
                 return super().resolve_data(write_item)
             entry = entries[write_item.index.fqn]
             tensor = entry.join([checked(source, name) for name in entry.names])
-            progress.update(tensor.nbytes)
+            bar.update(tensor.nbytes)
             return tensor
 
     state: dict[str, Any] = {
@@ -200,7 +200,7 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
     }
     state |= {name: [None] for name in _extra_states(entries)}
     state["common_state/shard_0_1"] = [common]
-    with _progress(source) as progress, warnings.catch_warnings():
+    with _progress(source) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is")
         planner = OneByOne(flatten_state_dict=False)
         # torch's writer holds all tensors of a file until it is closed: hence one file per tensor.

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from yoco_megatron.corpus.text_encoding import foreign_encoding
+from yoco_megatron.utils.progress import progress
 
 # Installed packages are not the standard library, and Debian calls their folder dist-packages.
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -72,7 +71,7 @@ def gather(root: Path, paths: list[Path], output: Path, seed: int = 1234) -> Gat
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with aside.open("w", encoding="utf-8", newline="\n") as stream:
-            for name in tqdm(names, desc="gather", unit="file", disable=None):
+            for name in progress(names, desc="gather", unit="file"):
                 raw = by_name[name].read_bytes()
                 try:
                     text = raw.decode("utf-8")

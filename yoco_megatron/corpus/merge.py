@@ -1,17 +1,18 @@
 """Concatenate indexed datasets of documents; the same bytes as Megatron's IndexedDatasetBuilder."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from yoco_megatron.corpus.idx_writer import sync, write_index
 from yoco_megatron.corpus.output_files import BLOCK_BYTES, describe_files, describe_mask, move_into_place
 from yoco_megatron.data.check import check_data_prefixes, read_report
 from yoco_megatron.data.idx import HEADER, Header, check_index, read_header
 from yoco_megatron.data.loss_masks import check_masks, has_mask, mask_of
+from yoco_megatron.utils.progress import progress
 
 TEMPLATE = "chat_template_sha256"
 # Counts of a report that are summed.
@@ -44,6 +45,13 @@ def find_prefixes(inputs: list[str]) -> list[str]:
             raise ValueError(f"--input {entry} holds no .idx; give prefixes of datasets, or a folder of them")
         found += inside
     return found
+
+
+def merged_prefix(prefixes: list[str], output: str) -> str:
+    """`output` with the ending that all inputs have, as `_text_document`, by which preprocessing names datasets."""
+    endings = {re.search(r"_[^_/]+_document$|$", prefix)[0] for prefix in prefixes}  # type: ignore[index]
+    ending = endings.pop() if len(endings) == 1 else ""
+    return output if output.endswith(ending) else f"{output}{ending}"
 
 
 def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
@@ -110,14 +118,14 @@ def _concatenate(
     with (
         binary.open("wb") as ids,
         lengths.open("wb") as counts,
-        tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=None) as progress,
+        progress(total=total, desc="merge", unit="B", unit_scale=True) as bar,
     ):
         for prefix in prefixes:
             with open(f"{prefix}.bin", "rb") as source:
                 while block := source.read(BLOCK_BYTES):
                     ids.write(block)
                     see(np.frombuffer(block, dtype))
-                    progress.update(len(block))
+                    bar.update(len(block))
             counts.write(memoryview(_lengths(prefix, read_header(Path(f"{prefix}.idx")))))
         sync(ids)
         sync(counts)

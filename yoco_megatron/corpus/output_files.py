@@ -8,15 +8,16 @@ PREFIX.json                                    the report
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from yoco_megatron.data.loss_masks import mask_of
 from yoco_megatron.data.token_sample import sample_tokens
 from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.progress import progress
 
 # Memory of one read when files are hashed.
 BLOCK_BYTES = 1 << 22
@@ -33,6 +34,23 @@ def output_prefixes(output_prefix: str, names: list[str], overwrite: bool) -> di
         if not overwrite and Path(f"{prefix}.idx").exists():
             raise ValueError(f"--output-prefix: {prefix}.idx exists; choose another prefix, or pass --overwrite")
     return prefixes
+
+
+def how_to_use(prefix: str, tokenizer: dict[str, Any]) -> str:
+    """The flags that train on a dataset; `tokenizer` as its report has it."""
+    flags = {
+        "--data-path": prefix,
+        "--tokenizer-type": tokenizer.get("type"),
+        "--tokenizer-model": tokenizer.get("model"),
+    }
+    options = tokenizer.get("options", {})
+    flags |= {f"--{name.replace('_', '-')}": value for name, value in options.items() if name != "chat_template"}
+    words = [word for flag, value in flags.items() if value for word in _flag(flag, value)]
+    return f"train on it with: {shlex.join(words)}"
+
+
+def _flag(flag: str, value: Any) -> list[str]:
+    return [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def describe_files(binary: Path, index: Path) -> dict[str, dict[str, Any]]:
@@ -82,11 +100,9 @@ def file_sha256(path: Path) -> str:
     size = path.stat().st_size
     with (
         path.open("rb") as stream,
-        tqdm(
-            total=size, desc=f"checksum {path.name}", unit="B", unit_scale=True, disable=None, leave=False
-        ) as progress,
+        progress(total=size, desc=f"checksum {path.name}", unit="B", unit_scale=True, leave=False) as bar,
     ):
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
-            progress.update(len(block))
+            bar.update(len(block))
     return digest.hexdigest()

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from yoco_megatron.corpus.chat_template import ChatTemplate
 from yoco_megatron.corpus.conversations import Conversations, Prompts
@@ -37,6 +36,7 @@ from yoco_megatron.corpus.resume_state import ResumeState
 from yoco_megatron.corpus.sentences import SentenceSplitter
 from yoco_megatron.data.idx import check_index
 from yoco_megatron.data.loss_masks import mask_of
+from yoco_megatron.utils.progress import progress
 
 # Time between two saves of the progress.
 SAVE_SECONDS = 10.0
@@ -223,7 +223,7 @@ def _write_all(
     earlier = {name: report.seconds for name, report in reports.items()}
     started = saved_at = time.monotonic()
     total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, initial=done, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
+    with progress(total=total, initial=done, desc="preprocess", unit="B", unit_scale=True) as bar:
         for batch, encoded in _encode_in_order(files, start, workers, encoder):
             _check_bad_lines(encoded, reports[first].bad_lines, max_bad_lines)
             now = time.monotonic()
@@ -238,8 +238,8 @@ def _write_all(
                 resume.save(position=as_list(batch.end), done=batch.done, reports=saved)
                 saved_at = now
             speed = sum(report.tokens_per_second for report in reports.values())
-            progress.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-            progress.update(batch.done - progress.n)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update(batch.done - bar.n)
     for name, report in reports.items():
         if report.documents == 0:
             raise ValueError(_no_documents(encoder.records, name, report, resume.files[PROBLEMS]))

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from yoco_megatron.corpus.readers import check_keys, read_batches
+from yoco_megatron.utils.progress import progress
 
 EOD = "<|endoftext|>"
 # Its own id: GPTDataset masks the loss of labels equal to the pad id, and cannot pad without one.
@@ -98,7 +97,7 @@ def _save(tokenizer: Any, output: Path) -> None:
 def _texts(corpus: list[Path], key: str) -> Iterator[str]:
     check_keys(corpus, [key])
     total = sum(path.stat().st_size for path in corpus)
-    with tqdm(total=total, desc="train tokenizer", unit="B", unit_scale=True, disable=None) as progress:
+    with progress(total=total, desc="train tokenizer", unit="B", unit_scale=True) as bar:
         for batch in read_batches(corpus, [key]):
             good, _, bad = batch.texts([key])
             if bad:
@@ -106,8 +105,8 @@ def _texts(corpus: list[Path], key: str) -> Iterator[str]:
                 raise ValueError(f"--input {batch.place(index)}: {reason}")
             for (text,) in good:
                 yield text.decode()
-            progress.update(batch.done - progress.n)
-        progress.set_postfix_str("merging")
+            bar.update(batch.done - bar.n)
+        bar.set_postfix_str("merging")
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -223,7 +223,8 @@ def count_ids(
         ValueError: an unknown part, one that holds no tokens, an id that the vocabulary lacks.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
-    from tqdm import tqdm  # here, because training, which imports this module, does not need it
+
+    from yoco_megatron.utils.progress import progress  # imports tqdm, which training does not need
 
     dataset = IndexedDataset(prefix)
     first, end = sequences_of(len(dataset), split, part)
@@ -235,7 +236,7 @@ def count_ids(
     counts = np.zeros(0, dtype=np.int64)
     with (
         open(get_bin_path(prefix), "rb") as stream,
-        tqdm(total=remaining, desc="count tokens", unit="token", unit_scale=True, disable=None) as progress,
+        progress(total=remaining, desc="count tokens", unit="token", unit_scale=True) as bar,
     ):
         stream.seek(int(dataset.index.sequence_pointers[first]))
         while remaining:
@@ -252,7 +253,7 @@ def count_ids(
             own[: counts.size] += counts
             counts = own
             remaining -= block.size
-            progress.update(block.size)
+            bar.update(block.size)
     return counts
 
 

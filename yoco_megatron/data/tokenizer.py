@@ -14,7 +14,8 @@ import os
 from pathlib import Path
 from typing import Any, TypedDict
 
-from yoco_megatron.utils.small_files import read_json
+from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.small_files import BadFile, read_json, read_text
 
 NEEDS_MODEL = frozenset({"HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"})
 # What Megatron makes of these comes from the Hugging Face hub, also where a vocabulary and merges are given.
@@ -64,6 +65,37 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(TokenizerConfig)}
     names -= {"tokenizer_type", "tokenizer_model", "trust_remote_code", "padded_vocab_size", "pad_vocab_size"}
     return {name: value for name, value in options.items() if name in names}
+
+
+def use_files_of_gpt2(args: Any) -> None:
+    """GPT2BPETokenizer of --vocab-file and --merge-file, in place: a HuggingFaceTokenizer, in a folder of the cache.
+
+    Megatron makes that tokenizer from the hub's gpt2, whatever files are given.
+
+    Raises:
+        ValueError: files that are missing, or a cache that cannot be written.
+    """
+    files = {"vocab.json": args.vocab_file, "merges.txt": args.merge_file}
+    if args.tokenizer_type != "GPT2BPETokenizer" or not all(files.values()):
+        return
+    try:
+        content = {name: read_text(Path(file), LARGEST) for name, file in files.items()}
+        content["tokenizer_config.json"] = json.dumps({"tokenizer_class": "GPT2Tokenizer"})
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "yoco_megatron" / "tokenizers"
+        folder = cache / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        for name, text in content.items():
+            if not (folder / name).exists():
+                write_atomically(folder / name, text)
+    except BadFile as error:
+        raise ValueError(f"--vocab-file, --merge-file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--tokenizer-type GPT2BPETokenizer: {error}; set XDG_CACHE_HOME to a folder for it") from None
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
+    args.vocab_file = args.merge_file = None
+    flags = getattr(args, "resolved_config", {})  # which those read who read the run
+    for name in flags.keys() & {"vocab-file", "merge-file"}:
+        del flags[name]
+    flags |= {"tokenizer-type": args.tokenizer_type, "tokenizer-model": args.tokenizer_model}
 
 
 def check_flags(args: Any) -> None:

@@ -9,7 +9,7 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.data import loss_masks, validation_sets
 from yoco_megatron.data.plan import DEFAULT_SPLIT
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
-from yoco_megatron.data.tokenizer import check_vocabulary
+from yoco_megatron.data.tokenizer import check_vocabulary, use_files_of_gpt2
 from yoco_megatron.parallel.pipeline.layout import check_micro_batches, plan_stages, set_layout
 
 # Of iterations: beyond the end of any run.
@@ -26,6 +26,7 @@ def fill_in_defaults(args: Namespace) -> None:
         args.use_persistent_ckpt_worker = True  # without it Megatron saves synchronously
     if args.split is None and (args.data_path is not None or args.data_args_path is not None):
         args.split = DEFAULT_SPLIT  # Megatron has it for the first of them alone
+    use_files_of_gpt2(args)
     loss_masks.resolve(args)
     validation_sets.take_over(args)
     if args.skip_train and not args.train_samples:
