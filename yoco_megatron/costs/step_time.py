@@ -72,7 +72,9 @@ def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card:
     bubble = (sum(totals) - totals[slowest]) / model_chunks
     sends = 0.0
     if pp > 1:
-        kv_sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
+        # The boundary that most sets of K,V cross holds up the others.
+        behind = [sets for stage, sets in zip(stages, read) if sets and not stage.get("shared_kv")]
+        kv_sets = max((shape.shared_kv_sets - sets.start for sets in behind), default=0)
         size = boundary_bytes(shape, 1, BYTES, kv_sets) * tokens / tp
         both_ways = 2 * card.link(args.world_size).seconds(size)
         exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
