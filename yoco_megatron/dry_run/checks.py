@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.memory import rank_memories
+from yoco_megatron.costs.recompute import recomputed_flops_per_token
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts
 from yoco_megatron.dry_run.fake_rank import RankRecord, Shard
@@ -55,27 +56,46 @@ def _essence(call: Call) -> tuple:
 def off_the_formulas(
     records: Sequence[RankRecord], mesh: Mesh, args: Namespace, shape: ModelShape, stages: Sequence[Parts]
 ) -> Iterator[str]:
-    """Bytes between steps, and FLOPs of the products with weights where nothing is recomputed, off by more than
-    TOLERANCE of them and PADDING bytes."""
+    """Bytes between steps and FLOPs, off by more than TOLERANCE of them and PADDING bytes. Activations are not: their
+    formula is an estimate, which the report has beside the peak."""
     memories = rank_memories(args, shape, stages)
     for record in records:
         pp = mesh.place(record.rank).pp
-        found = {f"bytes of {name}": (size, memories[pp].parts[name]) for name, size in record.state_bytes.items()}
-        if args.recompute_granularity is None and not args.recompute_elementwise:
-            found["FLOPs"] = record.flops, product_flops(mesh, args, shape, stages[pp :: mesh.sizes.pp])
+        found: dict[str, tuple[float, float]] = {
+            f"bytes of {name}": (size, memories[pp].parts[name]) for name, size in record.state_bytes.items()
+        }
+        for kind, expected in step_flops(mesh, args, shape, stages[pp :: mesh.sizes.pp]).items():
+            found[f"FLOPs of {kind}"] = record.flops.get(kind, 0), expected
         for what, (counted, expected) in found.items():
-            slack = TOLERANCE * expected + PADDING * (what != "FLOPs")
+            slack = TOLERANCE * expected + PADDING * what.startswith("bytes")
             if abs(counted - expected) > slack:
-                yield f"rank {record.rank} has {counted:,} {what}, the formulas say {expected:,.0f}"
+                yield f"rank {record.rank} has {counted:,.0f} {what}, the formulas say {expected:,.0f}"
 
 
-def product_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> float:
-    """Of a rank that holds `chunks`, in a step: forward, and twice as many in backward."""
-    linear = {kind: parts["linear"] for kind, parts in layer_flops_per_token(shape).items()}
-    linear["output_layer"] = forward_flops_per_token(shape)["output_layer"]
-    per_token = sum(linear.get(part, 0.0) * count for parts in chunks for part, count in parts.items())
-    tokens = args.global_batch_size * args.seq_length / (mesh.sizes.dp * mesh.sizes.cp)
-    return 3 * per_token * tokens / mesh.sizes.tp
+def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
+    """Of a rank that holds `chunks`, in a step: forward, what backward computes again, and twice forward.
+
+    {"products": with weights; "attention": none where the number of its queries differs from rank to rank or follows
+    from the documents}.
+    """
+    layers = layer_flops_per_token(shape)
+    layers["output_layer"] = {"linear": forward_flops_per_token(shape)["output_layer"], "mixing": 0.0}
+    if shape.architecture == "yoco" and shape.self_decoder != "sliding_window":
+        layers["self_decoder"]["mixing"] = 0.0  # no attention
+    linear = mixing = 0.0
+    for chunk in chunks:
+        again = recomputed_flops_per_token(args, shape, chunk)
+        for part, count in chunk.items():
+            of_part, of_part_again = layers.get(part, {}), again.get(part, {})
+            linear += 3 * count * of_part.get("linear", 0.0) + of_part_again.get("linear", 0.0)
+            mixing += 3 * count * of_part.get("mixing", 0.0)
+            mixing += of_part_again.get("mixing", 0.0) if of_part.get("mixing") else 0.0
+    sequences = args.global_batch_size / mesh.sizes.dp
+    tokens = sequences * args.seq_length / (mesh.sizes.cp * mesh.sizes.tp)
+    found = {"products": linear * tokens}
+    if not args.dataloader_inter_document_masking and mesh.sizes.cp == 1:
+        found["attention"] = mixing * tokens
+    return found
 
 
 def uncovered(records: Sequence[RankRecord], mesh: Mesh) -> Iterator[str]:

@@ -10,8 +10,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.costs.memory import even_stages
+from yoco_megatron.costs.memory import Memory, even_stages, rank_memories
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
 from yoco_megatron.dry_run.fake_rank import RankRecord, leave_out_flags_of_gpus, run_rank
 from yoco_megatron.dry_run.mesh import Mesh
@@ -29,11 +30,13 @@ FILES = ("load", "save", "run_folder", "tensorboard_dir", "data_path", "data_arg
 class Confirmed:
     """What the distinct ranks of a mesh did, and what is wrong with it.
 
-    without: flags that need a GPU, left out; problems: one text each, none if all is right.
+    memories: of each pipeline rank, by the formulas; without: flags that need a GPU, left out; problems: one text each,
+    none if all is right.
     """
 
     mesh: Mesh
     records: list[RankRecord]
+    memories: list[Memory]
     without: list[str]
     problems: list[str]
 
@@ -47,13 +50,14 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
         ValueError: a mistake in the flags, or a rank that fails.
     """
     argv = [*argv, *NO_FILES]
-    args, plan = parse_for_job(argv, world_size)
+    with gpu.defaults():
+        args, plan = parse_for_job(argv, world_size)
     given = [f"--{name.replace('_', '-')}" for name in FILES if getattr(args, name, None) is not None]
     require(not given, f"{' and '.join(given)}: a dry run reads and writes no files of a run; leave it out")
-    require(args.architecture == "yoco", "confirm is for --architecture yoco")
     require(
-        not args.dataloader_inter_document_masking,
-        "--dataloader-inter-document-masking: a dry run has no documents; leave it out",
+        args.architecture == "yoco" or args.context_parallel_size == 1,
+        f"--context-parallel-size {args.context_parallel_size}: confirm does not know the attention of a Transformer "
+        "over several GPUs, which is Transformer Engine's",
     )
     without = leave_out_flags_of_gpus(args)
     shape, mesh = ModelShape.from_args(args), Mesh.from_args(args)
@@ -64,7 +68,7 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
         *off_the_formulas(records, mesh, args, shape, stages),
         *uncovered(records, mesh),
     ]
-    return Confirmed(mesh, records, without, problems)
+    return Confirmed(mesh, records, rank_memories(args, shape, stages), without, problems)
 
 
 def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, jobs: int) -> list[RankRecord]:

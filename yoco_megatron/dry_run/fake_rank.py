@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
+from yoco_megatron.dry_run import gpu
+from yoco_megatron.dry_run.gpu_layers import Linear
 from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.ops.attention import torch as attention
 from yoco_megatron.parallel.context import query_shard
@@ -33,9 +35,7 @@ from yoco_megatron.startup import checks
 STEP = "the step"
 # Flags that need a GPU, and the value that leaves each out: (destination, flag, value).
 OF_GPUS = (
-    ("fp8", "--fp8-format", None),
     ("fp8_param_gather", "--fp8-param-gather", False),
-    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer", False),
     ("tp_comm_overlap", "--tp-comm-overlap", False),
     ("cuda_graph_impl", "--cuda-graph-impl", "none"),
 )
@@ -57,11 +57,13 @@ class RankRecord:
 
     rank: int
     calls: tuple[Call, ...]
-    flops: int
-    """Of the matrix products with weights, forward and backward, in the step."""
+    flops: dict[str, int]
+    """Of "products" with weights and of "attention", forward, recomputed and backward, in the step."""
     parameters: int
     state_bytes: dict[str, int]
     """Of weights, gradients and optimizer after the step."""
+    peak_bytes: int
+    """The most that lived in the step, these among them: what torch's allocator has to hold."""
     shards: tuple[Shard, ...]
 
 
@@ -97,6 +99,7 @@ def run_rank(main: Callable[[list[str]], None], argv: list[str], rank: int, worl
     with ExitStack() as stack:
         for stand_in in _stand_ins(ledger, built):
             stack.enter_context(stand_in)
+        stack.enter_context(ledger.live.following_resizes())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
         try:
@@ -149,19 +152,24 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     def broadcast_object_list(object_list: list, src: Any = None, group: Any = None, *_: Any, **__: Any) -> None:
         ledger.add_objects("broadcast_object_list", group)
 
-    check = checks.check_machine
+    flags = Namespace()
 
     def check_machine(args: Namespace) -> None:
+        """Not this one is meant."""
         leave_out_flags_of_gpus(args)
-        check(args)
+        vars(flags).update(vars(args))
+        vars(args).update(gpu.OF_THIS_MACHINE)
 
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         result = set_up(*args, **kwargs)
         built[:] = result[:2]
+        for one in _inner_optimizers(result[1]):
+            if one.init_state_fn:  # else the first step makes the states, when its activations are gone
+                one.init_state_fn(one.optimizer, one.config)
         return result
 
     def train_step(*args: Any, **kwargs: Any) -> None:
-        ledger.phase = STEP
+        ledger.phase, ledger.live.peak = STEP, ledger.live.now
         step(*args, **kwargs)
         raise _Finished
 
@@ -179,6 +187,7 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
         train_step=train_step,
         build_train_valid_test_data_iterators=_iterators,
     )
+    yield from gpu.stand_ins(flags)
     yield mock.patch.object(checks, "check_machine", check_machine)
     yield mock.patch.object(checks, "check_fits")  # asks for this machine's memory
     # core/utils.py makes a tensor of the numbers of others, which fakes do not have.
@@ -189,6 +198,10 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     yield mock.patch.object(attention, "causal_lower_right")
     # Which rank sends which query: lengths depend on numbers, which are made of none but those of the run.
     yield mock.patch.object(query_shard, "_route", _with_numbers(query_shard._route))
+
+
+def _inner_optimizers(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _with_numbers(function: Callable) -> Callable:
@@ -231,13 +244,15 @@ def _iterators(provider: Any) -> tuple[Iterator[dict[str, torch.Tensor]], None, 
 
 
 def _record(rank: int, ledger: Ledger, model: list[Any], optimizer: Any) -> RankRecord:
-    calls, flops = tuple(ledger.calls), ledger.product_flops[STEP]
+    calls, peak = tuple(ledger.calls), ledger.live.peak + gpu.WORKSPACE_BYTES
+    flops = {kind: count for (phase, kind), count in ledger.flops.items() if phase == STEP}
     parameters = [parameter for chunk in model for parameter in chunk.parameters()]
     buffers = [buffer for chunk in model for buffer in chunk.buffers]
-    inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    inner = [one.optimizer for one in _inner_optimizers(optimizer)]
+    in_fp8 = [module.in_fp8 for chunk in model for module in chunk.modules() if isinstance(module, Linear)]
     seen: set[int] = set()
     state_bytes = {
-        "weights": _bytes(parameters, seen),
+        "weights": _bytes([*parameters, *in_fp8], seen),
         "gradients": _bytes([buffer.grad_data for buffer in buffers], seen),
         "optimizer": _bytes(tree_leaves([(one.param_groups, list(one.state.values())) for one in inner]), seen),
     }
@@ -250,7 +265,7 @@ def _record(rank: int, ledger: Ledger, model: list[Any], optimizer: Any) -> Rank
             if is_main:
                 size = (1,) * one.prepend_axis_num + one.local_shape
                 shards.append(Shard(one.key, one.global_shape, one.global_offset, size))
-    return RankRecord(rank, calls, flops, sum(one.numel() for one in parameters), state_bytes, tuple(shards))
+    return RankRecord(rank, calls, flops, sum(one.numel() for one in parameters), state_bytes, peak, tuple(shards))
 
 
 def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:

@@ -12,12 +12,18 @@ def report(confirmed: Confirmed) -> str:
     """A table of the ranks, one of what they exchange in a step, and what is wrong."""
     mesh = confirmed.mesh
     rows: list[tuple[str, ...]] = [
-        ("rank", "place", "parameters", "weights", "gradients", "optimizer", "TFLOP a step", "calls")
+        (
+            *("rank", "place", "parameters", "weights", "gradients", "optimizer", "peak", "by formula", "off"),
+            *("TFLOP a step", "calls"),
+        )
     ]
     for record in confirmed.records:
-        sizes = [f"{size / GIB:.3f} GiB" for size in record.state_bytes.values()]
-        place, flops = str(mesh.place(record.rank)), f"{record.flops / 1e12:,.3f}"
-        rows.append((str(record.rank), place, f"{record.parameters:,}", *sizes, flops, f"{len(record.calls):,}"))
+        place, flops = mesh.place(record.rank), sum(record.flops.values()) / 1e12
+        formula = confirmed.memories[place.pp].total
+        sizes = [f"{size / GIB:.3f} GiB" for size in (*record.state_bytes.values(), record.peak_bytes, formula)]
+        off = f"{formula / record.peak_bytes - 1:+.1%}"
+        counts = f"{flops:,.3f}", f"{len(record.calls):,}"
+        rows.append((str(record.rank), str(place), f"{record.parameters:,}", *sizes, off, *counts))
     exchanges: list[tuple[str, ...]] = [("rank", "over", "call", "a step", "GB")]
     for record in confirmed.records:
         if record.rank % mesh.ranks_of_a_stage:

@@ -1,0 +1,53 @@
+"""FLOPs of what backward computes again: once more the products of forward.
+
+full recompute        layers whole (--recompute-method block: the first N of each half of a stage), but for the
+                      attention that --keep-cross-attention keeps
+selective             the modules that are named: the FFN, or what mixes tokens
+--mlp-chunks-for-training   the FFN, part by part
+--loss-chunk-size     the logits of all chunks but the last
+"""
+
+import math
+from argparse import Namespace
+
+from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
+from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.stage_time import Parts
+
+LAYERS = ("self_decoder", "cross_decoder", "decoder")
+
+
+def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts) -> dict[str, dict[str, float]]:
+    """{part of a stage: {"linear": FLOPs, "mixing": FLOPs}} of all layers of its kind, per token of a sequence."""
+    found = {}
+    of_layers = layer_flops_per_token(shape)
+    for kind in LAYERS:
+        if not (count := stage.get(kind, 0)):
+            continue
+        linear, mixing = of_layers[kind]["linear"], of_layers[kind]["mixing"]
+        share = shape.query_share if kind == "cross_decoder" else 1.0
+        ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * share
+        again = {"linear": 0.0, "mixing": 0.0}
+        if args.recompute_granularity == "full":
+            layers = count if args.recompute_method == "uniform" else min(count, args.recompute_num_layers)
+            again["linear"] += layers * linear
+            again["mixing"] += layers * mixing * (not (kind == "cross_decoder" and args.keep_cross_attention))
+        elif args.recompute_granularity == "selective":
+            modules = args.recompute_modules or ["core_attn"]
+            again["linear"] += count * ffn * ("mlp" in modules)
+            again["mixing"] += count * mixing * ("core_attn" in modules)
+        if args.architecture == "yoco" and args.mlp_chunks_for_training > 1:
+            again["linear"] += count * ffn
+        found[kind] = again
+    if stage.get("output_layer"):
+        logits = forward_flops_per_token(shape)["output_layer"]
+        found["output_layer"] = {"linear": logits * (1 - 1 / loss_chunks(args, shape)), "mixing": 0.0}
+    return found
+
+
+def loss_chunks(args: Namespace, shape: ModelShape) -> int:
+    """In which the logits of a micro-batch are computed, one at a time."""
+    if not args.loss_chunk_size:
+        return 1
+    rows = args.micro_batch_size * args.seq_length * shape.query_share / args.context_parallel_size
+    return math.ceil(rows / args.loss_chunk_size)
