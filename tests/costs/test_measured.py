@@ -56,9 +56,9 @@ def test_rows_are_recorded_ones():
 
 def test_memory(errors):
     """docs/planning.md has these figures."""
-    assert len(ROWS) == 107
+    assert len(ROWS) == 120
     assert median(abs(error) for error, _ in errors["memory"]) < 0.010
-    assert within(errors["memory"], 0.03) >= 94
+    assert within(errors["memory"], 0.03) >= 109
     assert within(errors["memory"], 0.10) == len(ROWS)
 
 
@@ -69,19 +69,21 @@ def test_memory_of_a_loss_at_some_positions(errors):
     assert within(of_suffix, 0.025) == 5
 
 
-# Further off than 8%, and why. In the first five the host decides, in another way than the model knows.
+# Further off than 8%, and why. In all but the last two the host decides, in another way than the model knows.
 BEFORE = "before the host was spared (b538d1d): no kernel ran in 42% to 47% of such a step"
+NEAR = "the host needs nearly as long as the GPU, and the ranks' hosts wait for each other"
 OUTLIERS = {
     "3b sliding_window 512 bf16, micro-batch 1": "a third slower from the seventh step on, for no known reason",
-    "3b gated_retention 4096 bf16 PP2xTP2 VP2 --tp-comm-overlap, micro-batch 2": BEFORE,
-    "3b gated_retention 4096 bf16 PP2xTP2 --tp-comm-overlap, micro-batch 2": BEFORE,
     "3b GPT 4096 bf16 PP2xTP2 --tp-comm-overlap, micro-batch 2": BEFORE,
+    "3b gated_retention 4096 bf16 PP2xTP2 --tp-comm-overlap, micro-batch 2": BEFORE,
     "3b gated_retention 4096 delayed-gather, micro-batch 4": "FP8 weights are cast one by one, from the host",
-    "13b gated_retention 4096 bf16 TP2xPP2 --tp-comm-overlap, micro-batch 1": "8 ms a layer, of which the host needs 7",
-    "3b gated_retention 4096 bf16 TP2xDP2, micro-batch 4": "before the loss stored its last chunk's logits",
+    "3b-4096 on 4: CP2 DP2 micro-batch 4, none": NEAR,
+    "13b-4096 on 4: TP2 PP2 VP4 micro-batch 1, none": NEAR,
     "3b gated_retention 131072 bf16 CP4, loss on the last 4096, positions with loss": (
-        "each rank has 1,024 queries for 131,072 keys, too few to fill the card"
+        "each rank has 1,024 queries for 131,072 keys: short kernels, as the host sees them"
     ),
+    "3b gated_retention 4096 bf16 TP2xDP2, micro-batch 4": "before the loss stored its last chunk's logits",
+    "3b-32768 on 4: PP2 VP6 CP2 micro-batch 1, none": "twelve stages of 26 layers, whose passes wait for each other",
 }
 
 
@@ -89,8 +91,8 @@ def test_time(errors):
     """Rows that no figure of a card was taken from."""
     rows = [(*pair, row["device"]) for pair, row in zip(errors["time"], ROWS) if not row.get("calibration")]
     held_out = [(error, case) for error, case, _ in rows]
-    assert len(held_out) == 92
-    assert median(abs(error) for error, _ in held_out) < 0.04
+    assert len(held_out) == 100
+    assert median(abs(error) for error, _ in held_out) < 0.03
     assert {case for error, case in held_out if abs(error) > 0.08} == OUTLIERS.keys()
     assert all(abs(error) < 0.30 for error, _ in held_out)
     of_h200 = [abs(error) for error, _, device in rows if "H200" in device]

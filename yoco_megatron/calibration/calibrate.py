@@ -78,11 +78,14 @@ def _card(everywhere: list[dict[str, Any]], rings: dict[str, links.Ring], args: 
     figures: dict[str, Any] = {
         "name": next((name for name in TFLOPS if name in device), device),
         "source": f"measured on {where}, {datetime.date.today()}, torch {torch.__version__}; not measured, "
-        f"but those of {base.name}: " + ", ".join([*kept, "step", "launches with tensor parallelism (in proportion)"]),
+        f"but those of {base.name}: " + ", ".join([*kept, "step", "launches of several ranks (in proportion)"]),
         "memory_gib": runtime.memory_bytes() / 2**30,
         "gpus_per_node": torch.cuda.device_count() if runtime.has_gpu() else base.gpus_per_node,
         "peak_tflops": (peak_flops(device) or base.peak) / 1e12,
-        "launch_tensor_parallel_ms": slow["launch_ms"] * base.launch_tensor_parallel_ms / base.launch_ms,
+        **{
+            name: slow["launch_ms"] * getattr(base, name) / base.launch_ms
+            for name in ("launch_of_many_ms", "launch_context_ms", "launch_tensor_pipeline_ms", "launch_chunk_ms")
+        },
     }
     figures |= {name: value for name, value in slow.items() if name != "gpu_ms"}
     for name, ring in rings.items():

@@ -20,7 +20,8 @@ from yoco_megatron.utils.small_files import BadFile, mismatch
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "cards").glob("*.yaml"))}
 TRANSFORMER_LAUNCH = 0.92  # of a YOCO layer's: 3B at 512 tokens a micro-batch, which the host bounds
-FP8_LAUNCH_MS = 1.8  # more a layer with FP8: 3B at micro-batch 1
+FP8_LAUNCH_MS = 1.7  # more a layer with FP8: 3B at micro-batch 1
+CONTEXT_RATE = 0.92  # of attention with context parallelism: in parts, whose results are merged
 BLOCKWISE_RATE = 0.84  # of FP8's other recipes, whose products have one scale a tensor
 
 
@@ -72,9 +73,15 @@ class Card:
     step_layer_ms: float
     """And for each layer of a rank, whose parameters and gradients the host goes through."""
     launch_ms: float
-    """Of the host for the kernels of a YOCO layer, forward and backward."""
-    launch_tensor_parallel_ms: float
-    """The same with tensor parallelism."""
+    """Of the host for the kernels of a YOCO layer, forward and backward, where one process trains alone."""
+    launch_of_many_ms: float
+    """The same of each of several."""
+    launch_context_ms: float
+    """More with context parallelism."""
+    launch_tensor_pipeline_ms: float
+    """More with tensor and pipeline parallelism together: ranks wait for each other's hosts."""
+    launch_chunk_ms: float
+    """More for a micro-batch on each chunk of a pipeline rank."""
     node_gb_per_s: float
     node_latency_us: float
     network_gb_per_s: float
@@ -126,10 +133,13 @@ class Card:
         linear = self.linear_tflops
         if args.fp8:
             linear = self.linear_fp8_tflops * (BLOCKWISE_RATE if args.fp8_recipe == "blockwise" else 1.0)
+        attention = _between(self.attention_tflops, args.seq_length)
+        if args.context_parallel_size > 1:
+            attention *= CONTEXT_RATE
         head = self.head_in_chunks_tflops if args.loss_chunk_size else self.head_at_once_tflops
         return Rates(
             linear=linear * 1e12,
-            attention=_between(self.attention_tflops, args.seq_length) * 1e12,
+            attention=attention * 1e12,
             output_layer=head * 1e12,
             elementwise=self.elementwise_ps * 1e-12 * (1.05 if args.recompute_elementwise else 1.0),
             cast=self.cast_ps * 1e-12 if args.fp8 else 0.0,
@@ -138,7 +148,11 @@ class Card:
 
     def launch(self, args: Namespace) -> float:
         """Seconds of the host for the kernels of a layer, forward and backward, without recompute."""
-        bf16 = self.launch_ms if args.tensor_model_parallel_size == 1 else self.launch_tensor_parallel_ms
+        bf16 = self.launch_ms if args.world_size == 1 else self.launch_of_many_ms
+        if args.context_parallel_size > 1:
+            bf16 += self.launch_context_ms
+        if args.tensor_model_parallel_size > 1 and args.pipeline_model_parallel_size > 1:
+            bf16 += self.launch_tensor_pipeline_ms
         bf16 *= TRANSFORMER_LAUNCH if args.architecture == "transformer" else 1.0
         return (bf16 + (FP8_LAUNCH_MS if args.fp8 else 0.0)) * 1e-3
 

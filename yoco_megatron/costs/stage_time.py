@@ -89,13 +89,25 @@ def part_seconds(
     }
 
 
-def part_seconds_of_run(shape: ModelShape, args: Namespace, rates: Rates = PLANNER_RATES) -> Seconds:
+def part_seconds_of_run(
+    shape: ModelShape, args: Namespace, rates: Rates = PLANNER_RATES, recompute_layers: bool | None = None
+) -> Seconds:
     """The same, with what parsed arguments say to recompute."""
     every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
+    if recompute_layers is not None:
+        every_layer = recompute_layers
     tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
     loss_chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
     logits = 1 - 1 / loss_chunks
     return part_seconds(shape, every_layer, logits, args.keep_cross_attention, args.retention_backend, rates)
+
+
+def recomputed_layers(args: Namespace, held: int) -> int:
+    """Of so many layers of one kind on a stage, those that full recompute takes: with --recompute-method block the
+    first N."""
+    if args.recompute_granularity != "full":
+        return 0
+    return min(held, args.recompute_num_layers or 1) if args.recompute_method == "block" else held
 
 
 def stage_seconds(parts: Parts, seconds: Seconds) -> float:

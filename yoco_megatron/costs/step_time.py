@@ -1,6 +1,6 @@
 """Seconds of a training step on a mesh: the slowest pipeline rank's kernels, then what no kernel hides.
 
-    step    m T_max + (the other ranks' T) / V        1F1B or interleaved: m micro-batches, V chunks a rank
+    step    m T_max + what the slowest rank waits for others        (`schedule`)
             + sends of the pipeline + gradients and weights of data parallelism + optimizer + a fixed part
 
 T is the time of a micro-batch on a rank: its products, attention and elementwise kernels by the rates of the card, or
@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
+from yoco_megatron.costs.schedule import about_waiting_seconds, waiting_seconds
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, part_seconds_of_run, stage_parameters
+from yoco_megatron.costs.stage_time import (
+    RECOMPUTE_FACTOR,
+    Parts,
+    kv_sets_read,
+    of_rank,
+    part_seconds_of_run,
+    recomputed_layers,
+    stage_parameters,
+)
 from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, travelling
 
 BYTES = 2  # a value on its way: bf16
@@ -28,6 +37,7 @@ EXPOSED_WITH_OVERLAP = 0.85  # of them, with --tp-comm-overlap: 3B TP2
 EXPOSED_RING = 0.5  # of a Transformer's ring attention
 EXPOSED_SENDS = 0.3  # of the sends between interleaved chunks
 LAYERS = ("self_decoder", "cross_decoder", "decoder")
+Layers = Mapping[bool, Mapping[str, Mapping[str, float]]]  # {is it recomputed: {kind: {part: seconds}}}
 
 
 @dataclass(frozen=True)
@@ -55,21 +65,31 @@ def mfu(args: Namespace, shape: ModelShape, card: Card, seconds: float) -> float
     return train_flops(shape, args.global_batch_size) / args.world_size / seconds / card.peak
 
 
-def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card: Card) -> StepTime:
-    """Of arguments whose vocabulary and global batch are known; `stages` as for `memory.gpu_memory`."""
+def step_time(
+    args: Namespace, shape: ModelShape, stages: Sequence[Parts], card: Card, by_schedule: bool = True
+) -> StepTime:
+    """Of arguments whose vocabulary and global batch are known; `stages` as for `memory.gpu_memory`.
+
+    Args:
+        by_schedule: follow the pipeline's schedule pass by pass; otherwise in a hundredth of the time, nearly so.
+    """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, dp = args.context_parallel_size, data_parallel_size(args)
     model_chunks, count = len(stages) // pp, num_microbatches(args) or 1
     tokens = args.seq_length * args.micro_batch_size / cp
 
-    layers = _layers(args, shape, card)
+    kinds = (False, True) if args.recompute_granularity == "full" else (False,)
+    layers = {recompute: _layers(args, shape, card, recompute) for recompute in kinds}
     read = kv_sets_read(stages, shape)
-    per_stage = tuple(_stage(args, shape, card, layers, stage, len(sets)) for stage, sets in zip(stages, read))
+    per_stage = tuple(_stage(args, shape, card, stage, len(sets), layers) for stage, sets in zip(stages, read))
     ranks = [{part: sum(stage[part] for stage in per_stage[rank::pp]) for part in per_stage[0]} for rank in range(pp)]
     totals = [sum(rank.values()) for rank in ranks]
     slowest = max(range(pp), key=totals.__getitem__)
 
-    bubble = (sum(totals) - totals[slowest]) / model_chunks
+    times = [sum(stage.values()) for stage in per_stage]
+    forward = 1 / 4 if args.recompute_granularity == "full" else 1 / 3
+    waiting = waiting_seconds if by_schedule else about_waiting_seconds
+    bubble = waiting(times, pp, count, forward)
     sends = 0.0
     if pp > 1:
         # The boundary that most sets of K,V cross holds up the others.
@@ -93,17 +113,14 @@ def step_time(args: Namespace, shape: ModelShape, stages: Sequence[Parts], card:
     return StepTime(parts | {"bubble": bubble, "pipeline": sends, "data": reduced, "optimizer": optimizer}, per_stage)
 
 
-def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[str, float]]:
-    """{kind: seconds of a micro-batch by part} of one layer of each kind, or of another part of a stage."""
+def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> dict[str, dict[str, float]]:
+    """{kind: seconds of a micro-batch by part} of one layer of each kind, or of another part of a stage; host: of its
+    launches, most of them while the GPU works."""
     tp, cp, sequences = args.tensor_model_parallel_size, args.context_parallel_size, args.micro_batch_size
     tokens = args.seq_length * sequences / cp
-    full = args.recompute_granularity == "full"
-    seconds = part_seconds_of_run(shape, args, card.rates(args))
-    exchanges = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * full
+    seconds = part_seconds_of_run(shape, args, card.rates(args), recompute)
+    exchanges = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * recompute
     exposed = EXPOSED_WITH_OVERLAP if args.tp_comm_overlap else 1.0
-    host = card.launch(args) * (4 / 3 if full else 1)
-    if args.cuda_graph_impl == "full_iteration":
-        host = 0.0
     context = card.link(tp * cp)
     found = {}
     for kind, third in seconds.items():
@@ -119,30 +136,37 @@ def _layers(args: Namespace, shape: ModelShape, card: Card) -> dict[str, dict[st
                 each = size / link.bytes_per_second + link.latency * math.log2(tp)
                 parts["tensor"] = exchanges * exposed * each
             if cp > 1:
-                parts["context"] = context.seconds(_received_by_layer(args, shape, kind) / tp) + 5 * context.latency
-            parts["host"] = max(0.0, host - sum(parts.values()))
+                received = _received_by_layer(args, shape, kind, recompute)
+                parts["context"] = context.seconds(received / tp) + 5 * context.latency
+            parts["host"] = card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
         found[kind] = parts
     return found
 
 
 def _stage(
-    args: Namespace,
-    shape: ModelShape,
-    card: Card,
-    layers: Mapping[str, Mapping[str, float]],
-    stage: Parts,
-    kv_sets: int,
+    args: Namespace, shape: ModelShape, card: Card, stage: Parts, kv_sets: int, layers: Layers
 ) -> dict[str, float]:
     """Seconds of a micro-batch by part; the stage reads so many sets of K,V."""
-    total = {"compute": 0.0, "host": 0.0, "tensor": 0.0, "context": 0.0}
+    total = dict.fromkeys(("compute", "host", "tensor", "context"), 0.0)
+    ends = 0.0
     for kind, count in stage.items():
-        for part, seconds in layers[kind].items():
-            total[part] += count * seconds
+        again = recomputed_layers(args, count) if kind in LAYERS else 0
+        for recompute, number in ((False, count - again), (True, again)):
+            if number:
+                for part, seconds in layers[recompute][kind].items():
+                    total[part] += number * seconds
+        if kind not in LAYERS:
+            ends += count * layers[False][kind]["compute"]
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     if cp > 1 and kv_sets and travelling(args, shape) == "keys":
         each = cross_attention_bytes_of_run(args, shape)["keys"] / shape.shared_kv_sets
         total["context"] += kv_sets * card.link(tp * cp).seconds(each / tp)
-    return total
+    if args.pipeline_model_parallel_size > 1:
+        total["host"] += card.launch_chunk_ms * 1e-3
+        ends = 0.0
+    # The host runs ahead of the GPU, in a pipeline through the head, too, and decides where all launches take longer.
+    launches = 0.0 if args.cuda_graph_impl == "full_iteration" else total.pop("host")
+    return total | {"host": max(0.0, launches - (sum(total.values()) - ends))}
 
 
 def _recomputes_mlp(args: Namespace) -> bool:
@@ -152,9 +176,9 @@ def _recomputes_mlp(args: Namespace) -> bool:
     return args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or [])
 
 
-def _received_by_layer(args: Namespace, shape: ModelShape, kind: str) -> float:
+def _received_by_layer(args: Namespace, shape: ModelShape, kind: str, recompute: bool) -> float:
     """Bytes that context parallelism sends for one layer and micro-batch, before tensor parallelism."""
-    cp, passes = args.context_parallel_size, 2 if args.recompute_granularity == "full" else 1
+    cp, passes = args.context_parallel_size, 2 if recompute else 1
     if kind == "self_decoder":
         return shape.mixer.received_bytes(shape, cp, args.micro_batch_size, BYTES, passes)
     if kind == "decoder":

@@ -30,6 +30,8 @@ class Plan:
     shape: ModelShape
     card: Card
     stages: Sequence[Parts]
+    roughly: bool = False
+    """Its time without following the pipeline's schedule, for thousands of plans."""
 
     @classmethod
     def of(cls, args: Namespace, card: Card) -> "Plan":
@@ -63,7 +65,7 @@ class Plan:
     @cached_property
     def time(self) -> StepTime:
         """Of a step."""
-        return step_time(self.args, self.shape, self.stages, self.card)
+        return step_time(self.args, self.shape, self.stages, self.card, by_schedule=not self.roughly)
 
     @property
     def tokens_per_second(self) -> float:

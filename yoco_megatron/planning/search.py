@@ -197,7 +197,7 @@ def _first_that_fits(
         if mesh.fp8 and recompute.get("recompute_elementwise"):
             continue
         args = Namespace(**vars(mesh) | recompute)
-        plan = Plan(args, shape, card, nearly_best_stages(args, shape))
+        plan = Plan(args, shape, card, nearly_best_stages(args, shape), roughly=True)
         if plan.fits:
             return plan
     discarded["states do not fit" if plan.memory.states > limit else "activations do not fit"] += 1
