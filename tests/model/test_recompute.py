@@ -85,6 +85,17 @@ def test_with_full_recompute_and_with_mlp_chunks() -> None:
             assert relative_error(recomputed[name], want) < 1e-5, name
 
 
+def test_block_recompute_counts_over_all_sets_of_kv() -> None:
+    """The first layers of a half run again in backward, whatever K,V they read."""
+    block = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
+    model = build(tiny_config(num_self_decoder_layers=0, shared_kv_sets=2, **block)).train()
+    calls = [0] * 4
+    for index, layer in enumerate(model.decoder.layers):
+        layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    model(torch.zeros(1, TOKENS, dtype=torch.long)).sum().backward()
+    assert calls == [2, 2, 2, 1]
+
+
 def test_memory_is_refilled_before_the_reader_needs_it() -> None:
     x = torch.randn(5, 3, requires_grad=True)
     weight = torch.randn(3, 4, requires_grad=True)

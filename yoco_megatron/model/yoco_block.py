@@ -13,6 +13,7 @@ need otherwise. They carry two things of ours, so that YOCO needs no layer class
 The mixers give them their true names in the first line of `forward`.
 """
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -143,10 +144,10 @@ class YOCOBlock(MegatronModule):
             if group.start >= stage.last:
                 kv_out.append(kv.to(kv_out_dtype))
                 continue
-            layers = self.layers[max(0, group.start - stage.first) : group.stop - stage.first]
-            dtype = config.params_dtype
+            first = max(0, group.start - stage.first)
+            layers, dtype = self.layers[first : group.stop - stage.first], config.params_dtype
             hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
-            hidden_states = self._run(layers, hidden_states, kv_reader, angles, attended)
+            hidden_states = self._run(layers, hidden_states, kv_reader, angles, attended, first - self.num_self)
             if group.stop > stage.last:
                 kv_out.append(kv_reader.read_stacked(kv_out_dtype))
         return hidden_states, kv_out
@@ -167,12 +168,18 @@ class YOCOBlock(MegatronModule):
         kv_reader: SharedKVReader | None,
         angles: Tensor,
         shard: SequenceShard | QueryShard | TravellingQueries,
+        before: int = 0,
     ) -> Tensor:
+        """`layers` of one half of the model; `before`: how many of it ran before them here."""
         if not len(layers):
             return hidden
         if self.config.recompute_granularity == "full" and self.training:
             inner_fp8 = bool(self.config.fp8) and self.config.fp8_recipe != Fp8Recipe.delayed
-            block = _CheckpointedLayers(layers, self.config, self.pg_collection, len(layers))
+            config = self.config
+            if before and config.recompute_method == "block":  # the first layers of each half, not of each group
+                config = copy.copy(config)
+                config.recompute_num_layers -= before
+            block = _CheckpointedLayers(layers, config, self.pg_collection, len(layers))
             # The checkpoints only read the shared K,V, which are therefore never recomputed.
             store = AttentionOutputStore(bool(self.config.fp8)) if self.config.keep_cross_attention else None
             inner_reader = kv_reader and kv_reader.inside_checkpoint(store)
