@@ -78,9 +78,10 @@ def _device(count: int) -> str:
 def _layers(args: Namespace, shape: ModelShape) -> str:
     if args.architecture == "transformer":
         return f"Transformer, {shape.num_layers} layers, width {shape.hidden_size:,}"
+    sets = f" over {shape.shared_kv_sets} sets of K,V" if shape.shared_kv_sets > 1 else ""
     return (
         f"YOCO, {shape.num_self_decoder_layers} layers of {shape.self_decoder.replace('_', ' ')} and "
-        f"{shape.num_cross_decoder_layers} of cross attention, width {shape.hidden_size:,}"
+        f"{shape.num_cross_decoder_layers} of cross attention{sets}, width {shape.hidden_size:,}"
     )
 
 
