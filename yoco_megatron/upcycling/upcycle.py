@@ -58,14 +58,19 @@ def table(teacher: Teacher, source: Source, rule: str, errors: list[float]) -> s
             "q, k, v, o; retention for softmax",
             "approximation; decay and gate are new: zero, so the output is, too",
         )
-    layers = ", ".join("+".join(map(str, one)) for one in sets) if rule != "mean" else "the mean of all"
     readers = cross // len(sets)
-    shared = f"approximation: read from the self-decoder's output, each by {readers} layers"
+    if readers == 1:
+        made_of = "k, v of its reader"
+    elif rule == "mean":
+        made_of = "mean k, v of its readers"
+    else:
+        made_of = f"k, v of layer {', '.join(str(layer) for (layer,) in sets)}"
+    shared = "approximation: made from the self-decoder's output" + (f", {readers} readers each" if readers > 1 else "")
     limit = "" if teacher.window is None else f"; the teacher's windows of {teacher.window:,} are gone"
     rows = [
         ("embeddings, head, norms, FFNs", "the teacher's", "exact"),
         (f"self-decoder, {own} layers", *mixer),
-        (f"shared K,V, {len(sets)} set{'s' * (len(sets) > 1)}", f"k, v of layer {layers}", shared),
+        (f"shared K,V, {len(sets)} set{'s' * (len(sets) > 1)}", made_of, shared),
         (f"cross-decoder, {cross} layers", "q, o", f"exact{limit}"),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
