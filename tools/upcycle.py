@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--shared-kv-sets", type=int, default=1, help="K,V sets of the upper layers (default 1)")
     parser.add_argument(
         "--shared-kv-from",
-        default="middle",
+        default="mean",
         choices=SHARED_KV_FROM,
-        help="which of the layers that read a set gives its k and v (default middle)",
+        help="which of the layers that read a set give its k and v (default mean, of all of them)",
     )
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to ship instead of the teacher's")
     parser.add_argument("--max-shard-size", type=float, default=2.0, help="GiB per safetensors file (default 2)")

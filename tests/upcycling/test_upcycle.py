@@ -1,5 +1,6 @@
 """tools/upcycle.py from the command line: what it writes loads as an exported folder, and as a training checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.readers import open_source
 
-WINDOWS = ("--self-decoder", "sliding_window", "--self-decoder-window", "8")
+WINDOWS = ("--self-decoder", "sliding_window", "--self-decoder-window", "8", "--shared-kv-sets", "3")
 RETENTION = ("--self-decoder", "gated_retention")
 
 
@@ -35,8 +36,10 @@ def upcycle(teacher: Path, output: Path, *flags: str) -> str:
 
 @pytest.mark.parametrize("mixer", [WINDOWS, RETENTION])
 def test_exported_folder_and_checkpoint_are_the_same_model(mixer, teacher, tmp_path):
+    sets = 3 if mixer is WINDOWS else 1
     table = upcycle(teacher, tmp_path / "hf", *mixer)
-    assert table.startswith(f"{tmp_path / 'hf'}: logits of") and "shared K,V, 1 set" in table
+    assert table.startswith(f"{tmp_path / 'hf'}: logits of") and f"shared K,V, {sets} set" in table
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["shared_kv_sets"] == sets
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert model.dtype == torch.bfloat16 and model.config.self_decoder == mixer[1]
     assert model.generate(torch.tensor([[2, 3, 2]]), max_new_tokens=5, min_new_tokens=5).shape == (1, 8)
@@ -57,7 +60,7 @@ def test_exported_folder_and_checkpoint_are_the_same_model(mixer, teacher, tmp_p
 
 
 def test_error_is_one_line(teacher, tmp_path):
-    done = start("upcycle", "--teacher", teacher, "--output", tmp_path / "no", *WINDOWS, "--shared-kv-sets", "2")
+    done = start("upcycle", "--teacher", teacher, "--output", tmp_path / "no", *RETENTION, "--shared-kv-sets", "2")
     assert done.returncode == 1 and not (tmp_path / "no").exists()
     assert done.stderr.splitlines()[-1].startswith("upcycle.py: error: --shared-kv-sets 2 does not divide the 3")
     assert "Traceback" not in done.stderr
