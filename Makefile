@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick test-gpu lint format doctor clean
+.PHONY: help env demo test test-quick test-gpu lint format docs docs-serve doctor clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -40,6 +40,12 @@ lint: env ## style and format (ruff), the order of the rooms (import-linter), ty
 format: env ## ruff: apply
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: env ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+docs-serve: env ## the site at http://127.0.0.1:8000, anew whenever a page changes
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
 
 doctor: env ## what is installed here, and what each part will use
 	$(PYTHON) tools/doctor.py

@@ -1,6 +1,6 @@
 """Benchmark results are data: one JSON line a row in results.jsonl, from which RESULTS.md is made.
 
-python benchmarks/record.py        # write RESULTS.md anew
+python benchmarks/record.py        # write RESULTS.md and its picture anew
 """
 
 import datetime
@@ -11,6 +11,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from headlines import draw as draw_headlines
+from headlines import short, table
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton")
@@ -74,7 +77,16 @@ def results_page(rows: list[dict]) -> str:
     lines = [
         "# Results",
         "",
-        "Made from results.jsonl by `python benchmarks/record.py`. Ratio above 1: ours is better.",
+        "Made from results.jsonl by `python benchmarks/record.py`. Ratio above 1: ours is better. What they come to,",
+        "in bf16 with gated retention where nothing else is said; the Transformer is Megatron's own GPT in training,",
+        "and in inference a Llama of the same sizes in the same engine:",
+        "",
+        "![training speed, memory and prefill time beside the Transformer's](../docs/speed_and_memory.svg)",
+        "",
+        *table(rows),
+        "",
+        "Read on: [in short](../docs/performance.md), [how it was measured, and what was tried](NOTES.md). All rows,",
+        "also those that later ones have overtaken, the newest last:",
         "",
     ]
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
@@ -87,20 +99,18 @@ def results_page(rows: list[dict]) -> str:
         for row in rows:
             if row["benchmark"] != benchmark:
                 continue
-            peer_value = "" if row["peer_value"] is None else f"{_figure(row['peer_value'])} {row['unit']}"
+            peer_value = "" if row["peer_value"] is None else f"{short(row['peer_value'])} {row['unit']}"
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
             lines.append(
-                f"| {row['case']} | {row['metric']} | {_figure(row['value'])} {row['unit']} | {row['peer'] or ''} | "
+                f"| {row['case']} | {row['metric']} | {short(row['value'])} {row['unit']} | {row['peer'] or ''} | "
                 f"{peer_value} | {ratio} | {row['device']} | {row['commit']} | {row['date']} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 if __name__ == "__main__":
     source = HERE / "results.jsonl"
-    (HERE / "RESULTS.md").write_text(results_page([json.loads(line) for line in source.read_text().splitlines()]))
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    (HERE / "RESULTS.md").write_text(results_page(rows))
+    draw_headlines(HERE.parent / "docs/speed_and_memory.svg", rows)

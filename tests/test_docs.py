@@ -1,6 +1,9 @@
 """Documentation that a command line would contradict is a defect: flags, files and make targets named there exist."""
 
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,15 @@ def test_parity_list_is_the_tested_one() -> None:
 
     listed = re.findall(r"^\| ([^|]+) \| (?:un)?tied \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     assert listed == list(MESHES)
+
+
+def test_every_page_is_in_the_sites_reading_order() -> None:
+    """What is missing there, and links and anchors that lead nowhere, are errors of `mkdocs build`."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir"]
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0, run.stderr
+        home = (Path(folder) / "index.html").read_text()
+    for page in sorted(ROOT.glob("docs/*.md")):
+        assert f'href="{page.stem}/"' in home, page

@@ -40,7 +40,7 @@ class Rates:
     """FLOP/s of mixers by name; of others, and of the torch implementation, it is in their records."""
 
 
-# 3B on one H200, bf16 (docs/performance.md). The pipeline planner needs their ratios alone, and cuts every run alike.
+# 3B on one H200, bf16 (benchmarks/NOTES.md). The pipeline planner needs their ratios alone, and cuts every run alike.
 PLANNER_RATES = Rates(linear=700e12, attention=400e12, output_layer=700e12, elementwise=5e-12)
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
 RECOMPUTE_FACTOR = 4 / 3  # of what is recomputed in backward: four products where three would do

@@ -33,7 +33,7 @@ def mixing_flops(sizes: Sizes) -> float:
 
 
 def flop_rate(backend: str) -> float:
-    """Measured with the 3B in training on one H200, bf16 (docs/performance.md)."""
+    """Measured with the 3B in training on one H200, bf16 (benchmarks/NOTES.md)."""
     return 12e12 if backend == "torch" else 100e12
 
 

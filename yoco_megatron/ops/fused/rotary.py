@@ -1,6 +1,6 @@
 """Rotary position embedding of interleaved pairs (2j, 2j+1), which reads and writes every value once.
 
-Transformer Engine's kernel takes half as long again for a cross-decoder layer's queries (docs/performance.md). fp32
+Transformer Engine's kernel takes half as long again for a cross-decoder layer's queries (benchmarks/NOTES.md). fp32
 arithmetic. Tensor legend: S sequence, B batch, H heads, D head width.
 """
 

@@ -1,7 +1,7 @@
 """SwiGLU, y = silu(a) b of [..., a and b side by side]: one kernel each way, which reads and writes every value once.
 
 Megatron's fused backward concatenates the two halves of the gradient. torch.compile turns that into one kernel over
-both halves, which loads a, b and dy for each of them: too many loads for an H100's memory (docs/performance.md), but
+both halves, which loads a, b and dy for each of them: too many loads for an H100's memory (benchmarks/NOTES.md), but
 not for the faster memory of an H200. Megatron's forward has no such flaw, but each call passes torch.compile's guards,
 which costs the host more than a launch.
 """
