@@ -44,6 +44,8 @@ class TransformerModelConfig(YOCOModelConfig):
 class YOCOModelBuilder(GPTModelBuilder):
     """Builds a YOCOModel; wrapping for distributed training is GPTModelBuilder's."""
 
+    model_class: type[YOCOModel] = YOCOModel
+
     def build_model(
         self,
         pg_collection: ProcessGroupCollection,
@@ -60,7 +62,7 @@ class YOCOModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             )
-        model = YOCOModel(
+        model = self.model_class(
             config=config.transformer,
             vocab_size=vocab_size,
             max_sequence_length=config.seq_length,

@@ -36,6 +36,8 @@ class YOCOModel(LanguageModule):
         parallel_output: leave logits split over tensor-parallel ranks, as the parallel cross entropy wants them.
     """
 
+    block_class: type[YOCOBlock] = YOCOBlock
+
     def __init__(
         self,
         config: YOCOConfig,
@@ -68,7 +70,7 @@ class YOCOModel(LanguageModule):
         self_head_dim = config.self_decoder_head_dim
         self.self_rotary = YOCORotaryEmbedding(config, self_head_dim, rotary_base)
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
-        self.decoder = YOCOBlock(config, stage, self.pg_collection, vp_stage)
+        self.decoder = self.block_class(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
         self.tokens_per_row = self.tp_group.size() if config.sequence_parallel else 1
         if self.post_process:

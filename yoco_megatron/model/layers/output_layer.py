@@ -44,6 +44,7 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
         Args:
             hidden_states: [s, b, h], normalised ([s/tp, b, h] with sequence parallelism).
             weight: [V/tp, h], where it is not this layer's own; labels: int64 [b, s].
+            kwargs: Megatron's, without labels; with them what `losses` takes besides.
         Returns:
             fp32 losses [b, s].
         """
@@ -57,5 +58,9 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
         main_grad = claim_main_grad(weight) if self.fuse_weight_gradient else None
         rows = labels.t()
         x, flat_labels = hidden_states.flatten(0, 1), rows.flatten()
-        losses = linear_cross_entropy(x, weight, flat_labels, self.loss_chunk_size, self.tp_group, main_grad)
-        return losses.view_as(rows).t().contiguous()
+        losses = self.losses(x, weight, flat_labels, main_grad, **kwargs)
+        return losses.unflatten(-1, rows.shape).transpose(-2, -1).contiguous()
+
+    def losses(self, x: Tensor, weight: Tensor, labels: Tensor, main_grad: Tensor | None) -> Tensor:
+        """fp32 losses [N] of normalised hidden states x [N, h], the same on all tensor-parallel ranks."""
+        return linear_cross_entropy(x, weight, labels, self.loss_chunk_size, self.tp_group, main_grad)
