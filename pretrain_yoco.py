@@ -23,6 +23,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
 from yoco_megatron.data.provider import build_datasets
+from yoco_megatron.distillation import builder as distillation
 from yoco_megatron.evaluation import in_training
 from yoco_megatron.resilience import exit_record, run_lock, secrets
 from yoco_megatron.startup import agreement
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     """
     try:
         args, model = parse_and_validate(argv)
+        model = distillation.prepare(args, model)
         in_training.prepare(args)
         record_run(args, model)
         upstream.install(args)

@@ -75,13 +75,14 @@ def build(
     seed: int = 1234,
     stage: Stage | None = None,
     vp_stage: int | None = None,
+    model_class: type[YOCOModel] = YOCOModel,
 ) -> YOCOModel:
     """The part of the model that this rank holds, initialised, on its device."""
     # Megatron says with these which attention a model has, and refuses another one in the same process.
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = YOCOModel(
+    model = model_class(
         config,
         VOCAB,
         SEQ,

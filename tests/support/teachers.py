@@ -42,3 +42,10 @@ def save_teacher(family: str, folder: Path, **more: Any) -> Any:
     model: Any = small_teacher(family, **more)
     model.save_pretrained(folder)
     return model
+
+
+def teacher_for_training(folder: Path, **more: Any) -> Path:
+    """A Llama of the vocabulary and number of layers of small training runs in `folder`, which is returned."""
+    sizes: dict[str, Any] = dict(vocab_size=256, num_hidden_layers=4, hidden_size=48, tie_word_embeddings=False)
+    save_teacher("llama", folder, **sizes | more)
+    return folder

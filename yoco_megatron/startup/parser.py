@@ -86,6 +86,30 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         metavar="FILE",
         help="YAML files of flags, or key=value items, merged left to right; the command line wins over them.",
     )
+    group.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="A Transformer in Hugging Face's format, to be learnt from (docs/upcycling.md).",
+    )
+    group.add_argument(
+        "--attention-transfer",
+        action="store_true",
+        help="Fit each layer's attention to the teacher's, instead of the model to its logits.",
+    )
+    group.add_argument(
+        "--distillation-weight",
+        type=float,
+        default=0.9,
+        metavar="WEIGHT",
+        help="Of the divergence from the teacher's logits in the loss; cross entropy has the rest of 1.",
+    )
+    group.add_argument(
+        "--distillation-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="Divides both models' logits where they are compared.",
+    )
     group.add_argument("--evaluate-suite", metavar="FILE", help="YAML of tasks that are evaluated between steps.")
     group.add_argument("--evaluate-interval", type=int, metavar="STEPS", help="Steps from one evaluation to the next.")
     group.add_argument(

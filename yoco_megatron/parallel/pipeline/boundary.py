@@ -40,6 +40,16 @@ def split_boundary_tensor(
     return hidden_states.view(hidden_shape), [(_FromBits.apply(kv) if fp32 else kv).view(kv_shape) for kv in sets]
 
 
+def to_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 as it travels in a boundary tensor of `dtype`, unrounded: see `kv_values`."""
+    return _ToBits.apply(x, dtype) if dtype.itemsize == 2 else x.to(dtype)
+
+
+def from_bits(values: Tensor) -> Tensor:
+    """What `to_bits` was given."""
+    return _FromBits.apply(values) if values.dtype.itemsize == 2 else values
+
+
 class _ToBits(torch.autograd.Function):
     """fp32 -> the same bits as 16-bit numbers, twice as many in the last dimension; so are gradients, backwards."""
 
