@@ -3,7 +3,6 @@
 Tolerance: fp32 sums in another order, 2e-6 of the losses in five steps (test_meshes.py).
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -101,23 +100,16 @@ def flags_of(teacher: Path, *more: str) -> list[str]:
     return [*TINY, *steps, "--teacher", str(teacher), *more]
 
 
-def terms(log: Log, names: tuple[str, ...] = TERMS) -> dict[tuple[str, int], float]:
-    """(name, step) -> loss; step 0 and -1: of validation and test."""
-    found = {}
-    for name in names:
-        trained = re.findall(rf"iteration +(\d+)/.*?\| {name}: (\S+) ", log.text)
-        found |= {(name, int(step)): float(loss) for step, loss in trained}
-        evaluated = re.findall(rf"loss at iteration .*?\| {name} value: (\S+) ", log.text)
-        found |= {(name, -at): float(loss) for at, loss in enumerate(evaluated)}
-    assert len(found) == len(names) * (STEPS + 2), log.text[-3000:]
-    return found
+def losses_of(log: Log) -> dict[tuple[str, int], float]:
+    """(term, step) -> loss."""
+    return {(term, step): loss for term in TERMS for step, loss in log.of_term(term).items()}
 
 
 def runs_of(world_size: int, teacher: Path, meshes: dict[str, list[str]]) -> dict[str, dict]:
     """Losses by name; where that says suffix, of the last positions alone."""
     suffix = {name: ["--loss-suffix", "8"] if name.endswith("suffix") else [] for name in meshes}
     runs = Runs(world_size, {name: flags_of(teacher, *mesh, *suffix[name]) for name, mesh in meshes.items()})
-    return {name: terms(runs[name]) for name in meshes}
+    return {name: losses_of(runs[name]) for name in meshes}
 
 
 @pytest.fixture(scope="module")

@@ -99,9 +99,7 @@ def check(args: Namespace, teacher: Teacher) -> None:
     folder, config, tp = teacher.folder, teacher.config, args.tensor_model_parallel_size
     name = f"--teacher {folder}"
     require(args.architecture == "yoco", f"{name} is for a YOCO: remove it, or --architecture transformer")
-    require(
-        0 <= args.distillation_weight <= 1, f"--distillation-weight {args.distillation_weight} must be from 0 to 1"
-    )
+    require(0 <= args.distillation_weight <= 1, f"--distillation-weight {args.distillation_weight} must be from 0 to 1")
     require(
         args.distillation_temperature > 0, f"--distillation-temperature {args.distillation_temperature} must be above 0"
     )

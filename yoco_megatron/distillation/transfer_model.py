@@ -64,18 +64,22 @@ class TransferBlock(YOCOBlock):
             with torch.no_grad():
                 of_teacher = teacher.decoder.layers[layer.layer_number - 1 - self.stage.first]
                 hidden, wanted = _attention_output_of(of_teacher, hidden, teacher_angles, shard)
-            wide = torch.promote_types(output.dtype, torch.float32)
-            wanted = wanted.to(wide)
-            self.compared.append(((output.to(wide) - wanted).square().sum(-1), wanted.square().sum()))
+            difference = output.to(wanted.dtype) - wanted
+            self.compared.append((difference.square().sum(-1), wanted.square().sum()))
         return hidden
 
 
 def _attention_output_of(
     layer: nn.Module, hidden: Tensor, angles: Tensor | None, shard: SequenceShard
 ) -> tuple[Tensor, Tensor]:
-    """(hidden states behind a layer, what its attention added to them)."""
+    """(hidden states behind a layer, what its attention added to them, at least in fp32)."""
     outputs: list[Tensor] = []
-    hook = layer.self_attention.register_forward_hook(lambda *call: outputs.append(call[2][0]))
+
+    def store(_: Any, __: Any, output: tuple[Tensor, Any]) -> None:
+        # A copy: without gradients Megatron adds the residual in place.
+        outputs.append(output[0].to(torch.promote_types(output[0].dtype, torch.float32), copy=True))
+
+    hook = layer.self_attention.register_forward_hook(store)
     hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=shard)
     hook.remove()
     return hidden, outputs[0]

@@ -57,7 +57,9 @@ def linear_distillation(
 
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, local_labels, teacher_x, teacher_weight, temperature, real, chunk_size, group, main_grad):
+    def forward(
+        ctx, x, weight, local_labels, teacher_x, teacher_weight, temperature, real, chunk_size, group, main_grad
+    ):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         sums_5N = x.new_empty(5, len(x), dtype=wide)
         compare = _fused(_compare, x.is_cuda)
