@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from support.cli import TINY, Log, Runs
 from support.models import assert_close, batch, build, document_batch, tiny_config
-from support.teachers import write_teacher
+from support.teachers import teacher_for_training
 from support.worlds import run_world
 
 from yoco_megatron.distillation import teacher_model
@@ -37,7 +37,7 @@ TWICE = {"TP2 PP2": [*TP2, "--sequence-parallel", *PP2], "PP2 CP2, suffix": [*PP
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
+    return teacher_for_training(tmp_path_factory.mktemp("teacher"))
 
 
 def beside(folder: str) -> DistilledYOCO:
@@ -61,7 +61,7 @@ def logits_of_teacher(folder: str, documents: bool) -> torch.Tensor:
 def test_the_teacher_is_transformers_model(tied, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    folder = write_teacher(tmp_path, tie_word_embeddings=tied)
+    folder = teacher_for_training(tmp_path, tie_word_embeddings=tied)
     logits = run_world(1, logits_of_teacher, str(folder), False)[0]
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(batch(2)[0]).logits

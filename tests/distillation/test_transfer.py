@@ -15,7 +15,7 @@ from support import reference_model
 from support.cli import TINY, Runs, checkpoint
 from support.models import SELF_DECODERS, assert_close, batch, build, tiny_config
 from support.reference_model import Sizes, heads, rms, rope
-from support.teachers import write_teacher
+from support.teachers import teacher_for_training
 from support.worlds import run_world
 
 from yoco_megatron.distillation import teacher_model
@@ -79,7 +79,7 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_equals_a_plain_computation(kind, tmp_path):
-    folder = write_teacher(tmp_path, hidden_size=64, intermediate_size=96)
+    folder = teacher_for_training(tmp_path, hidden_size=64, intermediate_size=96)
     found = run_world(1, ours, str(folder), kind)[0]
     weights = {name.removeprefix("weight/"): w for name, w in found.items() if name.startswith("weight/")}
     found = {name: value for name, value in found.items() if not name.startswith("weight/")}
@@ -99,7 +99,7 @@ TWICE = {"TP2 PP2": [*TP2, "--sequence-parallel", *PP2], "PP2 CP2": [*PP2, *CP2]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher"), hidden_size=32, intermediate_size=64)
+    return teacher_for_training(tmp_path_factory.mktemp("teacher"), hidden_size=32, intermediate_size=64)
 
 
 def losses_of(world_size: int, teacher: Path, runs: dict[str, list[str]]) -> dict[str, dict[int, float]]:

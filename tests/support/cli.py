@@ -59,8 +59,8 @@ class Log:
 
     def of_term(self, name: str) -> dict[int, float]:
         """A part of the loss by iteration; under -1, -2, ... of each evaluation."""
-        trained = re.findall(rf"iteration +(\d+)/.*?\| {name}: (\S+) ", self.text)
-        evaluated = re.findall(rf"loss at iteration .*?\| {name} value: (\S+) ", self.text)
+        trained = re.findall(rf"iteration +(\d+)/.*?\| {name}: (\S+)", self.text)
+        evaluated = re.findall(rf"loss at iteration .*?\| {name} value: (\S+)", self.text)
         found = {int(step): float(loss) for step, loss in trained}
         assert found and evaluated, self.text[-3000:]
         return found | {-1 - at: float(loss) for at, loss in enumerate(evaluated)}

@@ -21,7 +21,7 @@ class DistillationOutputLayer(ChunkedLossOutputLayer):
     temperature: float
     teacher_entries: int
 
-    def losses(
+    def losses(  # type: ignore[override]  # `forward` passes on what it is given
         self, x: Tensor, weight: Tensor, labels: Tensor, main_grad: Tensor | None, *, teacher: tuple[Tensor, Tensor]
     ) -> Tensor:
         """fp32 [2, N]. `teacher`: its normalised hidden states [s, b, h'] and its head [V/tp, h']."""
@@ -51,23 +51,17 @@ class DistilledYOCO(YOCOBesideTeacher):
             self.output_layer.__class__ = DistillationOutputLayer
             self.output_layer.temperature, self.output_layer.teacher_entries = temperature, teacher_entries
 
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        *args: Any,
-        document_ids: Tensor | None = None,
-        query_runs: Runs | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor | None, *args: Any, query_runs: Runs | None = None, **kwargs: Any) -> Tensor:
         """As `YOCOModel.forward`, but for the number of losses."""
-        which = dict(document_ids=document_ids, query_runs=query_runs)
         if not self.pre_process:
             extra = self.take_extra(query_runs).detach()
+            assert self.input_tensor is not None
             batch, width = self.input_tensor.shape[1], self.teacher.config.hidden_size
             self.teacher.set_input_tensor(extra.view(-1, batch, width))
         with torch.no_grad():
-            states = self._teacher_states = self.teacher(input_ids, **which)
-        output = super().forward(input_ids, *args, **which, **kwargs)
+            states = self.teacher(input_ids, document_ids=kwargs.get("document_ids"), query_runs=query_runs)
+        self._teacher_states: Tensor | None = states
+        output = super().forward(input_ids, *args, query_runs=query_runs, **kwargs)
         self._teacher_states = None
         return output if self.post_process else self.with_extra(states, output)
 

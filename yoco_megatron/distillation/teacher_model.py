@@ -45,7 +45,7 @@ class TeacherModel(YOCOModel):
 
     block_class = TeacherBlock
 
-    def head(self, hidden_states: Tensor, labels: None) -> Tensor:
+    def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         """Normalised hidden states of all tokens of this context-parallel rank, for a head."""
         hidden_states = self.final_layernorm(hidden_states)
         if self.config.sequence_parallel:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from yoco_megatron.distillation.beside_teacher import YOCOBesideTeacher
@@ -53,6 +54,7 @@ class TransferBlock(YOCOBlock):
         (teacher,) = self.teacher
         hidden = hidden.detach()
         teacher_angles = teacher.self_rotary(shard.positions()) if len(layers) else None
+        layer: TransformerLayer
         for layer in layers:
             output, _ = layer.self_attention(
                 layer.input_layernorm(hidden),
@@ -62,15 +64,15 @@ class TransferBlock(YOCOBlock):
                 packed_seq_params=shard,
             )
             with torch.no_grad():
-                of_teacher = teacher.decoder.layers[layer.layer_number - 1 - self.stage.first]
-                hidden, wanted = _attention_output_of(of_teacher, hidden, teacher_angles, shard)
+                same = teacher.decoder.layers[layer.layer_number - 1 - self.stage.first]
+                hidden, wanted = _attention_output_of(same, hidden, teacher_angles, shard)
             difference = output.to(wanted.dtype) - wanted
             self.compared.append((difference.square().sum(-1), wanted.square().sum()))
         return hidden
 
 
 def _attention_output_of(
-    layer: nn.Module, hidden: Tensor, angles: Tensor | None, shard: SequenceShard
+    layer: TransformerLayer, hidden: Tensor, angles: Tensor | None, shard: SequenceShard
 ) -> tuple[Tensor, Tensor]:
     """(hidden states behind a layer, what its attention added to them, at least in fp32)."""
     outputs: list[Tensor] = []
@@ -117,9 +119,11 @@ class TransferYOCO(YOCOBesideTeacher):
 
     def _losses(self, earlier: Tensor | None, input_ids: Tensor | None, batch: int) -> Tensor:
         """fp32 [b, s]: those of earlier stages and of the layers held here."""
-        if not self.decoder.compared:  # a stage of the embedding alone sends something that has a gradient
-            zeros = None if input_ids is None else torch.zeros(input_ids.shape, device=input_ids.device)
-            return earlier.view(batch, -1) if earlier is not None else zeros.requires_grad_()
+        if not self.decoder.compared:
+            if earlier is not None:
+                return earlier.view(batch, -1)
+            assert input_ids is not None  # a stage of the embedding alone, which must send what has a gradient
+            return torch.zeros(input_ids.shape, device=input_ids.device, requires_grad=True)
         errors, powers = (torch.stack(part) for part in zip(*self.decoder.compared))
         self.decoder.compared = []
         rows_group = self.pg_collection.tp_cp if self.config.sequence_parallel else self.cp_group

@@ -14,7 +14,8 @@ from yoco_megatron.upstream.registry import replaces
 
 STEP = re.compile(r" \[\d{4}-(.*?):\d\d\.\d+\] iteration +(\d+)/ *(\d+) \|(.*)\|")
 EVALUATION = re.compile(
-    r" validation(?P<set>\S*) loss at (?P<at>iteration (?P<iteration>\d+).*?) \| lm loss value: (?P<loss>\S+) \|"
+    r" validation(?P<set>\S*) loss at (?P<at>iteration (?P<iteration>\d+).*?)"
+    r" \| (?P<name>[^|]+) value: (?P<loss>\S+) \|(?P<more>.*)"
 )
 LEFT_OUT = {"consumed samples", "elapsed time per iteration (ms)", "throughput per GPU (TFLOP/s/GPU)"}
 WHERE_NOT = {"loss scale": 1.0, "number of skipped iterations": 0.0, "number of nan iterations": 0.0}
@@ -60,6 +61,8 @@ def evaluation_scalars(message: str) -> dict[str, float]:
     """Name -> value of what an evaluation adds to Megatron's curves."""
     found = EVALUATION.match(message)
     assert found is not None, message
+    if found["name"] != "lm loss":
+        return {}
     loss, size = float(found["loss"]), bytes_per_token.get(found["set"])
     scalars = {"perplexity": math.exp(min(loss, 700.0))}
     return scalars if size is None else scalars | {"bits-per-byte": bits_per_byte(loss, size)}
@@ -70,9 +73,10 @@ def evaluation_line(message: str, scalars: dict[str, float]) -> str:
     found = EVALUATION.match(message)
     assert found is not None, message
     shown = [f"{name.replace('-', ' ')}: {value:#.4g}" for name, value in scalars.items()]
-    loss = f"lm loss value: {float(found['loss']):#.7G}"
+    losses = [(found["name"], found["loss"]), *re.findall(r" ([^|]+) value: (\S+) ", found["more"])]
+    values = [f"{name} value: {float(loss):#.7G}" for name, loss in losses]
     return " | ".join(
-        [f"[{time.strftime('%m-%d %H:%M')}] validation{found['set']} loss at {found['at']}", loss, *shown]
+        [f"[{time.strftime('%m-%d %H:%M')}] validation{found['set']} loss at {found['at']}", *values, *shown]
     )
 
 
