@@ -31,7 +31,7 @@ NAME = "attention transfer loss"
 def ours(folder: str, kind: str) -> dict[str, torch.Tensor]:
     """Mean loss, gradients by global name, and the weights."""
     opened = open_teacher(folder)
-    student = build(tiny_config(self_decoder=kind), model_class=TransferYOCO)
+    student = build(tiny_config(self_decoder=kind, shared_kv_sets=2), model_class=TransferYOCO)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student.attach(teacher_model.build(student, opened, groups), 1.0, opened.config.vocab_size)
     tokens, labels = batch(2)
@@ -58,7 +58,7 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
     with torch.no_grad():
         teacher(batch(2)[0])
     leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-    sizes = Sizes(4, 2, kind, self_heads=4, self_groups=4, heads=8, groups=4, window=7)
+    sizes = Sizes(4, 2, kind, self_heads=4, self_groups=4, heads=8, groups=4, window=7, kv_sets=2)
     w = reference_model.weights_from_yoco(leaves, sizes)
     mixer = {"gated_retention": reference_model.retention, "sliding_window": reference_model.window_attention}[kind]
     losses = []
@@ -68,7 +68,7 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
             output = mixer(x, w, str(layer), sizes)
         else:
             border = rms(entering[2], sizes.eps) * w["kv.norm"]
-            k, v = (heads(border @ w[f"kv.{m}"].T, sizes.groups) for m in "kv")
+            k, v = (heads(border @ w[f"kv.{layer - 2}.{m}"].T, sizes.groups) for m in "kv")
             q = rope(heads(x @ w[f"{layer}.q"].T, sizes.heads), sizes)
             output = reference_model.attention(q, rope(k, sizes), v, window=None) @ w[f"{layer}.out"].T
         losses.append((output - wanted[layer]).square().mean() / wanted[layer].square().mean())

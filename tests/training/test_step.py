@@ -14,7 +14,7 @@ def test_evaluation_has_a_micro_batch_of_its_own(training, size, monkeypatch):
     """Tensor-parallel ranks make room for what rank 0 sends: another size ends the run."""
     model = torch.nn.Linear(3, 3).train(training)
     model.vp_stage, model.forward = None, lambda *_, **__: None
-    sizes = dict(architecture="transformer", micro_batch_size=4, eval_micro_batch_size=2)
+    sizes = dict(architecture="transformer", teacher=None, micro_batch_size=4, eval_micro_batch_size=2)
     monkeypatch.setattr(step, "get_args", lambda: SimpleNamespace(**sizes))
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)

@@ -61,7 +61,7 @@ class DistilledYOCO(YOCOBesideTeacher):
         with torch.no_grad():
             states = self.teacher(input_ids, document_ids=kwargs.get("document_ids"), query_runs=query_runs)
         self._teacher_states: Tensor | None = states
-        output = super().forward(input_ids, *args, query_runs=query_runs, **kwargs)
+        output = super().forward(input_ids, *args, **kwargs | {"query_runs": query_runs})
         self._teacher_states = None
         return output if self.post_process else self.with_extra(states, output)
 

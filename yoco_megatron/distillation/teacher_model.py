@@ -28,13 +28,10 @@ from yoco_megatron.upcycling.teacher import Teacher
 class TeacherBlock(YOCOBlock):
     """The teacher's layers, at the end of which only the student's queries are left."""
 
-    def forward(self, hidden_states: Tensor, *args: Any) -> tuple[Tensor, Any]:
-        """As `YOCOBlock.forward`."""
-        hidden_states, kv = super().forward(hidden_states, *args)
-        *_, queries, _ = args
-        if self.stage.post_process and isinstance(queries, QueryShard):
-            hidden_states = queries.take(hidden_states)
-        return hidden_states, kv
+    def _cross_decoder(self, hidden_states: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+        *_, queries = args
+        is_taken = self.stage.post_process and isinstance(queries, QueryShard)
+        return queries.take(hidden_states) if is_taken else hidden_states, []
 
 
 class TeacherModel(YOCOModel):
