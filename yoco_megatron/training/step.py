@@ -19,33 +19,27 @@ SPIKY_LOSS_FACTOR = 10  # --check-for-spiky-loss reports a loss of this many tim
 straggler = StragglerDetector()
 
 
-LM_LOSS = {"lm loss": 1.0}
-
-
 def loss_terms(args: Namespace) -> dict[str, float]:
     """What the losses are that the model returns for each token, and their weights in the sum that is trained on."""
     if args.teacher is None:
-        return LM_LOSS
+        return {"lm loss": 1.0}
     if args.attention_transfer:
         return {"attention transfer loss": 1.0}
     return {"lm loss": 1 - args.distillation_weight, "distillation loss": args.distillation_weight}
 
 
-def loss_func(
-    loss_mask: Tensor, losses: Tensor, terms: dict[str, float] = LM_LOSS
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses of unmasked tokens.
 
     Args:
-        loss_mask: fp32 [b, s]; losses: fp32 [b, s], or [terms, b, s] of several.
-        terms: see `loss_terms`.
+        loss_mask: fp32 [b, s]; losses: fp32 [b, s], or [terms, b, s] of several (`loss_terms`).
     Returns:
         (weighted sum, number of unmasked tokens int32, {"lm loss": [sum, tokens]} and so of each term); Megatron
         divides by the tokens. With CP, scaled so that the mean of loss / num_tokens over CP ranks is the global mean.
     """
-    mask = loss_mask.view(-1).float()
+    mask, terms = loss_mask.view(-1).float(), loss_terms(get_args())
     sums = [torch.sum(of_term.reshape(-1).float() * mask) for of_term in losses.view(len(terms), *loss_mask.shape)]
-    loss = reduce(add, (weight * one for weight, one in zip(terms.values(), sums))) if len(terms) > 1 else sums[0]
+    loss = reduce(add, (weight * one for weight, one in zip(terms.values(), sums)))
     _validate(loss)
     num_tokens = mask.sum().detach().to(torch.int)
     report = {name: torch.stack((one.detach(), num_tokens.to(one.dtype))) for name, one in zip(terms, sums)}
@@ -103,8 +97,7 @@ def forward_step(
         if args.architecture == "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
             more = {"document_ids": batch["document_ids"], "query_runs": runs}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
-    # The mask is None before the last stage.
-    return output, partial(loss_func, batch["loss_mask"], terms=loss_terms(args))  # type: ignore[arg-type]
+    return output, partial(loss_func, batch["loss_mask"])  # type: ignore[arg-type]  # None before the last stage
 
 
 forward_step.micro_batches = micro_batches  # type: ignore[attr-defined]
