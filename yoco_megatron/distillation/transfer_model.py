@@ -49,6 +49,7 @@ class TransferBlock(YOCOBlock):
         kv_reader: SharedKVReader | None,
         angles: Tensor,
         shard: Any,
+        before: int = 0,
     ) -> Tensor:
         assert isinstance(shard, SequenceShard), "all positions are compared"
         (teacher,) = self.teacher
