@@ -282,6 +282,8 @@ UNUSUAL = {
     "decay-temperature": 7.5,
     "rotary-base": 640000,
     "rope-variant": "standard",
+    "use-rope-scaling": True,
+    "rope-scaling-factor": 32.0,
     "rotary-interleaved": True,
     "no-scale-embedding": True,
     "norm-epsilon": 3e-6,
@@ -301,6 +303,8 @@ def test_every_field_survives(changed, tmp_path):
         values.pop(option.replace("_", "-"), None)
     if changed == "group-query-attention":
         del values["num-query-groups"]
+    if changed == "use-rope-scaling":
+        del values["rope-scaling-factor"]
     if changed == "num-query-groups":
         values["num-query-groups"] = 2
     values = needed | values

@@ -42,6 +42,8 @@ WRONG = [
     ("rope_theta", math.nan),
     ("initializer_range", math.nan),
     ("rope_variant", "yarn"),
+    ("rope_scaling_factor", 0.5),
+    ("use_rope_scaling", "yes"),
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("self_decoder", "mamba"),
     ("hidden_act", "x"),

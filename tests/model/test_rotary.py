@@ -10,7 +10,11 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from support.models import tiny_config
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.hf.modeling_yoco import YocoRotaryEmbedding
 from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding, inverse_frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -41,6 +45,28 @@ def test_standard_variant_is_megatrons(theta, interleaved):
     megatrons = RotaryEmbedding(64, 1.0, rotary_interleaved=interleaved, rotary_base=theta)(50)
     assert ours.shape == megatrons.shape == (50, 1, 1, 64)
     torch.testing.assert_close(ours, megatrons, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_scaled_frequencies_are_llama_s(theta, factor):
+    """--use-rope-scaling: those of Megatron's flag and of transformers' llama3, and bit for bit the exported ones."""
+    config = tiny_config(rope_variant="standard", use_rope_scaling=True, rope_scaling_factor=factor)
+    ours = YOCORotaryEmbedding(config, 64, theta).inv_freq
+    assert (ours / inverse_frequencies(64, theta, "standard")).min() == pytest.approx(1 / factor)
+    megatrons = RotaryEmbedding(64, 1.0, rotary_base=theta, rope_scaling=True, rope_scaling_factor=factor)
+    torch.testing.assert_close(ours, megatrons.inv_freq, rtol=1e-6, atol=0)
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    llama = LlamaConfig(head_dim=64, rope_parameters=rope | {"original_max_position_embeddings": 8192})
+    torch.testing.assert_close(ours, LlamaRotaryEmbedding(llama).inv_freq, rtol=1e-6, atol=0)
+    fields = dict(rope_theta=theta, rope_variant="standard", use_rope_scaling=True, rope_scaling_factor=factor)
+    assert torch.equal(ours, YocoRotaryEmbedding(YocoConfig(**fields), 64).inv_freq)
 
 
 def test_variants_differ_where_the_paper_differs():

@@ -7,10 +7,22 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-FAMILIES = ("llama", "mistral")
+FAMILIES = ("llama", "llama3", "mistral")
 # Of each family what the other has not: tied embeddings, another theta.
 MORE: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    # Heads of width 8 have one frequency that is divided, and one that is in between.
+    "llama3": {
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": None, "rms_norm_eps": 1e-5},
 }
@@ -27,7 +39,7 @@ def small_teacher(family: str, **more: Any) -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    config = CONFIG_MAPPING[family](**sizes | MORE.get(family, {}) | more)
+    config = CONFIG_MAPPING["llama" if family == "llama3" else family](**sizes | MORE.get(family, {}) | more)
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -18,9 +18,10 @@ from yoco_megatron.utils.small_files import BadFile, read_json
 
 FILE_NAME = "architecture.json"
 # Flags that change the function but not the parameter shapes.
-SWITCHES = ("rope_variant", "rotary_base", "scale_embedding", "decay_temperature")
+ROPE_SCALING = {"use_rope_scaling": False, "rope_scaling_factor": 8.0}
+SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "decay_temperature")
 # What older versions did not write, and how it was.
-ALWAYS_WAS = {"shared_kv_sets": 1}
+ALWAYS_WAS = {"shared_kv_sets": 1, **ROPE_SCALING}
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"

@@ -32,6 +32,8 @@ SAME = {
     "rope_theta": "rotary_base",
     "rope_variant": "rope_variant",
     "rope_interleaved": "rotary_interleaved",
+    "use_rope_scaling": "use_rope_scaling",
+    "rope_scaling_factor": "rope_scaling_factor",
     "scale_embedding": "scale_embedding",
     "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
@@ -185,6 +187,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "second set of shared K,V": config.shared_kv_sets > 1,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
+        "scaled RoPE": config.use_rope_scaling,
         "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads
         != config.hidden_size,
     }

@@ -56,7 +56,8 @@ def model_card(source: Source, dtype: str) -> str:
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
         "shared K,V sets": str(config.shared_kv_sets),
         "vocabulary": f"{config.vocab_size:,} rows",
-        "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies",
+        "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies"
+        + (f", low ones divided by {config.rope_scaling_factor:g}" if config.use_rope_scaling else ""),
         "trained to length": f"{facts.get('seq_length') or config.max_position_embeddings:,}",
     }
     if facts.get("iteration"):

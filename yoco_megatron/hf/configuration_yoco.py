@@ -29,6 +29,7 @@ SIZES = (
 NUMBERS = {
     "decay_temperature": (1e-3, 1e6),
     "rope_theta": (1.0, 1e12),
+    "rope_scaling_factor": (1.0, 1e6),
     "rms_norm_eps": (1e-30, 0.1),
     "initializer_range": (0.0, 1e3),
 }
@@ -53,6 +54,7 @@ class YocoConfig(PreTrainedConfig):
 
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
+    `use_rope_scaling` divides low frequencies by `rope_scaling_factor`, as Llama 3.1 does.
     """
 
     # Not "yoco": flash-linear-attention registers that, and a registered model comes before the code of a folder.
@@ -94,6 +96,8 @@ class YocoConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     rope_variant: str = "yoco"
     rope_interleaved: bool = True
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float | int = 8.0
     scale_embedding: bool = True
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5

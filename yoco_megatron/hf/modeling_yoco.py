@@ -97,7 +97,12 @@ class YocoRotaryEmbedding(nn.Module):
             exponents = torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64)
         else:
             exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        return (1.0 / self.config.rope_theta**exponents).float()
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        if self.config.use_rope_scaling:
+            turns = 8192 * frequencies / (2 * math.pi)
+            unchanged = ((turns - 1) / 3).clamp(0, 1)
+            frequencies *= unchanged + (1 - unchanged) / self.config.rope_scaling_factor
+        return frequencies.float()
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

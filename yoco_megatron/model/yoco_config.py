@@ -28,6 +28,10 @@ class YOCOConfig(YOCOFields, TransformerConfig):
     self_decoder_query_groups: int = cast(int, None)
     loss_chunk_size: int = cast(int, None)
 
+    # Megatron's flags, which its TransformerConfig does not have.
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+
     def __post_init__(self) -> None:
         resolve_model(self)
         resolve_loss_chunk(self)

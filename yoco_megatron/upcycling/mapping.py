@@ -74,6 +74,7 @@ def student_config(
         rope_theta=teacher.rope_theta,
         rope_variant="standard",
         rope_interleaved=False,
+        **teacher.rope_scaling,
         scale_embedding=False,
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,

@@ -20,6 +20,8 @@ NO_PLACE = {
     ".q_norm.weight": "norms of queries and keys, which a YOCO does not have",
     ".k_norm.weight": "norms of queries and keys, which a YOCO does not have",
 }
+# Numbers of Llama 3.1 to 3.3, which Megatron has no flags for.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # old checkpoints repeat the frequencies of their config
 
 
@@ -37,6 +39,14 @@ class Teacher:
     def rope_theta(self) -> float:
         """Base of the rotary frequencies."""
         return self.config.rope_parameters["rope_theta"]
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """How its low frequencies are divided, as the fields of these names in YOCOConfig and YocoConfig."""
+        scaled = self.config.rope_parameters.get("rope_type", "default") != "default"
+        return {"use_rope_scaling": scaled} | (
+            {"rope_scaling_factor": self.config.rope_parameters["factor"]} if scaled else {}
+        )
 
     @property
     def window(self) -> int | None:
@@ -124,9 +134,10 @@ def _config(folder: Path) -> Any:
         config.head_dim = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
+    known = kind == "default" or (kind == "llama3" and all(rope.get(name) == is_ for name, is_ in LLAMA3.items()))
     require(
-        kind == "default",
-        f"{folder}: RoPE of the type {kind!r} scales its frequencies, those of a YOCO are theta^(-2j/d) alone",
+        known,
+        f"{folder}: its RoPE is {rope}; a YOCO knows theta^(-2j/d), and that with Llama 3's own scaling, by any factor",
     )
     require(
         rope.get("partial_rotary_factor", 1.0) == 1.0 and "rope_theta" in rope,

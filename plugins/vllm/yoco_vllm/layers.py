@@ -3,6 +3,8 @@
 Shapes: t tokens of all sequences of a step, h hidden; heads are this tensor-parallel rank's.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -37,7 +39,12 @@ class Rotary(nn.Module):
             exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
         else:
             exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        self.register_buffer("inv_freq", (1.0 / config.rope_theta**exponents).float(), persistent=False)
+        frequencies = 1.0 / config.rope_theta**exponents
+        if getattr(config, "use_rope_scaling", False):
+            turns = 8192 * frequencies / (2 * math.pi)
+            unchanged = ((turns - 1) / 3).clamp(0, 1)
+            frequencies *= unchanged + (1 - unchanged) / config.rope_scaling_factor
+        self.register_buffer("inv_freq", frequencies.float(), persistent=False)
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         """positions [t], x [t, heads * head_dim] -> rotated x, in its dtype."""

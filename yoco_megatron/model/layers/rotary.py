@@ -5,6 +5,8 @@ interleaved pairs (2j, 2j+1). The usual RoPE is theta^(-2j/R). Self- and cross-d
 their head widths R may differ.
 """
 
+import math
+
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -13,13 +15,24 @@ from torch import Tensor
 from yoco_megatron.model.yoco_config import YOCOConfig
 
 
-def inverse_frequencies(head_dim: int, base: float, variant: str) -> Tensor:
-    """Angle per position of each pair, fp32 [head_dim / 2]; `variant` is --rope-variant (yoco or standard)."""
+def inverse_frequencies(head_dim: int, base: float, variant: str, divisor: float | None = None) -> Tensor:
+    """Angle per position of each pair, fp32 [head_dim / 2].
+
+    Args:
+        variant: --rope-variant (yoco or standard).
+        divisor: of frequencies that turn less than once in 8,192 tokens, as in Llama 3.1; those that turn four times
+            stay as they are, between them it passes linearly into 1. None: nowhere.
+    """
     if variant == "yoco":
         exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float64)
     else:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return (1.0 / base**exponents).float()
+    frequencies = 1.0 / base**exponents
+    if divisor is not None:
+        turns = 8192 * frequencies / (2 * math.pi)
+        unchanged = ((turns - 1) / 3).clamp(0, 1)
+        frequencies *= unchanged + (1 - unchanged) / divisor
+    return frequencies.float()
 
 
 class YOCORotaryEmbedding(RotaryEmbedding):
@@ -35,7 +48,8 @@ class YOCORotaryEmbedding(RotaryEmbedding):
             rotary_base=base,
             use_cpu_initialization=config.use_cpu_initialization,
         )
-        self.inv_freq = inverse_frequencies(head_dim, base, config.rope_variant).to(self.inv_freq.device)
+        divisor = config.rope_scaling_factor if config.use_rope_scaling else None
+        self.inv_freq = inverse_frequencies(head_dim, base, config.rope_variant, divisor).to(self.inv_freq.device)
 
     def forward(self, positions: int | Tensor) -> Tensor:
         """Angles, fp32 [s, 1, 1, head_dim], or [s, b, 1, head_dim] where positions differ between samples.
