@@ -59,7 +59,7 @@ def top(case: Case, gpus: int, card: Card, count: int = 5) -> list[tuple[Plan, s
     found = search(args, own, card)
     plans = [found.best, *(plan for plan in found.plans if plan is not found.best)][:count]
     if case.length >= LONG:
-        plans.append(Plan.of(Namespace(**vars(found.best.args) | NO_RECOMPUTE | FULL), card))
+        plans.append(Plan.of(Namespace(**vars(found.best.args) | FULL), card))
     return [(plan, f"{case.flags()} {command_line(settings(plan, args))}") for plan in plans]
 
 

@@ -255,3 +255,46 @@ def test_a_transformers_stages_are_megatrons():
     ends = ["--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"]
     assert layers(*ends) == [6, 7, 7, 6]
     assert sum(layers()) == 26
+
+
+BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers"]
+
+
+def test_block_recompute_lies_between_none_and_all():
+    """Of the first N layers of each half of a stage: more of them take less memory and more time, all as uniform."""
+
+    def plan(*more: str) -> Plan:
+        return Plan.of(parsed("--pipeline-model-parallel-size", "2", "--micro-batch-size", "1", *more, gpus=8)[0], H100)
+
+    uniform = plan("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    plans = [plan(), *(plan(*BLOCK, str(layers)) for layers in (1, 7, 20))]
+    activations = [sum(each.memory.parts[kind] for kind in ("self_decoder",)) for each in plans]
+    assert activations == sorted(activations, reverse=True) and len(set(activations)) == 4
+    seconds = [each.time.seconds for each in plans]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 4
+    stages = list(plans[0].stages)
+    every = max(max(stage.values()) for stage in stages)
+    of_all = plan(*BLOCK, str(every))
+    assert of_all.memory.total == pytest.approx(uniform.memory.total)
+    assert sum(of_all.time.parts.values()) == pytest.approx(uniform.time.seconds, rel=0.02)  # other cuts
+
+
+def test_the_search_recomputes_as_few_layers_as_fit():
+    args, own = flags.parse(
+        ["--config", *MODELS, "--vocab-size", "100288", "--seq-length", "16384", "--global-batch-size", "64"], 16
+    )
+    blocks = [plan for plan in search(args, own, H100).plans if plan.args.recompute_method == "block"]
+    assert blocks
+    for plan in blocks[:5]:
+        fewer = flags.argparse.Namespace(**vars(plan.args))
+        fewer.recompute_num_layers -= 1
+        if fewer.recompute_num_layers == 0:
+            fewer.recompute_granularity = None
+        assert not dataclasses.replace(plan, args=fewer).fits
+
+
+def test_a_search_over_a_hundred_thousand_gpus():
+    configs = ["configs/model/yoco_405b.yaml", "configs/recipe/405b_10t.yaml"]
+    args, own = flags.parse(["--config", *configs, "--vocab-size", "100288"], 98_304)
+    found = search(args, own, H100)
+    assert found.best.fits and found.best.args.world_size == 98_304

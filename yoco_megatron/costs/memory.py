@@ -21,9 +21,10 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
-from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, stage_parameters
+from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recomputed_layers, stage_parameters
 from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
@@ -56,7 +57,20 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
     """Memory of the fullest GPU for parsed arguments whose vocabulary is known; `stages`: what each pipeline stage
     holds, in the order that a micro-batch visits them."""
     shape = ModelShape.from_args(args)
-    return max(rank_memories(args, shape, stages or even_stages(args, shape)), key=lambda memory: memory.total)
+    return fullest_memory(args, shape, stages or even_stages(args, shape))
+
+
+def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> Memory:
+    """The same of a known shape; of ranks that hold the same the first one has the most in flight."""
+    pp, read = args.pipeline_model_parallel_size, kv_sets_read(stages, shape)
+    distinct: dict[Any, int] = {}
+    for rank in range(pp):
+        distinct.setdefault((*(tuple(stage.items()) for stage in stages[rank::pp]), *read[rank::pp]), rank)
+    memories = (
+        _memory(args, shape, stages[rank::pp], read[rank::pp], in_flight(args, rank, len(stages) // pp))
+        for rank in distinct.values()
+    )
+    return max(memories, key=lambda memory: memory.total)
 
 
 def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
@@ -134,14 +148,20 @@ def _memory(
     split = tp if args.sequence_parallel or tp == 1 else 1
     positions = {"self_decoder": tokens, "cross_decoder": rows, "decoder": tokens}
     kinds = [kind for kind in positions if any(chunk.get(kind) for chunk in chunks)]
-    stored = {kind: positions[kind] * _stored(args, shape, kind, split) for kind in kinds}
+    plain = {kind: positions[kind] * _stored_whole(args, shape, kind, split) for kind in kinds}
+    again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
 
     def of_chunk(chunk: Parts, sets: range) -> dict[str, float]:
         """Stored for one micro-batch."""
         arrived = shape.shared_kv_sets - sets.start if sets else 0
-        return {kind: chunk.get(kind, 0) * stored[kind] for kind in kinds} | {
+        layers = {}
+        for kind in kinds:
+            count = chunk.get(kind, 0)
+            recomputed = recomputed_layers(args, count)
+            layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
+        return layers | {
             "shared K,V": 2 * e * tokens * shape.hidden_size / split * chunk.get("shared_kv", 0)
             + e * (len(sets) * read_kv + arrived * arrived_kv),
             "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
@@ -151,16 +171,22 @@ def _memory(
     each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
     for name in each[0]:
         parts[name] = sum(count * sizes[name] for count, sizes in zip(begun, each))
-    backward = {kind: positions[kind] * _layer_in_backward(args, shape, kind, split) for kind in kinds}
-    if "cross_decoder" in backward:
-        backward["cross_decoder"] += 4 * read_kv  # the gradient
-    if "self_decoder" in backward:
-        backward["self_decoder"] -= max(sizes.get("cross_decoder", 0.0) for sizes in each)  # free by then
-    layer = max(backward.values(), default=0.0)
     loss = _loss(args, shape, rows) if any(chunk.get("output_layer") for chunk in chunks) else 0.0
-    # With full recompute a layer in backward is large, and what the loss needed is free again.
-    full = args.recompute_granularity == "full"
-    return Memory(parts | {"loss and layer in backward": max(loss, layer) if full else loss + max(0.0, layer)})
+    peak = loss
+    for kind in kinds:
+        counts = [(chunk.get(kind, 0), recomputed_layers(args, chunk.get(kind, 0))) for chunk in chunks]
+        # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
+        free = max(sizes.get("cross_decoder", 0.0) for sizes in each) if kind == "self_decoder" else 0.0
+        gradient = 4 * read_kv if kind == "cross_decoder" else 0.0
+        if any(count > recomputed for count, recomputed in counts):
+            layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
+            peak = max(peak, loss + layer + gradient - free)
+        if any(recomputed for _, recomputed in counts):
+            # Large, but what the loss needed is free again, and what layers behind it stored.
+            layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
+            behind = max(count - recomputed for count, recomputed in counts) * plain[kind]
+            peak = max(peak, layer + gradient - free - behind)
+    return Memory(parts | {"loss and layer in backward": peak})
 
 
 def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
@@ -212,16 +238,15 @@ def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
     return attention + (e * shape.kv_width if kind == "decoder" else _lays_out(args) * queries)
 
 
-def _stored(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
-    """Bytes a token that one layer stores until its backward pass; `split`: ranks that share the hidden states."""
-    if args.recompute_granularity == "full":
-        kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0
-        return _bytes_of_a_value(args) * shape.hidden_size / split + kept / args.tensor_model_parallel_size
-    return _stored_whole(args, shape, kind, split)
+def _stored_for_recompute(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
+    """Bytes a token that one layer under full recompute stores until its backward pass; `split`: ranks that share the
+    hidden states."""
+    kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0
+    return _bytes_of_a_value(args) * shape.hidden_size / split + kept / args.tensor_model_parallel_size
 
 
 def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
-    """The same without full recompute."""
+    """The same of one without full recompute."""
     e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_hidden_size
     # FP8 stores the inputs of linear layers in a byte a value, but those of attention's, which its kernel stores.
     of_linear = 1 if args.fp8 else e
@@ -238,12 +263,12 @@ def _recomputes(args: Namespace, module: str) -> bool:
     return args.recompute_granularity == "selective" and module in (args.recompute_modules or ["core_attn"])
 
 
-def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
+def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int, recompute: bool) -> float:
     """Bytes a token that the backward pass of one layer needs beside what was stored: gradients inside the FFN, and
     gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
     e, tp = _bytes_of_a_value(args), args.tensor_model_parallel_size
     ffn = e * shape.ffn_hidden_size / tp / args.mlp_chunks_for_training
-    if args.recompute_granularity != "full":
+    if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
         return 3 * ffn + 3 * e * shape.hidden_size + again
     kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0

@@ -7,12 +7,11 @@ selective             the modules that are named: the FFN, or what mixes tokens
 --loss-chunk-size     the logits of all chunks but the last
 """
 
-import math
 from argparse import Namespace
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts
+from yoco_megatron.costs.stage_time import Parts, loss_chunks, recomputed_layers
 
 LAYERS = ("self_decoder", "cross_decoder", "decoder")
 
@@ -29,7 +28,7 @@ def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts)
         ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * share
         again = {"linear": 0.0, "mixing": 0.0}
         if args.recompute_granularity == "full":
-            layers = count if args.recompute_method == "uniform" else min(count, args.recompute_num_layers)
+            layers = recomputed_layers(args, count)
             again["linear"] += layers * linear
             again["mixing"] += layers * mixing * (not (kind == "cross_decoder" and args.keep_cross_attention))
         elif args.recompute_granularity == "selective":
@@ -43,11 +42,3 @@ def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts)
         logits = forward_flops_per_token(shape)["output_layer"]
         found["output_layer"] = {"linear": logits * (1 - 1 / loss_chunks(args, shape)), "mixing": 0.0}
     return found
-
-
-def loss_chunks(args: Namespace, shape: ModelShape) -> int:
-    """In which the logits of a micro-batch are computed, one at a time."""
-    if not args.loss_chunk_size:
-        return 1
-    rows = args.micro_batch_size * args.seq_length * shape.query_share / args.context_parallel_size
-    return math.ceil(rows / args.loss_chunk_size)

@@ -96,10 +96,16 @@ def part_seconds_of_run(
     every_layer = args.recompute_granularity == "full" and args.recompute_method == "uniform"
     if recompute_layers is not None:
         every_layer = recompute_layers
-    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
-    loss_chunks = math.ceil(tokens / args.loss_chunk_size) if args.loss_chunk_size else 1
-    logits = 1 - 1 / loss_chunks
+    logits = 1 - 1 / loss_chunks(args, shape)
     return part_seconds(shape, every_layer, logits, args.keep_cross_attention, args.retention_backend, rates)
+
+
+def loss_chunks(args: Namespace, shape: ModelShape) -> int:
+    """In which the logits of a micro-batch are computed, one at a time."""
+    if not args.loss_chunk_size:
+        return 1
+    rows = args.micro_batch_size * args.seq_length * shape.query_share / args.context_parallel_size
+    return math.ceil(rows / args.loss_chunk_size)
 
 
 def recomputed_layers(args: Namespace, held: int) -> int:

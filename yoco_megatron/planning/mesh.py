@@ -9,11 +9,19 @@ from itertools import accumulate
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_mesh, check_tensor_parallel
 from yoco_megatron.costs.card import Card
-from yoco_megatron.costs.memory import GIB, Memory, data_parallel_size, even_stages, num_microbatches, rank_memories
+from yoco_megatron.costs.memory import (
+    GIB,
+    Memory,
+    data_parallel_size,
+    even_stages,
+    fullest_memory,
+    num_microbatches,
+    rank_memories,
+)
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, part_seconds_of_run
 from yoco_megatron.costs.step_time import StepTime, mfu, step_time
-from yoco_megatron.parallel.pipeline.planner import plan_cuts
+from yoco_megatron.parallel.pipeline.planner import filled_cuts, layer_seconds, plan_cuts
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.utils.errors import require
 
@@ -55,7 +63,7 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         """Of the fullest."""
-        return max(self.memories, key=lambda memory: memory.total)
+        return fullest_memory(self.args, self.shape, self.stages)
 
     @property
     def fits(self) -> bool:
@@ -99,7 +107,9 @@ class Plan:
     def recompute(self) -> str:
         """What backward recomputes, in a word."""
         if self.args.recompute_granularity == "full":
-            return "full, attention kept" if self.args.keep_cross_attention else "full"
+            block = self.args.recompute_method == "block"
+            layers = f"block of {self.args.recompute_num_layers}" if block else "full"
+            return f"{layers}, attention kept" if self.args.keep_cross_attention else layers
         if self.args.recompute_granularity == "selective":
             return " ".join(self.args.recompute_modules or ["core_attn"])
         return "elementwise" if self.args.recompute_elementwise else "none"
@@ -155,32 +165,16 @@ def nearly_best_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
     ratios = (
         round(seconds[part] / seconds["cross_decoder"], 2) for part in ("self_decoder", "shared_kv", "output_layer")
     )
-    return _bisected(shape.num_layers, shape.num_self_decoder_layers, count, *ratios)
+    return _filled_stages(shape.num_layers, shape.num_self_decoder_layers, count, *ratios)
 
 
 @cache
-def _bisected(
+def _filled_stages(
     num_layers: int, split_layer: int, stages: int, self_decoder: float, shared_kv: float, output_layer: float
 ) -> list[Parts]:
-    """Contiguous stages whose longest is nearly as short as can be, by bisection over its length. Costs of a layer of
-    each part are relative to one of the cross-decoder."""
+    """Costs are relative to a layer of the cross-decoder."""
     require(stages <= num_layers, f"{stages} stages are more than --num-layers {num_layers}")
-    cost = [self_decoder if layer < split_layer else 1.0 for layer in range(num_layers)]
-    cost[max(0, split_layer - 1)] += shared_kv
-    cost[-1] += output_layer
-
-    def cuts(longest: float) -> tuple[int, ...]:
-        """Where no stage is longer; but as many stages as wanted, as far as there are layers."""
-        starts, held = [0], 0.0
-        for layer, own in enumerate(cost):
-            if layer > starts[-1] and (held + own > longest or num_layers - layer <= stages - len(starts)):
-                starts.append(layer)
-                held = 0.0
-            held += own
-        return (*starts, num_layers)
-
-    low, high = max(max(cost), sum(cost) / stages), sum(cost)
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (low, middle) if len(cuts(middle)) <= stages + 1 else (middle, high)
-    return list(StagePlan(cuts(high), split_layer).parts())
+    seconds = {"embedding": 0.0, "self_decoder": self_decoder, "shared_kv": shared_kv}
+    seconds |= {"cross_decoder": 1.0, "output_layer": output_layer}
+    counts = filled_cuts(layer_seconds(num_layers, split_layer, seconds), stages)
+    return list(StagePlan((0, *accumulate(counts)), split_layer).parts())

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -18,7 +18,6 @@ from yoco_megatron.utils.errors import require
 ERROR = 0.04
 FINALISTS = 8  # cut again by the planner, which takes a tenth of a second each
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NO_RECOMPUTE = {
     "recompute_granularity": None,
     "recompute_method": None,
@@ -27,14 +26,9 @@ NO_RECOMPUTE = {
     "recompute_elementwise": False,
     "keep_cross_attention": False,
 }
-# From the least to the most; a plan takes the first that fits.
-RECOMPUTE: tuple[dict[str, Any], ...] = (
-    NO_RECOMPUTE,
-    NO_RECOMPUTE | {"recompute_elementwise": True},
-    NO_RECOMPUTE | {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
-    NO_RECOMPUTE | FULL | {"keep_cross_attention": True},
-    NO_RECOMPUTE | FULL,
-)
+FULL = NO_RECOMPUTE | {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+ELEMENTWISE = NO_RECOMPUTE | {"recompute_elementwise": True}
+SELECTIVE = NO_RECOMPUTE | {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]}
 # What a search decides: fields of the flags, whichever the configs name.
 DECIDED = {
     "tensor_model_parallel_size": 1,
@@ -88,7 +82,7 @@ def search(args: Namespace, own: dict[str, Any], card: Card, precisions: tuple[s
             continue
         for with_precision in _precisions(mesh, precisions):
             of_mesh = replace(shape, padded_vocab_size=mesh.padded_vocab_size)
-            plan = _first_that_fits(with_precision, own, of_mesh, card, discarded)
+            plan = _with_least_recompute(with_precision, own, of_mesh, card, discarded)
             if plan is not None:
                 plans.append(plan)
     if not plans:
@@ -181,11 +175,10 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     return None
 
 
-def _first_that_fits(
+def _with_least_recompute(
     mesh: Namespace, own: dict[str, Any], shape: ModelShape, card: Card, discarded: Counter[str]
 ) -> Plan | None:
-    """With the least recompute that fits."""
-    held = own.keys() & NO_RECOMPUTE.keys()
+    """None or elementwise where it fits; else the fastest that does."""
     limit = FILL * card.memory_gib * GIB
     sharded = 10 if mesh.use_precision_aware_optimizer else 12
     shards = data_parallel_size(mesh) * mesh.context_parallel_size
@@ -193,12 +186,43 @@ def _first_that_fits(
     if sum(parameter_count(shape).values()) / model_parallel * (6 + sharded / shards) > limit:  # in the mean
         discarded["states do not fit"] += 1
         return None
-    for recompute in ({},) if held else RECOMPUTE:
-        if mesh.fp8 and recompute.get("recompute_elementwise"):
-            continue
+
+    def plan_of(recompute: dict[str, Any]) -> Plan:
         args = Namespace(**vars(mesh) | recompute)
-        plan = Plan(args, shape, card, nearly_best_stages(args, shape), roughly=True)
+        return Plan(args, shape, card, nearly_best_stages(args, shape), roughly=True)
+
+    held = own.keys() & NO_RECOMPUTE.keys()
+    for recompute in ({},) if held else (NO_RECOMPUTE,) if mesh.fp8 else (NO_RECOMPUTE, ELEMENTWISE):
+        plan = plan_of(recompute)
         if plan.fits:
             return plan
+    if not held:
+        plans = [plan_of(SELECTIVE), *(_fewest_layers(plan_of, keep) for keep in (True, False))]
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.time.seconds)
+        plan = plans[-1]
     discarded["states do not fit" if plan.memory.states > limit else "activations do not fit"] += 1
     return None
+
+
+def _fewest_layers(plan_of: Callable[[dict[str, Any]], Plan], keep: bool) -> Plan:
+    """Full recompute of as few layers of each half of a stage as fit, or of all."""
+
+    def of_first(layers: int) -> Plan:
+        return plan_of(
+            FULL | {"keep_cross_attention": keep, "recompute_method": "block", "recompute_num_layers": layers}
+        )
+
+    every = plan_of(FULL | {"keep_cross_attention": keep})
+    if not every.fits:
+        return every
+    low, high, fewest = 1, max(max(stage.values()) for stage in every.stages), every
+    while low < high:  # all of them: `every`
+        middle = (low + high) // 2
+        plan = of_first(middle)
+        if plan.fits:
+            high, fewest = middle, plan
+        else:
+            low = middle + 1
+    return fewest
