@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from support.cli import TINY, Log, Runs
 from support.models import assert_close, batch, build, document_batch, tiny_config
-from support.teachers import teacher_for_training
+from support.teachers import MORE, teacher_for_training
 from support.worlds import run_world
 
 from yoco_megatron.distillation import teacher_model
@@ -57,11 +57,11 @@ def logits_of_teacher(folder: str, documents: bool) -> torch.Tensor:
         return (states @ model.output_layer.weight.t()).transpose(0, 1)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_teacher_is_transformers_model(tied, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, MORE["llama3"]])
+def test_the_teacher_is_transformers_model(fields, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    folder = teacher_for_training(tmp_path, tie_word_embeddings=tied)
+    folder = teacher_for_training(tmp_path, **fields)
     logits = run_world(1, logits_of_teacher, str(folder), False)[0]
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(batch(2)[0]).logits

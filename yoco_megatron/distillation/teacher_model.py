@@ -50,30 +50,30 @@ class TeacherModel(YOCOModel):
         return hidden_states
 
 
-def teacher_config(student: YOCOConfig, teacher: Any, window: int) -> YOCOConfig:
+def teacher_config(student: YOCOConfig, teacher: Teacher, window: int) -> YOCOConfig:
     """The student's configuration with the sizes of a teacher, for the same mesh and precision, but without FP8.
 
     Args:
-        teacher: transformers' configuration.
         window: keys that a query attends to.
     """
-    config = copy.copy(student)
-    heads, groups = teacher.num_attention_heads, teacher.num_key_value_heads
+    config, sizes = copy.copy(student), teacher.config
+    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     changed = dict(
-        num_layers=teacher.num_hidden_layers,
-        num_self_decoder_layers=teacher.num_hidden_layers,
-        hidden_size=teacher.hidden_size,
-        ffn_hidden_size=teacher.intermediate_size,
+        num_layers=sizes.num_hidden_layers,
+        num_self_decoder_layers=sizes.num_hidden_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.intermediate_size,
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=teacher.head_dim,
+        kv_channels=sizes.head_dim,
         self_decoder=SLIDING_WINDOW.name,
         self_decoder_heads=heads,
         self_decoder_query_groups=groups,
         self_decoder_window=window,
-        layernorm_epsilon=teacher.rms_norm_eps,
+        layernorm_epsilon=sizes.rms_norm_eps,
         rope_variant="standard",
         rotary_interleaved=False,
+        **teacher.rope_scaling,
         scale_embedding=False,
         loss_chunk_size=0,
         hidden_dropout=0.0,
@@ -96,7 +96,7 @@ def build(
 ) -> TeacherModel:
     """The part of the teacher beside `student`, with its weights: the same layers of as many, and both ends."""
     length = student.max_sequence_length
-    config = teacher_config(student.config, teacher.config, min(length, teacher.window or length))
+    config = teacher_config(student.config, teacher, min(length, teacher.window or length))
     stage = replace(student.stage, makes_kv=False, kv_in=False, kv_out=False)
     if stage == Stage(0, student.config.num_layers, makes_kv=False):  # alone it may have another number of layers
         stage = replace(stage, last=config.num_layers)
