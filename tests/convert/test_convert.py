@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 from dataclasses import fields as dataclass_fields
 from functools import partial
@@ -126,14 +127,18 @@ def test_exported_folder(trained, tmp_path):
     files = {path.name for path in (tmp_path / "hf").iterdir()}
     assert files == {
         "README.md",
+        "classification_yoco.py",
         "config.json",
         "configuration_yoco.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_yoco.py",
+        "peft_yoco.py",
     }
     card = (tmp_path / "hf/README.md").read_text()
     assert "library_name: transformers" in card and "| iterations | 1 |" in card and "| tokens seen | 256 |" in card
+    row = r"\| of the run \| \d\.\d+ \| \d+\.\d+ \| not known \|"
+    assert re.search(rf"## Evaluation at iteration 1\n\n.*\n.*\n{row}", card)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape == (1, 8)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from yoco_megatron.data import carried_tokenizer
-from yoco_megatron.data.carried_tokenizer import absolute_paths, carry, of_run
+from yoco_megatron.data.carried_tokenizer import absolute_paths, carry, of_run, template_of_data
 from yoco_megatron.data.tokenizer import tokenizer_sha256
 
 
@@ -147,3 +147,26 @@ def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     given = {"tokenizer-model": "bpe", "merge-file": "nowhere", "save": "bpe", "vocab-file": None}
     assert absolute_paths(given) == given | {"tokenizer-model": str(tmp_path / "bpe")}
     assert absolute_paths({"tokenizer-model": "gpt2"}) == {"tokenizer-model": "gpt2"}
+
+
+def test_a_chat_template_of_the_data_goes_with_it(tmp_path: Path) -> None:
+    model = tokenizer(tmp_path / "bpe")
+    (model / "chat_template.jinja").write_text("the tokenizer's")
+    carry(flags(model), str(tmp_path / "plain"))
+    carry(flags(model), str(tmp_path / "chat"), "{{ messages }}")
+    found = [(tmp_path / name / "tokenizer/chat_template.jinja").read_text() for name in ("plain", "chat")]
+    assert found == ["the tokenizer's", "{{ messages }}"]
+
+
+def test_the_template_that_all_data_have(tmp_path: Path) -> None:
+    for name, options in {"a": {"chat_template": "A"}, "b": {"chat_template": "B"}, "text": {}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tokenizer": {"options": options}}))
+    of = lambda *names: template_of_data(  # noqa: E731
+        Namespace(
+            data_path=[str(tmp_path / name) for name in names],
+            **dict.fromkeys(
+                ("train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path")
+            ),
+        )
+    )
+    assert (of("a", "text"), of("text"), of("a", "b")) == ("A", None, None)

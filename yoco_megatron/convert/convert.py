@@ -26,12 +26,14 @@ def convert(
     iteration: int | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = 2 * 1024**3,
+    card: dict[str, str] | None = None,
 ) -> str:
     """Convert the model in `folder` (format `kind`, of convert.SOURCES) to `output` (`to`, of TARGETS), and verify it.
 
     Args:
         tokenizer: folder of a tokenizer to ship instead of the source's own.
         shard_bytes: size limit of a safetensors file; one such shard and the largest tensors are in memory.
+        card: license and language of the model card.
     Returns:
         a sentence about the comparison of the two models.
     Raises:
@@ -43,6 +45,7 @@ def convert(
     )
     check_output(output, shard_bytes)
     source = open_source(kind, folder, iteration)
+    source.card = card or {}
     tokenizer_files.choose(source, tokenizer)
     return write(source, to, output, iteration=iteration, shard_bytes=shard_bytes)
 

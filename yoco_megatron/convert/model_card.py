@@ -1,14 +1,16 @@
 """The README.md of an exported model."""
 
+from typing import Any
+
+import yaml
+
 from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.costs.memory import cache_bytes
 from yoco_megatron.costs.shape import parameter_count
 
 CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [yoco]
+{head}
 ---
 
 # {title}
@@ -23,6 +25,11 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 ```
+
+`trust_remote_code` runs the modules of this folder, which need torch and transformers 5. To fine-tune the model there
+are `AutoModelForSequenceClassification` and peft's LoRA, which finds the linear layers by itself.
+
+{evaluation}## The model
 
 | | |
 |---|---|
@@ -64,8 +71,12 @@ def model_card(source: Source, dtype: str) -> str:
         rows["iterations"] = f"{facts['iteration']:,}"
     if facts.get("samples") and facts.get("seq_length"):
         rows["tokens seen"] = f"{facts['samples'] * facts['seq_length']:,}"
+    if facts.get("data"):
+        rows["data"] = ", ".join(facts["data"])
     rows |= {f"`{name}`": str(value) for name, value in facts.get("flags", {}).items()}
     return CARD.format(
+        head=_head(source.card),
+        evaluation=_evaluation(facts),
         title=f"YOCO {count / 1e9:.2g}B" if count >= 1e9 else f"YOCO {count / 1e6:.3g}M",
         origin=ORIGIN.get(source.kind, f"exported by yoco-megatron from its\n{source.kind} format"),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
@@ -74,3 +85,30 @@ def model_card(source: Source, dtype: str) -> str:
         fixed=fixed,
         what=shape.mixer.require("cache"),
     )
+
+
+def _head(card: dict[str, str]) -> str:
+    """What the hub reads."""
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["yoco"]}
+    if "license" in card:
+        fields["license"] = card["license"]
+    if "language" in card:
+        fields["language"] = [language.strip() for language in card["language"].split(",")]
+    return yaml.safe_dump(fields, sort_keys=False).strip()
+
+
+def _evaluation(facts: dict[str, Any]) -> str:
+    """A table of the validation losses; nothing where none is known."""
+    if not facts.get("validation"):
+        return ""
+    lines = [
+        f"| {name or 'of the run'} | {found['loss']:.4f} | {found['perplexity']:.2f} | {_bits(found)} |"
+        for name, found in facts["validation"].items()
+    ]
+    at = f" at iteration {facts['evaluated_at']:,}" if facts.get("evaluated_at") else ""
+    head = ["| validation data | loss (nats a token) | perplexity | bits per byte |", "|---|---|---|---|"]
+    return "\n".join([f"## Evaluation{at}", "", *head, *lines, "", ""])
+
+
+def _bits(found: dict[str, float]) -> str:
+    return f"{found['bits-per-byte']:.4f}" if "bits-per-byte" in found else "not known"

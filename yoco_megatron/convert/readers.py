@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,16 +19,20 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from yoco_megatron.checkpoint import safe_unpickling
+from yoco_megatron.checkpoint import safe_unpickling, validation_record
 from yoco_megatron.checkpoint.architecture import ALWAYS_WAS
 from yoco_megatron.checkpoint.common_state import common_state
 from yoco_megatron.checkpoint.layout import RESOLVED, TRACKER, path_of, tracked
 from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.convert import config_fields, tensor_names
+from yoco_megatron.data.fingerprint import FILE_NAME as DATA
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.utils import small_files
 from yoco_megatron.utils.errors import nearest
 from yoco_megatron.utils.small_files import BadFile
+
+Evaluated = TypedDict("Evaluated", {"loss": float, "perplexity": float, "bits-per-byte": NotRequired[float]})
+"""Of one validation set; nats a token."""
 
 
 class TrainingFacts(TypedDict, total=False):
@@ -38,6 +42,9 @@ class TrainingFacts(TypedDict, total=False):
     samples: int | None
     seq_length: int | None
     flags: dict[str, Any]
+    data: list[str]
+    evaluated_at: int | None
+    validation: dict[str, Evaluated]
 
 
 Found = dict[str, tuple[tensor_names.Shape, torch.dtype]]
@@ -60,6 +67,8 @@ class Source:
     """What is known of its training, for the model card."""
     document_start: list[int] | None = None
     """The special tokens that begin a text; None: as the tokenizer's template says."""
+    card: dict[str, str] = field(default_factory=dict)
+    """What an exported model's card says at its head: license, language."""
     flag: str = "--input"
     """The flag that named the folder, for errors."""
 
@@ -223,7 +232,10 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
         "samples": getattr(trained, "consumed_train_samples", None),
         "seq_length": args.seq_length,
         "flags": {name: value for name, value in flags.items() if name in TRAINING},
+        "data": _datasets(folder),
     }
+    if evaluated := validation_record.of_checkpoint(folder, common.get("iteration") or 0):
+        facts["evaluated_at"], facts["validation"] = evaluated
     return Source(
         kind="megatron",
         folder=folder,
@@ -232,6 +244,12 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
         load=lambda name: split(of[name])[name],
         facts=facts,
     )
+
+
+def _datasets(folder: Path) -> list[str]:
+    """Names of those that data.json describes by their files."""
+    recorded = small_files.read_json(folder / DATA, missing={})
+    return [name for name, about in recorded.items() if isinstance(about, dict) and "bin" in about]
 
 
 # -- safetensors

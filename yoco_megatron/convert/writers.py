@@ -27,6 +27,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_yoco.YocoConfig",
     "AutoModel": "modeling_yoco.YocoModel",
     "AutoModelForCausalLM": "modeling_yoco.YocoForCausalLM",
+    "AutoModelForSequenceClassification": "classification_yoco.YocoForSequenceClassification",
 }
 
 

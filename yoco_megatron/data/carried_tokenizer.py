@@ -1,11 +1,11 @@
 """A run's tokenizer: copied beside its checkpoints when training starts, found again by the tools that read the run.
 
-    SAVE/tokenizer/    the files that --tokenizer-model, --vocab-file and --merge-file name
+    SAVE/tokenizer/    the files that --tokenizer-model, --vocab-file and --merge-file name, and the chat template that
+                       the data were made with, if it was given beside the tokenizer
 
 The path in resolved_config.yaml may be gone when the run is read, or hold another tokenizer. data.json has the SHA-256.
 """
 
-import filecmp
 import logging
 import os
 import shutil
@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from yoco_megatron.checkpoint.layout import RESOLVED
 from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.data import fingerprint
+from yoco_megatron.data.check import data_prefixes_from_args, read_report
 from yoco_megatron.data.tokenizer import local_path, tokenizer_files, tokenizer_sha256
 from yoco_megatron.utils import small_files
 
@@ -40,9 +41,11 @@ def absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def carry(args: Namespace, save: str) -> None:
+def carry(args: Namespace, save: str, template: str | None = None) -> None:
     """Copy the tokenizer into SAVE/tokenizer, unless it is there; another one that was there is renamed, not lost.
 
+    Args:
+        template: a chat template that wins over the tokenizer's; see `template_of_data`.
     Raises:
         OSError: no space, no permission.
     """
@@ -52,22 +55,31 @@ def carry(args: Namespace, save: str) -> None:
     files = [file for path in named if path is not None for file in tokenizer_files(path)]
     if args.trust_remote_code and model is not None and model.is_dir():
         files += model.glob("*.py")  # it cannot be loaded without; tools run it only when they are told to
-    sources = {file.name: file for file in files}
+    sources: dict[str, bytes] = {file.name: file.read_bytes() for file in files}
+    if template is not None:
+        sources["chat_template.jinja"] = template.encode()
     if not sources or (model is not None and target.exists() and target.samefile(model)):
         return
     if target.exists():
         same = {file.name for file in target.iterdir()} == sources.keys()
-        if same and all(filecmp.cmp(file, target / name, shallow=False) for name, file in sources.items()):
+        if same and all(content == (target / name).read_bytes() for name, content in sources.items()):
             return
     aside = target.with_name(f".{FOLDER}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for name, file in sources.items():
-        shutil.copyfile(file, aside / name)
+    for name, content in sources.items():
+        (aside / name).write_bytes(content)
     if target.exists():
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{FOLDER}.{n}").exists())
         target.rename(target.with_name(f"{FOLDER}.{number}"))
     aside.rename(target)
+
+
+def template_of_data(args: Namespace) -> str | None:
+    """The chat template that tools/preprocess_data.py was given for all data that have one; None of several."""
+    about = [read_report(prefix).get("tokenizer") or {} for prefix in data_prefixes_from_args(args)]
+    found = {template for one in about if (template := one.get("options", {}).get("chat_template"))}
+    return found.pop() if len(found) == 1 else None
 
 
 def recorded(folder: Path) -> Recorded:

@@ -37,6 +37,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yoco import YocoConfig
+from .peft_yoco import offer_to_peft
 
 try:
     # The trainer's kernels, where it is installed; the torch code below computes the same.
@@ -45,6 +46,8 @@ except ImportError:
     retention_kernels = None  # type: ignore[assignment]
 
 CHUNK = 128
+
+offer_to_peft()
 
 
 def widen(x: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """A trained model from its checkpoint folder, in one process, whatever mesh it was trained on."""
 
-import contextlib
 import dataclasses
-import io
 import os
 import socket
 from argparse import Namespace
@@ -22,6 +20,7 @@ from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.parser import build_parser
+from yoco_megatron.upstream import quiet
 from yoco_megatron.utils.small_files import BadFile, read_json
 
 
@@ -112,16 +111,16 @@ def load_model_chunks(
     tokenizer = {"tokenizer-type": "NullTokenizer", "tokenizer-model": None, "vocab-size": rows}
     args = parse_run(folder, iteration, **{"padded-vocab-size": rows, **tokenizer, **more})
     set_environment_of_one_process()
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's list of all arguments
+    with quiet.quietly():
         args = arguments.finalize(args)
-    safe_unpickling.check_installed()
-    initialize_megatron()
-    model_config = model_config_from_args(args)
-    builder = model_config.get_builder_cls()(model_config)
-    models = builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
-    load_checkpoint(models, None, None)
+        safe_unpickling.check_installed()
+        initialize_megatron()
+        model_config = model_config_from_args(args)
+        builder = model_config.get_builder_cls()(model_config)
+        models = builder.build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        load_checkpoint(models, None, None)
     return [model.eval() for model in unwrap_model(models)], args
 
 

@@ -14,6 +14,8 @@ def prepare() -> None:
     # Said once, with what to do about it, by tools/doctor.py, instead of seven times by every process.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    warnings.filterwarnings("ignore", message="The argument order of load has been changed", category=UserWarning)
     # The distributed optimizer asks views of a buffer, which have none.
     grad = r"The \.grad attribute of a Tensor that is not a leaf"
     warnings.filterwarnings("ignore", message=grad, category=UserWarning, module=r"megatron\.core\.optimizer")

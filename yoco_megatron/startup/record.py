@@ -60,7 +60,7 @@ def record_run(args: Namespace, model: GPTModelConfig) -> None:
         save_resolved_config(args, args.save)
         architecture.save(args, args.save)
         fingerprint.save(args, args.save, document_start(args, get_tokenizer()))
-        carried_tokenizer.carry(args, args.save)
+        carried_tokenizer.carry(args, args.save, carried_tokenizer.template_of_data(args))
 
 
 def pipeline_table(args: Namespace, plan: StagePlan) -> str:

@@ -2,12 +2,16 @@
 
 import math
 import re
+import sys
 import time
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.training import get_args, get_tokenizer
 
+from yoco_megatron.checkpoint import validation_record
 from yoco_megatron.data.text_size import bits_per_byte, of_validation
 from yoco_megatron.upstream import step_positions, throughput
 from yoco_megatron.upstream.registry import replaces
@@ -80,6 +84,16 @@ def evaluation_line(message: str, scalars: dict[str, float]) -> str:
     )
 
 
+def _record(args: Namespace, iteration: int, name: str, numbers: dict[str, float]) -> None:
+    """Beside the checkpoints; a disk in trouble does not end the run before it must save."""
+    if args.save is None or args.skip_train:
+        return
+    try:
+        validation_record.add(Path(args.save), iteration, name.removeprefix("-"), numbers)
+    except (OSError, ValueError) as error:
+        print(f"warning: {validation_record.FILE_NAME} could not be written: {error}", file=sys.stderr, flush=True)
+
+
 @replaces(
     "megatron.training.training",
     "print_rank_last",
@@ -97,6 +111,9 @@ def print_rank_last(message: str) -> None:
         if not evaluation["at"].endswith("on test set"):  # Megatron writes that loss under the same name
             named = {f"validation{evaluation['set']}/{name}": value for name, value in scalars.items()}
             throughput.write_scalars(named, int(evaluation["iteration"]))
+            _record(
+                args, int(evaluation["iteration"]), evaluation["set"], {"loss": float(evaluation["loss"])} | scalars
+            )
         message = message if args.verbose else evaluation_line(message, scalars)
     elif STEP.fullmatch(message.rstrip()):
         assert rates is not None, "training_log sets them first"

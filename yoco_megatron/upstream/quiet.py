@@ -3,11 +3,13 @@
 Before the first step a thousand lines come, so what passes is listed; from then on, what does not.
 """
 
+import contextlib
 import logging
 import os
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 MATTERS = re.compile(
@@ -26,7 +28,8 @@ REPEATED = re.compile(
 KNOWN = re.compile(
     r"one_logger package is required|could not find the metadata file|will not load any checkpoints"
     r"|RerunStateMachine (initialized|mode)|Result validation enabled|MCore's async save is deprecated"
-    r"|Unable to save \w+ indexes because path_to_cache is None"
+    r"|Unable to save \w+ indexes because path_to_cache is None|sharded_state_dict metadata loaded"
+    r"|^ *checkpoint version |Rerun state will be ignored"
 )
 """Warnings of what the run is meant to be like, or says itself (startup/summary.py)."""
 
@@ -86,6 +89,16 @@ def begin(args: Namespace) -> None:
         logging.getLogger("megatron.core.timers").setLevel(logging.INFO)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_is_worth_a_line)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """For tools that load a checkpoint: inside, as before the first step of a run."""
+    begin(Namespace(verbose=False, log_memory_interval=None, logging_level=None, timing_log_level=0))
+    try:
+        yield
+    finally:
+        end()
 
 
 def training_begins() -> None:
