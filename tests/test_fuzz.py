@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import save_file
 from support.damage import Format, check
 
-from yoco_megatron.checkpoint import architecture, integrity, layout
+from yoco_megatron.checkpoint import architecture, integrity, layout, validation_record
 from yoco_megatron.checkpoint.common_state import common_state
 from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.convert import tensor_names
@@ -150,6 +150,12 @@ FORMATS = [
         text(layout.TRACKER, "1200"),
         lambda path: layout.tracked_iteration(path.parent),
         lambda found: found is None or 0 <= found < 10**18,
+    ),
+    Format(
+        validation_record.FILE_NAME,
+        text(validation_record.FILE_NAME, {"20": {"": {"loss": 3.5, "perplexity": 33.1}}, "40": {"wiki": {"loss": 3}}}),
+        lambda path: validation_record.of_checkpoint(path.parent, 40),
+        lambda found: found is None or (found[0] <= 40 and mismatch(found[1], dict[str, dict[str, float]]) is None),
     ),
     # The error may name another file of the checkpoint, which is not what the damaged one says.
     Format("integrity.json", lambda folder: checkpoint(folder, layout.MANIFEST), whole, named=False),
