@@ -1,11 +1,12 @@
-"""Does vLLM generate what transformers generates? For an exported model with a sliding-window self-decoder.
+"""Does vLLM generate what transformers generates? For exported models, with and without fast prefill.
 
     pip install -e plugins/vllm
-    python plugins/vllm/check.py MODEL                 # a folder of tools/convert_checkpoint.py --to hf
-    python plugins/vllm/check.py --tiny FOLDER         # makes a small random model there first
+    PYTHONPATH=. python plugins/vllm/check.py MODEL...        # folders of tools/convert_checkpoint.py --to hf
+    PYTHONPATH=. python plugins/vllm/check.py --tiny FOLDER   # makes small random models there, and checks them
 
-Greedy tokens of ragged random prompts (longer than the window and than a prefill chunk), in float32, without and with
-fast prefill; and how many rows went through each half. Exit code 1 if a token differs.
+Greedy tokens, in float32, of ragged random prompts: of one token, and longer than the window and than a piece of a
+prefill. Few sequences run at once, so that prefills meet decodes and a sequence takes the place of one that has ended.
+Prints how many rows went through each half. Exit code 1 if a token differs.
 """
 
 import argparse
@@ -13,24 +14,25 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the counters live in this process
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # functions of this module reach the workers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # the same
 
-NEW, LENGTHS = 24, (5, 40, 200, 333)
+NEW, LENGTHS = 24, (5, 40, 1, 333, 200, 1, 127, 64)
 
 
-def make_tiny(folder: Path, shared_kv_sets: int) -> None:
+def make_tiny(folder: Path, self_decoder: str, shared_kv_sets: int) -> Path:
     """A random model with every shape different; needs yoco_megatron/hf on the path."""
     import shutil
 
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import yoco_megatron.hf
     from yoco_megatron.hf.configuration_yoco import YocoConfig
     from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
+    folder = folder / f"{self_decoder}_{shared_kv_sets}"
     torch.manual_seed(0)
     config = YocoConfig(
         vocab_size=512,
@@ -41,9 +43,9 @@ def make_tiny(folder: Path, shared_kv_sets: int) -> None:
         shared_kv_sets=shared_kv_sets,
         num_attention_heads=8,
         num_key_value_heads=2,
-        self_decoder="sliding_window",
+        self_decoder=self_decoder,
         self_decoder_heads=4,
-        self_decoder_key_value_heads=2,
+        self_decoder_key_value_heads=2 if self_decoder == "sliding_window" else None,
         sliding_window=64,
         max_position_embeddings=512,
         initializer_range=0.15,
@@ -58,22 +60,16 @@ def make_tiny(folder: Path, shared_kv_sets: int) -> None:
     model.save_pretrained(folder)
     for file in Path(yoco_megatron.hf.__file__).parent.glob("*_yoco.py"):
         shutil.copy(file, folder)
+    return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="make a small random model in that folder first")
-    parser.add_argument("--shared-kv-sets", type=int, default=1, help="of the small model, which has 4 cross layers")
-    options = parser.parse_args()
-    if options.tiny:
-        make_tiny(options.model, options.shared_kv_sets)
-
+def check(folder: Path, ranks: int, fast: bool) -> bool:
+    """Print what vLLM generates; is it what transformers does?"""
     import torch
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, model.config.vocab_size, (length,), generator=generator) for length in LENGTHS]
     wanted = [
@@ -86,29 +82,52 @@ def main() -> None:
         )[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
-    same = True
-    for fast in (False, True):
-        server = LLM(
-            model=str(options.model),
-            trust_remote_code=True,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_batched_tokens=128,
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=2**30,  # the default, 92%, leaves no memory for transformers' model
-            kv_sharing_fast_prefill=fast,
-        )
-        greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-        outputs = server.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], greedy)
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        rows = server.apply_model(lambda served: dict(served.model.rows))[0]
-        equal = [ours == theirs for ours, theirs in zip(tokens, wanted)]
-        same &= all(equal)
-        print(f"fast prefill {fast}: same tokens as transformers {equal}; rows {rows}")
-        del server
-    sys.exit(not same)
+    server = LLM(
+        model=str(folder),
+        trust_remote_code=True,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        tensor_parallel_size=ranks,
+        max_model_len=512,
+        max_num_batched_tokens=128,
+        max_num_seqs=3,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=2**30,  # the default, 92%, leaves no memory for transformers' model
+        kv_sharing_fast_prefill=fast,
+    )
+    server.apply_model(spoil)
+    greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    outputs = server.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], greedy)
+    equal = [list(output.outputs[0].token_ids) == tokens for output, tokens in zip(outputs, wanted)]
+    rows = server.apply_model(rows_of)[0]
+    print(f"{folder}, {ranks} ranks, fast prefill {fast}: same tokens as transformers {equal}; rows {rows}", flush=True)
+    return all(equal)
+
+
+def spoil(served) -> None:
+    """States begin as other sequences left them: here, with nothing of use."""
+    for layer in served.model.self_layers:
+        for state in getattr(layer.mixer, "kv_cache", ()):
+            state.fill_(float("nan"))
+
+
+def rows_of(served) -> dict[str, int]:
+    """How many rows went through each half of a worker's model."""
+    return dict(served.model.rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--tiny", action="store_true", help="make small random models in that folder first")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    options = parser.parse_args()
+    models = options.models
+    if options.tiny:
+        models = [make_tiny(models[0], kind, sets) for kind in ("sliding_window", "gated_retention") for sets in (1, 2)]
+    results = [check(model, options.tensor_parallel_size, fast) for model in models for fast in (False, True)]
+    sys.exit(not all(results))
 
 
 if __name__ == "__main__":

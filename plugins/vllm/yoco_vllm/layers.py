@@ -29,6 +29,12 @@ def share(heads: int, what: str) -> int:
     return heads // ranks
 
 
+def state_shape(config, ranks: int) -> tuple[int, int, int]:
+    """One layer's state [H, D, D] of a sequence on each of so many tensor-parallel ranks."""
+    width = config.hidden_size // config.self_decoder_heads
+    return config.self_decoder_heads // ranks, width, width
+
+
 class Rotary(nn.Module):
     """YOCO's rotary embedding of heads of one width: its own frequencies, pairs (2j, 2j + 1)."""
 

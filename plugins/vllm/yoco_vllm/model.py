@@ -1,4 +1,4 @@
-"""YOCO in vLLM: windows in the self-decoder, ONE global K,V cache for the whole cross-decoder.
+"""YOCO in vLLM: windows or states in the self-decoder, ONE global K,V cache for the whole cross-decoder.
 
 (With `shared_kv_sets` above 1 one for each set, which a group of cross layers reads.)
 
@@ -16,12 +16,13 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
-from yoco_vllm.layers import CrossAttention, Layer, SharedKV, SlidingAttention
+from yoco_vllm.layers import CrossAttention, Layer, SharedKV, SlidingAttention, state_shape
 
 # Weight of the checkpoint -> (fused parameter here, which part of it).
 FUSED = {
@@ -33,17 +34,29 @@ FUSED = {
 }
 
 
+def self_decoder_mixer(kind: str) -> type[nn.Module]:
+    """The class of the self-decoder's mixers. Raises ValueError for an unknown kind, or without its kernels."""
+    if kind == "sliding_window":
+        return SlidingAttention
+    if kind != "gated_retention":
+        raise ValueError(f"this plugin serves self-decoders of sliding windows or gated retention, not {kind}")
+    try:
+        from yoco_vllm.retention import GatedRetention
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"gated retention runs on yoco-megatron's kernels, and there is no {error.name}: install the trainer, too, "
+            "with --no-deps"
+        ) from error
+    return GatedRetention
+
+
 class YocoModel(nn.Module):
     """The decoder without its head."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        if config.self_decoder != "sliding_window":
-            raise ValueError(
-                f"this plugin serves YOCO with a sliding-window self-decoder, the model has {config.self_decoder}; "
-                "gated retention needs a state cache and a kernel that vLLM does not have"
-            )
+        mixer = self_decoder_mixer(config.self_decoder)
         split_layer = config.num_self_decoder_layers
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.embed_tokens = VocabParallelEmbedding(
@@ -56,9 +69,7 @@ class YocoModel(nn.Module):
         # vLLM needs exactly one number in a name, all different: the owners of the caches count as layers.
         sets, cross = getattr(config, "shared_kv_sets", 1), config.num_hidden_layers - split_layer
         writers = [f"{prefix}.shared_kv.{split_layer + i}.attn" for i in range(sets)]
-        self.self_layers = nn.ModuleList(
-            layer(f"{prefix}.self_layers.{i}", SlidingAttention) for i in range(split_layer)
-        )
+        self.self_layers = nn.ModuleList(layer(f"{prefix}.self_layers.{i}", mixer) for i in range(split_layer))
         self.shared_kv = SharedKV(config, vllm_config, f"{prefix}.shared_kv", writers)
         self.cross_layers = nn.ModuleList(
             layer(f"{prefix}.cross_layers.{split_layer + sets + i}", CrossAttention, writers[i * sets // cross])
@@ -108,6 +119,8 @@ class YocoModel(nn.Module):
 class YocoForCausalLM(nn.Module):
     """YOCO with its head, under the name in an exported model's config.json."""
 
+    # Windows are none: `register` tells vLLM so.
+    is_hybrid = True
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -122,6 +135,21 @@ class YocoForCausalLM(nn.Module):
         # Padding of the vocabulary. vLLM itself reads only sampling parameters from a generation config.
         forbidden = vllm_config.model_config.try_get_generation_config().get("suppress_tokens") or []
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int, int]]:
+        """Of one retention layer, on each rank."""
+        config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+        return (state_shape(config, ranks),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:
+        """How prefix caching copies a state from block to block."""
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings [t, h], without the scale, of token ids [t]."""
