@@ -1,4 +1,4 @@
-"""Does vLLM generate what transformers generates? For exported models, with and without fast prefill.
+"""Does vLLM generate what transformers generates? For exported models, with fast prefill and prefix caching.
 
     pip install -e plugins/vllm
     PYTHONPATH=. python plugins/vllm/check.py MODEL...        # folders of tools/convert_checkpoint.py --to hf
@@ -6,7 +6,8 @@
 
 Greedy tokens, in float32, of ragged random prompts: of one token, and longer than the window and than a piece of a
 prefill. Few sequences run at once, so that prefills meet decodes and a sequence takes the place of one that has ended.
-Prints how many rows went through each half. Exit code 1 if a token differs.
+All are asked for twice, the second time from the prefix cache where it is on. Prints how many rows went through each
+half. Exit code 1 if a token differs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # the same
 
+MODES = ({}, {"kv_sharing_fast_prefill": True}, {"kv_sharing_fast_prefill": True, "enable_prefix_caching": True})
 NEW, LENGTHS = 24, (5, 40, 1, 333, 200, 1, 127, 64)
 
 
@@ -63,7 +65,7 @@ def make_tiny(folder: Path, self_decoder: str, shared_kv_sets: int) -> Path:
     return folder
 
 
-def check(folder: Path, ranks: int, fast: bool) -> bool:
+def check(folder: Path, ranks: int, mode: dict[str, bool]) -> bool:
     """Print what vLLM generates; is it what transformers does?"""
     import torch
     from transformers import AutoModelForCausalLM
@@ -92,16 +94,16 @@ def check(folder: Path, ranks: int, fast: bool) -> bool:
         max_model_len=512,
         max_num_batched_tokens=128,
         max_num_seqs=3,
-        enable_prefix_caching=False,
         kv_cache_memory_bytes=2**30,  # the default, 92%, leaves no memory for transformers' model
-        kv_sharing_fast_prefill=fast,
+        **{"enable_prefix_caching": False} | mode,
     )
     server.apply_model(spoil)
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-    outputs = server.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], greedy)
-    equal = [list(output.outputs[0].token_ids) == tokens for output, tokens in zip(outputs, wanted)]
+    asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+    found = [list(output.outputs[0].token_ids) for _ in range(2) for output in server.generate(asked, greedy)]
+    equal = [ours == theirs for ours, theirs in zip(found, 2 * wanted, strict=True)]
     rows = server.apply_model(rows_of)[0]
-    print(f"{folder}, {ranks} ranks, fast prefill {fast}: same tokens as transformers {equal}; rows {rows}", flush=True)
+    print(f"{folder}, {ranks} ranks, {mode}: {sum(equal)} of {len(equal)} as transformers; rows {rows}", flush=True)
     return all(equal)
 
 
@@ -126,7 +128,7 @@ def main() -> None:
     models = options.models
     if options.tiny:
         models = [make_tiny(models[0], kind, sets) for kind in ("sliding_window", "gated_retention") for sets in (1, 2)]
-    results = [check(model, options.tensor_parallel_size, fast) for model in models for fast in (False, True)]
+    results = [check(model, options.tensor_parallel_size, mode) for model in models for mode in MODES]
     sys.exit(not all(results))
 
 

@@ -16,6 +16,7 @@ import yoco_vllm
 from support.models import relative_error
 from yoco_vllm.states import retain
 
+from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.ops.gated_retention.reference import recurrent
 
@@ -106,38 +107,51 @@ def test_padding_is_nobodys(generator, padding_slot):
     assert torch.equal(states[untouched], before[untouched])
 
 
-def test_vllm_is_told_of_the_exported_architecture(monkeypatch):
-    """Once, however often vLLM asks, by the name in an exported config.json; and that windows are no hybrid."""
-    models: dict[str, str] = {}
-    registry = SimpleNamespace(get_supported_archs=models.keys, register_model=models.__setitem__)
-    configs: dict[str, type] = {}
+@pytest.fixture
+def vllm(monkeypatch) -> SimpleNamespace:
+    """A stand-in for vLLM's registries, and what was written there."""
+    told = SimpleNamespace(models=[], configs={}, warnings=[])
+    registry = SimpleNamespace(
+        get_supported_archs=lambda: [name for name, _ in told.models],
+        register_model=lambda name, where: told.models.append((name, where)),
+    )
+    logger = SimpleNamespace(warning=lambda text, *words: told.warnings.append(text % words))
     modules = {
-        "vllm": {"ModelRegistry": registry},
-        "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": configs, "VerifyAndUpdateConfig": object},
+        "vllm": {"ModelRegistry": registry, "__version__": "0.32.0"},
+        "vllm.logger": {"init_logger": lambda name: logger},
+        "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": told.configs, "VerifyAndUpdateConfig": object},
     }
     for name, contents in modules.items():
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+def test_vllm_is_told_of_the_exported_architecture(vllm):
+    """Once, however often vLLM asks, by the name in an exported config.json."""
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    entry = project["entry-points"]["vllm.general_plugins"]["yoco"]
-    assert entry == "yoco_vllm:register"
+    assert project["entry-points"]["vllm.general_plugins"] == {"yoco": "yoco_vllm:register"}
     yoco_vllm.register()
     yoco_vllm.register()
-    file, _, name = models.pop(YocoForCausalLM.__name__).removeprefix("yoco_vllm.").partition(":")
-    assert not models
-    classes = [
-        n.name
-        for n in ast.walk(ast.parse((PLUGIN / f"yoco_vllm/{file}.py").read_text()))
-        if isinstance(n, ast.ClassDef)
-    ]
-    assert name in classes
-    for kind, types in (
-        ("sliding_window", {"full_attention"}),
-        ("gated_retention", {"linear_attention", "full_attention"}),
-    ):
-        config = SimpleNamespace(
-            self_decoder=kind, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
-        )
-        configs[YocoForCausalLM.__name__].verify_and_update_model_config(SimpleNamespace(hf_config=config))
-        assert set(config.layer_types) == types and len(config.layer_types) == 2
+    [(architecture, where)] = vllm.models
+    assert architecture == YocoForCausalLM.__name__ and not vllm.warnings
+    module, _, name = where.partition(":")
+    tree = ast.parse((PLUGIN / f"{module.replace('.', '/')}.py").read_text())
+    assert name in [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+
+
+def test_another_vllm_is_warned_of(vllm, monkeypatch):
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.40.1")
+    yoco_vllm.register()
+    assert vllm.warnings == ["yoco-vllm is for vLLM 0.32 and 0.33, this is 0.40.1: run its check.py"]
+
+
+@pytest.mark.parametrize("kind", ["sliding_window", "gated_retention"])
+def test_windows_are_no_hybrid(vllm, kind):
+    """vLLM gives a hybrid's layers states, and takes for one what has layers of other names than these."""
+    yoco_vllm.register()
+    config = YocoConfig(self_decoder=kind)
+    vllm.configs[YocoForCausalLM.__name__].verify_and_update_model_config(SimpleNamespace(hf_config=config))
+    hybrid = not all(name in ("attention", "full_attention") for name in config.layer_types)
+    assert hybrid == (kind == "gated_retention") and len(config.layer_types) == config.num_hidden_layers

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import IsHybrid
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
@@ -116,11 +117,10 @@ class YocoModel(nn.Module):
         return of_cross.logits_indices_padded, of_cross.num_logits_indices
 
 
-class YocoForCausalLM(nn.Module):
+class YocoForCausalLM(nn.Module, IsHybrid):
     """YOCO with its head, under the name in an exported model's config.json."""
 
-    # Windows are none: `register` tells vLLM so.
-    is_hybrid = True
+    is_hybrid = True  # windows are none: `register` tells vLLM so
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
