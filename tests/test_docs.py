@@ -15,12 +15,14 @@ PAGES = [*sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ROOT / "benchma
 # Flags of other programs in our examples.
 OTHERS = {"--logdir", "--nproc-per-node", "--no-build-isolation", "--no-deps", "--help", "--signal"}
 OTHERS |= {"--model", "--tasks", "--include_path", "--model_args", "--trust-remote-code", "--kv-sharing-fast-prefill"}
+OTHERS |= {"--served-model-name"}
 
 
 def own_flags() -> set[str]:
     """Every flag of pretrain_yoco.py, and those that a tool, a launcher or a benchmark defines."""
     flags = set(build_parser()._option_string_actions)
-    for tool in [*ROOT.glob("tools/*.py"), *ROOT.glob("launch/slurm/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    folders = ("tools", "launch/slurm", "plugins/*", "benchmarks")
+    for tool in [tool for folder in folders for tool in ROOT.glob(f"{folder}/*.py")]:
         flags |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', tool.read_text()))
     for script in ROOT.glob("launch/*.sh"):
         flags |= set(re.findall(r"^ +(--[a-z][a-z0-9-]+)\)", script.read_text(), re.MULTILINE))

@@ -1,6 +1,5 @@
 """vLLM plugin: registers YocoForCausalLM, the architecture of exported yoco-megatron models."""
 
-
 VERSIONS = ("0.32", "0.33")  # of vLLM, whose insides change from one to the next
 
 
