@@ -56,7 +56,7 @@ def check_loadable(args: Namespace) -> None:
         ValueError: every field that differs, with both values. A folder without architecture.json (another program's
         checkpoint) passes; Megatron's own checks then apply.
     """
-    flag, folder = _source(args)
+    flag, folder = source_of(args)
     if folder is None:
         return
     saved = read(folder)
@@ -85,7 +85,7 @@ def check_loadable(args: Namespace) -> None:
 
 def check_format(args: Namespace) -> None:
     """Raises ValueError where the checkpoint that will be loaded has another format than --ckpt-format."""
-    flag, source = _source(args)
+    flag, source = source_of(args)
     if source is None:
         return
     folder = Path(source)
@@ -97,7 +97,7 @@ def check_format(args: Namespace) -> None:
         raise ValueError(f"{flag} {folder}: {path.name} is in the format {found}: add --ckpt-format {found}")
 
 
-def _source(args: Namespace) -> tuple[str, str | None]:
+def source_of(args: Namespace) -> tuple[str, str | None]:
     """(flag, folder) of the checkpoint that will be loaded."""
     if args.pretrained_checkpoint is not None and (args.load is None or _is_empty(args.load)):
         return "--pretrained-checkpoint", args.pretrained_checkpoint

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from yoco_megatron import __version__, runtime
+from yoco_megatron.checkpoint.architecture import source_of
 from yoco_megatron.checkpoint.layout import tracked
 from yoco_megatron.config.resolve import queries_vary, resolved
 from yoco_megatron.costs.flops import forward_flops_per_token
@@ -60,7 +61,7 @@ def _lines(args: Namespace) -> Iterator[tuple[str, str]]:
                 f"{args.lr:g} to {args.min_lr:g}, {args.lr_decay_style}; evaluation each {args.eval_interval:,} steps"
             ),
         )
-    if args.load:
+    if args.load or args.pretrained_checkpoint:
         yield "from", _origin(args)
     if args.save:
         each = f" each {args.save_interval:,} steps" if args.save_interval < (args.train_iters or 0) else " at the end"
@@ -100,13 +101,17 @@ def _data(args: Namespace) -> str:
 
 
 def _origin(args: Namespace) -> str:
+    flag, folder = source_of(args)
+    assert folder is not None, "asked where there is a folder"
     try:
-        said = tracked(Path(args.load))
+        said = tracked(Path(folder))
     except ValueError:
         said = None
-    if args.ckpt_step is not None:
-        said = str(args.ckpt_step)
-    return f"random weights: {args.load} has no checkpoint" if said is None else f"{args.load}, checkpoint {said}"
+    if said is None:
+        return f"random weights: {folder} has no checkpoint"
+    if flag == "--pretrained-checkpoint":
+        return f"the weights of {folder}, checkpoint {said}"
+    return f"{folder}, checkpoint {args.ckpt_step or said}"
 
 
 def positions(args: Namespace) -> list[str]:
