@@ -106,6 +106,8 @@ RUNS = [
     ("long_context_64k", "yoco_3b", 2**22, 6e9, 8e-5, None),
     ("long_context_256k", "yoco_3b", 2**22, 4e9, 4e-5, None),
     ("long_context_1m", "yoco_3b", 2**22, 1.5e9, 2e-5, None),
+    ("upcycle_1_transfer", "yoco_160m", 2**17, 52.4e6, 1e-3, 52.4e6),
+    ("upcycle_2_distill", "yoco_160m", 2**17, 524e6, 3e-4, 524e6),
 ]
 
 

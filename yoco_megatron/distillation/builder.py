@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, ClassVar
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -66,6 +67,8 @@ def prepare(args: Namespace, model: GPTModelConfig) -> GPTModelConfig:
         return model
     teacher = open_teacher(args.teacher)
     check(args, teacher)
+    if args.rank == 0:
+        print(f"{describe(teacher)}; its forward pass is in no figure of FLOP/s or MFU", flush=True)
     own = {field.name: getattr(model, field.name) for field in fields(model)}
     of_run = dict(teacher=teacher, temperature=args.distillation_temperature)
     if not args.attention_transfer:
@@ -73,6 +76,12 @@ def prepare(args: Namespace, model: GPTModelConfig) -> GPTModelConfig:
     check_transfer(args, teacher)
     args.cross_decoder_positions = "all"  # every position's attention is compared
     return TransferModelConfig(**own, **of_run)
+
+
+def describe(teacher: Teacher) -> str:
+    """What it is, and its size."""
+    weights = sum(prod(shape) for shape, _ in teacher.found.values())
+    return f"teacher: {teacher.folder}, a {teacher.config.model_type} of {weights:,} parameters, frozen"
 
 
 def check_transfer(args: Namespace, teacher: Teacher) -> None:
