@@ -49,13 +49,17 @@ losses | tail -n +$((before + 1))
 
 step "6. Result"
 entropy=$("$python" tools/inspect_dataset.py --data-path "$run/data_text_document" --split 98,2,0 --part valid --json \
-    2>/dev/null | "$python" -c 'import json, sys; print(f"{json.load(sys.stdin)["unigram_entropy_nats"]:.3f}")')
+    | "$python" -c 'import json, sys; print(f"{json.load(sys.stdin)["unigram_entropy_nats"]:.3f}")')
 loss=$(grep "on validation set" "$run/train.log" | tail -n 1 | grep -oE "lm loss value: [0-9.]+" | grep -oE "[0-9.]+")
 printf 'unigram entropy of the validation text: %s nats per token\nvalidation loss:                        %.3f nats per token\n' \
     "$entropy" "$loss"
 
 step "7. Text from the model"
 "$python" tools/generate.py --load "$run/checkpoints" --prompt 'def ' --max-new-tokens 120 2>/dev/null | tee "$run/sample.txt"
+
+step "8. Its curves"
+"$python" tools/compare_runs.py "$run" --output "$run/curves" --format png
+echo "picture      $run/curves/losses.png"
 
 step "Look further"
 echo "checkpoints  $run/checkpoints"

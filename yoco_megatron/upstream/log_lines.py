@@ -110,10 +110,10 @@ def print_rank_last(message: str) -> None:
         scalars = evaluation_scalars(message)
         if not evaluation["at"].endswith("on test set"):  # Megatron writes that loss under the same name
             named = {f"validation{evaluation['set']}/{name}": value for name, value in scalars.items()}
-            throughput.write_scalars(named, int(evaluation["iteration"]))
-            _record(
-                args, int(evaluation["iteration"]), evaluation["set"], {"loss": float(evaluation["loss"])} | scalars
-            )
+            iteration = int(evaluation["iteration"])
+            throughput.write_scalars(named, iteration)
+            if scalars:  # a language model's
+                _record(args, iteration, evaluation["set"], {"loss": float(evaluation["loss"])} | scalars)
         message = message if args.verbose else evaluation_line(message, scalars)
     elif STEP.fullmatch(message.rstrip()):
         assert rates is not None, "training_log sets them first"
