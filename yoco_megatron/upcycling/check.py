@@ -5,6 +5,7 @@ layers get their K,V from their own inputs here: what a YOCO changes on purpose,
 self-decoder's output, is no error of a layer. Weights are loaded layer by layer.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,13 @@ def layer_errors(teacher: Teacher, student: Source, dtype: torch.dtype = torch.f
     own = config.num_self_decoder_layers
     length = min(LENGTH, smallest_window(teacher, config) or LENGTH)
     tokens = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    yoco = unloaded(student, dtype).model
+    shared_kv = {name: student.load(name) for name in student.dtypes if name.startswith("model.shared_kv.")}
+
+    def load(name: str) -> Tensor:
+        """Every cross layer asks for the shared K,V, which are made of many tensors."""
+        return shared_kv[name] if name in shared_kv else student.load(name)
+
+    yoco = unloaded(replace(student, load=load), dtype).model
     positions = torch.arange(length)[None]
     readers = (config.num_hidden_layers - own) // config.shared_kv_sets
     found: list[float] = []

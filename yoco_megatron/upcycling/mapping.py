@@ -133,8 +133,8 @@ def _shared(config: YocoConfig, rule: str, projection: str) -> Recipe:
     names = tuple(f"model.layers.{i}.{tensor}.weight" for layers in sets for i in layers for tensor in tensors)
 
     def make(*read: Tensor) -> Tensor:
-        wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in read]
-        folded = torch.stack([weight * norm for weight, norm in zip(wide[::2], wide[1::2])])
+        wide = torch.promote_types(read[1].dtype, torch.float32)
+        folded = torch.stack([weight * norm.to(wide) for weight, norm in zip(read[::2], read[1::2])])
         of_sets = folded.unflatten(0, (len(sets), -1)).mean(1)
         return of_sets.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
 

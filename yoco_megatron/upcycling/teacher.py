@@ -43,10 +43,9 @@ class Teacher:
     @property
     def rope_scaling(self) -> dict[str, Any]:
         """How its low frequencies are divided, as the fields of these names in YOCOConfig and YocoConfig."""
-        scaled = self.config.rope_parameters.get("rope_type", "default") != "default"
-        return {"use_rope_scaling": scaled} | (
-            {"rope_scaling_factor": self.config.rope_parameters["factor"]} if scaled else {}
-        )
+        rope = self.config.rope_parameters
+        scaled = rope.get("rope_type") == "llama3"
+        return {"use_rope_scaling": scaled} | ({"rope_scaling_factor": rope["factor"]} if scaled else {})
 
     @property
     def window(self) -> int | None:
