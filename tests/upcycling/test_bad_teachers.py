@@ -51,6 +51,12 @@ def test_good_one_is_taken(teacher):
         run(teacher)
 
 
+def test_windows_that_are_gone(tmp_path):
+    save_teacher("mistral", tmp_path / "teacher", sliding_window=4)
+    table = run(tmp_path / "teacher")
+    assert "exact up to 4 tokens" in table and "the teacher's windows of 4 are gone" in table
+
+
 @pytest.mark.parametrize(
     ("family", "why"),
     [

@@ -54,6 +54,19 @@ def test_limit_is_the_teacher(family, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [8, 7])
+def test_windows_of_the_teacher(window, tmp_path):
+    """The lower half of a teacher with windows of 8 is that of a YOCO with windows of 8, however long the text."""
+    teacher = save_teacher("mistral", tmp_path, sliding_window=8)
+    assert open_teacher(str(tmp_path)).window == 8
+    yoco, found = unloaded(made(tmp_path, window=window), torch.float64), []
+    yoco.model.cross_layers[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    yoco(TOKENS, use_cache=False)
+    wanted = teacher.double()(TOKENS, output_hidden_states=True).hidden_states[3]
+    assert (relative_error(found[0], wanted) < TOLERANCE) == (window == 8)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("sets", "rule"), [(1, "last"), (3, "first"), (1, "first"), (1, "mean")])
 def test_teacher_whose_upper_layers_get_the_border(sets, rule, tmp_path):
     """All but the last layer of the upper half add nothing: K,V from the border are then the last layer's own."""
