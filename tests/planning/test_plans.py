@@ -16,7 +16,7 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_seconds
 from yoco_megatron.planning import flags, report
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
-from yoco_megatron.planning.run import Site, goodput, plan_run
+from yoco_megatron.planning.run import Site, goodput, plan_run, restart_budget
 from yoco_megatron.planning.search import ERROR, search, settings
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +212,9 @@ def test_published_interval():
     between = 3600 / (3.4e-5 * 1024)
     every = math.sqrt(2 * 30 * between)
     assert every / 60 == pytest.approx(41.6, abs=0.1)
-    assert goodput(between, 30, 600, every) == pytest.approx(0.970, abs=5e-4)
+    productive = goodput(between, 30, 600, every)
+    assert productive == pytest.approx(0.970, abs=5e-4)
+    assert restart_budget(between, 30, productive) == pytest.approx(600)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recompu
 from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
+EXCHANGED = 4  # with several chunks a rank, on their way: one sent and one received, forward and backward
 BETWEEN_STEPS = ("weights", "gradients", "optimizer")
 
 
@@ -186,7 +187,9 @@ def _memory(
             layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
             behind = max(count - recomputed for count, recomputed in counts) * plain[kind]
             peak = max(peak, layer + gradient - free - behind)
-    return Memory(parts | {"loss and layer in backward": peak})
+    sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
+    crossing = e * (tokens * shape.hidden_size / split + sets * arrived_kv) if len(chunks) > 1 else 0.0
+    return Memory(parts | {"loss and layer in backward": peak, "crossing stages": EXCHANGED * crossing})
 
 
 def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:

@@ -21,6 +21,7 @@ attention with --keep-cross-attention; it does not gather the shared K,V again.
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from yoco_megatron.costs.shape import ModelShape
@@ -79,12 +80,17 @@ def cross_attention_bytes_of_run(args: Namespace, shape: ModelShape) -> dict[str
     )
 
 
+def queries_are_less(received: Mapping[str, float]) -> bool:
+    """What --cp-cross-attention auto decides by, where queries can travel at all."""
+    return received["queries"] < received["keys"]
+
+
 def travelling(args: Namespace, shape: ModelShape) -> str:
-    """keys or queries, as --cp-cross-attention says; auto: what is fewer bytes."""
+    """keys or queries, on a GPU that can do both (model/cross_decoder/travelling_queries.py)."""
     if shape.num_queries is None or args.cp_cross_attention == "keys":
         return "keys"
-    sizes = cross_attention_bytes_of_run(args, shape)
-    return "queries" if args.cp_cross_attention == "queries" else min(sizes, key=sizes.__getitem__)
+    queries = args.cp_cross_attention == "queries" or queries_are_less(cross_attention_bytes_of_run(args, shape))
+    return "queries" if queries else "keys"
 
 
 def received_bytes(

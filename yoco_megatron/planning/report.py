@@ -7,11 +7,12 @@ from yoco_megatron.costs.memory import GIB
 from yoco_megatron.costs.shape import parameter_count
 from yoco_megatron.costs.stage_time import stage_parameters
 from yoco_megatron.planning.mesh import FILL, Plan
-from yoco_megatron.planning.run import DAY, RunPlan, Site
+from yoco_megatron.planning.run import DAY, RunPlan, Site, restart_budget
 from yoco_megatron.planning.search import ERROR, Found
 from yoco_megatron.utils.text_table import aligned
 
 SENT = ("tensor", "context", "pipeline", "data")
+GOODPUTS = (0.90, 0.95, 0.98)  # for which a run's restart budget is told
 NOT_MEASURED = "context parallelism over nodes, which no run of ours has measured"
 
 
@@ -144,6 +145,11 @@ def run_report(plan: Plan, run: RunPlan, site: Site, tokens: int, corpus: int | 
         ("lost to saves", f"{site.save_stall / run.save_every:.1%}"),
         ("lost work", f"{run.save_every / 2 / run.mean_time_between_failures:.1%}"),
         ("lost to restarts", f"{site.restart / run.mean_time_between_failures:.1%}"),
+        *(
+            (f"restart budget for {wanted:.0%}, seconds", f"{budget:,.0f}" if budget > 0 else "none: save faster")
+            for wanted in GOODPUTS
+            for budget in [restart_budget(run.mean_time_between_failures, site.save_stall, wanted)]
+        ),
         ("data, TB at 4 bytes a token", f"{tokens * 4 / 1e12:,.1f}"),
     ]
     if corpus:

@@ -79,6 +79,13 @@ def goodput(between_failures: float, stall: float, restart: float, save_every: f
     return 1 - stall / save_every - (save_every / 2 + restart) / between_failures
 
 
+def restart_budget(between_failures: float, stall: float, wanted: float) -> float:
+    """Seconds from a failure to the next new step that leave a goodput of `wanted`, saving as often as is best;
+    negative where saves and lost work alone take more."""
+    every = math.sqrt(2 * stall * between_failures)
+    return (1 - wanted - stall / every) * between_failures - every / 2
+
+
 def plan_run(plan: Plan, tokens: int, site: Site) -> RunPlan:
     """Of `tokens` in all.
 

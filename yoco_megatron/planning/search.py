@@ -14,7 +14,8 @@ from yoco_megatron.planning.flags import set_padded_vocab_size
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
 from yoco_megatron.utils.errors import require
 
-# Median error of the step's time on measured rows (tests/costs/test_measured.py): plans nearer than that are equal.
+# A little more than the median error of the step's time on measured rows (tests/costs/test_measured.py): plans nearer
+# than that are equal.
 ERROR = 0.04
 FINALISTS = 8  # cut again by the planner, which takes a tenth of a second each
 SIZES = (1, 2, 4, 8, 16, 32, 64)

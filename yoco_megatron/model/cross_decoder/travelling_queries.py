@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yoco_megatron.costs.traffic import cross_attention_bytes, recomputes_cross_attention
+from yoco_megatron.costs.traffic import cross_attention_bytes, queries_are_less, recomputes_cross_attention
 from yoco_megatron.model.cross_decoder import attention_in_parts
 from yoco_megatron.model.cross_decoder.attention_in_parts import Part, heads_first, sequence_first
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
@@ -52,8 +52,7 @@ def queries_travel(config: Any, ranks: int, length: int, runs: Runs, device: tor
             f"(here {multiple}): use auto",
         )
         return True
-    received = received_by_cross_attention(config, ranks, length, runs)
-    return supported and received["queries"] < received["keys"]
+    return supported and queries_are_less(received_by_cross_attention(config, ranks, length, runs))
 
 
 def received_by_cross_attention(config: Any, ranks: int, length: int, runs: Runs) -> dict[str, float]:
