@@ -1,6 +1,7 @@
 """Make Megatron run on this machine. Imports nothing of Megatron before it must."""
 
 import functools
+import logging
 import os
 import warnings
 
@@ -24,6 +25,7 @@ def prepare() -> None:
         from yoco_megatron.runtime import cpu
 
         cpu.install()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set", category=UserWarning)
     from yoco_megatron import upstream
 
