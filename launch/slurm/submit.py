@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -158,8 +158,16 @@ def seconds_of(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def check_container(options: argparse.Namespace) -> list[Path] | None:
-    """Folders of this machine that the container will have; None: there is no container.
+class Mount(NamedTuple):
+    """A folder of the nodes, and where the container will have it."""
+
+    source: Path
+    target: Path
+    flags: str = ""
+
+
+def check_container(options: argparse.Namespace) -> list[Mount] | None:
+    """What the container will have; None: there is no container.
 
     Raises:
         ValueError: mounts without an image, or that pyxis would not take.
@@ -173,29 +181,60 @@ def check_container(options: argparse.Namespace) -> list[Path] | None:
         for path in (str(ROOT), options.run_folder):
             if set(path) & set(",:"):
                 raise ValueError(f"{path} holds a comma or a colon, which mounts cannot: name other folders")
-        return [ROOT, Path(options.run_folder)]
+        return [Mount(folder, folder) for folder in (ROOT, Path(options.run_folder))]
     for mount in mounts.split(","):
         if not re.fullmatch(r"/[^:]*:/[^:]*(:[a-z+-]+)?", mount):
             raise ValueError(f"--container-mounts (container: mounts) {mount!r}: write /SOURCE:/TARGET[:FLAGS],...")
-    return [Path(mount.partition(":")[0]) for mount in mounts.split(",")]
+    parts = [mount.split(":") for mount in mounts.split(",")]
+    return [Mount(Path(source), Path(target), "".join(flags)) for source, target, *flags in parts]
 
 
-def not_mounted(args: argparse.Namespace, cluster: dict[str, Any], run: str, mounted: list[Path]) -> list[str]:
+def container_warnings(
+    options: argparse.Namespace,
+    cluster: dict[str, Any],
+    train_args: list[str],
+    args: argparse.Namespace,
+    mounts: list[Mount],
+) -> list[str]:
+    """What is likely to be missing in the job's container, seen from outside."""
+    lines = [
+        f"the container will not have {path}: see --container-mounts, and python of the settings"
+        for path in not_mounted(args, train_args, cluster, options.run_folder, mounts)
+    ]
+    new = Path(options.run_folder)  # made at submission
+    sources = [mount.source for mount in mounts if mount.source != new and not mount.source.exists()]
+    lines += [f"this machine has no {source}, which is to be mounted: the nodes must" for source in sources]
+    image = options.container_image
+    if image.startswith("/") and not Path(image).exists():
+        lines.append(f"this machine has no image {image}: the nodes must")
+    inside = [mount for mount in mounts if new.is_relative_to(mount.target)]
+    if inside and "ro" in re.split(r"[+,]", max(inside, key=lambda mount: len(mount.target.parts)).flags):
+        lines.append(f"the container cannot write to {new}, which is mounted read-only (ro)")
+    return lines
+
+
+def not_mounted(
+    args: argparse.Namespace, train_args: list[str], cluster: dict[str, Any], run: str, mounts: list[Mount]
+) -> list[str]:
     """What the job reads or writes and its container will not have; of Pythons, one of this machine alone."""
     data = [word for words in (args.data_path, args.train_data_path, args.valid_data_path) for word in words or ()]
     files = [run, str(ROOT), args.tokenizer_model, args.load, args.save, args.data_cache_path, args.data_args_path]
     files += data if "python" in cluster else [*data, sys.executable]
+    # Configs, and whatever else is named in full.
+    files += [
+        word for arg in train_args for word in arg.split("=", 1) if Path(word).is_absolute() or Path(word).is_file()
+    ]
     paths = {Path(file).absolute() for file in files if file and "/" in file and "://" not in file}
-    return sorted(str(path) for path in paths if not any(path.is_relative_to(folder) for folder in mounted))
+    return sorted(str(path) for path in paths if not any(path.is_relative_to(mount.target) for mount in mounts))
 
 
 def check(
-    options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str], mounted: list[Path] | None
+    options: argparse.Namespace, cluster: dict[str, Any], train_args: list[str], mounts: list[Mount] | None
 ) -> tuple[str, dict[str, str]]:
     """The plan as text, and the environment that it asks for.
 
     Args:
-        mounted: of `check_container`.
+        mounts: of `check_container`.
     Raises:
         ValueError: what would make the job fail at its start.
     """
@@ -236,8 +275,9 @@ def check(
         )
     if limit and memory.total > 0.9 * limit * GIB:
         lines.append(f"WARNING: that is close to or above {limit} GiB: see --recompute-granularity, --micro-batch-size")
-    for path in [] if mounted is None else not_mounted(args, cluster, options.run_folder, mounted):
-        lines.append(f"WARNING: the container will not have {path}: see --container-mounts, and python of the settings")
+    if mounts is not None:
+        warnings = container_warnings(options, cluster, train_args, args, mounts)
+        lines += [f"WARNING: {warning}" for warning in warnings]
     if args.save_interval is None:
         raise ValueError("--save-interval is missing: a node failure would lose everything since the start")
     return "\n".join(lines), launch_environment(cluster.get("gpu", "hopper"), args, options.run_folder)
@@ -257,9 +297,9 @@ def render(options: argparse.Namespace, cluster: dict[str, Any], environment: di
         "open-mode": "append",
         "requeue": True,
     }
-    if cluster.get("gpu", "hopper") != "none":
-        header["gpus-per-node"] = per_node
-    header |= {name: value for name, value in cluster.get("sbatch", {}).items() if value is not False}
+    site = {} if cluster.get("gpu", "hopper") == "none" else {"gpus-per-node": per_node}
+    site |= cluster.get("sbatch", {})
+    header |= {name: value for name, value in site.items() if value is not False}
     header |= {name: value for name in ("partition", "account", "qos") if (value := getattr(options, name))}
     header |= options.sbatch
     directives = [
@@ -315,10 +355,10 @@ def main(argv: list[str]) -> int:
     sbatch.check_environment(dict(os.environ))
     options.container_image = options.container_image or cluster.get("container", {}).get("image", "")
     options.container_mounts = options.container_mounts or cluster.get("container", {}).get("mounts", "")
-    mounted = check_container(options)
+    mounts = check_container(options)
     if not options.dry_run and shutil.which("sbatch") is None:
         raise ValueError("no sbatch on this machine: submit where SLURM is, or add --dry-run to see the script")
-    text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args, mounted)
+    text, environment = ("not checked", {}) if options.no_check else check(options, cluster, train_args, mounts)
     script = render(options, cluster, environment)
     print(text)
     if options.dry_run:

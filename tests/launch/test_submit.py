@@ -111,7 +111,51 @@ def test_what_a_container_lacks_is_in_the_plan(tmp_path):
     assert [line for line in done.stdout.splitlines() if "WARNING: the container" in line] == [
         "WARNING: the container will not have /elsewhere/cache: see --container-mounts, and python of the settings"
     ]
-    assert "the container will not have" not in submit(*words, "--container-mounts", "/:/").stdout
+    assert "WARNING: the container" not in submit(*words, "--container-mounts", "/:/").stdout
+
+
+@pytest.mark.parametrize(
+    ("mounts", "warning"),
+    [
+        (
+            "{tmp}:/elsewhere",
+            "the container will not have {tmp}/cache",
+        ),  # a path of the container counts, not one outside
+        ("{tmp}:{tmp},/:/", None),
+        ("/:/,{tmp}/none:/none", "this machine has no {tmp}/none, which is to be mounted"),
+        ("/:/:ro", "the container cannot write to {tmp}/run, which is mounted read-only"),
+        ("/:/:ro,{tmp}:{tmp}:rw", None),
+    ],
+)
+def test_mounts_that_do_not_give_what_the_job_needs(tmp_path, mounts, warning):
+    (tmp_path / "image.sqsh").touch()
+    cluster = {"gpu": "none", "gpus-per-node": 1, "python": "/usr/bin/python3"}
+    (tmp_path / "site.yaml").write_text(json.dumps(cluster))
+    words = ["--cluster", str(tmp_path / "site.yaml"), "--run-folder", str(tmp_path / "run"), *FLAGS]
+    words += ["--container-image", str(tmp_path / "image.sqsh"), "--data-cache-path", str(tmp_path / "cache")]
+    done = submit(*words, "--container-mounts", mounts.format(tmp=tmp_path))
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if "WARNING: " in line and "close to" not in line]
+    assert any(warning.format(tmp=tmp_path) in line for line in warnings) if warning else not warnings
+    (tmp_path / "image.sqsh").unlink()
+    assert "this machine has no image" in submit(*words, "--container-mounts", "/:/").stdout
+
+
+def test_configs_must_be_mounted(tmp_path):
+    """The job reads them, too."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("lr-decay-style: cosine\n")
+    words = ["--config", str(config), *FLAGS, "--container-image", "x"]
+    run = tmp_path / "run"
+    mounts = f"{ROOT}:{ROOT},{run}:{run}"
+    assert f"will not have {config}" in submit(*words, "--container-mounts", mounts).stdout
+
+
+def test_gpus_as_gres(tmp_path):
+    settings = {"gpu": "hopper", "sbatch": {"gpus-per-node": False, "gres": "gpu:h100:8"}}
+    (tmp_path / "site.yaml").write_text(json.dumps(settings))
+    script = submit("--no-check", "--cluster", str(tmp_path / "site.yaml"), *FLAGS).stdout
+    assert "#SBATCH --gres=gpu:h100:8\n" in script and "#SBATCH --gpus-per-node" not in script
 
 
 def test_container_only_when_named():
