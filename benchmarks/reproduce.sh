@@ -70,6 +70,7 @@ for part in "$@"; do
         run loss_positions --length 32768 --batch-tokens 65536 --steps 5 --keep --models GPT gated_retention "$exact"
         run loss_positions --layers 8 --steps 6 --rounds 1 --recompute selective --keep --models gated_retention sliding_window ;;
     answers) python3 benchmarks/packed_answers.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
+    planned4) run planned_meshes --gpus 4 ;;
     suffix4) run loss_positions --meshes CP4 --models gated_retention --keep --batch-tokens 131072 --steps 5 --rounds 1 --travels keys queries ;;
     suffixmillion4) run loss_positions --length 1048576 --meshes TP2xCP2 --models gated_retention --keep --positions loss --travels keys queries --steps 4 --rounds 1 --rotary-base 80000000 --loss-chunk-size 4096 --timeout 300 --yoco-flags=--mlp-chunks-for-training=16 ;;
     *) echo "reproduce.sh: error: no part '$part'; see the cases in it" >&2 && exit 2 ;;
