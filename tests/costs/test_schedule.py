@@ -1,10 +1,12 @@
 """The pipeline's schedule, against the known figures of equal stages and against bounds of unequal ones."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from yoco_megatron.costs.schedule import about_waiting_seconds, pipeline_seconds, waiting_seconds
+from yoco_megatron.costs.schedule import _order, about_waiting_seconds, pipeline_seconds, waiting_seconds
 
 
 @pytest.mark.parametrize(("ranks", "chunks", "microbatches"), [(2, 1, 1), (4, 1, 8), (4, 1, 3), (4, 2, 8), (3, 5, 12)])
@@ -43,3 +45,20 @@ def test_chunks_of_different_lengths_wait_for_each_other():
     equal = waiting_seconds([1.0, 1.0, 1.0, 1.0], 2, 8, 1 / 3)
     turned = waiting_seconds([1.5, 0.5, 0.5, 1.5], 2, 8, 1 / 3)
     assert equal == pytest.approx(1.0) and turned > 2.0
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 3, 8), (2, 2, 2)])
+def test_passes_come_in_megatrons_order(ranks, chunks, microbatches):
+    """How many warm up, and which chunk and micro-batch each forward pass is of, by Megatron's own functions."""
+    for rank in range(ranks):
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        virtual = chunks if chunks > 1 else None
+        communicator = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        _, _, warm_up, _ = get_pp_rank_microbatches(microbatches, chunks, ranks, p2p_communicator=communicator)
+        order = _order(rank, ranks, chunks, microbatches)
+        first_backward = next(at for at, (forward, *_) in enumerate(order) if not forward)
+        assert first_backward == min(warm_up + 1, microbatches * chunks)
+        forwards = [(batch, chunk) for forward, chunk, batch in order if forward]
+        assert forwards == get_schedule_table(microbatches, chunks, ranks)
+        backwards = [(batch, chunks - 1 - chunk) for forward, chunk, batch in order if not forward]
+        assert backwards == forwards

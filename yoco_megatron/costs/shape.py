@@ -134,7 +134,7 @@ def layer_linear_values(shape: ModelShape) -> dict[str, int]:
     attention = 2 * (d + queries)
     if shape.architecture == "transformer":
         return {"decoder": attention + shape.kv_width + ffn}
-    outputs = sum(rows for rows, _ in shape.mixer.tensors(shape).values())
+    outputs = shape.mixer.matmul_parameters(shape) // d  # all of its matrices read or write the hidden states
     return {"self_decoder": outputs + 2 * d + ffn, "cross_decoder": attention + ffn}
 
 
