@@ -26,7 +26,9 @@ class GatedRetention(nn.Module, MambaBase):
     def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
         super().__init__()
         if vllm.speculative_config is not None:
-            raise ValueError("speculative decoding rejects tokens, and a retention state cannot forget them: leave it")
+            raise ValueError(
+                "--speculative-config: a retention state cannot forget the tokens that are rejected; remove it"
+            )
         h, heads = config.hidden_size, config.self_decoder_heads
         width = h // heads
         self.prefix, self.config, self.own_heads = prefix, config, share(heads, "self-decoder heads")
