@@ -195,8 +195,8 @@ def test_a_command_line_that_is_taken(more):
 
 def test_what_only_plain_torch_reads_past_is_found_on_the_machine():
     """A login node without Transformer Engine takes it: the machine that trains may have it."""
-    args = arguments.parse([*TINY_BASELINE, "--transformer-impl", "local", "--qk-layernorm"])
-    with pytest.raises(ValueError, match="--qk-layernorm has no effect"):
+    args = arguments.parse([*TINY_BASELINE, "--transformer-impl", "local", "--qk-l2-norm"])
+    with pytest.raises(ValueError, match="--qk-l2-norm has no effect"):
         checks.check_machine(args)
 
 

@@ -34,6 +34,7 @@ UNTIED = ["--untie-embeddings-and-output-weights"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--self-decoder-query-groups", "2"]
 TWO_SETS = ["--shared-kv-sets", "2"]
+QK_NORM = ["--qk-layernorm", "--add-qkv-bias"]
 # name -> (processes, flags)
 RUNS = {
     "TP1, retention, tied": (1, []),
@@ -42,6 +43,8 @@ RUNS = {
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
     "TP1, windows, untied, fp32": (1, [*WINDOWS, *UNTIED]),
+    "TP2, windows, two sets of K,V, QK-norm and biases": (2, [*TP2, *WINDOWS, *TWO_SETS, *QK_NORM]),
+    "TP1, retention, QK-norm and biases": (1, QK_NORM),
     "PP2 of two chunks each, retention, tied": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "CP2, windows, tied": (2, ["--context-parallel-size", "2", *WINDOWS]),
     "DP2, distributed optimizer, retention, untied": (2, ["--use-distributed-optimizer", *UNTIED]),
@@ -280,6 +283,8 @@ UNUSUAL = {
     "num-query-groups": 3,
     "kv-channels": 10,
     "shared-kv-sets": 2,
+    "qk-layernorm": True,
+    "add-qkv-bias": True,
     "self-decoder": "sliding_window",
     "self-decoder-heads": 4,
     "self-decoder-query-groups": 2,
@@ -362,6 +367,8 @@ def test_fla_and_back(trained, tmp_path):
     for other, what in (
         ({"self_decoder": "sliding_window"}, "self-decoder of the kind sliding_window"),
         ({"num_hidden_layers": 4, "shared_kv_sets": 2}, "second set of shared K,V"),
+        ({"qk_norm": True}, "norm of the shared K"),
+        ({"qkv_bias": True}, "bias of the shared K,V"),
     ):
         with pytest.raises(ValueError, match=f"its YOCOForCausalLM has no {what}"):
             config_fields.to_fla(YocoConfig(**other))

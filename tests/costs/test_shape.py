@@ -1,8 +1,10 @@
 """Parameter counts against the paper's: YOCO-3B (App. D) and the scaling table (App. E)."""
 
 from argparse import Namespace
+from dataclasses import fields
 
 import pytest
+from support.models import VOCAB, build, tiny_config
 
 from yoco_megatron.costs.flops import forward_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, body_parameters, parameter_count
@@ -77,6 +79,21 @@ def test_yoco_3b_part_by_part():
     assert parameter_count(shape(**YOCO_3B, shared_kv_sets=13))["shared_kv"] == 13 * 2 * d * kv + d
     assert count["cross_decoder"] == 13 * (2 * d * d + 3 * d * F + 2 * d)
     assert count["final_norm"] == d
+
+
+def test_parameters_are_those_of_a_model_that_is_built(one_process):
+    """With norms of queries and keys, and biases, where there is softmax attention; the same count is the planner's."""
+    for kind in ("gated_retention", "sliding_window"):
+        sizes = dict(self_decoder=kind, shared_kv_sets=2, self_decoder_heads=4, kv_channels=12)
+        for more in ({}, {"qk_layernorm": True}, {"add_qkv_bias": True}, {"qk_layernorm": True, "add_qkv_bias": True}):
+            model = build(tiny_config(**sizes, **more))
+            c = model.config
+            names = [field.name for field in fields(ModelShape) if hasattr(c, field.name)]
+            ours = ModelShape(
+                padded_vocab_size=VOCAB, seq_length=8, tied=False, **{name: getattr(c, name) for name in names}
+            )
+            built = sum(p.numel() for p in model.parameters())
+            assert sum(parameter_count(ours).values()) == built, (kind, more)
 
 
 @pytest.mark.parametrize("size", SCALING)

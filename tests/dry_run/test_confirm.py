@@ -105,6 +105,11 @@ def test_states_and_flops_are_held_against_the_formulas(of_16):
     assert "bytes of optimizer, the formulas say" in problems(state_bytes=states)[0]
 
 
+def test_norms_of_queries_and_keys_and_biases():
+    more = ["--self-decoder", "sliding_window", "--qk-layernorm", "--add-qkv-bias"]
+    assert spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 2))[0].problems == []
+
+
 def test_queries_travel_between_ranks():
     """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""
     flags = ["--context-parallel-size", "2", "--loss-suffix", "8", "--cp-cross-attention", "queries"]

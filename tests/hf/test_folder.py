@@ -59,6 +59,8 @@ def saved(request, tmp_path_factory) -> tuple[YocoForCausalLM, Path]:
         request.param,
         sliding_window=6,
         shared_kv_sets={"sliding_window": 2}.get(request.param, 1),
+        qk_norm=request.param == "sliding_window",
+        qkv_bias=request.param == "sliding_window",
         pad_token_id=0,
         auto_map={
             "AutoConfig": "configuration_yoco.YocoConfig",

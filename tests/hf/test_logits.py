@@ -58,7 +58,7 @@ def test_attention_implementations(kind: str, implementation: str, generator: to
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients(kind: str, sets: int, reentrant: bool, generator: torch.Generator) -> None:
     """Loss and gradients equal the trainer's, plain and with gradient checkpointing."""
-    ours = build(tiny_config(self_decoder=kind, shared_kv_sets=sets))
+    ours = build(tiny_config(self_decoder=kind, shared_kv_sets=sets, qk_layernorm=sets > 1, add_qkv_bias=sets > 1))
     tokens, _ = random_batch(generator)
     model = twin(ours).train()
     ours(tokens[:, :-1], labels=tokens[:, 1:].contiguous()).mean().backward()

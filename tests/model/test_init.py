@@ -149,7 +149,7 @@ def whole_weights(overrides: dict, tied: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 @pytest.mark.parametrize(("law", "tied"), [("yoco", False), ("yoco", True), ("megatron", False)])
 def test_tensor_parallelism_does_not_change_the_model(law, tied, kind):
-    overrides = {"self_decoder": kind, "init_law": law}
+    overrides = {"self_decoder": kind, "init_law": law, "qk_layernorm": tied, "add_qkv_bias": tied}
     (one,) = run_world(1, whole_weights, overrides, tied)
     for rank_weights in run_world(4, whole_weights, overrides, tied, tp=4):
         assert rank_weights.keys() == one.keys()

@@ -49,6 +49,12 @@ CASES = {
     "another eps": {"layernorm_epsilon": 1e-2},
     "two sets of K,V": {"num_self_decoder_layers": 0, "shared_kv_sets": 2},
     "a set of K,V for each layer": dict(**SLIDING, shared_kv_sets=2),
+    "QK-norm, retention": {"qk_layernorm": True},
+    "QK-norm, biases, sliding window": dict(**SLIDING, qk_layernorm=True, add_qkv_bias=True),
+    "QK-norm, biases, two sets of K,V": dict(
+        **SLIDING, self_decoder_query_groups=2, shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True
+    ),
+    "biases, retention, two sets of K,V": dict(shared_kv_sets=2, add_qkv_bias=True),
 }
 
 

@@ -21,6 +21,7 @@ FLOAT64 = dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
 SP = dict(sequence_parallel=True)
+QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
 PP1 = "EttttttttL"
 
 # name -> (layout of 8 layers, cross-decoder from layer 4 on, pipeline ranks, tensor parallel, context parallel, config)
@@ -39,6 +40,7 @@ FULL = {
     "PP2 CP2 VP2 recompute full": ("Ett|tt|tt|ttL", 2, 1, 2, FULL_RECOMPUTE),
     "PP2 CP2 VP2 recompute all but attention": ("Ett|tt|tt|ttL", 2, 1, 2, STORED_ATTENTION),
     "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
+    "TP2 CP2 SP QK-norm and biases": (PP1, 1, 2, 2, SP | QK_NORM),
 }
 WINDOWS = {"short": 5, "long": 17, "longest": 100}
 
@@ -83,7 +85,7 @@ def check(mesh: str, model: dict, documents: bool, one_process) -> None:
         cp=cp,
         vp=vp if vp > 1 else None,
     )
-    model = model | {name: value for name, value in overrides.items() if name == "shared_kv_sets"}
+    model = model | {name: value for name, value in overrides.items() if name in ("shared_kv_sets", *QK_NORM)}
     compare(results, one_process(model, documents), TOLERANCE[model.get("params_dtype", torch.float32)])
 
 

@@ -12,6 +12,7 @@ from support.worlds import run_world
 
 LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
+QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)  # another model, not another way to compute it
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
@@ -33,6 +34,14 @@ MESHES = {
     "TP4 SP loss in chunks": (4, 4, False, dict(loss_chunk_size=17, sequence_parallel=True)),
     "TP2 SP loss of all tokens at once": (2, 2, False, dict(loss_chunk_size=0, sequence_parallel=True)),
     "TP2 SP recompute selective": (2, 2, False, dict(sequence_parallel=True, **SELECTIVE)),
+    "TP2 QK-norm and biases": (2, 2, False, QK_NORM),
+    "TP2 SP QK-norm and biases, recompute full": (
+        2,
+        2,
+        False,
+        dict(sequence_parallel=True, **QK_NORM, **FULL_RECOMPUTE),
+    ),
+    "DP2 distributed optimizer, QK-norm and biases": (2, 1, True, QK_NORM),
 }
 
 
@@ -41,10 +50,11 @@ def one_process_step():
     """The reference for each model, computed once."""
     done: dict = {}
 
-    def step(kind: str, tied: bool) -> dict[str, torch.Tensor]:
-        if (kind, tied) not in done:
-            done[kind, tied] = run_world(1, train_step, dict(self_decoder=kind), tied)[0]
-        return done[kind, tied]
+    def step(kind: str, tied: bool, **model: bool) -> dict[str, torch.Tensor]:
+        key = kind, tied, *model
+        if key not in done:
+            done[key] = run_world(1, train_step, dict(self_decoder=kind, **model), tied)[0]
+        return done[key]
 
     return step
 
@@ -64,7 +74,9 @@ def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
     tied = tp == 1  # tied and untied heads both go through the list
     results = run_world(processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp)
     for result in results:
-        compare(result, one_process_step(kind, tied))
+        compare(
+            result, one_process_step(kind, tied, **{name: overrides[name] for name in QK_NORM if name in overrides})
+        )
 
 
 def test_the_comparison_can_fail(one_process_step) -> None:

@@ -26,7 +26,7 @@ QUICK = {
     "PP4 two sets of K,V, one of which passes a stage": ("Etttt|t|tt|tL", 4, 1, dict(shared_kv_sets=2)),
 }
 # What changes the model, not only how it is computed.
-OF_THE_MODEL = ("self_decoder", "num_self_decoder_layers", "shared_kv_sets")
+OF_THE_MODEL = ("self_decoder", "num_self_decoder_layers", "shared_kv_sets", "qk_layernorm", "add_qkv_bias")
 FULL = {
     "PP4 uneven": ("Et|ttttt|t|tL", 4, 1, {}),
     "PP4 embedding and head alone": ("E|ttttt|ttt|L", 4, 1, {}),
@@ -42,6 +42,12 @@ FULL = {
     "PP4 split 3:1": ("Ett|tt|tt|ttL", 4, 1, dict(num_self_decoder_layers=6)),
     "PP2 VP4 a set of K,V for each layer": ("Et|t|t|t|t|t|t|tL", 2, 1, dict(shared_kv_sets=4)),
     "TP2 PP2 SP two sets of K,V": ("Ett|ttttttL", 2, 2, dict(sequence_parallel=True, shared_kv_sets=2)),
+    "PP4 two sets of K,V, QK-norm and biases": (
+        "Etttt|t|tt|tL",
+        4,
+        1,
+        dict(shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True),
+    ),
 }
 DOCUMENTS = {
     "PP4": ("Ett|tt|tt|ttL", 4, 1, {}),

@@ -97,9 +97,15 @@ def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
     return (silu(x @ w[f"{name}.gate"].T) * y) @ w[f"{name}.out"].T
 
 
+def projected(x: Tensor, w: Weights, name: str, number: int, sizes: Sizes) -> Tensor:
+    """Queries, keys or values of so many heads: with a bias and a norm over each head's width where `w` has them."""
+    y = heads(x @ w[name].T + w.get(f"{name}.bias", 0.0), number)
+    return rms(y, sizes.eps) * w[f"{name}.norm"] if f"{name}.norm" in w else y
+
+
 def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
-    q = heads(x @ w[f"{name}.q"].T, sizes.self_heads)
-    k, v = (heads(x @ w[f"{name}.{m}"].T, sizes.self_groups) for m in "kv")
+    q = projected(x, w, f"{name}.q", sizes.self_heads, sizes)
+    k, v = (projected(x, w, f"{name}.{m}", sizes.self_groups, sizes) for m in "kv")
     return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T
 
 
@@ -122,9 +128,9 @@ def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
     readers = (sizes.num_layers - sizes.num_self_decoder_layers) // sizes.kv_sets
     for layer in range(sizes.num_self_decoder_layers, sizes.num_layers):
         of = (layer - sizes.num_self_decoder_layers) // readers
-        k, v = (heads(normed @ w[f"kv.{of}.{m}"].T, sizes.groups) for m in "kv")
+        k, v = (projected(normed, w, f"kv.{of}.{m}", sizes.groups, sizes) for m in "kv")
         k = rope(k, sizes)
-        q = rope(heads((rms(x, sizes.eps) * w[f"{layer}.norm"]) @ w[f"{layer}.q"].T, sizes.heads), sizes)
+        q = rope(projected(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}.q", sizes.heads, sizes), sizes)
         x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
     return (rms(x, sizes.eps) * w["final_norm"]) @ w.get("head", w["embedding"]).T
@@ -148,13 +154,27 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
         of_group = matrix.unflatten(0, (groups, sum(parts), -1))
         return [part.flatten(0, 2) for part in of_group.split(parts, dim=1)]
 
+    def attention_weights(fused: str, names: list[str], groups: int, parts: list[int]) -> Weights:
+        """Matrices by their names, and their biases, which some models have."""
+        found = dict(zip(names, split(state[f"{fused}.weight"], groups, parts)))
+        if (bias := state.get(f"{fused}.bias")) is not None:
+            of_matrices = split(bias[:, None], groups, parts)
+            found |= {f"{name}.bias": part[:, 0] for name, part in zip(names, of_matrices)}
+        return found
+
+    def norm_weight(module: str, name: str) -> Weights:
+        """That of queries or keys, which some models have."""
+        weight = state.get(f"{module}.weight")
+        return {} if weight is None else {f"{name}.norm": weight}
+
     w = {"embedding": state["embedding.word_embeddings.weight"], "final_norm": state["final_layernorm.weight"]}
     if "output_layer.weight" in state:
         w["head"] = state["output_layer.weight"]
     w["kv.norm"] = state["decoder.shared_kv.layernorm.weight"]
-    kv = split(state["decoder.shared_kv.linear_kv.weight"], sizes.groups, [1, 1] * sizes.kv_sets)
+    names = [f"kv.{of}.{m}" for of in range(sizes.kv_sets) for m in "kv"]
+    w |= attention_weights("decoder.shared_kv.linear_kv", names, sizes.groups, [1, 1] * sizes.kv_sets)
     for of in range(sizes.kv_sets):
-        w[f"kv.{of}.k"], w[f"kv.{of}.v"] = kv[2 * of : 2 * of + 2]
+        w |= norm_weight(f"decoder.shared_kv.k_layernorm.{of}", f"kv.{of}.k")
     for layer in range(sizes.num_layers):
         ours = f"decoder.layers.{layer}."
         own_name = (
@@ -167,14 +187,19 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
         w[f"{layer}.c"] = state[f"{ours}mlp.linear_fc2.weight"]
         w[f"{layer}.out"] = state[f"{mixer}linear_proj.weight"]
         if layer >= sizes.num_self_decoder_layers:
-            matrices = {"q": state[f"{mixer}linear_q.weight"]}
+            matrices = {}
+            w |= attention_weights(f"{mixer}linear_q", [f"{layer}.q"], 1, [1])
+            w |= norm_weight(f"{mixer}q_layernorm", f"{layer}.q")
         elif sizes.self_decoder == "gated_retention":
             parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
             matrices = dict(zip(("q", "k", "v", "gate"), parts)) | {"decay": state[f"{mixer}linear_decay.weight"]}
         else:
             assert sizes.self_decoder == "sliding_window", "write the reference of this mixer here"
             queries = sizes.self_heads // sizes.self_groups
-            parts = split(state[f"{mixer}linear_qkv.weight"], sizes.self_groups, [queries, 1, 1])
-            matrices = dict(zip("qkv", parts))
+            matrices = {}
+            names = [f"{layer}.{m}" for m in "qkv"]
+            w |= attention_weights(f"{mixer}linear_qkv", names, sizes.self_groups, [queries, 1, 1])
+            for m in "qk":
+                w |= norm_weight(f"{mixer}{m}_layernorm", f"{layer}.{m}")
         w |= {f"{layer}.{name}": matrix for name, matrix in matrices.items()}
     return w

@@ -52,6 +52,7 @@ FIELDS = dict(
     layer_spec="support.toy_mixer:layer_spec",
     init_law="yoco_megatron.model.init:default_law",
     init_name="causal_mean",
+    is_softmax_attention=False,
     separates_documents=False,
     matmul_parameters=lambda sizes: 2 * sizes.hidden_size**2,
     mixing_flops=lambda sizes: 0.0,

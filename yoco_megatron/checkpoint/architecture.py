@@ -21,7 +21,7 @@ FILE_NAME = "architecture.json"
 ROPE_SCALING = {"use_rope_scaling": False, "rope_scaling_factor": 8.0}
 SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "decay_temperature")
 # What older versions did not write, and how it was.
-ALWAYS_WAS = {"shared_kv_sets": 1, **ROPE_SCALING}
+ALWAYS_WAS = {"shared_kv_sets": 1, "qk_layernorm": False, "add_qkv_bias": False, **ROPE_SCALING}
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"

@@ -24,6 +24,8 @@ SAME = {
     "num_key_value_heads": "num_query_groups",
     "head_dim": "kv_channels",
     "shared_kv_sets": "shared_kv_sets",
+    "qk_norm": "qk_layernorm",
+    "qkv_bias": "add_qkv_bias",
     "self_decoder": "self_decoder",
     "self_decoder_heads": "self_decoder_heads",
     "self_decoder_key_value_heads": "self_decoder_query_groups",
@@ -188,6 +190,8 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
         "scaled RoPE": config.use_rope_scaling,
+        "norm of the shared K": config.qk_norm,
+        "bias of the shared K,V": config.qkv_bias,
         "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads
         != config.hidden_size,
     }

@@ -62,6 +62,8 @@ def model_card(source: Source, dtype: str) -> str:
         "self-decoder heads": str(config.self_decoder_heads),
         "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
         "shared K,V sets": str(config.shared_kv_sets),
+        **({"queries and keys": "RMSNorm of each head before RoPE, in softmax attention"} if config.qk_norm else {}),
+        **({"biases": "of queries, keys and values, in softmax attention"} if config.qkv_bias else {}),
         "vocabulary": f"{config.vocab_size:,} rows",
         "RoPE": f"base {config.rope_theta:g}, {config.rope_variant} frequencies"
         + (f", low ones divided by {config.rope_scaling_factor:g}" if config.use_rope_scaling else ""),

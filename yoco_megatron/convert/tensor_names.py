@@ -22,21 +22,38 @@ def shapes(config: Any) -> dict[str, Shape]:
     """
     h, ffn, split_layer = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
     q, kv = config.num_attention_heads * config.head_dim, _kv_heads_of_all_sets(config) * config.head_dim
-    self_mixer = get_mixer(config.self_decoder).tensors(sizes(config))
+    mixer = get_mixer(config.self_decoder)
+    self_tensors = {f"{name}.weight": shape for name, shape in mixer.tensors(sizes(config)).items()}
+    if mixer.is_softmax_attention:
+        norms = dict.fromkeys(("q_norm", "k_norm"), config.self_decoder_head_dim)
+        self_tensors = _of_attention(config, mixer.tensors(sizes(config)), norms)
+    cross_tensors = _of_attention(config, {"q_proj": (q, h), "o_proj": (h, q)}, {"q_norm": config.head_dim})
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers):
         if index == split_layer:
-            kv_shapes: dict[str, Shape] = {"norm": (h,), "k_proj": (kv, h), "v_proj": (kv, h)}
-            found |= {f"model.shared_kv.{name}.weight": shape for name, shape in kv_shapes.items()}
-        mixer: dict[str, Shape] = {"q_proj": (q, h), "o_proj": (h, q)} if index >= split_layer else self_mixer
+            found["model.shared_kv.norm.weight"] = (h,)
+            norms = {f"k_norm.{number}": config.head_dim for number in range(config.shared_kv_sets)}
+            of_kv = _of_attention(config, {"k_proj": (kv, h), "v_proj": (kv, h)}, norms)
+            found |= {f"model.shared_kv.{name}": shape for name, shape in of_kv.items()}
+        layer: dict[str, Shape] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
+        tensors = cross_tensors if index >= split_layer else self_tensors
+        layer |= {f"mixer.{name}": shape for name, shape in tensors.items()}
         mlp = {"gate_proj": (ffn, h), "up_proj": (ffn, h), "down_proj": (h, ffn)}
-        layer: dict[str, Shape] = {"input_layernorm": (h,), "post_attention_layernorm": (h,)}
-        layer |= {f"mixer.{name}": shape for name, shape in mixer.items()}
-        layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
-        found |= {f"{layer_name(config, index)}{name}.weight": shape for name, shape in layer.items()}
+        layer |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
+        found |= {f"{layer_name(config, index)}{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (h,)
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, h)
+    return found
+
+
+def _of_attention(config: Any, matrices: dict[str, Shape], norms: dict[str, int]) -> dict[str, Shape]:
+    """All tensors of softmax attention, from its matrices and the widths of its norms."""
+    found = {f"{name}.weight": shape for name, shape in matrices.items()}
+    if config.qkv_bias:
+        found |= {f"{name}.bias": (rows,) for name, (rows, *_) in matrices.items() if name != "o_proj"}
+    if config.qk_norm:
+        found |= {f"{name}.weight": (width,) for name, width in norms.items()}
     return found
 
 
@@ -82,26 +99,35 @@ def megatron(config: Any) -> list[Fused]:
         ours, theirs = layer_name(config, index), f"decoder.layers.{index}."
 
         def add(name: str, *names: str, groups: int = 1, parts: Shape = (1,), ours=ours, theirs=theirs) -> None:
-            entries.append(Fused(f"{theirs}{name}", tuple(f"{ours}{n}.weight" for n in names), groups, parts))
+            end = ".bias" if name.endswith(".bias") else ".weight"
+            entries.append(Fused(f"{theirs}{name}", tuple(f"{ours}{n}{end}" for n in names), groups, parts))
 
         cross = index >= config.num_self_decoder_layers
         fused = [FusedMatrix("linear_q", ("q_proj",))] if cross else mixer.fused(sizes(config))
         fused_norm = "linear_q" if cross else mixer.fused_norm
+        is_attention = cross or mixer.is_softmax_attention
         norm = f"self_attention.{fused_norm}.layer_norm_weight" if fused_norm else "input_layernorm.weight"
         add(norm, "input_layernorm")
         for matrix in fused:
             names = [f"mixer.{name}" for name in matrix.names]
-            add(f"self_attention.{matrix.name}.weight", *names, groups=matrix.groups, parts=matrix.parts)
+            for end in ("weight", "bias") if config.qkv_bias and is_attention else ("weight",):
+                add(f"self_attention.{matrix.name}.{end}", *names, groups=matrix.groups, parts=matrix.parts)
+        if config.qk_norm and is_attention:
+            add("self_attention.q_layernorm.weight", "mixer.q_norm")
+        if config.qk_norm and is_attention and not cross:
+            add("self_attention.k_layernorm.weight", "mixer.k_norm")
         add("self_attention.linear_proj.weight", "mixer.o_proj")
         add("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm")
         add("mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj", parts=(1, 1))
         add("mlp.linear_fc2.weight", "mlp.down_proj")
-    kv = ("model.shared_kv.k_proj.weight", "model.shared_kv.v_proj.weight")
-    entries += [
-        Fused("decoder.shared_kv.linear_kv.layer_norm_weight", ("model.shared_kv.norm.weight",)),
-        Fused("decoder.shared_kv.linear_kv.weight", kv, _kv_heads_of_all_sets(config), (1, 1)),
-        Fused("final_layernorm.weight", ("model.norm.weight",)),
-    ]
+    ours, theirs = "model.shared_kv.", "decoder.shared_kv."
+    entries.append(Fused(f"{theirs}linear_kv.layer_norm_weight", (f"{ours}norm.weight",)))
+    for end in ("weight", "bias") if config.qkv_bias else ("weight",):
+        kv = (f"{ours}k_proj.{end}", f"{ours}v_proj.{end}")
+        entries.append(Fused(f"{theirs}linear_kv.{end}", kv, _kv_heads_of_all_sets(config), (1, 1)))
+    for number in range(config.shared_kv_sets if config.qk_norm else 0):
+        entries.append(Fused(f"{theirs}k_layernorm.{number}.weight", (f"{ours}k_norm.{number}.weight",)))
+    entries.append(Fused("final_layernorm.weight", ("model.norm.weight",)))
     if not config.tie_word_embeddings:
         entries.append(Fused("output_layer.weight", ("lm_head.weight",)))
     return entries

@@ -8,6 +8,7 @@ In a step each layer stores what its backward pass reads (e bytes a value, h hid
     input, two norms' outputs, input of the FFN   4 h e
     FFN: gate, up, their product                  3 F e
     mixer                                         its record's; cross attention 2 H D e + 4 H: queries, outputs, sums
+    --qk-layernorm                                D e + 4 for each head of queries and keys of softmax attention
     full recompute                                its input h e, and what --keep-cross-attention stores
 
 Behind the shared K,V only the positions that are computed count. Each set of K,V that a stage reads is stored once, of
@@ -152,6 +153,7 @@ def _memory(
     plain = {kind: positions[kind] * _stored_whole(args, shape, kind, split) for kind in kinds}
     again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
+    normed_k = shape.shared_kv_sets * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
 
     def of_chunk(chunk: Parts, sets: range) -> dict[str, float]:
@@ -163,7 +165,7 @@ def _memory(
             recomputed = recomputed_layers(args, count)
             layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
         return layers | {
-            "shared K,V": 2 * e * tokens * shape.hidden_size / split * chunk.get("shared_kv", 0)
+            "shared K,V": tokens * (2 * e * shape.hidden_size / split + normed_k / tp) * chunk.get("shared_kv", 0)
             + e * (len(sets) * read_kv + arrived * arrived_kv),
             "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
         }
@@ -235,10 +237,19 @@ def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
     """A token of a layer stores for what mixes tokens, before tensor parallelism."""
     e, heads = _bytes_of_a_value(args), shape.num_attention_heads
     if kind == "self_decoder":
-        return shape.mixer.stored_bytes(shape, e)
+        own_heads = shape.self_decoder_heads + shape.self_decoder_query_groups
+        normed = _normed(shape, e, own_heads, shape.self_decoder_head_dim) if shape.mixer.is_softmax_attention else 0
+        return shape.mixer.stored_bytes(shape, e) + normed
     queries = e * heads * shape.kv_channels
-    attention = 2 * queries + 4 * heads
-    return attention + (e * shape.kv_width if kind == "decoder" else _lays_out(args) * queries)
+    attention = 2 * queries + 4 * heads + _normed(shape, e, heads, shape.kv_channels)
+    if kind == "decoder":
+        return attention + e * shape.kv_width + _normed(shape, e, shape.num_query_groups, shape.kv_channels)
+    return attention + _lays_out(args) * queries
+
+
+def _normed(shape: ModelShape, bytes_per_value: int, heads: int, width: int) -> float:
+    """A token of the norm of so many heads of queries or keys stores: its input, and an fp32 figure a head."""
+    return shape.qk_layernorm * heads * (bytes_per_value * width + 4)
 
 
 def _stored_for_recompute(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:

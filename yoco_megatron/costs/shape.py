@@ -1,7 +1,7 @@
 """`ModelShape`: the sizes that decide parameters, FLOPs and memory, without a model, a mesh or a GPU.
 
 Planner, FLOP counter and tests read sizes from here, so that they agree with each other. The counts (paper
-2405.05254 section 2 and the authors' code, which has no biases; d hidden, F FFN width, h query heads and g
+2405.05254 section 2 and the authors' code; d hidden, F FFN width, h query heads and g
 K,V heads of width D, V vocabulary):
 
     self layer    its mixer's (`mixers`) + 3 d F + 2 d
@@ -10,6 +10,9 @@ K,V heads of width D, V vocabulary):
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
     final norm    d
     embedding     V d, and the output layer another V d unless tied
+
+and of softmax attention, with --qk-layernorm D for its queries and D for its keys (those of each set of shared K,V),
+with --add-qkv-bias one for each row of its q, k, v.
 """
 
 from argparse import Namespace
@@ -52,6 +55,10 @@ class ModelShape:
     """The output layer is the embedding matrix."""
     shared_kv_sets: int = 1
     """K,V that groups of cross-decoder layers share; `num_query_groups` and `kv_channels` are those of each."""
+    qk_layernorm: bool = False
+    """Softmax attention has a norm of its queries and one of its keys, over the width of a head."""
+    add_qkv_bias: bool = False
+    """Its projections to queries, keys and values have biases."""
     num_queries: int | None = None
     """Last positions of a sequence that the cross-decoder and the head compute (--loss-suffix); None for all."""
 
@@ -138,6 +145,24 @@ def layer_linear_values(shape: ModelShape) -> dict[str, int]:
     return {"self_decoder": outputs + 2 * d + ffn, "cross_decoder": attention + ffn}
 
 
+def layer_vectors(shape: ModelShape) -> dict[str, int]:
+    """Weights of the norms, and biases, of one layer of each kind of `layer_matmul_parameters`."""
+    d, queries, width = shape.hidden_size, shape.num_attention_heads * shape.kv_channels, shape.kv_channels
+
+    def of_attention(query_values: int, kv_values: int, norms: int) -> int:
+        return shape.add_qkv_bias * (query_values + kv_values) + shape.qk_layernorm * norms
+
+    if shape.architecture == "transformer":
+        return {"decoder": 2 * d + of_attention(queries, shape.kv_width, 2 * width)}
+    own_kv = 2 * shape.self_decoder_query_groups * shape.self_decoder_head_dim
+    own = of_attention(d, own_kv, 2 * shape.self_decoder_head_dim) if shape.mixer.is_softmax_attention else 0
+    return {
+        "self_decoder": 2 * d + own,
+        "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),
+        "cross_decoder": 2 * d + of_attention(queries, 0, width),
+    }
+
+
 def parameter_count(shape: ModelShape) -> dict[str, int]:
     """Parameters of each part of the model; the parts add up to the whole, padded vocabulary included.
 
@@ -146,16 +171,14 @@ def parameter_count(shape: ModelShape) -> dict[str, int]:
     Raises ValueError if the vocabulary size is not known yet.
     """
     d = shape.hidden_size
-    matmul = layer_matmul_parameters(shape)
+    matmul, vectors = layer_matmul_parameters(shape), layer_vectors(shape)
     embedding = shape.vocab_rows * d
     if shape.architecture == "transformer":
-        layers = {"decoder": shape.num_layers * (matmul["decoder"] + 2 * d)}
+        counts = {"decoder": shape.num_layers}
     else:
-        layers = {
-            "self_decoder": shape.num_self_decoder_layers * (matmul["self_decoder"] + 2 * d),
-            "shared_kv": matmul["shared_kv"] + d,
-            "cross_decoder": shape.num_cross_decoder_layers * (matmul["cross_decoder"] + 2 * d),
-        }
+        own, cross = shape.num_self_decoder_layers, shape.num_cross_decoder_layers
+        counts = {"self_decoder": own, "shared_kv": 1, "cross_decoder": cross}
+    layers = {kind: count * (matmul[kind] + vectors[kind]) for kind, count in counts.items()}
     return {"embedding": embedding, **layers, "final_norm": d, "output_layer": 0 if shape.tied else embedding}
 
 

@@ -71,6 +71,8 @@ def teacher_config(student: YOCOConfig, teacher: Teacher, window: int) -> YOCOCo
         self_decoder_query_groups=groups,
         self_decoder_window=window,
         layernorm_epsilon=sizes.rms_norm_eps,
+        qk_layernorm=False,
+        add_qkv_bias=False,
         rope_variant="standard",
         rotary_interleaved=False,
         **teacher.rope_scaling,

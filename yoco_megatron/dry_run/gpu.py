@@ -147,11 +147,13 @@ class _Rotate(torch.autograd.Function):
 def _gpt_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's layer with Transformer Engine (get_gpt_layer_with_transformer_engine_spec)."""
     layers = Layers()
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.transformer.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = NormLinear, layers.row_parallel_linear()
     attention.core_attention = layers.core_attention()
+    if config.transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = layers.layer_norm()
     layer.submodules.mlp = get_mlp_module_spec_for_backend(layers)
     count = get_num_layers_to_build(config.transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=layers.layer_norm())

@@ -25,7 +25,7 @@ Group = dist.ProcessGroup
 
 
 class Linear(MegatronModule):
-    """Column- or row-parallel linear without a bias, behind a norm of its own where `with_norm`.
+    """Column- or row-parallel linear, behind a norm of its own where `with_norm`.
 
     Attributes:
         save_original_input: FP8: keep the input itself, because others keep it anyway (Megatron sets it).
@@ -34,13 +34,21 @@ class Linear(MegatronModule):
     column = True
     with_norm = False
 
-    def __init__(self, input_size: int, output_size: int, *, config: YOCOConfig, tp_group: Group, **_: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: YOCOConfig, tp_group: Group, bias: bool = False, **_: Any
+    ) -> None:
         super().__init__(config=config)
         tp = tp_group.size()
         shape = (output_size // tp, input_size) if self.column else (output_size, input_size // tp)
         weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
         weight.tensor_model_parallel, weight.partition_stride = tp > 1, 1
         weight.partition_dim = 0 if self.column else 1
+        self.bias: Any = None
+        if bias:
+            assert self.column, "biases of row-parallel layers are not built"
+            self.bias = torch.nn.Parameter(torch.zeros(shape[0], dtype=config.params_dtype))
+            self.bias.tensor_model_parallel, self.bias.partition_stride = tp > 1, 1
+            self.bias.partition_dim = 0
         self.weight, self.tp_group, self.save_original_input = weight, tp_group, False
         self.sequence_parallel = config.sequence_parallel and tp > 1
         self.in_fp8: Tensor | None = None
@@ -53,7 +61,8 @@ class Linear(MegatronModule):
         """[s, b, in] -> ([s, b, out], no bias)."""
         if self.config.fp8 and self.in_fp8 is None:  # the weight twice: as it is, and transposed for backward
             self.in_fp8 = self.weight.new_empty(2, *self.weight.shape, dtype=torch.uint8)
-        return _Linear.apply(x, self.weight, self.layer_norm_weight, self), None
+        y = _Linear.apply(x, self.weight, self.layer_norm_weight, self)
+        return y if self.bias is None else _AddBias.apply(y, self.bias), None
 
     def backward_dw(self) -> None:
         """Nothing is delayed."""
@@ -63,9 +72,25 @@ class Linear(MegatronModule):
         state = {"weight": self.weight}
         if self.with_norm:
             state["layer_norm_weight"] = self.layer_norm_weight
-        cut = {"weight": self.weight.partition_dim}
+        if self.bias is not None:
+            state["bias"] = self.bias
+        cut = {"weight": self.weight.partition_dim, "bias": 0}
         groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
         return make_sharded_tensors_for_checkpoint(state, prefix, cut, sharded_offsets, **groups)
+
+
+class _AddBias(torch.autograd.Function):
+    """Inside the product's kernel: no new tensor, nothing kept but the bias."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.empty_like(ctx.saved_tensors[0])
 
 
 class RowLinear(Linear):

@@ -50,6 +50,9 @@ class YocoConfig(PreTrainedConfig):
     self-decoder has `self_decoder_heads` heads of width hidden_size / self_decoder_heads, and, with a sliding window,
     `self_decoder_key_value_heads`. `sliding_window` counts the keys that a query sees, itself included.
 
+    `qk_norm` normalises the heads of queries and keys before RoPE, `qkv_bias` gives projections to q, k, v biases: in
+    softmax attention, which gated retention is not.
+
     Of `shared_kv_sets` K,V each is read by equally many neighbouring cross-decoder layers; the paper has one.
 
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
@@ -92,6 +95,8 @@ class YocoConfig(PreTrainedConfig):
     self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
     shared_kv_sets: int = 1
+    qk_norm: bool = False
+    qkv_bias: bool = False
     decay_temperature: float | int = 16.0
     rope_theta: float | int = 10000.0
     rope_variant: str = "yoco"

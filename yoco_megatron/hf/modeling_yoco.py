@@ -69,6 +69,11 @@ class YocoRMSNorm(nn.Module):
         return y if self.weight is None else self.weight * y
 
 
+def head_norm(config: YocoConfig, head_dim: int) -> nn.Module:
+    """The norm of queries or keys, over the width of a head, if the model has it."""
+    return YocoRMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+
 class YocoRotaryEmbedding(nn.Module):
     """Sines and cosines [b, s, D/2], fp32, for heads of one width."""
 
@@ -268,11 +273,12 @@ class YocoAttention(nn.Module):
         self.scaling = head_dim**-0.5
         self.num_key_value_groups = heads // groups
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+        self.q_norm = head_norm(config, head_dim)
 
     def query(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return rotate(split_heads(self.q_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
+        return rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotary, self.config.rope_interleaved)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -293,12 +299,14 @@ class YocoSlidingAttention(YocoAttention):
         heads, groups = config.self_decoder_heads, config.self_decoder_key_value_heads
         super().__init__(config, layer_idx, heads, groups, config.self_decoder_head_dim)
         self.sliding_window = config.sliding_window
-        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.qkv_bias)
+        self.k_norm = head_norm(config, self.head_dim)
 
     def forward(self, x, rotary, mask, past_key_values: Cache | None = None, documents=None, **kwargs):
         q = self.query(x, rotary)
-        k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
+        k = self.k_norm(split_heads(self.k_proj(x), self.head_dim))
+        k = rotate(k, rotary, self.config.rope_interleaved)
         v = split_heads(self.v_proj(x), self.head_dim)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -358,14 +366,17 @@ class YocoSharedKV(nn.Module):
         self.layer_indices = [i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store"]
         width = config.num_key_value_heads * config.shared_kv_sets * self.head_dim
         self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_norm = nn.ModuleList(head_norm(config, self.head_dim) for _ in self.layer_indices)
 
     def forward(self, x, rotary, past_key_values: Cache | None = None) -> list[tuple]:
         x, sets = self.norm(x), len(self.layer_indices)
-        k = rotate(split_heads(self.k_proj(x), self.head_dim), rotary, self.config.rope_interleaved)
-        v = split_heads(self.v_proj(x), self.head_dim)
-        pairs = [(k[:, i::sets], v[:, i::sets]) for i in range(sets)]
+        k, v = (split_heads(projection(x), self.head_dim) for projection in (self.k_proj, self.v_proj))
+        pairs = [
+            (rotate(norm(k[:, i::sets]), rotary, self.config.rope_interleaved), v[:, i::sets])
+            for i, norm in enumerate(self.k_norm)
+        ]
         if past_key_values is None:
             return pairs
         return [past_key_values.update(*pair, index) for pair, index in zip(pairs, self.layer_indices)]

@@ -77,6 +77,7 @@ GATED_RETENTION = Mixer(
     layer_spec="yoco_megatron.model.self_decoder.gated_retention:layer_spec",
     init_law="yoco_megatron.model.self_decoder.gated_retention:init_law",
     init_name="retention",
+    is_softmax_attention=False,
     separates_documents=True,
     matmul_parameters=matmul_parameters,
     mixing_flops=mixing_flops,

@@ -65,6 +65,10 @@ class Mixer:
     init_name: str
     """What initialisation calls the mixer in a parameter's global name, from which its random numbers come."""
 
+    is_softmax_attention: bool
+    """Queries and keys meet in a softmax: --qk-layernorm and --add-qkv-bias, made for it, apply (`model.layers.norm`'s
+    `head_norm`, `model.layers.projections`)."""
+
     separates_documents: bool
     """Nothing of a packed document reaches another one (`SequenceShard.folded_document_ids`)."""
 

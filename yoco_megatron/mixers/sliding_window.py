@@ -61,6 +61,7 @@ SLIDING_WINDOW = Mixer(
     layer_spec="yoco_megatron.model.self_decoder.sliding_window:layer_spec",
     init_law="yoco_megatron.model.init:default_law",
     init_name="self_attention",
+    is_softmax_attention=True,
     separates_documents=True,
     matmul_parameters=matmul_parameters,
     mixing_flops=mixing_flops,

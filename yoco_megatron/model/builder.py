@@ -134,10 +134,13 @@ def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupColl
 
 def local_gpt_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """GPT layers in plain torch that also know sequence parallelism (Megatron's local norm refuses it)."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.transformer.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = TorchAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = StandaloneRMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config.transformer, vp_stage), layer_norm=StandaloneRMSNorm
     )

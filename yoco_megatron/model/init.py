@@ -10,6 +10,7 @@ The laws (authors' code; no scaling with depth anywhere):
     mixer of the self-decoder   its record's (`mixers`)
     every other matrix          U(-a, a), a = fan_in^-1/2
     norms                       1
+    biases                      0
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from torch import Tensor
 from yoco_megatron.mixers import get_mixer
 
 Law = Callable[[Tensor, torch.Generator], Tensor]
+BIASES = ("linear_qkv.bias", "linear_q.bias", "linear_kv.bias")  # --add-qkv-bias
 LawOf = Callable[[str, torch.Size], Law | None]
 
 
@@ -107,6 +109,8 @@ def initialize(model: torch.nn.Module, config: TransformerConfig, seed: int, law
         for name, param in named_parameters(model):
             if param.dim() == 1 and "norm" in name:
                 param.fill_(1.0)
+            elif name.endswith(BIASES):
+                param.zero_()
             else:
                 _assign(param, _draw(name, param, choose, seed, tp_rank, tp))
 

@@ -76,6 +76,7 @@ def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
         module=SharedKVAttention,
         submodules=SharedKVAttentionSubmodules(
             linear_q=linear_q,
+            q_norm=backend.layer_norm(rms_norm=True, for_qk=True),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
         ),
@@ -86,4 +87,4 @@ def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
 def shared_kv(backend: BackendSpecProvider) -> SharedKVSubmodules:
     """The projection to the one K,V, with its own norm."""
     norm, linear_kv = norm_and_linear(backend)
-    return SharedKVSubmodules(linear_kv=linear_kv, layernorm=norm)
+    return SharedKVSubmodules(linear_kv, backend.layer_norm(rms_norm=True, for_qk=True), layernorm=norm)

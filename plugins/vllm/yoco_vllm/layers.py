@@ -52,8 +52,10 @@ class Rotary(nn.Module):
             frequencies *= unchanged + (1 - unchanged) / config.rope_scaling_factor
         self.register_buffer("inv_freq", frequencies.float(), persistent=False)
 
-    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
-        """positions [t], x [t, heads * head_dim] -> rotated x, in its dtype."""
+    def forward(self, positions: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """positions [t], x [t, heads * head_dim] -> x, its heads normalised by `norm`, and rotated, in its dtype."""
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2)
         angles = positions[:, None, None].float() * self.inv_freq.float()
         cos, sin = angles.cos(), angles.sin()
         wide = x.float().unflatten(-1, (-1, self.head_dim))
@@ -64,6 +66,16 @@ class Rotary(nn.Module):
             a, b = wide.chunk(2, dim=-1)
             y = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
         return y.flatten(-2).to(x.dtype)
+
+
+def head_norm(config, head_dim: int) -> nn.Module | None:
+    """The norm of queries or keys, over the width of a head, if the model has it."""
+    return RMSNorm(head_dim, eps=config.rms_norm_eps) if getattr(config, "qk_norm", False) else None
+
+
+def has_qkv_bias(config) -> bool:
+    """Whether the projections to queries, keys and values have biases."""
+    return getattr(config, "qkv_bias", False)
 
 
 class KVWriter(Attention):
@@ -94,11 +106,10 @@ class SlidingAttention(nn.Module):
         self.rotary = Rotary(config, width)
         own_heads, own_groups = share(heads, "self-decoder heads"), share(groups, "self-decoder K,V heads")
         self.sizes = [own_heads * width, own_groups * width, own_groups * width]
-        common = {"bias": False, "quant_config": vllm.quant_config}
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, width, heads, groups, prefix=f"{prefix}.qkv_proj", **common
-        )
-        self.o_proj = RowParallelLinear(heads * width, config.hidden_size, prefix=f"{prefix}.o_proj", **common)
+        h, common, bias = config.hidden_size, {"quant_config": vllm.quant_config}, has_qkv_bias(config)
+        self.qkv_proj = QKVParallelLinear(h, width, heads, groups, bias=bias, prefix=f"{prefix}.qkv_proj", **common)
+        self.o_proj = RowParallelLinear(heads * width, h, bias=False, prefix=f"{prefix}.o_proj", **common)
+        self.q_norm, self.k_norm = head_norm(config, width), head_norm(config, width)
         self.attn = Attention(
             own_heads,
             width,
@@ -112,7 +123,8 @@ class SlidingAttention(nn.Module):
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(x)[0].split(self.sizes, dim=-1)
-        return self.o_proj(self.attn(self.rotary(positions, q), self.rotary(positions, k), v))[0]
+        q, k = self.rotary(positions, q, self.q_norm), self.rotary(positions, k, self.k_norm)
+        return self.o_proj(self.attn(q, k, v))[0]
 
 
 class CrossAttention(nn.Module):
@@ -122,9 +134,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         heads, width = config.num_attention_heads, config.head_dim
         self.rotary = Rotary(config, width)
-        common = {"bias": False, "quant_config": vllm.quant_config}
-        self.q_proj = ColumnParallelLinear(config.hidden_size, heads * width, prefix=f"{prefix}.q_proj", **common)
-        self.o_proj = RowParallelLinear(heads * width, config.hidden_size, prefix=f"{prefix}.o_proj", **common)
+        h, common, bias = config.hidden_size, {"quant_config": vllm.quant_config}, has_qkv_bias(config)
+        self.q_proj = ColumnParallelLinear(h, heads * width, bias=bias, prefix=f"{prefix}.q_proj", **common)
+        self.o_proj = RowParallelLinear(heads * width, h, bias=False, prefix=f"{prefix}.o_proj", **common)
+        self.q_norm = head_norm(config, width)
         self.attn = Attention(
             share(heads, "attention heads"),
             width,
@@ -137,7 +150,8 @@ class CrossAttention(nn.Module):
         )
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
-        return self.o_proj(self.attn(self.rotary(positions, self.q_proj(x)[0]), None, None))[0]
+        q = self.rotary(positions, self.q_proj(x)[0], self.q_norm)
+        return self.o_proj(self.attn(q, None, None))[0]
 
 
 class SharedKV(nn.Module):
@@ -152,10 +166,11 @@ class SharedKV(nn.Module):
         self.shape = (-1, sets, width)
         self.rotary = Rotary(config, width)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        common = {"bias": False, "quant_config": vllm.quant_config}
+        common = {"bias": has_qkv_bias(config), "quant_config": vllm.quant_config}
         rows = groups * sets * width
         self.k_proj = ColumnParallelLinear(config.hidden_size, rows, prefix=f"{prefix}.k_proj", **common)
         self.v_proj = ColumnParallelLinear(config.hidden_size, rows, prefix=f"{prefix}.v_proj", **common)
+        self.k_norm = nn.ModuleList(head_norm(config, width) for _ in writers)  # None where the model has none
         self.writers = nn.ModuleList(
             KVWriter(
                 share(config.num_attention_heads, "attention heads"),
@@ -171,10 +186,9 @@ class SharedKV(nn.Module):
 
     def forward(self, positions: Tensor, x: Tensor) -> None:
         x = self.norm(x)
-        k, v = self.rotary(positions, self.k_proj(x)[0]), self.v_proj(x)[0]
-        of_sets = (t.unflatten(-1, self.shape).unbind(2) for t in (k, v))
-        for writer, k_of_set, v_of_set in zip(self.writers, *of_sets):
-            writer.write(k_of_set, v_of_set)
+        of_sets = (projection(x)[0].unflatten(-1, self.shape).unbind(2) for projection in (self.k_proj, self.v_proj))
+        for writer, norm, k, v in zip(self.writers, self.k_norm, *of_sets):
+            writer.write(self.rotary(positions, k.flatten(1), norm).view_as(v), v)
 
 
 class MLP(nn.Module):

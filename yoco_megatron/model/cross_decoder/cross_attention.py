@@ -15,6 +15,7 @@ from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
 from yoco_megatron.model.cross_decoder.travelling_queries import TravellingQueries
 from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported, zigzag_attention
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
+from yoco_megatron.model.layers.norm import head_norm
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
 from yoco_megatron.model.yoco_config import YOCOConfig
@@ -27,6 +28,7 @@ class SharedKVAttentionSubmodules:
     """The parts of cross attention: no K,V projection among them."""
 
     linear_q: type
+    q_norm: type
     core_attention: type
     linear_proj: type
 
@@ -46,8 +48,13 @@ class SharedKVAttention(ChunkedAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection, attention_type="cross", left_window=None)
         self.linear_q = input_projection(
-            submodules.linear_q, config, config.num_attention_heads * self.head_dim, pg_collection.tp
+            submodules.linear_q,
+            config,
+            config.num_attention_heads * self.head_dim,
+            pg_collection.tp,
+            bias=config.add_qkv_bias,
         )
+        self.q_layernorm = head_norm(submodules.q_norm, config)
 
     def forward(
         self,
@@ -65,7 +72,8 @@ class SharedKVAttention(ChunkedAttention):
         """
         kv_reader, shard = attention_bias, packed_seq_params
         query, _ = self.linear_q(hidden_states)
-        query = rotate(query.unflatten(-1, (-1, self.head_dim)), rotary_pos_emb, self.config)
+        query = self.q_layernorm(query.unflatten(-1, (-1, self.head_dim)))
+        query = rotate(query, rotary_pos_emb, self.config)
         core_reader = kv_reader.inside_checkpoint() if self.recompute_core and self.training else kv_reader
 
         scale = self.config.softmax_scale or self.head_dim**-0.5

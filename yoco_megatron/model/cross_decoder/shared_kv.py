@@ -1,7 +1,8 @@
 """The one K,V of the whole model (paper equation 2), or several sets of them (--shared-kv-sets).
 
 K^ = RoPE(RMSNorm_kv(X) W_K),  V^ = RMSNorm_kv(X) W_V, from the self-decoder's output X, with a norm of its own.
-Every cross-decoder layer reads the same tensor, or every layer of a group; the sets differ in W alone.
+Every cross-decoder layer reads the same tensor, or every layer of a group; the sets differ in W alone, and with
+--qk-layernorm, which normalises the heads of K before RoPE, in the weight of that norm.
 
 Shapes: s sequence, b batch, h hidden, N sets, G K,V heads of this tensor-parallel rank, D head width.
 """
@@ -14,8 +15,9 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
+from yoco_megatron.model.layers.norm import head_norm
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
 from yoco_megatron.model.yoco_config import YOCOConfig
@@ -23,9 +25,10 @@ from yoco_megatron.model.yoco_config import YOCOConfig
 
 @dataclass
 class SharedKVSubmodules:
-    """`linear_kv` and its norm, which is fused into it (`layernorm` is then the identity) or separate."""
+    """`linear_kv`, its norm, which is fused into it (`layernorm` is then the identity) or separate, and that of K."""
 
     linear_kv: type
+    k_norm: type
     layernorm: type = IdentityOp
 
 
@@ -47,16 +50,21 @@ class SharedKV(MegatronModule):
         )
         self.parts = 2 * config.shared_kv_sets
         self.linear_kv = input_projection(
-            submodules.linear_kv, config, self.parts * config.num_query_groups * self.head_dim, pg_collection.tp
+            submodules.linear_kv,
+            config,
+            self.parts * config.num_query_groups * self.head_dim,
+            pg_collection.tp,
+            bias=config.add_qkv_bias,
         )
+        self.k_layernorm = nn.ModuleList(head_norm(submodules.k_norm, config) for _ in range(config.shared_kv_sets))
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> list[Tensor]:
         """hidden_states [s, b, h], angles [s, 1 or b, 1, D] -> each set's K,V [s, b, G, 2, D], K rotated."""
         kv, _ = self.linear_kv(self.layernorm(hidden_states))
         parts_SBGD = kv.unflatten(-1, (-1, self.parts, self.head_dim)).unbind(3)
         return [
-            torch.stack((rotate(key_SBGD, rotary_pos_emb, self.config), value_SBGD), dim=3)
-            for key_SBGD, value_SBGD in zip(parts_SBGD[::2], parts_SBGD[1::2])
+            torch.stack((rotate(norm(key_SBGD), rotary_pos_emb, self.config), value_SBGD), dim=3)
+            for norm, key_SBGD, value_SBGD in zip(self.k_layernorm, parts_SBGD[::2], parts_SBGD[1::2])
         ]
 
     def sharded_state_dict(

@@ -4,6 +4,7 @@ y = x / sqrt(mean(x^2) + eps) in fp32, cast to the input's dtype, then times the
 """
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -25,7 +26,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class StandaloneRMSNorm(RMSNorm):
-    """RMSNorm in the place of Transformer Engine's standalone norm (the others are fused into a linear layer).
+    """RMSNorm in the place of Transformer Engine's standalone norm (others are fused into a linear layer).
 
     That norm saves an (empty) extra state. This one has it, too, so that checkpoints fit both, like Megatron's own
     linear layers.
@@ -36,6 +37,17 @@ class StandaloneRMSNorm(RMSNorm):
 
     def set_extra_state(self, state: object) -> None:
         """Nothing to load."""
+
+
+def head_norm(norm: type, config: TransformerConfig) -> torch.nn.Module:
+    """--qk-layernorm: RMSNorm over the width of each head, before RoPE, with one weight for all heads; or the identity.
+
+    Tensor-parallel ranks have the same weight and other heads. Megatron sums its gradient over them by the name of the
+    module, which must be q_layernorm or k_layernorm.
+    """
+    if not config.qk_layernorm:
+        return IdentityOp()
+    return norm(config=config, hidden_size=config.kv_channels, eps=config.layernorm_epsilon)
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:

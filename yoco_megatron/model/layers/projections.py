@@ -1,4 +1,4 @@
-"""The large linear layers of the mixers: heads are split over tensor-parallel ranks, and there is no bias."""
+"""The large linear layers of the mixers: heads are split over tensor-parallel ranks; --add-qkv-bias gives biases."""
 
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed import ProcessGroup
@@ -6,7 +6,9 @@ from torch.distributed import ProcessGroup
 from yoco_megatron.model.yoco_config import YOCOConfig
 
 
-def input_projection(linear: type, config: YOCOConfig, width: int, tp_group: ProcessGroup) -> MegatronModule:
+def input_projection(
+    linear: type, config: YOCOConfig, width: int, tp_group: ProcessGroup, bias: bool = False
+) -> MegatronModule:
     """Column-parallel linear from hidden states to `width` values per token; each rank holds the rows of its heads."""
     return linear(
         config.hidden_size,
@@ -14,7 +16,7 @@ def input_projection(linear: type, config: YOCOConfig, width: int, tp_group: Pro
         config=config,
         init_method=config.init_method,
         gather_output=False,
-        bias=False,
+        bias=bias,
         skip_bias_add=False,
         is_expert=False,
         tp_comm_buffer_name="qkv",

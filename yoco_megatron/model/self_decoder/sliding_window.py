@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
+from yoco_megatron.model.layers.norm import head_norm
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
 from yoco_megatron.model.specs import norm_and_linear, pre_norm_layer
@@ -25,6 +26,7 @@ class SlidingWindowSubmodules:
     """The parts of window attention."""
 
     linear_qkv: type
+    qk_norm: type
     core_attention: type
     linear_proj: type
 
@@ -60,7 +62,9 @@ class SlidingWindowAttention(ChunkedAttention):
             config,
             (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim,
             pg_collection.tp,
+            bias=config.add_qkv_bias,
         )
+        self.q_layernorm, self.k_layernorm = (head_norm(submodules.qk_norm, config) for _ in range(2))
 
     def forward(
         self,
@@ -76,8 +80,8 @@ class SlidingWindowAttention(ChunkedAttention):
         qkv, _ = self.linear_qkv(hidden_states)
         qkv = qkv.unflatten(-1, (-1, self.queries_per_group + 2, self.head_dim))
         query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
-        query = rotate(query.flatten(2, 3), rotary_pos_emb, self.config)
-        key, value = rotate(key.squeeze(3), rotary_pos_emb, self.config), value.squeeze(3)
+        query, key, value = self.q_layernorm(query.flatten(2, 3)), self.k_layernorm(key.squeeze(3)), value.squeeze(3)
+        query, key = rotate(query, rotary_pos_emb, self.config), rotate(key, rotary_pos_emb, self.config)
 
         keys_and_values: tuple[Tensor, ...] = (key, value)
         if shard.ranks > 1:
@@ -99,6 +103,7 @@ def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
         module=SlidingWindowAttention,
         submodules=SlidingWindowSubmodules(
             linear_qkv=linear_qkv,
+            qk_norm=backend.layer_norm(rms_norm=True, for_qk=True),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
         ),
