@@ -31,18 +31,23 @@ def corpus_and_tokenizer(folder: Path, text: Path | None, words: int) -> None:
         text: a folder of text files; None: the site-packages of this Python.
         words: size of the vocabulary.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    raw, corpus, sample = (folder / f"{name}.jsonl" for name in ("gathered", "corpus", "sample"))
-    tokenizer = folder / "tokenizer"
-    if not corpus.exists():
-        root = text or Path(sysconfig.get_paths()["purelib"])
-        _tool("gather_text", "--input", root, "--glob", *SOURCES, "--output", raw)
-        print(without_copies(raw, corpus), flush=True)
-        raw.unlink()
+    corpus, sample, tokenizer = folder / "corpus.jsonl", folder / "sample.jsonl", folder / "tokenizer"
+    gather(corpus, text or Path(sysconfig.get_paths()["purelib"]))
     if not (tokenizer / "tokenizer.json").exists():
         with corpus.open("rb") as source, sample.open("wb") as target:
             target.writelines(source.readlines(TOKENIZER_BYTES))
         _tool("train_tokenizer", "--input", sample, "--vocab-size", words, "--output", tokenizer)
+
+
+def gather(corpus: Path, text: Path) -> None:
+    """Write the texts below a folder to `corpus`, without copies, unless it exists."""
+    if corpus.exists():
+        return
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    raw = corpus.with_name(f"{corpus.stem}_gathered.jsonl")
+    _tool("gather_text", "--input", text, "--glob", *SOURCES, "--output", raw)
+    print(without_copies(raw, corpus), flush=True)
+    raw.unlink()
 
 
 def tokenize(corpus: Path, tokenizer: Path, prefix: Path) -> None:
