@@ -48,7 +48,7 @@ def megatron_step(cross_entropy: Callable, group: dist.ProcessGroup) -> Step:
 
 def chunked_step(chunk_size: int) -> Step:
     def step(x: Tensor, weight: Tensor, labels: Tensor, main_grad: Tensor) -> None:
-        linear_cross_entropy(x, weight, labels, chunk_size, main_grad=main_grad).sum().backward()
+        linear_cross_entropy(x, weight, labels, chunk_size, main_grad=main_grad)[0].sum().backward()
 
     return step
 

@@ -257,6 +257,7 @@ NOT_THE_FUNCTION = {
     "fp32_kv_transport": "rounding between pipeline stages",
     "retention_chunk_size": "rounding and memory",
     "loss_chunk_size": "memory of the loss",
+    "z_loss_coeff": "a term of the loss",
     "recompute_elementwise": "memory of the activations",
     "keep_cross_attention": "memory of the activations",
     "loss_suffix": "which positions are trained on",

@@ -23,21 +23,23 @@ def inputs(dtype=torch.float64, scale=1.0):
     labels = torch.randint(0, VOCAB, (N,), generator=rng)
     dloss = torch.rand(N, generator=rng, dtype=torch.float64)
     dloss[::5] = 0.0  # as a loss mask does
+    dloss = torch.stack((dloss, dloss.flip(0)))  # of the logarithms of the sums, too
     return (scale * x).to(dtype), weight.to(dtype), labels, dloss
 
 
 def plain(x, weight, labels, dloss):
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
-    loss = F.cross_entropy(x @ weight.t(), labels, reduction="none")
-    loss.backward(dloss)
-    return loss.detach(), x.grad, weight.grad
+    logits = x @ weight.t()
+    results = torch.stack((F.cross_entropy(logits, labels, reduction="none"), logits.logsumexp(1)))
+    results.backward(dloss)
+    return results.detach(), x.grad, weight.grad
 
 
 def chunked(x, weight, labels, dloss, chunk_size, group=None):
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_cross_entropy(x, weight, labels, chunk_size, group)
-    loss.backward(dloss.to(loss.dtype))
-    return loss.detach(), x.grad, weight.grad
+    results = torch.stack(linear_cross_entropy(x, weight, labels, chunk_size, group))
+    results.backward(dloss.to(results.dtype))
+    return results.detach(), x.grad, weight.grad
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 64])
@@ -71,7 +73,7 @@ def test_gradient_into_a_buffer(dtype, shared, monkeypatch):
     weight.zero_out_wgrad = shared
     before = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(2))
     buffer = before.clone()
-    linear_cross_entropy(x, weight, labels, 16, main_grad=buffer).backward(dloss.float())
+    torch.stack(linear_cross_entropy(x, weight, labels, 16, main_grad=buffer)).backward(dloss.float())
     assert len(zeros) == shared and (not shared or weight.grad.count_nonzero() == 0)
     _, dx, dweight = plain(x.detach(), weight.detach(), labels, dloss)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -96,10 +98,10 @@ def products_of_logits(monkeypatch) -> list[int]:
 @pytest.mark.parametrize(("chunk_size", "products"), [(64, [50]), (30, [25, 25, 25]), (20, [17, 17, 16, 17, 17])])
 def test_the_last_chunks_logits_are_made_once(chunk_size, products, monkeypatch):
     """Chunks are of equal size, so that the last one is not tiny. A second backward recomputes its logits."""
-    x, weight, labels, dloss = inputs()
+    x, weight, labels, (dloss, _) = inputs()
     x, weight = x.requires_grad_(), weight.requires_grad_()
     made = products_of_logits(monkeypatch)
-    loss = linear_cross_entropy(x, weight, labels, chunk_size)
+    loss, _ = linear_cross_entropy(x, weight, labels, chunk_size)
     loss.backward(dloss, retain_graph=True)
     assert made == products
     first, x.grad, weight.grad = (x.grad, weight.grad), None, None
@@ -114,7 +116,7 @@ from yoco_megatron.ops.linear_cross_entropy import torch as op
 
 def run():
     x, w = x0.clone().requires_grad_(), w0.clone().requires_grad_()
-    loss = linear_cross_entropy(x, w, labels, 32)
+    loss, _ = linear_cross_entropy(x, w, labels, 32)
     loss.sum().backward()
     return loss, x.grad, w.grad
 

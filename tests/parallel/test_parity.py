@@ -12,7 +12,10 @@ from support.worlds import run_world
 
 LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
-QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)  # another model, not another way to compute it
+QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
+Z_LOSS = dict(loss_chunk_size=17, z_loss_coeff=0.5)
+# Another function, not another way to compute it.
+OF_THE_MODEL = (*QK_NORM, "z_loss_coeff")
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
@@ -42,6 +45,8 @@ MESHES = {
         dict(sequence_parallel=True, **QK_NORM, **FULL_RECOMPUTE),
     ),
     "DP2 distributed optimizer, QK-norm and biases": (2, 1, True, QK_NORM),
+    "TP2 SP z-loss": (2, 2, False, dict(sequence_parallel=True, **Z_LOSS)),
+    "TP4 z-loss": (4, 4, False, Z_LOSS),
 }
 
 
@@ -50,7 +55,7 @@ def one_process_step():
     """The reference for each model, computed once."""
     done: dict = {}
 
-    def step(kind: str, tied: bool, **model: bool) -> dict[str, torch.Tensor]:
+    def step(kind: str, tied: bool, **model: float) -> dict[str, torch.Tensor]:
         key = kind, tied, *model
         if key not in done:
             done[key] = run_world(1, train_step, dict(self_decoder=kind, **model), tied)[0]
@@ -73,10 +78,9 @@ def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
     processes, tp, distributed_optimizer, overrides = MESHES[mesh]
     tied = tp == 1  # tied and untied heads both go through the list
     results = run_world(processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp)
+    model = {name: overrides[name] for name in OF_THE_MODEL if name in overrides}
     for result in results:
-        compare(
-            result, one_process_step(kind, tied, **{name: overrides[name] for name in QK_NORM if name in overrides})
-        )
+        compare(result, one_process_step(kind, tied, **model))
 
 
 def test_the_comparison_can_fail(one_process_step) -> None:

@@ -201,7 +201,7 @@ def heads_and_losses(sizes: Sizes) -> tuple[Callable[[], object], Callable[[], o
     group = parallel_state.get_tensor_model_parallel_group()  # of this rank alone
 
     def in_chunks() -> None:
-        linear_cross_entropy(x, weight, labels, sizes.tokens, main_grad=main_grad).sum().backward()
+        linear_cross_entropy(x, weight, labels, sizes.tokens, main_grad=main_grad)[0].sum().backward()
         x.grad = weight.grad = None
 
     def at_once() -> None:

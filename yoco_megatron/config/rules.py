@@ -108,6 +108,11 @@ def check_loss_chunk(config: Any) -> None:
         config.loss_chunk_size >= 0,
         f"--loss-chunk-size {config.loss_chunk_size} must be at least 0 (0: all tokens at once)",
     )
+    require(
+        not config.z_loss_coeff or config.loss_chunk_size > 0,
+        f"--z-loss-coeff {config.z_loss_coeff} is of the loss in chunks: set --loss-chunk-size (8192), without flags "
+        "of Megatron's own loss",
+    )
 
 
 def check_tensor_parallel(config: Any) -> None:

@@ -72,6 +72,10 @@ class YOCOFields:
     YOCO; 0, which is Megatron's own loss, for the Transformer baseline and with --fp16-lm-cross-entropy or
     --cross-entropy-loss-fusion."""
 
+    z_loss_coeff: float = 0.0
+    """Weight of the z-loss, the mean square of the logarithm of the softmax's sum, which keeps logits from drifting
+    (PaLM has 1e-4). The loss that is reported stays the cross entropy; the z-loss has a place of its own."""
+
     loss_suffix: str | None = None
     """Train on the last tokens of each sequence alone: a number of tokens, a share of the sequence, or one for each
     length (65536:0.25,262144:4096). The cross-decoder is then computed there alone (docs/masked_loss.md)."""

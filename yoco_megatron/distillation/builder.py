@@ -117,6 +117,7 @@ def check(args: Namespace, teacher: Teacher) -> None:
         f"{name} needs the loss in chunks: remove --loss-chunk-size 0, --fp16-lm-cross-entropy and "
         "--cross-entropy-loss-fusion",
     )
+    require(not args.z_loss_coeff, f"{name} has losses of its own: remove --z-loss-coeff {args.z_loss_coeff}")
     ids = get_tokenizer().vocab_size
     require(
         ids <= config.vocab_size <= args.padded_vocab_size,

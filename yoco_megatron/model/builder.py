@@ -38,6 +38,7 @@ class TransformerModelConfig(YOCOModelConfig):
 
     builder: ClassVar[str] = "yoco_megatron.model.builder.TransformerModelBuilder"
     loss_chunk_size: int = 0
+    has_z_loss: bool = False
     fuse_weight_gradients: bool = False
 
 
@@ -121,7 +122,9 @@ class TransformerModelBuilder(GPTModelBuilder):
                     f"--loss-chunk-size {config.loss_chunk_size} computes the output layer without FP8: "
                     "remove --fp8-output-proj, or set --loss-chunk-size 0"
                 )
-            ChunkedLossOutputLayer.convert(model.output_layer, config.loss_chunk_size, config.fuse_weight_gradients)
+            ChunkedLossOutputLayer.convert(
+                model.output_layer, config.loss_chunk_size, config.fuse_weight_gradients, config.has_z_loss
+            )
             model.__class__ = ChunkedLossGPTModel  # GPTModelBuilder has no door for the class
         return _initialized(model, config, pg_collection)
 
@@ -162,6 +165,7 @@ def model_config_from_args(args: Namespace) -> YOCOModelConfig:
         transformer.gradient_accumulation_fusion &= runtime.has_fused_weight_gradient()
         config = gpt_config_from_args(args, config=transformer, model_config_cls=TransformerModelConfig)
         config.loss_chunk_size, config.fuse_weight_gradients = args.loss_chunk_size, fused
+        config.has_z_loss = args.z_loss_coeff > 0
         if args.transformer_impl == "local":
             config.transformer_layer_spec = local_gpt_spec
     config.initialization, config.initialization_seed = args.init_law, args.seed

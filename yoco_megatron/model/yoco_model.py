@@ -92,7 +92,9 @@ class YOCOModel(LanguageModule):
                 tp_group=self.tp_group,
             )
             if size := config.loss_chunk_size:
-                ChunkedLossOutputLayer.convert(self.output_layer, size, config.gradient_accumulation_fusion)
+                ChunkedLossOutputLayer.convert(
+                    self.output_layer, size, config.gradient_accumulation_fusion, config.z_loss_coeff > 0
+                )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -197,7 +199,8 @@ class YOCOModel(LanguageModule):
         return hidden_states * math.sqrt(self.config.hidden_size) if self.config.scale_embedding else hidden_states
 
     def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits RMSNorm(X^L) W_vocab [b, s, vocabulary/tp], or with labels their cross entropy, fp32 [b, s]."""
+        """Logits RMSNorm(X^L) W_vocab [b, s, vocabulary/tp], or with labels their cross entropy, fp32 [b, s]
+        ([2, b, s] with the z-loss)."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         hidden_states = self.final_layernorm(hidden_states)
         if labels is not None and self.config.loss_chunk_size:

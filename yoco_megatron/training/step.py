@@ -22,7 +22,7 @@ straggler = StragglerDetector()
 def loss_terms(args: Namespace) -> dict[str, float]:
     """What the losses are that the model returns for each token, and their weights in the sum that is trained on."""
     if args.teacher is None:
-        return {"lm loss": 1.0}
+        return {"lm loss": 1.0} | ({"z loss": args.z_loss_coeff} if args.z_loss_coeff else {})
     if args.attention_transfer:
         return {"attention transfer loss": 1.0}
     return {"lm loss": 1 - args.distillation_weight, "distillation loss": args.distillation_weight}

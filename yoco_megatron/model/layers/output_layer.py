@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
@@ -20,10 +21,15 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
 
     loss_chunk_size: int
     fuse_weight_gradient: bool
+    has_z_loss: bool
 
     @classmethod
     def convert(
-        cls, layer: tensor_parallel.ColumnParallelLinear, loss_chunk_size: int, fuse_weight_gradient: bool
+        cls,
+        layer: tensor_parallel.ColumnParallelLinear,
+        loss_chunk_size: int,
+        fuse_weight_gradient: bool,
+        has_z_loss: bool = False,
     ) -> None:
         """Make an output layer that has been built one of these, in place.
 
@@ -31,10 +37,12 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
             loss_chunk_size: tokens whose logits exist at a time.
             fuse_weight_gradient: add the weight's gradient straight to the buffer that Megatron sums gradients in
                 (--gradient-accumulation-fusion, Megatron's default where Transformer Engine is).
+            has_z_loss: return the z-loss, too (--z-loss-coeff).
         """
         assert type(layer) is tensor_parallel.ColumnParallelLinear
         layer.__class__ = cls
         layer.loss_chunk_size, layer.fuse_weight_gradient = loss_chunk_size, fuse_weight_gradient
+        layer.has_z_loss = has_z_loss
 
     def forward(
         self, hidden_states: Tensor, weight: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
@@ -46,7 +54,7 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
             weight: [V/tp, h], where it is not this layer's own; labels: int64 [b, s].
             kwargs: Megatron's, without labels; with them what `losses` takes besides.
         Returns:
-            fp32 losses [b, s].
+            fp32 losses [b, s], or [terms, b, s] of several.
         """
         if labels is None:
             return super().forward(hidden_states, weight=weight, **kwargs)
@@ -62,5 +70,7 @@ class ChunkedLossOutputLayer(tensor_parallel.ColumnParallelLinear):
         return losses.unflatten(-1, rows.shape).transpose(-2, -1).contiguous()
 
     def losses(self, x: Tensor, weight: Tensor, labels: Tensor, main_grad: Tensor | None) -> Tensor:
-        """fp32 losses [N] of normalised hidden states x [N, h], the same on all tensor-parallel ranks."""
-        return linear_cross_entropy(x, weight, labels, self.loss_chunk_size, self.tp_group, main_grad)
+        """fp32 losses [N] of normalised hidden states x [N, h], the same on all tensor-parallel ranks; or [2, N], cross
+        entropy and z-loss (PaLM, arXiv 2204.02311 section 5): the square of the logarithm of the softmax's sum."""
+        losses, log_sum = linear_cross_entropy(x, weight, labels, self.loss_chunk_size, self.tp_group, main_grad)
+        return torch.stack((losses, log_sum.square())) if self.has_z_loss else losses

@@ -30,8 +30,9 @@ def linear_cross_entropy(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
     main_grad: Tensor | None = None,
-) -> Tensor:
-    """Losses [N], fp32 (float64 for float64), differentiable in x and weight.
+) -> tuple[Tensor, Tensor]:
+    """(losses, logarithms of their sums of exponentials), each [N], fp32 (float64 for float64), differentiable in x and
+    weight.
 
     Args:
         x: [N, h], the same on all ranks of `group`. Its gradient is this rank's part of a sum over `group`.
@@ -81,10 +82,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(x, weight, local_labels, log_sum)
         ctx.chunk_size, ctx.main_grad = chunk_size, main_grad
         ctx.last_logits = logits_nV if any(ctx.needs_input_grad) else None
-        return log_sum - at_label
+        return log_sum - at_label, log_sum.clone()
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, dlog_sum):
         x, weight, local_labels, log_sum = ctx.saved_tensors
         dx = torch.empty_like(x)
         total = torch.zeros_like(weight, dtype=log_sum.dtype) if ctx.main_grad is None else ctx.main_grad
@@ -93,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in reversed(_parts(len(x), ctx.chunk_size)):
             if d_nV is None:
                 d_nV = x[part] @ weight.t()
-            differentiate(d_nV, local_labels[part], log_sum[part], dloss[part])
+            differentiate(d_nV, local_labels[part], log_sum[part], dloss[part], dlog_sum[part])
             torch.mm(d_nV, weight, out=dx[part])
             _add_product(total, d_nV.t(), x[part])
             d_nV = None  # before the next one is made
@@ -111,11 +112,14 @@ def _summarize(logits_nV: Tensor, local_labels: Tensor, wide: torch.dtype) -> tu
     return logits_nV.logsumexp(1), torch.where(local_labels >= 0, at_label, 0.0)
 
 
-def _differentiate(logits_nV: Tensor, local_labels: Tensor, log_sum: Tensor, dloss: Tensor) -> None:
-    """Replace logits by their gradient, dloss (softmax - onehot)."""
+def _differentiate(
+    logits_nV: Tensor, local_labels: Tensor, log_sum: Tensor, dloss: Tensor, dlog_sum: Tensor | None = None
+) -> None:
+    """Replace logits by their gradient, dloss (softmax - onehot) + dlog_sum softmax."""
     probability = (logits_nV.to(log_sum.dtype) - log_sum[:, None]).exp()
     onehot = torch.arange(logits_nV.shape[1], device=local_labels.device) == local_labels[:, None]
-    logits_nV.copy_((probability - onehot.to(probability.dtype)) * dloss[:, None])
+    d_nV = (probability - onehot.to(probability.dtype)) * dloss[:, None]
+    logits_nV.copy_(d_nV if dlog_sum is None else d_nV + probability * dlog_sum[:, None])
 
 
 def _fused(function: Callable, on_gpu: bool) -> Callable:
