@@ -113,7 +113,7 @@ def worker(options: argparse.Namespace) -> None:
     stage = Stage(0, options.layers, post_process=False)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = YOCOModel(config, VOCABULARY, options.length, 8e7, stage=stage, pg_collection=groups)
-    initialize(model, config, 1, "yoco", 0, 1)
+    initialize(model, config, 1, "yoco", groups)
     model = model.to(runtime.device()).bfloat16().train()
     parameters = sum(param.numel() for param in model.parameters())
     tokens = torch.randint(0, VOCABULARY, (1, options.length // ranks), device=runtime.device())

@@ -119,7 +119,7 @@ def test_an_option_of_what_is_not_in_use(tiny, parser):
             assert said.startswith(f"--{flag} has no effect without --{entry.needs[0]}")
             for need in entry.needs:
                 name, *values = need.split()
-                both = given(tiny, parser, flag, ["core_attn"] if entry.values else "other")
+                both = given(tiny, parser, flag, [entry.values[0]] if entry.values else "other")
                 setattr(both, parser._option_string_actions[f"--{name}"].dest, values[0] if values else "set")
                 assert flags.refusals(both, parser, "yoco") == [], f"--{flag} with --{need}"
 

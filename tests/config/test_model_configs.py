@@ -6,7 +6,7 @@ import pytest
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
-from yoco_megatron.costs.shape import ModelShape, body_parameters, parameter_count
+from yoco_megatron.costs.shape import ModelShape, active_parameters, body_parameters, parameter_count
 from yoco_megatron.startup.parser import build_parser
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,7 +46,15 @@ def parse(parser, *names: str):
 
 def test_every_size_has_its_three_models():
     wanted = {form.format(size) for size in (*BODY, "tiny") for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")}
-    assert set(MODELS) == wanted
+    assert set(MODELS) == wanted | {"yoco_moe_tiny", "yoco_moe_3b"}
+
+
+def test_experts_have_as_many_active_parameters_as_the_model_without(parser):
+    shape, dense = (ModelShape.from_args(parse(parser, f"model/{name}")) for name in ("yoco_moe_3b", "yoco_3b"))
+    assert body_parameters(shape) / 1e9 == pytest.approx(16.5, abs=0.05)
+    routers = 25 * 64 * 3072
+    assert active_parameters(shape) == sum(parameter_count(dense).values()) + routers
+    assert shape.ffn_width("cross_decoder") == dense.ffn_hidden_size
 
 
 @pytest.mark.parametrize("size", BODY)
@@ -69,10 +77,11 @@ def test_model_file_is_complete_and_consistent(parser, name):
     assert shape.self_decoder == ("sliding_window" if name.endswith("_swa") else "gated_retention")
     assert args.max_position_embeddings == args.seq_length
     assert shape.kv_channels * shape.num_attention_heads == shape.hidden_size
-    assert shape.tied == (name.split("_")[1] not in UNTIED)
+    size = name.removeprefix("yoco_moe_").removeprefix("yoco_").removeprefix("transformer_").removesuffix("_swa")
+    assert shape.tied == (size not in UNTIED)
     assert shape.ffn_hidden_size % 64 == 0
     if shape.self_decoder == "gated_retention" and shape.architecture == "yoco":
-        width = 128 if name.split("_")[1] in UNTIED else {"yoco_tiny": 64}.get(name, 256)
+        width = 128 if size in UNTIED else {"tiny": 64}.get(size, 256)
         assert shape.self_decoder_head_dim == width
     assert args.vocab_size is None  # the tokenizer's business
 

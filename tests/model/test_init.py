@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from support.models import SELF_DECODERS, VOCAB, build, gather_whole, tiny_config
 from support.worlds import run_world
 from torch import Tensor
@@ -176,7 +177,9 @@ def test_a_parameter_without_a_law_is_refused(one_process):
     model = build(tiny_config())
     model.decoder.shared_kv.register_parameter("bias", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(ValueError, match=r"decoder\.shared_kv\.bias of shape \(3,\) has no initialisation law"):
-        initialize(model, model.config, seed=1, law="yoco", tp_rank=0, tp=1)
+        initialize(
+            model, model.config, seed=1, law="yoco", pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+        )
 
 
 def test_gates_start_with_a_half_life_of_sixteen_tokens(one_process, generator):

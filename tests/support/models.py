@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 
 from yoco_megatron import runtime
 from yoco_megatron.mixers import BUILT_IN
-from yoco_megatron.model.init import initialize, named_parameters
+from yoco_megatron.model.init import initialize, is_of_expert, named_parameters
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.stages import Stage
@@ -22,6 +22,18 @@ VOCAB, SEQ = 256, 48
 SELF_DECODERS = tuple(mixer.name for mixer in BUILT_IN)
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 STORED_ATTENTION = FULL_RECOMPUTE | dict(keep_cross_attention=True)
+# Balanced by a loss of each sequence, which no batch that is divided over ranks changes.
+EXPERTS = dict(
+    num_moe_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=32,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_aux_loss_coeff=0.1,
+    moe_z_loss_coeff=0.1,
+    moe_router_dtype="fp32",
+    moe_token_dispatcher_type="alltoall",
+)
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 TE = dict(transformer_impl="transformer_engine", apply_rope_fusion=True)
 # Heads of width 64, which every kernel takes.
@@ -92,7 +104,7 @@ def build(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    initialize(model, config, seed, config.init_law, groups.tp.rank(), groups.tp.size())
+    initialize(model, config, seed, config.init_law, groups)
     return model.to(runtime.device())
 
 
@@ -118,11 +130,12 @@ def document_batch(size: int = 4) -> torch.Tensor:
 
 def gather_whole(name: str, tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The whole matrix of which this tensor-parallel rank holds a part (gradient or weight)."""
-    size = mpu.get_tensor_model_parallel_world_size()
-    if size == 1 or not getattr(param, "tensor_model_parallel", False):
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    group = groups.expt_tp if is_of_expert(name) else groups.tp
+    if group.size() == 1 or not getattr(param, "tensor_model_parallel", False):
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(size)]
-    torch.distributed.all_gather(parts, tensor.contiguous(), group=mpu.get_tensor_model_parallel_group())
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
     if name.endswith("linear_fc1.weight"):
         return torch.cat([torch.cat([part.chunk(2)[half] for part in parts]) for half in (0, 1)])
     return torch.cat(parts, dim=param.partition_dim)
@@ -138,6 +151,8 @@ def train_step(
     """
     config = tiny_config(
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
+        expert_model_parallel_size=mpu.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=mpu.get_expert_tensor_parallel_world_size(),
         **overrides,
     )
     config.finalize_model_grads_func = finalize_model_grads
@@ -182,14 +197,22 @@ def train_step(
     optimizer.step()
     for name, param in names.items():
         result[f"weight/{name}"] = gather_whole(name, param.detach(), param).cpu()
-    return result
+    return with_all_experts(result)
+
+
+def with_all_experts(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With what other ranks of expert parallelism found of their experts."""
+    group = mpu.get_expert_model_parallel_group()
+    parts = [{}] * group.size()
+    torch.distributed.all_gather_object(parts, result, group=group)
+    return {name: value for part in parts for name, value in part.items()} | result
 
 
 def _whole_from_shards(grad: torch.Tensor, param: torch.Tensor, ddp: DistributedDataParallel) -> torch.Tensor:
     """Each data-parallel rank's shard of the flat gradient buffer holds the reduced values; the rest is its own."""
-    buffer = next(b for b in ddp.buffers if param in b.param_index_map)
+    buffer = next(b for b in ddp.buffers + ddp.expert_parallel_buffers if param in b.param_index_map)
     bucket = buffer.buckets[buffer.param_index_map[param][2]]
-    group = mpu.get_data_parallel_group()
+    group = buffer.data_parallel_group
     flat = bucket.grad_data.clone()
     shard = flat.chunk(group.size())[group.rank()].contiguous()
     parts = [torch.empty_like(shard) for _ in range(group.size())]

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import training
 
-from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config
+from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config, with_all_experts
 from yoco_megatron import upstream
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.context.query_shard import (
@@ -114,6 +114,8 @@ def pipeline_step(
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=ranks,
         context_parallel_size=mpu.get_context_parallel_world_size(),
+        expert_model_parallel_size=mpu.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=mpu.get_expert_tensor_parallel_world_size(),
         virtual_pipeline_model_parallel_size=model_chunks if model_chunks > 1 else None,
         pipeline_model_parallel_layout=layout,
         overlap_p2p_comm=model_chunks > 1,
@@ -160,4 +162,4 @@ def pipeline_step(
         for held in names:
             for name, param in held.items():
                 result[f"grad/{name}"] = gather_whole(name, param.main_grad, param).cpu()
-    return result
+    return with_all_experts(result)

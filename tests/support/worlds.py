@@ -30,6 +30,8 @@ def process_groups(
     pp: int = 1,
     vp: int | None = None,
     cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
 ) -> Iterator[None]:
     """Initialise torch.distributed and Megatron's model-parallel groups, and take them down again."""
     from megatron.core import parallel_state
@@ -44,7 +46,9 @@ def process_groups(
             rank=rank,
             world_size=world_size,
         )
-        parallel_state.initialize_model_parallel(tp, pp, vp, context_parallel_size=cp)
+        parallel_state.initialize_model_parallel(
+            tp, pp, vp, context_parallel_size=cp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+        )
         model_parallel_cuda_manual_seed(1)
         try:
             yield
@@ -178,6 +182,6 @@ def _in_groups(function: Callable, store: str, mesh: dict, args: tuple) -> Any:
 
 
 def run_world(world_size: int, function: Callable, *args: Any, **mesh: int | None) -> list:
-    """`spawn`, inside Megatron's process groups of `mesh` (tp, pp, vp, cp)."""
+    """`spawn`, inside Megatron's process groups of `mesh` (tp, pp, vp, cp, ep, etp)."""
     with tempfile.TemporaryDirectory() as folder:
         return spawn(_in_groups, world_size, (function, f"{folder}/store", mesh, args))

@@ -5,8 +5,9 @@ therefore written when training starts, and compared before it starts again.
 """
 
 import json
+import re
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -17,11 +18,27 @@ from yoco_megatron.utils.files import write_atomically
 from yoco_megatron.utils.small_files import BadFile, read_json
 
 FILE_NAME = "architecture.json"
+ROUTING = {  # of experts; with Megatron's defaults
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+}
+EXPERTS = {field.name: field.default for field in fields(ModelShape) if re.match("num_experts|moe_", field.name)}
 # Flags that change the function but not the parameter shapes.
 ROPE_SCALING = {"use_rope_scaling": False, "rope_scaling_factor": 8.0}
-SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "decay_temperature")
+SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "decay_temperature", *ROUTING)
 # What older versions did not write, and how it was.
-ALWAYS_WAS = {"shared_kv_sets": 1, "qk_layernorm": False, "add_qkv_bias": False, **ROPE_SCALING}
+ALWAYS_WAS = {
+    "shared_kv_sets": 1,
+    "qk_layernorm": False,
+    "add_qkv_bias": False,
+    **ROPE_SCALING,
+    **ROUTING,
+    **EXPERTS,
+}
 # What may differ between a run and the checkpoint it resumes from.
 FREE = {"seq_length", "rotary_base"}
 FIX = "copy it again from the run, or remove it, and only Megatron compares the shapes"
@@ -35,7 +52,8 @@ def describe(args: Namespace) -> dict[str, object]:
     """Everything that decides which function the weights compute."""
     shape = asdict(ModelShape.from_args(args))
     del shape["num_queries"]  # of a step of training: the weights are the same
-    return shape | {name: getattr(args, name) for name in SWITCHES}
+    described = shape | {name: getattr(args, name) for name in SWITCHES}
+    return json.loads(json.dumps(described))  # as it is read again: a tuple is a list there
 
 
 def save(args: Namespace, folder: str) -> Path:

@@ -32,6 +32,8 @@ def resolve_model(config: Any) -> None:
     if config.ffn_hidden_size is None:
         # What Megatron chooses for SwiGLU: 8/3 x hidden, down to a multiple of 64.
         config.ffn_hidden_size = int((4 * config.hidden_size * 2 / 3) / 64) * 64
+    if getattr(config, "num_experts", None) and config.moe_ffn_hidden_size is None:
+        config.moe_ffn_hidden_size = config.ffn_hidden_size
     if config.architecture != "yoco":
         return
     if config.num_self_decoder_layers is None:

@@ -7,6 +7,7 @@ import dataclasses
 from argparse import Namespace
 from typing import Any
 
+from yoco_megatron.config import experts
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -55,6 +56,7 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
         "own GPT, for which Megatron Bridge has converters",
     )
     get_mixer(args.self_decoder).require("tensors", "conversion")
+    experts.refuse(args, "conversion, with which export and generation begin,")
     values = vars(resolved(args))
     fields = {ours: values[theirs] for ours, theirs in SAME.items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)

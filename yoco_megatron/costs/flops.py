@@ -3,7 +3,8 @@
 One multiply-add is 2 FLOPs and only matrix products count: no norms, RoPE, activations or softmax. What an
 implementation adds does not count: no recompute, no masked half of causal attention, no padding. Per token:
 
-    linear             2 x weights                     (an embedding look-up is no product)
+    linear             2 x weights                     (of experts those that a token goes through; an embedding
+                                                       look-up is no product)
     causal attention   4 h D (N + 1) / 2               query i sees i + 1 of N keys: the exact mean
     window attention   4 h D mean_i min(i + 1, W)      exact as well, the short start included
     other mixers       see `mixers`
@@ -55,7 +56,7 @@ def layer_flops_per_token(shape: ModelShape, queries: Queries | None = None) -> 
             "linear": 2.0 * weights * (queries.share if kind == "cross_decoder" else 1),
             "mixing": mixing.get(kind, 0.0),
         }
-        for kind, weights in layer_matmul_parameters(shape).items()
+        for kind, weights in layer_matmul_parameters(shape, active=True).items()
     }
 
 

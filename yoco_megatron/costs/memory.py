@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
+from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters, routed_parameters
 from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recomputed_layers, stage_parameters
 from yoco_megatron.costs.traffic import travelling
 
@@ -198,9 +198,13 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     """Kept between steps."""
     tp = args.tensor_model_parallel_size
     parts = of_rank(chunks)
-    held = stage_parameters(parts, shape) / tp
+    of_experts = sum(parts.get(kind, 0) * routed_parameters(shape, kind) for kind in layer_matmul_parameters(shape))
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if of_experts else tp
+    held = (stage_parameters(parts, shape) - of_experts) / tp + of_experts / expert_ranks
     in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
     shards = data_parallel_size(args) * args.context_parallel_size if args.use_distributed_optimizer else 1
+    # All ranks of a stage together hold it once, however experts are divided.
+    optimizer_held = stage_parameters(parts, shape) / tp if args.use_distributed_optimizer else held
     low = _bytes_of_a_value(args) == 2
     # With the precision-aware optimizer the fp32 weights are the bf16 ones and 16 bits more.
     optimizer = (10 if args.use_precision_aware_optimizer else 12) if low else 8
@@ -209,7 +213,7 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     return {
         "weights": held * (2 if low else 4) + copies,
         "gradients": held * 4,
-        "optimizer": held * optimizer / shards,
+        "optimizer": optimizer_held * optimizer / shards,
     }
 
 
@@ -261,13 +265,15 @@ def _stored_for_recompute(args: Namespace, shape: ModelShape, kind: str, split: 
 
 def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
     """The same of one without full recompute."""
-    e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_hidden_size
+    e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_width(kind)
     # FP8 stores the inputs of linear layers in a byte a value, but those of attention's, which its kernel stores.
     of_linear = 1 if args.fp8 else e
     norms = 0 if _recomputes(args, "layernorm") else 2 * of_linear * hidden
     inner = 0.0 if _recomputes(args, "mlp") else (2 * e + of_linear) * ffn
     if args.architecture == "yoco" and args.recompute_elementwise:
         inner -= e * (ffn + (shape.mixer.recomputed_values(shape) if kind == "self_decoder" else 0))
+    # Each expert's copy of its tokens, and its output before and after the router's weights.
+    inner += e * shape.experts_share(kind) * shape.moe_router_topk * (2 * hidden + (shape.moe_ffn_hidden_size or 0))
     inner += _mixer_bytes(args, shape, kind)
     return (2 * e * hidden + norms) / split + inner / args.tensor_model_parallel_size
 
@@ -281,7 +287,7 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
     """Bytes a token that the backward pass of one layer needs beside what was stored: gradients inside the FFN, and
     gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
     e, tp = _bytes_of_a_value(args), args.tensor_model_parallel_size
-    ffn = e * shape.ffn_hidden_size / tp / args.mlp_chunks_for_training
+    ffn = e * shape.ffn_width(kind) / tp / args.mlp_chunks_for_training
     if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
         return 3 * ffn + 3 * e * shape.hidden_size + again

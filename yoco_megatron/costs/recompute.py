@@ -25,7 +25,7 @@ def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts)
             continue
         linear, mixing = of_layers[kind]["linear"], of_layers[kind]["mixing"]
         share = shape.query_share if kind == "cross_decoder" else 1.0
-        ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * share
+        ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * (1 - shape.experts_share(kind)) * share
         again = {"linear": 0.0, "mixing": 0.0}
         if args.recompute_granularity == "full":
             layers = recomputed_layers(args, count)

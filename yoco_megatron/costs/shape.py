@@ -13,12 +13,17 @@ K,V heads of width D, V vocabulary):
 
 and of softmax attention, with --qk-layernorm D for its queries and D for its keys (those of each set of shared K,V),
 with --add-qkv-bias one for each row of its q, k, v.
+
+In a layer with E experts of width W, of which a token goes through k, the FFN's 3 d F is 3 d W E and the router's d E,
+and 3 d S of a shared expert (another d with a gate); of these a token reads 3 d W k + d E + 3 d S. Where only some
+layers have experts (--moe-layer-freq), what is said of one layer is the mean over those of its kind.
 """
 
 from argparse import Namespace
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self
 
+from yoco_megatron.config import experts
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
 from yoco_megatron.mixers import Mixer, get_mixer
@@ -61,9 +66,18 @@ class ModelShape:
     """Its projections to queries, keys and values have biases."""
     num_queries: int | None = None
     """Last positions of a sequence that the cross-decoder and the head compute (--loss-suffix); None for all."""
+    num_experts: int | None = None
+    """Of a layer that has them; None for no mixture of experts, and no meaning of the fields below."""
+    moe_layer_freq: int | tuple[int, ...] = 1
+    moe_ffn_hidden_size: int | None = None
+    """Of one expert."""
+    moe_router_topk: int = 2
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        experts.check_sizes(self)
 
     @property
     def mixer(self) -> Mixer:
@@ -95,6 +109,25 @@ class ModelShape:
         """Of the positions of a sequence, those that the cross-decoder and the head compute."""
         return self.computed_queries / self.seq_length
 
+    def layers_of(self, kind: str) -> int:
+        """Layers of a kind of `layer_matmul_parameters`."""
+        counts = {"self_decoder": self.num_self_decoder_layers, "cross_decoder": self.num_cross_decoder_layers}
+        return counts.get(kind, self.num_layers)
+
+    def experts_share(self, kind: str) -> float:
+        """Of the layers of a kind, those with experts."""
+        has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
+        of_kind = {"self_decoder": has[: self.num_self_decoder_layers], "cross_decoder": has[-self.layers_of(kind) :]}
+        return sum(of_kind.get(kind, has)) / max(1, self.layers_of(kind))
+
+    def ffn_width(self, kind: str) -> float:
+        """Values that a token has between the two products of an FFN, in the mean over layers of a kind: of experts, in
+        all those that it goes through."""
+        share = self.experts_share(kind)
+        of_experts = self.moe_router_topk * (self.moe_ffn_hidden_size or 0) if share else 0
+        of_experts += self.moe_shared_expert_intermediate_size or 0
+        return (1 - share) * self.ffn_hidden_size + share * of_experts
+
     @property
     def vocab_rows(self) -> int:
         """The padded vocabulary. Raises ValueError while it is not known."""
@@ -112,37 +145,78 @@ class ModelShape:
         sizes = vars(resolved(args)) | {"tied": not args.untie_embeddings_and_output_weights}
         if args.architecture == "transformer":
             sizes |= {field.name: 0 for field in fields(cls) if "self_decoder_" in field.name}
+        if not sizes.get("num_experts"):
+            sizes |= {field.name: field.default for field in fields(cls) if field.name.startswith("moe_")}
+        elif isinstance(sizes["moe_layer_freq"], list):
+            sizes["moe_layer_freq"] = tuple(sizes["moe_layer_freq"])
         # The flags of an older run lack newer sizes, which have defaults.
         named = [field.name for field in fields(cls) if field.name in sizes or field.default is MISSING]
         read: dict[str, Any] = {name: sizes.get(name) for name in named}
         return cls(**read)
 
 
-def layer_matmul_parameters(shape: ModelShape) -> dict[str, int]:
+def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> dict[str, float]:
     """Weights of the projections of one layer of each kind, norms left out; `shared_kv` counts as a kind.
 
-    Twice this number is their forward FLOPs per token, which is why costs/flops.py reads it.
+    Args:
+        active: of all experts, those alone that a token goes through. Twice this number is the forward FLOPs per token.
     """
     d = shape.hidden_size
-    ffn = 3 * d * shape.ffn_hidden_size
     q_and_out = 2 * d * shape.num_attention_heads * shape.kv_channels
     k_and_v = d * shape.kv_width
     if shape.architecture == "transformer":
-        return {"decoder": q_and_out + k_and_v + ffn}
+        return {"decoder": q_and_out + k_and_v + _ffn_parameters(shape, "decoder", active)}
     mixer = shape.mixer.matmul_parameters(shape)
     shared_kv = shape.shared_kv_sets * k_and_v
-    return {"self_decoder": mixer + ffn, "shared_kv": shared_kv, "cross_decoder": q_and_out + ffn}
+    return {
+        "self_decoder": mixer + _ffn_parameters(shape, "self_decoder", active),
+        "shared_kv": shared_kv,
+        "cross_decoder": q_and_out + _ffn_parameters(shape, "cross_decoder", active),
+    }
 
 
-def layer_linear_values(shape: ModelShape) -> dict[str, int]:
+def _ffn_parameters(shape: ModelShape, kind: str, active: bool) -> float:
+    """In the mean over the layers of a kind."""
+    d, share = shape.hidden_size, shape.experts_share(kind)
+    dense = 3 * d * shape.ffn_hidden_size
+    if not share or not shape.num_experts or not shape.moe_ffn_hidden_size:
+        return dense
+    routed = 3 * d * shape.moe_ffn_hidden_size * (shape.moe_router_topk if active else shape.num_experts)
+    shared = 3 * d * (shape.moe_shared_expert_intermediate_size or 0) + d * shape.moe_shared_expert_gate
+    return (1 - share) * dense + share * (routed + d * shape.num_experts + shared)
+
+
+def routed_parameters(shape: ModelShape, kind: str | None = None) -> int:
+    """Those of all experts but shared ones and routers, in one layer of a kind in the mean, or in the whole model."""
+    if not shape.num_experts or not shape.moe_ffn_hidden_size:
+        return 0
+    layer = 3 * shape.hidden_size * shape.moe_ffn_hidden_size * shape.num_experts
+    if kind is not None:
+        return round(layer * shape.experts_share(kind))
+    return layer * sum(experts.layers_with_experts(shape.num_experts, shape.moe_layer_freq, shape.num_layers))
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Of the whole model, those that one token goes through: all but the experts that it is not routed to."""
+    inactive = 0.0
+    for kind, weights in layer_matmul_parameters(shape).items():
+        if kind != "shared_kv":
+            inactive += shape.layers_of(kind) * (weights - layer_matmul_parameters(shape, active=True)[kind])
+    return sum(parameter_count(shape).values()) - round(inactive)
+
+
+def layer_linear_values(shape: ModelShape) -> dict[str, float]:
     """Values a token of the inputs and outputs of one layer's linear layers: what FP8 casts, forward and backward."""
     d, queries = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
-    ffn = 2 * d + 3 * shape.ffn_hidden_size
     attention = 2 * (d + queries)
+
+    def ffn(kind: str) -> float:
+        return 2 * d + 3 * shape.ffn_width(kind)
+
     if shape.architecture == "transformer":
-        return {"decoder": attention + shape.kv_width + ffn}
+        return {"decoder": attention + shape.kv_width + ffn("decoder")}
     outputs = shape.mixer.matmul_parameters(shape) // d  # all of its matrices read or write the hidden states
-    return {"self_decoder": outputs + 2 * d + ffn, "cross_decoder": attention + ffn}
+    return {"self_decoder": outputs + 2 * d + ffn("self_decoder"), "cross_decoder": attention + ffn("cross_decoder")}
 
 
 def layer_vectors(shape: ModelShape) -> dict[str, int]:
@@ -178,7 +252,7 @@ def parameter_count(shape: ModelShape) -> dict[str, int]:
     else:
         own, cross = shape.num_self_decoder_layers, shape.num_cross_decoder_layers
         counts = {"self_decoder": own, "shared_kv": 1, "cross_decoder": cross}
-    layers = {kind: count * (matmul[kind] + vectors[kind]) for kind, count in counts.items()}
+    layers = {kind: round(count * (matmul[kind] + vectors[kind])) for kind, count in counts.items()}
     return {"embedding": embedding, **layers, "final_norm": d, "output_layer": 0 if shape.tied else embedding}
 
 

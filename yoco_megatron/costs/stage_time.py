@@ -69,7 +69,7 @@ def part_seconds(
         mixing = layers[kind]["mixing"] / mixing_rate
         rest = layers[kind]["linear"] / rates.linear
         share = shape.query_share if kind == "cross_decoder" else 1
-        rest += rates.elementwise * (shape.hidden_size + shape.ffn_hidden_size) * share
+        rest += rates.elementwise * (shape.hidden_size + shape.ffn_width(kind)) * share
         rest += rates.cast * values[kind] / 3 * share
         if not recompute_layers:
             return rest + mixing

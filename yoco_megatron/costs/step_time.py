@@ -128,7 +128,7 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
         if kind in LAYERS:
             share = shape.query_share if kind == "cross_decoder" else 1.0
             if _recomputes_mlp(args):
-                ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size
+                ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * (1 - shape.experts_share(kind))
                 parts["compute"] += ffn / card.rates(args).linear * share * tokens / tp
             if tp > 1:
                 size = tokens * share * shape.hidden_size * BYTES * (tp - 1) / tp * (FP8_EXCHANGES if args.fp8 else 1)

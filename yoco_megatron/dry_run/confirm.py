@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from yoco_megatron.config import experts
 from yoco_megatron.costs.memory import Memory, even_stages, rank_memories
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.dry_run import gpu
@@ -52,6 +53,7 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     argv = [*argv, *NO_FILES]
     with gpu.defaults():
         args, plan = parse_for_job(argv, world_size)
+    experts.refuse(args, "a dry run")
     given = [f"--{name.replace('_', '-')}" for name in FILES if getattr(args, name, None) is not None]
     require(not given, f"{' and '.join(given)}: a dry run reads and writes no files of a run; leave it out")
     require(

@@ -130,8 +130,7 @@ class TransformerModelBuilder(GPTModelBuilder):
 
 
 def _initialized(model, config: YOCOModelConfig, pg_collection: ProcessGroupCollection):
-    tp = pg_collection.tp
-    initialize(model, config.transformer, config.initialization_seed, config.initialization, tp.rank(), tp.size())
+    initialize(model, config.transformer, config.initialization_seed, config.initialization, pg_collection)
     return model
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -95,12 +96,14 @@ def megatron_law(config: TransformerConfig) -> LawOf:
     return law
 
 
-def initialize(model: torch.nn.Module, config: TransformerConfig, seed: int, law: str, tp_rank: int, tp: int) -> None:
+def initialize(
+    model: torch.nn.Module, config: TransformerConfig, seed: int, law: str, pg_collection: ProcessGroupCollection
+) -> None:
     """Draw every parameter of `model` (a GPTModel or YOCOModel, one pipeline stage of it).
 
     Args:
         law: "yoco" or "megatron" (--init-law).
-        tp_rank, tp: which tensor-parallel part this process holds, of how many.
+        pg_collection: its tensor-parallel groups, of experts and of all else.
     Raises:
         ValueError: a parameter that has no law.
     """
@@ -112,11 +115,13 @@ def initialize(model: torch.nn.Module, config: TransformerConfig, seed: int, law
             elif name.endswith(BIASES):
                 param.zero_()
             else:
-                _assign(param, _draw(name, param, choose, seed, tp_rank, tp))
+                group = pg_collection.expt_tp if is_of_expert(name) else pg_collection.tp
+                _assign(param, _draw(name, param, choose, seed, group.rank(), group.size()))
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by global name: the layer's number in the whole model, and the mixer's own name for itself.
+    """Parameters by global name: the layer's number in the whole model, an expert's as well, and the mixer's own name
+    for itself.
 
     A norm fused into a linear appears as '...layer_norm_weight'.
     """
@@ -131,9 +136,21 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             parts[at + 1] = str(index)
             if index < num_self and parts[at + 2] == "self_attention":
                 parts[at + 2] = get_mixer(config.self_decoder).require("init_name")
+        if is_of_expert(name):
+            at = parts.index("experts")
+            held = modules[".".join(name.split(".")[:at])].local_expert_indices
+            if parts[at + 1] == "local_experts":
+                parts[at + 1 : at + 3] = [str(held[int(parts[at + 2])])]
+            else:  # of a grouped product: linear_fc1.weight0, linear_fc1.weight1, ...
+                parts[at + 1 :] = [str(held[int(parts[-1].removeprefix("weight"))]), parts[at + 1], "weight"]
         # A tied head on a stage of its own is a copy of the embedding.
         copied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
         yield "embedding.word_embeddings.weight" if copied else ".".join(parts), param
+
+
+def is_of_expert(name: str) -> bool:
+    """Whether a parameter belongs to one of the routed experts."""
+    return ".mlp.experts." in name
 
 
 def _draw(name: str, param: Tensor, choose: LawOf, seed: int, tp_rank: int, tp: int) -> Tensor:

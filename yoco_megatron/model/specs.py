@@ -3,11 +3,13 @@
 Megatron's `BackendSpecProvider` names the parts. The self-decoder's layers have their specs beside their mixers.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -67,6 +69,19 @@ def pre_norm_layer(
             sharded_state_dict_keys_map=names,
         ),
     )
+
+
+def with_experts(layer: ModuleSpec, backend: BackendSpecProvider, config: YOCOConfig) -> ModuleSpec:
+    """`layer` with Megatron's mixture of experts in place of its SwiGLU.
+
+    The norm before it stands apart: the router reads its output as the experts do.
+    """
+    parts = layer.submodules
+    names = {name: key for name, key in parts.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."}
+    experts = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    norm = backend.layer_norm(rms_norm=True)
+    parts = replace(parts, pre_mlp_layernorm=norm, mlp=experts, sharded_state_dict_keys_map=names)
+    return replace(layer, submodules=parts)
 
 
 def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:

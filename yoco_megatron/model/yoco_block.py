@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from yoco_megatron.config.experts import layers_with_experts
 from yoco_megatron.config.kv_sets import layers_of_sets
 from yoco_megatron.mixers import get_mixer
 from yoco_megatron.model import specs
@@ -64,10 +65,13 @@ class YOCOBlock(MegatronModule):
         cross_spec = specs.cross_decoder_layer(backend)
         self_config = config.self_decoder_config()
 
+        experts = layers_with_experts(config.num_moe_experts, config.moe_layer_freq, config.num_layers)
+
         def build(index: int) -> TransformerLayer:
+            spec = self_spec if index < split_layer else cross_spec
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
                 return build_module(
-                    self_spec if index < split_layer else cross_spec,
+                    specs.with_experts(spec, backend, config) if experts[index] else spec,
                     config=self_config if index < split_layer else config,
                     layer_number=index + 1,
                     pg_collection=pg_collection,

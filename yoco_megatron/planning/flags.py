@@ -9,6 +9,7 @@ import math
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
+from yoco_megatron.config import experts
 from yoco_megatron.config import flags as table
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
@@ -21,6 +22,7 @@ MEGATRONS: dict[str, tuple[type, Any]] = {
     "hidden-size": (int, None),
     "ffn-hidden-size": (int, None),
     "num-attention-heads": (int, None),
+    "num-experts": (int, None),
     "group-query-attention": (bool, False),
     "num-query-groups": (int, 1),
     "kv-channels": (int, None),
@@ -112,6 +114,7 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     configs = to_argv(load_config_files([source for group in given.config for source in group]), parser)
     args = parser.parse_args([*configs, *rest])
     own = vars(_without_defaults(parser).parse_args(rest))
+    experts.refuse(args, "the planner")
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
         value, flag = getattr(args, dest), f"--{dest.replace('_', '-')}"

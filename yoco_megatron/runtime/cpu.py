@@ -219,6 +219,48 @@ def _tensor_type(original: Callable) -> Callable:
     return type_
 
 
+def _with_plain_counts(all_to_all: Callable) -> Callable:
+    """core/transformer/moe/token_dispatcher.py gives numpy's numbers, which NCCL takes and gloo does not."""
+
+    @functools.wraps(all_to_all)
+    def all_to_all_single(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        counts = [None if sizes is None else list(map(int, sizes)) for sizes in (output_split_sizes, input_split_sizes)]
+        return all_to_all(output, input, *counts, **kwargs)
+
+    return all_to_all_single
+
+
+def _of_unequal_parts(all_gather: Callable) -> Callable:
+    """core/tensor_parallel/mappings.py gathers the rows that each rank has for an expert; gloo only as many of each."""
+
+    @functools.wraps(all_gather)
+    def gather(parts: list, own: Any, group: Any = None, **kwargs: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return all_gather(parts, own, group, **kwargs)
+        for rank, part in enumerate(parts):
+            if rank == torch.distributed.get_rank(group):
+                part.copy_(own)
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+
+    return gather
+
+
+def _to_unequal_parts(reduce_scatter: Callable) -> Callable:
+    """The backward pass of that."""
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output: Any, parts: list, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return reduce_scatter(output, parts, *args, group=group, **kwargs)
+        for rank, part in enumerate(parts):
+            torch.distributed.reduce(part, group=group, group_dst=rank)
+        output.copy_(parts[torch.distributed.get_rank(group)])
+
+    return scatter
+
+
 def install() -> None:
     """Install every stand-in. Must run before `megatron` is imported, which keeps some of them by name."""
     for name in GPU_ONLY:
@@ -236,6 +278,9 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.to = _tensor_to(torch.Tensor.to)  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
+    torch.distributed.all_to_all_single = _with_plain_counts(torch.distributed.all_to_all_single)
+    torch.distributed.all_gather = _of_unequal_parts(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _to_unequal_parts(torch.distributed.reduce_scatter)
     # With an "accelerator" the DataLoader would pin memory.
     torch.accelerator.is_available = _always(False)
     # core/jit.py compiles small helpers; dynamo, which reads this when it is imported, would ask CUDA for streams.

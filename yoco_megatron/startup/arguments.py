@@ -127,6 +127,7 @@ def finalize(args: Namespace, reduce_overhead: bool = True) -> Namespace:
         defaults.reduce_host_overhead(args)
     with megatrons_errors(args):
         validate_args(args)
+        defaults.list_balancing_losses(args)
         set_global_variables(args)
     return args
 

@@ -10,11 +10,11 @@ import torch
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_format, check_loadable
-from yoco_megatron.config import rules
+from yoco_megatron.config import experts, rules
 from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.memory import GIB
-from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.shape import ModelShape, parameter_count, routed_parameters
 from yoco_megatron.data import fingerprint
 from yoco_megatron.data.tokenizer import check_flags as check_tokenizer_flags
 from yoco_megatron.startup import data_flags, packages, resume_schedule, schedule
@@ -50,6 +50,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         require(start < end, f"--profile-step-start {start} must be below --profile-step-end {end}")
         require(args.tensorboard_dir is not None, "--profile writes beside --tensorboard-dir, which is missing")
     rules.check_mesh(args)
+    experts.check_run(args)
     rules.check_optimizer(args)
     rules.check_ignored(args, parser)
     require(
@@ -58,6 +59,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     )
     if args.architecture == "yoco":
         rules.check_model(resolved(args))
+        experts.check_model(resolved(args))
         rules.check_travelling_queries(args)
 
 
@@ -154,8 +156,10 @@ def check_fits(args: argparse.Namespace) -> None:
     """
     shape = ModelShape.from_args(args)
     bytes_per_value = 1 if args.fp8_param_gather else args.params_dtype.itemsize
-    weights = sum(parameter_count(shape).values()) * bytes_per_value
-    weights //= args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    tp, of_experts = args.tensor_model_parallel_size, routed_parameters(shape)
+    weights = (sum(parameter_count(shape).values()) - of_experts) // tp
+    weights += of_experts // args.expert_model_parallel_size // (args.expert_tensor_parallel_size or tp)
+    weights = weights * bytes_per_value // args.pipeline_model_parallel_size
     states = args.seq_length * args.micro_batch_size * args.hidden_size * args.params_dtype.itemsize
     states //= args.context_parallel_size * args.tensor_model_parallel_size
     memory = runtime.memory_bytes()

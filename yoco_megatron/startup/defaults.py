@@ -72,6 +72,14 @@ def fill_in_save_interval(args: Namespace) -> None:
         print("--save-interval is missing: the run saves at its end alone, and loses all work if it fails before")
 
 
+def list_balancing_losses(args: Namespace) -> None:
+    """Where Megatron has one name of a loss for experts it looks for others inside it, and logs zeros of `aux_loss`
+    beside `seq_aux_loss`."""
+    if args.num_experts and isinstance(args.moe_router_load_balancing_type, str):
+        args.moe_router_load_balancing_type = [args.moe_router_load_balancing_type]
+        args.moe_aux_loss_coeff = [args.moe_aux_loss_coeff]
+
+
 def reduce_host_overhead(args: Namespace) -> None:
     """Turn off features that cost host time without helping the GPU. What Megatron would refuse is left to it."""
     # Without another rank of data parallelism there is nothing to overlap, but the hooks for it still cost half a

@@ -12,7 +12,7 @@ from yoco_megatron.checkpoint.architecture import source_of
 from yoco_megatron.checkpoint.layout import tracked
 from yoco_megatron.config.resolve import queries_vary, resolved
 from yoco_megatron.costs.flops import forward_flops_per_token
-from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.shape import ModelShape, active_parameters, parameter_count
 from yoco_megatron.model.cross_decoder.travelling_queries import queries_travel, received_by_cross_attention
 from yoco_megatron.training.query_positions import query_runs
 from yoco_megatron.utils.units import in_words, with_unit
@@ -31,8 +31,7 @@ def _lines(args: Namespace) -> Iterator[tuple[str, str]]:
     yield "yoco", f"{__version__}; {packages}; {args.world_size} {_device(args.world_size)}"
     yield (
         "model",
-        f"{sum(parameter_count(shape).values()):,} parameters: {_layers(args, shape)}, "
-        f"vocabulary {args.padded_vocab_size:,}",
+        f"{_parameters(shape)}: {_layers(args, shape)}, vocabulary {args.padded_vocab_size:,}",
     )
     flops = 3 * sum(forward_flops_per_token(shape).values())
     yield "", f"{with_unit(flops, 'FLOP')} a token to train, causal, {_precision(args)}"
@@ -43,6 +42,8 @@ def _lines(args: Namespace) -> Iterator[tuple[str, str]]:
         "pipeline": args.pipeline_model_parallel_size,
         "context": args.context_parallel_size,
     }
+    if args.num_experts:
+        sizes |= {"experts": args.expert_model_parallel_size, "inside experts": args.expert_tensor_parallel_size}
     yield "mesh", ", ".join(f"{name} {size}" for name, size in sizes.items())
     tokens = args.global_batch_size * args.seq_length
     yield (
@@ -84,6 +85,14 @@ def _layers(args: Namespace, shape: ModelShape) -> str:
         f"YOCO, {shape.num_self_decoder_layers} layers of {shape.self_decoder.replace('_', ' ')} and "
         f"{shape.num_cross_decoder_layers} of cross attention{sets}, width {shape.hidden_size:,}"
     )
+
+
+def _parameters(shape: ModelShape) -> str:
+    count = f"{sum(parameter_count(shape).values()):,} parameters"
+    if not shape.num_experts:
+        return count
+    chosen = f"{shape.moe_router_topk} of {shape.num_experts} experts"
+    return f"{count}, {active_parameters(shape):,} of them active with {chosen}"
 
 
 def _precision(args: Namespace) -> str:

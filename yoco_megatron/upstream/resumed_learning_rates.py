@@ -17,7 +17,7 @@ from yoco_megatron.checkpoint.common_state import common_state, param_groups
 
 RATES = ("max_lr", "min_lr")
 # What distinguishes the groups of a model: weights or norms, decoupled by --decoupled-lr or not.
-SAME = ("default_config", "wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+SAME = ("default_config", "wd_mult", "lr_mult", "is_decoupled_lr")
 
 
 @contextlib.contextmanager
