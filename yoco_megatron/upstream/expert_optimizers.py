@@ -23,14 +23,14 @@ STATES = "param_state"
 )
 def load_state_dict(self: Any, state_dict: dict) -> None:
     """Give each optimizer the settings of all that were saved: it finds its own groups among them."""
-    saved = [state_dict[key] for key in state_dict if isinstance(key, int)]
-    saved = [part for part in [*saved, state_dict] if "optimizer" in part]
+    parts = [state_dict[key] for key in sorted(key for key in state_dict if isinstance(key, int))]
+    saved = [part for part in parts if part.keys() - {STATES}] or [state_dict]  # else only what was asked for
     optimizers = self.chained_optimizers
     if len(saved) == len(optimizers):
         load_state_dict.original(self, state_dict)
         return
     own = [state_dict] if len(optimizers) == 1 else [state_dict.get(index, {}) for index in range(len(optimizers))]
-    if not saved or any(STATES not in part for part in own):
+    if any(STATES not in part for part in own):
         raise ValueError(
             "the checkpoint is of another --expert-model-parallel-size or --expert-tensor-parallel-size, which "
             "only the distributed optimizer loads: use the same sizes, or save with --use-distributed-optimizer"
