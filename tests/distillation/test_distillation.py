@@ -57,11 +57,20 @@ def logits_of_teacher(folder: str, documents: bool) -> torch.Tensor:
         return (states @ model.output_layer.weight.t()).transpose(0, 1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, MORE["llama3"]])
-def test_the_teacher_is_transformers_model(fields, tmp_path):
+OF_FAMILIES = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama3", MORE["llama3"]),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 12}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), OF_FAMILIES)
+def test_the_teacher_is_transformers_model(family, fields, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    folder = teacher_for_training(tmp_path, **fields)
+    folder = teacher_for_training(tmp_path, family, **fields)
     logits = run_world(1, logits_of_teacher, str(folder), False)[0]
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(batch(2)[0]).logits

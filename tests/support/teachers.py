@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-FAMILIES = ("llama", "llama3", "mistral")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 # Of each family what the other has not: tied embeddings, another theta.
 MORE: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
@@ -56,8 +56,8 @@ def save_teacher(family: str, folder: Path, **more: Any) -> Any:
     return model
 
 
-def teacher_for_training(folder: Path, **more: Any) -> Path:
-    """A Llama of the vocabulary and number of layers of small training runs in `folder`, which is returned."""
+def teacher_for_training(folder: Path, family: str = "llama", **more: Any) -> Path:
+    """A model of the vocabulary and number of layers of small training runs in `folder`, which is returned."""
     sizes: dict[str, Any] = dict(vocab_size=256, num_hidden_layers=4, hidden_size=48, tie_word_embeddings=False)
-    save_teacher("llama", folder, **sizes | more)
+    save_teacher(family, folder, **sizes | more)
     return folder

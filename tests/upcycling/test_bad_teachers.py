@@ -57,15 +57,23 @@ def test_windows_that_are_gone(tmp_path):
     assert "exact up to 4 tokens" in table and "the teacher's windows of 4 are gone" in table
 
 
+@pytest.mark.parametrize(("family", "what"), [("qwen2", "biases of q, k, v"), ("qwen3", "norms of queries and keys")])
+def test_what_retention_has_no_place_for(family, what, tmp_path):
+    save_teacher(family, tmp_path / "teacher")
+    why = f"this {family} has {what}, for which --self-decoder gated_retention has no place: use sliding_window"
+    refused(tmp_path / "teacher", why, self_decoder="gated_retention", window=None)
+
+
 @pytest.mark.parametrize(
-    ("family", "why"),
+    ("family", "bias", "why"),
     [
-        ("qwen2", "k_proj.bias is there: this qwen2 has biases"),
-        ("qwen3", "_norm.weight is there: this qwen3 has norms"),
+        ("llama", {"attention_bias": True}, "_proj.bias is there: this llama has"),
+        ("llama", {"mlp_bias": True}, "_proj.bias is there: this llama has biases"),
+        ("qwen3", {"attention_bias": True}, "_proj.bias is there: this qwen3 has"),
     ],
 )
-def test_families_that_a_yoco_cannot_hold(family, why, tmp_path):
-    save_teacher(family, tmp_path / "teacher")
+def test_biases_that_a_yoco_cannot_hold(family, bias, why, tmp_path):
+    save_teacher(family, tmp_path / "teacher", **bias)
     refused(tmp_path / "teacher", why)
 
 

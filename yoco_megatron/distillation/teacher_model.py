@@ -71,8 +71,8 @@ def teacher_config(student: YOCOConfig, teacher: Teacher, window: int) -> YOCOCo
         self_decoder_query_groups=groups,
         self_decoder_window=window,
         layernorm_epsilon=sizes.rms_norm_eps,
-        qk_layernorm=False,
-        add_qkv_bias=False,
+        qk_layernorm=teacher.qk_norm,
+        add_qkv_bias=teacher.qkv_bias,
         rope_variant="standard",
         rotary_interleaved=False,
         **teacher.rope_scaling,
@@ -123,7 +123,7 @@ def load(model: TeacherModel, teacher: Teacher, tp_rank: int, tp: int) -> None:
     for name, param in named_parameters(model):
         dim = getattr(param, "partition_dim", -1) if getattr(param, "tensor_model_parallel", False) else -1
         parts = [_part(teacher, source, dim, tp_rank, tp, param) for source in _sources(name, teacher.config)]
-        if name.endswith("linear_qkv.weight"):  # rows by K,V head: its queries, its key, its value
+        if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):  # rows by K,V head: its queries, its key, its value
             groups = teacher.config.num_key_value_heads // tp
             value = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
         else:
@@ -153,6 +153,9 @@ SOURCES = {
     "input_layernorm.weight": ("input_layernorm",),
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm",),
     "self_attention.linear_qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_qkv.bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm",),
@@ -167,7 +170,8 @@ def _sources(name: str, config: Any) -> Iterator[str]:
     if name.startswith("decoder.layers."):
         index, name = name.removeprefix("decoder.layers.").split(".", 1)
         prefix = f"model.layers.{index}."
-        yield from (f"{prefix}{source}.weight" for source in SOURCES[name])
+        end = ".bias" if name.endswith(".bias") else ".weight"
+        yield from (f"{prefix}{source}{end}" for source in SOURCES[name])
     elif name == "output_layer.weight" and config.tie_word_embeddings:
         yield "model.embed_tokens.weight"
     else:

@@ -2,9 +2,10 @@
 
     embeddings, head, FFNs, norms, q and o    the teacher's
     k and v of windows                        the teacher's
+    norms of queries and keys, biases         the teacher's, where attention is (Qwen3, Qwen2)
     k and v of gated retention                the teacher's, each head's repeated for the queries that share it
     decay and gate of gated retention         zero: half-life tau tokens; the layer's output is 0 until it is trained
-    shared K,V                                for each set those of one of its readers, or the mean of all
+    shared K,V, its norms and biases          for each set those of one of its readers, or the mean of all
 
 The teacher's layers have a norm each before their k and v, the shared K,V have one norm. So each layer's norm weight is
 multiplied into the columns of its k and v, and the weight of the shared norm is 1.
@@ -56,6 +57,12 @@ def student_config(
         "another --num-self-decoder-layers",
     )
     grouped = self_decoder != GATED_RETENTION.name
+    for what, is_there in (("norms of queries and keys", teacher.qk_norm), ("biases of q, k, v", teacher.qkv_bias)):
+        require(
+            grouped or own == 0 or not is_there,
+            f"--teacher {teacher.folder}: this {config.model_type} has {what}, for which --self-decoder {self_decoder} "
+            "has no place: use sliding_window",
+        )
     require(window is None or grouped, "--self-decoder-window is for --self-decoder sliding_window: remove it")
     require(window is None or window >= 1, f"--self-decoder-window {window} must be at least 1")
     fields: dict[str, Any] = dict(
@@ -75,6 +82,8 @@ def student_config(
         rope_variant="standard",
         rope_interleaved=False,
         **teacher.rope_scaling,
+        qk_norm=teacher.qk_norm,
+        qkv_bias=teacher.qkv_bias,
         scale_embedding=False,
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
@@ -104,9 +113,13 @@ def recipes(config: YocoConfig, rule: str) -> dict[str, Recipe]:
     for name, shape in tensor_names.shapes(config).items():
         ours = ".".join(name.split(".")[:3]) + "."
         theirs = name.replace(ours, layers.get(ours, ours)).replace(".mixer.", ".self_attn.")
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if name.startswith("model.shared_kv."):
-            found[name] = _new(shape, 1.0) if kind == "norm" else _shared(config, rule, kind)
+        module, _, end = name.rpartition(".")
+        kind = module.rpartition(".")[2]
+        if module.startswith("model.shared_kv.k_norm."):
+            sources = kv_layers(config, rule)[int(kind)]
+            found[name] = Recipe(tuple(f"model.layers.{i}.self_attn.k_norm.weight" for i in sources), _mean)
+        elif name.startswith("model.shared_kv."):
+            found[name] = _new(shape, 1.0) if kind == "norm" else _shared(config, rule, f"{kind}.{end}")
         elif kind in NEW:
             found[name] = _new(shape, 0.0)
         elif kind in ("k_proj", "v_proj"):
@@ -126,15 +139,24 @@ def _per_head(groups: int, heads: int, whole: Tensor) -> Tensor:
     return whole.unflatten(0, (groups, -1)).repeat_interleave(heads, 0).flatten(0, 1)
 
 
-def _shared(config: YocoConfig, rule: str, projection: str) -> Recipe:
-    """The k_proj or v_proj of all sets: rows by head, and inside a head by set."""
+def _mean(*read: Tensor) -> Tensor:
+    """Of tensors of one shape, in fp32 or wider."""
+    return torch.stack([tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in read]).mean(0)
+
+
+def _shared(config: YocoConfig, rule: str, name: str) -> Recipe:
+    """A weight or bias of the k_proj or v_proj of all sets: rows by head, and inside a head by set."""
     sets, groups = kv_layers(config, rule), config.num_key_value_heads
-    tensors = (f"self_attn.{projection}", "input_layernorm")
-    names = tuple(f"model.layers.{i}.{tensor}.weight" for layers in sets for i in layers for tensor in tensors)
+    is_weight = name.endswith(".weight")  # whose columns the norm's weight goes into
+    tensors = (f"self_attn.{name}", *(["input_layernorm.weight"] if is_weight else []))
+    names = tuple(f"model.layers.{i}.{tensor}" for layers in sets for i in layers for tensor in tensors)
 
     def make(*read: Tensor) -> Tensor:
-        wide = torch.promote_types(read[1].dtype, torch.float32)
-        folded = torch.stack([weight * norm.to(wide) for weight, norm in zip(read[::2], read[1::2])])
+        wide = torch.promote_types(read[-1].dtype, torch.float32)
+        if is_weight:
+            folded = torch.stack([weight * norm.to(wide) for weight, norm in zip(read[::2], read[1::2])])
+        else:
+            folded = torch.stack(read).to(wide)
         of_sets = folded.unflatten(0, (len(sets), -1)).mean(1)
         return of_sets.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""The teacher: a Transformer of the Llama family in a Hugging Face folder, read one tensor at a time.
+"""The teacher: a Transformer of the Llama or Qwen family in a Hugging Face folder, read one tensor at a time.
 
 What a YOCO cannot hold is refused by name, and so is every tensor that has no place in one: none is lost in silence. No
 code of the folder runs, and no pickle is read.
@@ -16,9 +16,8 @@ from yoco_megatron.utils.errors import require
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Tensors by the end of their name -> why the YOCO made of their model would be another one.
 NO_PLACE = {
-    ".bias": "biases, which no projection of a YOCO has",
-    ".q_norm.weight": "norms of queries and keys, which a YOCO does not have",
-    ".k_norm.weight": "norms of queries and keys, which a YOCO does not have",
+    ".o_proj.bias": "a bias behind attention, which a YOCO does not have",
+    "_proj.bias": "biases, which a YOCO has of queries, keys and values alone",
 }
 # Numbers of Llama 3.1 to 3.3, which Megatron has no flags for.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -34,6 +33,16 @@ class Teacher:
     """transformers' own, of a model_type in FAMILIES."""
     tensors: SafeTensors
     found: Found
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normalised, each head, before RoPE (Qwen3)."""
+        return self.config.model_type == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Projections to queries, keys and values have biases (Qwen2)."""
+        return self.config.model_type == "qwen2"
 
     @property
     def rope_theta(self) -> float:
@@ -78,10 +87,11 @@ def open_teacher(folder: str) -> Teacher:
         found = {name: what for name, what in tensors.found().items() if not name.endswith(NOT_WEIGHTS)}
         if config.tie_word_embeddings:
             drop_tied_head(tensors.place, tensors, found, "lm_head.weight", "model.embed_tokens.weight")
-        for name in found:
+        wanted = shapes(config)
+        for name in found.keys() - wanted.keys():
             why = next((why for end, why in NO_PLACE.items() if name.endswith(end)), None)
             require(why is None, f"{folder}: {name} is there: this {config.model_type} has {why}")
-        check_shapes(tensors.place, found, shapes(config), "config.json")
+        check_shapes(tensors.place, found, wanted, "config.json")
     except ValueError as error:
         raise ValueError(f"--teacher {error}") from error
     return Teacher(path, config, tensors, found)
@@ -102,9 +112,14 @@ def shapes(config: Any) -> dict[str, Shape]:
         "mlp.up_proj": (ffn, h),
         "mlp.down_proj": (h, ffn),
     }
+    layer = {f"{name}.weight": shape for name, shape in layer.items()}
+    if config.model_type == "qwen2":
+        layer |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+    if config.model_type == "qwen3":
+        layer |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers):
-        found |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        found |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (h,)
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, h)
