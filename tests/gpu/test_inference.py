@@ -42,7 +42,14 @@ def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
-        own = dict(self_decoder=kind, self_decoder_heads=2, sliding_window=100, shared_kv_sets=sets)
+        own = dict(
+            self_decoder=kind,
+            self_decoder_heads=2,
+            sliding_window=100,
+            shared_kv_sets=sets,
+            qk_norm=sets > 1,
+            qkv_bias=sets > 1,
+        )
         model = YocoForCausalLM(YocoConfig(**SIZES, **own))
     return model.to("cuda", dtype).eval()
 

@@ -30,6 +30,7 @@ MODELS |= RECIPES | {f"{name}, fp32 transport": RECIPES[name] | dict(fp32_kv_tra
 TWO_SETS = dict(shared_kv_sets=2)
 MODELS |= {
     "two sets of K,V": MODEL | TWO_SETS,
+    "QK-norm and biases, two sets of K,V": MODEL | TWO_SETS | dict(qk_layernorm=True, add_qkv_bias=True),
     "delayed, fp32 transport, two sets of K,V": MODELS["delayed, fp32 transport"] | TWO_SETS,
 }
 SAME_IN_BF16 = "bf16, the size of FP8's"

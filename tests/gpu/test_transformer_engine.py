@@ -58,6 +58,19 @@ def test_bf16_torch_on_gpu_equals_float32(kind: str) -> None:
             assert relative_error(result[name], reference[name]) < GRAD_BF16, name
 
 
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_norms_of_queries_and_keys_biases_and_z_loss(kind: str) -> None:
+    model = dict(self_decoder=kind, shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True)
+    model |= dict(loss_chunk_size=17, z_loss_coeff=1e-2)
+    reference = train_step(model)
+    result = {plain_name(name): value for name, value in train_step(model | TE | BF16).items()}
+    assert relative_error(result["loss"], reference["loss"]) < LOSS_BF16
+    for name in reference:
+        if name.startswith("grad/"):
+            error = relative_error(result[name], reference[name])
+            assert error < GRAD_BF16, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_fp8_recompute_that_keeps_attention(recipe: str) -> None:
     """Against recompute of whole layers in FP8. Both round alike; cuDNN's backward adds in any order."""
