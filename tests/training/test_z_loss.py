@@ -39,7 +39,16 @@ def test_the_models_second_loss_is_that_of_its_logits(one_process):
         assert relative_error(grads[name], param.grad) < 1e-6, name
 
 
-BASELINE = [*TINY_BASELINE, "--loss-chunk-size", "16", "--transformer-impl", "local"]
+# With its norms and biases, whose gradients ranks sum, too.
+BASELINE = [
+    *TINY_BASELINE,
+    "--loss-chunk-size",
+    "16",
+    "--transformer-impl",
+    "local",
+    "--qk-layernorm",
+    "--add-qkv-bias",
+]
 
 
 @pytest.mark.parametrize(
