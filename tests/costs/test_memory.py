@@ -23,6 +23,16 @@ def test_states(processes, flags, bytes_per_parameter):
     assert memory.gpu_memory(args).states == pytest.approx(count * bytes_per_parameter)
 
 
+def test_states_of_experts():
+    """Ranks share experts, and nothing else: two of 4 in each of 4 layers, 3 x 32 x 48 weights in each."""
+    experts = ["--num-experts", "4", "--moe-ffn-hidden-size", "48", "--use-distributed-optimizer"]
+    whole = memory.gpu_memory(parsed(2, *experts)).parts
+    divided = memory.gpu_memory(parsed(2, *experts, "--expert-model-parallel-size", "2")).parts
+    half = 4 * 4 * 3 * 32 * 48 / 2
+    assert whole["weights"] - divided["weights"] == whole["gradients"] - divided["gradients"] == 4 * half
+    assert whole["optimizer"] == divided["optimizer"]
+
+
 def test_more_activations_with_longer_sequences_fewer_with_recompute():
     whole_logits = ["--loss-chunk-size", "0"]
     plain = memory.gpu_memory(parsed(1, *whole_logits)).activations

@@ -47,6 +47,20 @@ FLAGS = (
 )
 
 
+# Experts, over all GPUs and beside tensor parallelism.
+EXPERTS = (
+    "--num-experts 8 --moe-ffn-hidden-size 256 --moe-shared-expert-intermediate-size 256 --moe-router-dtype fp32 "
+    "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
+)
+EXPERT_MESHES = {
+    f"DP{GPUS}": f"--expert-model-parallel-size {GPUS}",
+    "TP2"
+    if GPUS == 2
+    else f"TP2xDP{GPUS // 2}": f"--expert-model-parallel-size {GPUS} --expert-tensor-parallel-size 1",
+    MESHES[0]: "",
+}
+
+
 def flags_of(mesh: str, kind: str, more: str = "") -> list[str]:
     window = "--self-decoder-window 300" if kind == "sliding_window" else ""
     return f"{FLAGS} --self-decoder {kind} {window} {Mesh.of(mesh).flags} {more}".split()
@@ -54,7 +68,8 @@ def flags_of(mesh: str, kind: str, more: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Runs:
-    return Runs(1, {kind: flags_of("1", kind) for kind in SELF_DECODERS})
+    runs = {kind: flags_of("1", kind) for kind in SELF_DECODERS}
+    return Runs(1, runs | {"experts": flags_of("1", "gated_retention", EXPERTS)})
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +109,18 @@ def test_trains_as_one_gpu_does(mesh: str, kind: str, one_gpu: Runs, all_gpus: R
 def test_goes_on_from_another_mesh(mesh: str, kind: str, changed: Runs) -> None:
     """Saved with tensor and pipeline parallelism, continued with neither: the losses of the run that went on."""
     assert_close(changed[mesh, kind], changed[SAVED, kind], HALF + 1)
+
+
+@pytest.fixture(scope="module")
+def with_experts() -> Runs:
+    return Runs(
+        GPUS, {mesh: flags_of(mesh, "gated_retention", f"{EXPERTS} {more}") for mesh, more in EXPERT_MESHES.items()}
+    )
+
+
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+def test_experts_train_as_on_one_gpu(mesh: str, one_gpu: Runs, with_experts: Runs) -> None:
+    assert_close(with_experts[mesh], one_gpu["experts"], 1)
 
 
 def test_the_comparison_can_fail(one_gpu: Runs) -> None:

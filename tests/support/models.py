@@ -197,6 +197,9 @@ def train_step(
     optimizer.step()
     for name, param in names.items():
         result[f"weight/{name}"] = gather_whole(name, param.detach(), param).cpu()
+    # What balances experts without a loss; its entries are multiples of the update rate, and so equal or far apart.
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    result |= {f"weight/{name}": buffer.cpu().clone() for name, buffer in biases.items()}
     return with_all_experts(result)
 
 

@@ -117,7 +117,8 @@ class ModelShape:
     def experts_share(self, kind: str) -> float:
         """Of the layers of a kind, those with experts."""
         has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
-        of_kind = {"self_decoder": has[: self.num_self_decoder_layers], "cross_decoder": has[-self.layers_of(kind) :]}
+        split = self.num_self_decoder_layers
+        of_kind = {"self_decoder": has[:split], "shared_kv": [], "cross_decoder": has[split:]}
         return sum(of_kind.get(kind, has)) / max(1, self.layers_of(kind))
 
     def ffn_width(self, kind: str) -> float:
