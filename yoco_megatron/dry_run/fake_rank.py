@@ -14,12 +14,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import timers
 from megatron.core import utils as core_utils
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer import clip_grads
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.training import get_args, training
+from megatron.training import checkpointing, get_args, training
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,7 +33,7 @@ from yoco_megatron.ops.attention import torch as attention
 from yoco_megatron.parallel.context import query_shard
 from yoco_megatron.startup import checks
 
-STEP = "the step"
+STEP, CHECKPOINT = "the step", "a checkpoint"
 # Flags that need a GPU, and the value that leaves each out: (destination, flag, value).
 OF_GPUS = (
     ("fp8_param_gather", "--fp8-param-gather", False),
@@ -43,7 +44,7 @@ OF_GPUS = (
 
 @dataclass(frozen=True)
 class Shard:
-    """A box of a tensor of the model's checkpoint that this rank would write."""
+    """A box of a tensor of the checkpoint, model and optimizer, that this rank would write."""
 
     key: str
     shape: tuple[int, ...]
@@ -136,8 +137,10 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     def init_process_group(backend: str | None = None, **kwargs: Any) -> None:
         start("fake", store=FakeStore(), rank=kwargs["rank"], world_size=kwargs["world_size"])
 
-    def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": "fake"})
+    def fake_group(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        if ranks is not None and dist.get_rank() not in ranks:
+            return dist.GroupMember.NON_GROUP_MEMBER  # at once: a large world has a hundred thousand of them
+        return new_group(ranks, *args, **kwargs | {"backend": "fake"})
 
     # Objects are pickled into tensors' bytes, which fakes do not have: every rank says what this one says.
     def all_gather_object(object_list: list, obj: Any, group: Any = None) -> None:
@@ -196,6 +199,8 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     yield mock.patch.object(torch.nn.Module, "_apply", _apply)
     # torch/nn/attention/bias.py makes a class of tensor of its own, which fakes cannot be.
     yield mock.patch.object(attention, "causal_lower_right")
+    # core/timers.py makes a list of a tensor, one number of each rank of the world.
+    yield mock.patch.object(timers.Timers, "_get_global_min_max_time", return_value={})
     # Which rank sends which query: lengths depend on numbers, which are made of none but those of the run.
     yield mock.patch.object(query_shard, "_route", _with_numbers(query_shard._route))
 
@@ -244,7 +249,7 @@ def _iterators(provider: Any) -> tuple[Iterator[dict[str, torch.Tensor]], None, 
 
 
 def _record(rank: int, ledger: Ledger, model: list[Any], optimizer: Any) -> RankRecord:
-    calls, peak = tuple(ledger.calls), ledger.live.peak + gpu.WORKSPACE_BYTES
+    peak = ledger.live.peak + gpu.WORKSPACE_BYTES
     flops = {kind: count for (phase, kind), count in ledger.flops.items() if phase == STEP}
     parameters = [parameter for chunk in model for parameter in chunk.parameters()]
     buffers = [buffer for chunk in model for buffer in chunk.buffers]
@@ -256,16 +261,26 @@ def _record(rank: int, ledger: Ledger, model: list[Any], optimizer: Any) -> Rank
         "gradients": _bytes([buffer.grad_data for buffer in buffers], seen),
         "optimizer": _bytes(tree_leaves([(one.param_groups, list(one.state.values())) for one in inner]), seen),
     }
+    parameter_count = sum(one.numel() for one in parameters)
+    ledger.phase = CHECKPOINT
+    shards = _shards(model, optimizer)
+    return RankRecord(rank, tuple(ledger.calls), flops, parameter_count, state_bytes, peak, shards)
+
+
+def _shards(model: list[Any], optimizer: Any) -> tuple[Shard, ...]:
+    """That this rank would write of a checkpoint, as training makes it (training/checkpointing.py)."""
+    metadata = {"metadata": checkpointing._build_sharded_state_dict_metadata(get_args())}
+    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+    state = {name: chunk.sharded_state_dict(**metadata) for name, chunk in zip(names, model)}
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), **metadata)
+    apply_factories(state)
     shards = []
-    for chunk in model:
-        state = chunk.sharded_state_dict()
-        apply_factories(state)
-        for one in nested_values(state):
-            is_main = isinstance(one, ShardedTensor) and not any(tree_leaves(one.replica_id))
-            if is_main:
-                size = (1,) * one.prepend_axis_num + one.local_shape
-                shards.append(Shard(one.key, one.global_shape, one.global_offset, size))
-    return RankRecord(rank, calls, flops, sum(one.numel() for one in parameters), state_bytes, peak, tuple(shards))
+    for one in nested_values(state):
+        is_main = isinstance(one, ShardedTensor) and not any(tree_leaves(one.replica_id))
+        if is_main:
+            size = (1,) * one.prepend_axis_num + one.local_shape
+            shards.append(Shard(one.key, one.global_shape, one.global_offset, size))
+    return tuple(shards)
 
 
 def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:

@@ -20,6 +20,7 @@ from megatron.core import recompute, tensor_parallel
 from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -161,6 +162,7 @@ def _gpt_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmo
 
 def _optimizer() -> Iterator[Any]:
     yield mock.patch.multiple(optimizers, USING_PYTORCH_OPTIMIZER=False, Adam=FusedAdam)
+    yield mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True, Adam=FusedAdam)
     module = ModuleType(OPTIMIZERS)
     module.FusedAdam = FusedAdam  # type: ignore[attr-defined]  # core/optimizer/optimizer_config.py asks for its arguments
     yield mock.patch.dict(sys.modules, {OPTIMIZERS: module})
