@@ -177,3 +177,115 @@ relies_on(
     used_by="convert/readers.py",
     why="overridden: read once, not for each tensor",
 )
+relies_on(
+    "megatron.core.fusions.fused_bias_swiglu",
+    "swiglu_back",
+    digest="1a1d88f6fa2355db",
+    used_by="dry_run/gpu.py",
+    why="compiled: one kernel, which allocates its result alone",
+)
+relies_on(
+    "megatron.core.optimizer",
+    "_get_megatron_optimizer_based_on_param_groups",
+    digest="8ef99e8043fdfc15",
+    used_by="dry_run/fused_adam.py",
+    why="arguments of Transformer Engine's FusedAdam, and which of its states are made before the first step",
+)
+relies_on(
+    "megatron.core.optimizer.distrib_optimizer",
+    "DistributedOptimizer.state_dict",
+    digest="b689e6bd27484901",
+    used_by="dry_run/gpu.py",
+    why="where it reads the number of steps of Transformer Engine's optimizer",
+)
+relies_on(
+    "megatron.core.optimizer.distrib_optimizer",
+    "DistributedOptimizer._get_main_param_and_optimizer_states",
+    digest="0fd32fc857d72b8b",
+    used_by="dry_run/fused_adam.py",
+    why="what it asks the precision-aware optimizer for",
+)
+relies_on(
+    "megatron.core.optimizer.optimizer_config",
+    "OptimizerConfig.__post_init__",
+    digest="f79312b197d52c1b",
+    used_by="dry_run/gpu.py",
+    why="it asks Transformer Engine's FusedAdam for its arguments",
+)
+relies_on(
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "get_gpt_layer_with_transformer_engine_submodules",
+    digest="68b00879b753bc38",
+    used_by="dry_run/gpu.py",
+    why="the Transformer's layer that a dry run's is like",
+)
+relies_on(
+    "megatron.core.extensions.transformer_engine",
+    "te_checkpoint",
+    digest="5699afb8b0040cfd",
+    used_by="dry_run/gpu.py",
+    why="its arguments; in a dry run FP8's checkpoint is Megatron's own",
+)
+relies_on(
+    "megatron.core.extensions.transformer_engine",
+    "set_save_original_input",
+    digest="b6fff90bfd7daf7d",
+    used_by="dry_run/gpu_layers.py",
+    why="the attribute that keeps a linear layer's input as it is",
+)
+relies_on(
+    "megatron.core.transformer.module",
+    "MegatronModule.set_is_first_microbatch",
+    digest="ffc90ab4441087c4",
+    used_by="dry_run/gpu_layers.py",
+    why="weights in FP8 are made once a step and kept",
+)
+relies_on(
+    "megatron.core.models.common.embeddings.rope_utils",
+    "apply_rotary_pos_emb",
+    digest="0702d982220d98c6",
+    used_by="dry_run/gpu.py",
+    why="it calls Transformer Engine's kernel by the name that a dry run replaces",
+)
+relies_on(
+    "megatron.core.timers",
+    "Timers._get_global_min_max_time",
+    digest="e4c8c299d369f51c",
+    used_by="dry_run/fake_rank.py",
+    why="replaced in a dry run: it makes a list of a tensor, one number of each rank",
+)
+relies_on(
+    "megatron.core.optimizer.clip_grads",
+    "get_grad_norm_fp32",
+    digest="1c134ce01399b2cb",
+    used_by="dry_run/fake_rank.py",
+    why="it calls l2_norm_impl, which a dry run replaces, as that reads numbers of tensors",
+)
+relies_on(
+    "megatron.core.optimizer.optimizer",
+    "ChainedOptimizer.sharded_state_dict",
+    digest="8796f901f970a050",
+    used_by="dry_run/fake_rank.py",
+    why="the optimizer's part of a checkpoint, made as a save makes it",
+)
+relies_on(
+    "megatron.training.checkpointing",
+    "_build_sharded_state_dict_metadata",
+    digest="b6776c4f22aadaf9",
+    used_by="dry_run/fake_rank.py",
+    why="how a save asks for the shards of a checkpoint",
+)
+relies_on(
+    "megatron.training.checkpointing",
+    "generate_state_dict",
+    digest="f0965f326acfe21e",
+    used_by="dry_run/fake_rank.py",
+    why="how a save asks for the shards of a checkpoint",
+)
+relies_on(
+    "torch.nn",
+    "Module._apply",
+    digest="0dcd0a85fd8e54d3",
+    used_by="dry_run/fake_rank.py",
+    why="replaced in a dry run: it swaps fake parameters that something refers to weakly",
+)
