@@ -1,26 +1,30 @@
 """The real trainer as ranks of a world that does not exist: right meshes are confirmed, wrong ones named."""
 
 import os
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from unittest import mock
 
 import pytest
-from support.cli import TINY
+from support.cli import TINY, TINY_BASELINE, TINY_WINDOWS
 from support.ports import free_port
 from support.worlds import spawn
 
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
 from yoco_megatron.dry_run.confirm import NO_FILES, Confirmed, confirm
 from yoco_megatron.dry_run.fake_rank import STEP
 from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.dry_run.mesh import Mesh, Place
 from yoco_megatron.dry_run.report import report
+from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.startup.arguments import parse_for_job
 
-FLAGS = [*TINY, "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+EXECUTION = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+FLAGS = [*TINY, *EXECUTION]
 TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP = ["--pipeline-model-parallel-size", "2"]
 
@@ -63,25 +67,27 @@ def _ledger_of_a_real_run(argv: list[str]) -> list[Call]:
     return ledger.calls
 
 
-MESH = [*FLAGS, *TP, *PP, "--context-parallel-size", "2", "--shared-kv-sets", "2"]
+# Stages: the embedding and a layer of the self-decoder; another and the shared K,V; the cross-decoder; and the head.
+MESH = [
+    *(*FLAGS, *TP, "--pipeline-model-parallel-size", "4", "--context-parallel-size", "2", "--shared-kv-sets", "2"),
+    *("--global-batch-size", "256", "--use-precision-aware-optimizer"),
+]
 
 
 @pytest.fixture(scope="module")
-def of_16() -> Confirmed:
-    return spawn(_confirm, 1, (_main, MESH, 16))[0]
+def of_1024() -> Confirmed:
+    return spawn(_confirm, 1, (_main, MESH, 1024))[0]
 
 
-def test_right_mesh_is_confirmed(of_16):
-    assert of_16.problems == []
-    assert [record.rank for record in of_16.records] == [0, 1, 2, 4, 8, 9, 10, 12]
-    assert "8 of 16 ranks ran a step" in report(of_16)
+def _parsed() -> tuple[Namespace, StagePlan | None]:
+    with gpu.defaults():
+        return parse_for_job([*MESH, *NO_FILES], 1024)
 
 
-def test_states_are_those_of_bf16_and_a_sharded_optimizer(of_16):
-    for record in of_16.records:
-        # The optimizer is divided by data and context parallelism; Megatron pads buffers.
-        bytes_per_parameter = [size / record.parameters for size in record.state_bytes.values()]
-        assert bytes_per_parameter == pytest.approx([2, 4, 12 / 4], rel=0.02)
+def test_right_mesh_is_confirmed(of_1024):
+    assert of_1024.problems == []
+    assert [record.rank for record in of_1024.records[:6]] == [0, 1, 2, 252, 256, 257]
+    assert "16 of 1024 ranks ran a step" in report(of_1024)
 
 
 def test_skipped_collective_names_ranks_and_call():
@@ -91,17 +97,17 @@ def test_skipped_collective_names_ranks_and_call():
     assert ": allreduce of " in problem and "(float32) among ranks 0, 1 in the step against " in problem
 
 
-def test_states_and_flops_are_held_against_the_formulas(of_16):
-    args, plan = parse_for_job([*MESH, *NO_FILES], 16)
-    first = of_16.records[0]
+def test_states_and_flops_are_held_against_the_formulas(of_1024):
+    args, plan = _parsed()
+    first = of_1024.records[0]
 
     def problems(**changes) -> list[str]:
         record = replace(first, **changes)
-        return list(off_the_formulas([record], of_16.mesh, args, ModelShape.from_args(args), plan.parts()))
+        return list(off_the_formulas([record], of_1024.mesh, args, ModelShape.from_args(args), plan.parts()))
 
     assert problems() == []
     assert problems(flops=first.flops | {"products": first.flops["products"] * 1.05})[0].startswith("rank 0 has ")
-    states = first.state_bytes | {"optimizer": first.state_bytes["optimizer"] * 2}  # not divided by context parallelism
+    states = first.state_bytes | {"optimizer": first.state_bytes["optimizer"] + 10_000}
     assert "bytes of optimizer, the formulas say" in problems(state_bytes=states)[0]
 
 
@@ -110,32 +116,72 @@ def test_norms_of_queries_and_keys_and_biases():
     assert spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 2))[0].problems == []
 
 
-def test_queries_travel_between_ranks():
+@pytest.fixture(scope="module")
+def of_travelling_queries() -> Confirmed:
     """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""
     flags = ["--context-parallel-size", "2", "--loss-suffix", "8", "--cp-cross-attention", "queries"]
-    assert spawn(_confirm, 1, (_main, [*FLAGS, *flags], 2))[0].problems == []
+    return spawn(_confirm, 1, (_main, [*FLAGS, *flags], 2))[0]
 
 
-def test_lost_or_larger_message_is_found(of_16):
-    sender, *others = of_16.records
+def test_queries_travel_between_ranks(of_travelling_queries):
+    assert of_travelling_queries.problems == []
+
+
+def test_states_are_those_of_bf16_and_a_sharded_optimizer(of_travelling_queries):
+    for record in of_travelling_queries.records:
+        # Context parallelism divides the optimizer, too; Megatron pads buffers.
+        bytes_per_parameter = [size / record.parameters for size in record.state_bytes.values()]
+        assert bytes_per_parameter == pytest.approx([2, 4, 12 / 2], rel=0.02)
+
+
+WINDOWS = [*TINY, *TINY_WINDOWS]
+SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules"]
+FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1", "--recompute-method"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*WINDOWS, *SELECTIVE, "mlp", "core_attn"],
+        [*WINDOWS, *FULL, "block", "--keep-cross-attention"],
+        [*WINDOWS, *FULL, "uniform", "--loss-chunk-size", "16", "--mlp-chunks-for-training", "2"],
+        [*TINY_BASELINE, *FULL, "block"],
+    ],
+    ids=["selective", "block", "uniform", "GPT"],
+)
+def test_flops_of_attention_and_recompute_are_those_of_the_formulas(flags):
+    found = spawn(_confirm, 1, (_main, [*EXECUTION, *flags], 1))[0]
+    assert found.problems == []
+    assert found.records[0].flops["attention"] > 0
+
+
+def test_optimizer_is_in_the_checkpoint(of_1024):
+    keys = {shard.key for record in of_1024.records for shard in record.shards}
+    assert {key.split("module.")[0] for key in keys if key.endswith("embedding.word_embeddings.weight")} == {
+        *("", "optimizer.state.param.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."),
+    }
+
+
+def test_lost_or_larger_message_is_found(of_1024):
+    sender, *others = of_1024.records
     sends = [index for index, call in enumerate(sender.calls) if call.name == "send"]
     lost = replace(sender, calls=sender.calls[: sends[-1]] + sender.calls[sends[-1] + 1 :])
-    assert [text[:38] for text in mismatched_calls([lost, *others])] == ["ranks 0 and 8 differ in number 2 of th"]
+    assert [text[:38] for text in mismatched_calls([lost, *others])] == ["ranks 0 and 256 differ in number 2 of "]
     calls = list(sender.calls)
     calls[sends[0]] = replace(calls[sends[0]], bytes=1)
     (problem,) = mismatched_calls([replace(sender, calls=tuple(calls)), *others])
     assert "number 1 of their sends: send of 1 bytes" in problem
 
 
-def test_checkpoint_must_cover_each_tensor_once(of_16):
-    first, *others = of_16.records
+def test_checkpoint_must_cover_each_tensor_once(of_1024):
+    first, *others = of_1024.records
     shard = next(shard for shard in first.shards if shard.size != shard.shape)
     without = replace(first, shards=tuple(one for one in first.shards if one != shard))
-    assert list(uncovered(of_16.records, of_16.mesh)) == []
-    assert all(shard.key in text for text in uncovered([without, *others], of_16.mesh))
-    assert "no rank would write" in next(uncovered([without, *others], of_16.mesh))
+    assert list(uncovered(of_1024.records, of_1024.mesh)) == []
+    assert all(shard.key in text for text in uncovered([without, *others], of_1024.mesh))
+    assert "no rank would write" in next(uncovered([without, *others], of_1024.mesh))
     twice = replace(first, shards=(*first.shards, shard))
-    assert "several ranks would write" in next(uncovered([twice, *others], of_16.mesh))
+    assert "several ranks would write" in next(uncovered([twice, *others], of_1024.mesh))
 
 
 def test_ledger_is_that_of_a_real_run():
