@@ -9,8 +9,10 @@ import pytest
 from support.cli import TINY, Runs, train
 
 from yoco_megatron.convert import config_fields
+from yoco_megatron.convert.readers import open_source
 from yoco_megatron.planning import flags as planning_flags
 from yoco_megatron.startup import arguments
+from yoco_megatron.startup.load_run import parse_run
 
 EXPERTS = (
     *("--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-token-dispatcher-type", "alltoall"),
@@ -52,6 +54,9 @@ def test_checkpoints_at_other_expert_parallelism(tmp_path: Path) -> None:
         for step in log.losses:
             assert log.loss(step) == pytest.approx(alone.loss(step), rel=1e-5), (name, step)
     assert runs["EP2 with a new rate"].loss(4) == pytest.approx(alone.loss(4), rel=1e-5)
+    assert parse_run(divided).num_experts == 4
+    with pytest.raises(ValueError, match="--num-experts 4: conversion"):
+        open_source("megatron", divided, None, flag="--load")
     assert "seq_load_balancing_loss: " in alone.text and " load_balancing_loss" not in alone.text
 
 

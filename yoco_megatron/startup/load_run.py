@@ -52,6 +52,8 @@ TAKEN = {field.name for field in dataclasses.fields(YOCOFields)} | {
     *("swiglu", "squared_relu", "quick_geglu", "openai_gelu", "qk_layernorm", "qk_l2_norm", "softmax_type"),
     *("window_attn_skip_freq", "attention_output_gate", "glu_linear_offset", "activation_func_clamp_value"),
     *("bf16", "fp16", "fp32_residual_connection", "attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
+    *(*architecture.EXPERTS, *architecture.ROUTING, "moe_router_dtype", "moe_token_dispatcher_type"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "vocab_extra_ids"),
     *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "special_tokens"),
     *("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens", "tokenizer_sentencepiece_legacy"),
