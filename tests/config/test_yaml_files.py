@@ -172,6 +172,17 @@ def test_values_reach_the_parser(key, value, dest, wanted, parser):
     assert getattr(parsed(parser, {key: value}), dest) == wanted
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    """A rename would, and the device of /dev/null be gone."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for place in (pipe, folder):
+        with pytest.raises(OSError, match="is no regular file: name another one"):
+            write_atomically(place, "new")
+    assert pipe.is_fifo() and folder.is_dir() and sorted(tmp_path.iterdir()) == [folder, pipe]
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
     write_atomically(tmp_path / "a.json", "old")
 

@@ -19,8 +19,11 @@ def identity(files: Iterable[Path]) -> str:
 def written_atomically(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A stream whose content becomes the file `path` at the end; its folder is created if missing.
 
-    durable: sync to disk first, so that a crash after the rename cannot leave an empty file. Raises OSError.
+    durable: sync to disk first, so that a crash after the rename cannot leave an empty file. Raises OSError, also where
+    `path` is no regular file: a rename would replace /dev/null.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: name another one")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
