@@ -40,6 +40,14 @@ def test_a_long_step_is_followed_in_part(chunks):
     assert waiting_seconds(stages, 4, 120, 1 / 3) + 120 * busiest == pytest.approx(whole, rel=1e-3)
 
 
+def test_no_rank_waits_less_than_nothing():
+    """A sixth group that makes up for the fifth's waiting; a hundred more like it would end before the work does."""
+    stages = [1.4, 1.1, 1.2, 1.4]
+    waited = pipeline_seconds(stages, 2, 64, 1 / 3) - 64 * 2.6
+    assert waiting_seconds(stages, 2, 64, 1 / 3) == pytest.approx(waited, abs=0.2)
+    assert waiting_seconds(stages, 2, 640, 1 / 3) > 0
+
+
 def test_chunks_of_different_lengths_wait_for_each_other():
     """Two ranks with as much work each: none waits in equal chunks; in chunks of turned lengths both do."""
     equal = waiting_seconds([1.0, 1.0, 1.0, 1.0], 2, 8, 1 / 3)

@@ -19,12 +19,16 @@ def waiting_seconds(stages: Sequence[float], ranks: int, microbatches: int, forw
     """
     if ranks == 1:
         return 0.0
+    longest = max(sum(stages[rank::ranks]) for rank in range(ranks))
+
+    def of_first(count: int) -> float:
+        return pipeline_seconds(stages, ranks, count, forward) - count * longest
+
     simulated = min(microbatches, GROUPS * ranks + microbatches % ranks)
-    total = pipeline_seconds(stages, ranks, simulated, forward)
-    if simulated < microbatches:
-        a_group = total - pipeline_seconds(stages, ranks, simulated - ranks, forward)
-        total += a_group * (microbatches - simulated) / ranks
-    return total - microbatches * max(sum(stages[rank::ranks]) for rank in range(ranks))
+    waiting = of_first(simulated)
+    if simulated < microbatches:  # a group may still make up for an earlier one's, but all others do not
+        waiting += max(0.0, waiting - of_first(simulated - ranks)) * (microbatches - simulated) / ranks
+    return waiting
 
 
 def about_waiting_seconds(stages: Sequence[float], ranks: int, microbatches: int, forward: float) -> float:
