@@ -32,9 +32,10 @@ SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 def token_count(text: str) -> int:
     """12_000, 300B or 1.6T."""
     found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([KMBT]?)", text.upper())
-    if not found or float(found[1]) == 0:
+    count = round(float(found[1]) * SUFFIXES[found[2]]) if found else 0
+    if count < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of tokens such as 300B")
-    return round(float(found[1]) * SUFFIXES[found[2]])
+    return count
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,5 +132,7 @@ if __name__ == "__main__":
     try:
         if said := main(sys.argv[1:]):
             print(said)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"plan.py: error: {error}")

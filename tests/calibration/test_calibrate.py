@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 def test_two_processes_write_a_card(tmp_path):
     output = tmp_path / "card.yaml"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "tools/plan.py", "calibrate", "--trial", "--output", str(output), "--base", "h200"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    tool = str(ROOT / "tools/plan.py")
+    command = [*launcher, tool, "calibrate", "--trial", "--output", str(output), "--base", "h200"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     card = Card.of(str(output))
     base = Card.of("h200")

@@ -26,11 +26,13 @@ def test_links_inside_and_between_nodes():
     [
         ("watts: 700.0", "", "watts is missing"),
         ("watts: 700.0", "watts: 700.0\nwats: 1", "no figure 'wats'; did you mean watts?"),
-        ("watts: 700.0", "watts: -1", "watts: -1 is not above 0"),
-        ("watts: 700.0", "watts: .nan", "watts: nan is not above 0"),
-        ("watts: 700.0", "watts: much", "watts: watts is 'much', not float"),
+        ("watts: 700.0", "watts: -1", "watts -1 is no positive number"),
+        ("watts: 700.0", "watts: .nan", "watts nan is no positive number"),
+        ("watts: 700.0", "watts: much", "yaml: watts is 'much', not float"),
         ("4096: 338.0", "long: 338.0", r"attention_tflops: write {tokens: TFLOP/s, ...}"),
-        ("4096: 338.0", "4096: 0", "attention_tflops: 0 is not above 0"),
+        ("4096: 338.0", "4096: 0", "attention_tflops 0 is no positive number"),
+        ("4096: 338.0", "0: 338.0", r"attention_tflops: write {tokens: TFLOP/s, ...}"),
+        ("gated_retention: 100.0", "retention: 1.0", "no mixer 'retention'; did you mean gated_retention?"),
         ("name: H100", "- H100", "not valid YAML"),
     ],
 )

@@ -210,5 +210,7 @@ def test_ranks_of_a_large_mesh():
 
 
 def test_flags_of_files_are_refused():
+    with pytest.raises(ValueError, match="--jobs 0 must be at least 1"):
+        confirm(_main, FLAGS, 4, jobs=0)
     with pytest.raises(ValueError, match="--save: a dry run reads and writes no files"):
         confirm(_main, [*TINY, "--save", "somewhere"], 2)

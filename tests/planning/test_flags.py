@@ -21,6 +21,8 @@ def test_names_types_and_defaults_are_megatrons():
         assert (action.dest, action.nargs == 0) == (theirs.dest, theirs.nargs == 0)
         if action.dest not in runtime.argument_defaults():  # of a machine without a GPU
             assert action.default == megatrons.get_default(action.dest)
+        if action.choices:
+            assert set(action.choices) == set(theirs.choices)
         if action.nargs != 0 and action.dest != "recompute_modules":
             assert action.type in (theirs.type, str)
 
@@ -49,3 +51,19 @@ def test_config_then_command_line(tmp_path):
     assert (args.bf16, args.micro_batch_size, args.recompute_granularity) == (True, 1, None)
     assert own.keys() == {"vocab_size", "micro_batch_size", "global_batch_size"}
     assert isinstance(args, argparse.Namespace)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0 must be at least 1"),
+        ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by 0 must be at least 1"),
+        ("--context-parallel-size -1", "--context-parallel-size -1 must be at least 1"),
+        ("--fp8-format e5m2", "invalid choice: 'e5m2'"),
+        ("--architecture yolo", "invalid choice: 'yolo'"),
+        ("--optimizer sgd", "--optimizer sgd: plans count the memory of Adam alone"),
+    ],
+)
+def test_numbers_and_words_that_the_trainer_refuses(more, message):
+    with pytest.raises(ValueError, match=message):
+        flags.parse([*MODEL, *more.split()], gpus=1)

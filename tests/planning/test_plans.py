@@ -102,16 +102,47 @@ def test_the_command_line_holds():
 
 def test_settings_take_back_what_configs_say():
     args, own = flags.parse(
-        ["--config", *MODELS, "recompute-granularity=full", "recompute-method=uniform", "bf16=true", *REST], 64
+        [
+            *("--config", *MODELS, "recompute-granularity=full", "recompute-method=uniform", "bf16=true"),
+            *("pipeline-model-parallel-layout=Et|tL", *REST),
+        ],
+        64,
     )
     decided = settings(search(args, own, H100).best, args)
+    assert decided["pipeline-model-parallel-layout"] is None
     assert decided["recompute-granularity"] is None and decided["recompute-method"] is None
 
 
 def test_one_error_where_nothing_fits():
     args, own = parsed(gpus=1)
-    with pytest.raises(ValueError, match=r"no mesh of 1 GPUs fits \(.*states do not fit: \d+"):
+    with pytest.raises(ValueError, match=r"no mesh for 1 GPUs \(.*states do not fit: \d+.*\): use more GPUs$"):
         search(args, own, H100)
+
+
+def test_the_error_has_the_fix_of_what_came_furthest():
+    args, own = parsed(gpus=100_000)
+    with pytest.raises(ValueError, match=r"use another --global-batch-size, or another number of GPUs$"):
+        search(args, own, H100)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--recompute-elementwise --fp8-format hybrid", "--recompute-elementwise is for bf16"),
+        ("--keep-cross-attention", "--keep-cross-attention is an exception from --recompute-granularity full"),
+        ("--pipeline-model-parallel-layout Et|tL", "the search cuts pipelines itself"),
+        ("--fp8-format hybrid", "--fp8-format does not go with --precisions bf16"),
+    ],
+)
+def test_no_plan_that_the_trainer_would_refuse(more, message):
+    args, own = parsed(*more.split(), gpus=8)
+    with pytest.raises(ValueError, match=message):
+        search(args, own, H100, ("bf16",) if more == "--fp8-format hybrid" else ())
+
+
+def test_virtual_stages_want_a_pipeline():
+    args, own = parsed("--num-virtual-stages-per-pipeline-rank", "2", gpus=8)
+    assert all(plan.args.pipeline_model_parallel_size > 1 for plan in search(args, own, H100).plans)
 
 
 def test_more_memory_allows_more():
@@ -230,6 +261,8 @@ def test_published_interval():
         (["--micro-batch-size", "16"], "--global-batch-size 512 is not a multiple of --micro-batch-size 16 x 64"),
         (["--pipeline-model-parallel-size", "64"], "64 pipeline stages .* are more than --num-layers 40"),
         (["--pipeline-model-parallel-layout", "Et|tL", "--pipeline-model-parallel-size", "2"], "with 40 t in all"),
+        (["--pipeline-model-parallel-layout", "Et|tL"], "--pipeline-model-parallel-layout needs --pipeline-model"),
+        (["--num-virtual-stages-per-pipeline-rank", "4"], "needs --pipeline-model-parallel-size above 1"),
     ],
 )
 def test_meshes_that_cannot_be(flags, message):
@@ -243,6 +276,20 @@ def test_runs_that_cannot_be(found):
         plan_run(Plan.of(args, H100), 10**12, Site())
     with pytest.raises(ValueError, match="makes no progress: a failure every 1 min"):
         plan_run(found[1].best, 10**12, Site(failures_per_gpu_hour=1.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"failures_per_gpu_hour": rate} for rate in (0.0, -1.0, math.inf, math.nan)),
+        *({"save_stall": seconds} for seconds in (0.0, math.inf, math.nan)),
+        *({"restart": seconds} for seconds in (-1.0, math.inf, math.nan)),
+        *({"power_usage": share} for share in (0.9, math.inf, math.nan)),
+    ],
+)
+def test_sites_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=r"^--"):
+        Site(**wrong)
 
 
 def test_a_transformers_stages_are_megatrons():

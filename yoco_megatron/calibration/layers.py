@@ -1,6 +1,7 @@
 """What a layer takes as a whole, in a model of the trainer's: the host to launch it, and all that is no product."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,6 +12,7 @@ from yoco_megatron import runtime
 from yoco_megatron.calibration.timing import seconds
 from yoco_megatron.model.builder import model_config_from_args
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 FEW = 512
 """Tokens so few that the host decides."""
 
@@ -18,14 +20,13 @@ FEW = 512
 def flags(trial: bool) -> list[str]:
     """Of pretrain_yoco.py, for eight layers of the 3B, or two of the tiny model; without Megatron's wrapper there is no
     buffer for gradients that Transformer Engine could add to."""
-    sizes = (
-        "configs/model/yoco_tiny.yaml --num-layers 2" if trial else "configs/model/yoco_3b.yaml --num-layers 8 --bf16"
-    )
-    return (
-        f"--config {sizes} --seq-length 4096 --max-position-embeddings 4096 --vocab-size 1000 --micro-batch-size 1 "
+    model, sizes = ("yoco_tiny", "--num-layers 2") if trial else ("yoco_3b", "--num-layers 8 --bf16")
+    rest = (
+        f"{sizes} --seq-length 4096 --max-position-embeddings 4096 --vocab-size 1000 --micro-batch-size 1 "
         "--global-batch-size 64 --lr 1e-4 --train-iters 1 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 "
         "--no-gradient-accumulation-fusion"
-    ).split()
+    )
+    return ["--config", str(CONFIGS / f"{model}.yaml"), *rest.split()]
 
 
 def build() -> torch.nn.Module:

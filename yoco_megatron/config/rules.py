@@ -206,6 +206,20 @@ def check_mesh(args: Namespace) -> None:
         )
 
 
+def check_stages(args: Namespace) -> None:
+    """One way at most to ask for the stages of a YOCO's pipeline, and a pipeline to cut."""
+    ways = (
+        "pipeline_model_parallel_layout",
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+    )
+    ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    alone = args.pipeline_model_parallel_size == 1
+    given = [f"--{dest.replace('_', '-')}" for dest in (*ways, *ends[: 2 * alone]) if getattr(args, dest) is not None]
+    require(not (given and alone), f"{' and '.join(given)} needs --pipeline-model-parallel-size above 1")
+    require(len(given) <= 1, f"{' and '.join(given)} contradict each other: keep one of them")
+
+
 def check_optimizer(args: Namespace) -> None:
     """Of every architecture."""
     require(

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.costs.stage_time import Rates
+from yoco_megatron.mixers import MIXERS
 from yoco_megatron.utils.errors import nearest
 from yoco_megatron.utils.small_files import BadFile, mismatch
 
@@ -110,11 +111,15 @@ class Card:
         for field in fields(cls):
             if field.name not in content:
                 raise ValueError(f"--card {path}: {field.name} is missing: take it from {SHIPPED['h100']}")
-            wrong = mismatch(content[field.name], kinds[field.name], field.name) or _not_positive(content[field.name])
+            value = content[field.name]
+            wrong = mismatch(value, kinds[field.name], field.name) or _not_positive(field.name, value)
             if wrong:
-                raise ValueError(f"--card {path}: {field.name}: {wrong}")
-        if not all(type(length) is int for length in content["attention_tflops"]):
+                raise ValueError(f"--card {path}: {wrong}")
+        if not all(type(length) is int and length > 0 for length in content["attention_tflops"]):
             raise ValueError(f"--card {path}: attention_tflops: write {{tokens: TFLOP/s, ...}}")
+        for mixer in content["mixing_tflops"]:
+            if mixer not in MIXERS:
+                raise ValueError(f"--card {path}: mixing_tflops: no mixer {mixer!r}{nearest(str(mixer), MIXERS)}")
         return cls(**content)
 
     @property
@@ -157,11 +162,13 @@ class Card:
         return (bf16 + (FP8_LAUNCH_MS if args.fp8 else 0.0)) * 1e-3
 
 
-def _not_positive(value: Any) -> str | None:
+def _not_positive(name: str, value: Any) -> str | None:
     """What is no positive, finite number in a figure or in a mapping to figures."""
     figures = list(value.values()) if isinstance(value, dict) else [] if isinstance(value, str) else [value]
     wrong = [figure for figure in figures if not 0 < figure < math.inf]
-    return f"{wrong[0]} is not above 0" if wrong else None if figures or isinstance(value, str) else "it is empty"
+    if wrong:
+        return f"{name} {wrong[0]} is no positive number"
+    return None if figures or isinstance(value, str) else f"{name} is empty"
 
 
 def _between(rates: dict[int, float], length: int) -> float:

@@ -50,6 +50,7 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     Raises:
         ValueError: a mistake in the flags, or a rank that fails.
     """
+    require(jobs >= 1, f"--jobs {jobs} must be at least 1")
     argv = [*argv, *NO_FILES]
     with gpu.defaults():
         args, plan = parse_for_job(argv, world_size)

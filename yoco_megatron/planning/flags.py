@@ -7,17 +7,19 @@ table of flags is taken and has no effect here; one that the table lacks is an e
 import argparse
 import math
 from dataclasses import fields
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from yoco_megatron.config import experts
+from yoco_megatron.config import experts, numbers
 from yoco_megatron.config import flags as table
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.utils.errors import nearest, require
 
-# Megatron's: flag -> (type, default). A type of bool is a switch, and one that starts with "no-" turns its field off.
-MEGATRONS: dict[str, tuple[type, Any]] = {
+# Megatron's: flag -> (type, default). A type of bool is a switch, and one that starts with "no-" turns its field off;
+# a tuple has the words to choose from.
+Kind = type | tuple[str, ...]
+MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "num-layers": (int, None),
     "hidden-size": (int, None),
     "ffn-hidden-size": (int, None),
@@ -26,6 +28,8 @@ MEGATRONS: dict[str, tuple[type, Any]] = {
     "group-query-attention": (bool, False),
     "num-query-groups": (int, 1),
     "kv-channels": (int, None),
+    "qk-layernorm": (bool, False),
+    "add-qkv-bias": (bool, False),
     "seq-length": (int, None),
     "untie-embeddings-and-output-weights": (bool, False),
     "vocab-size": (int, None),
@@ -39,9 +43,9 @@ MEGATRONS: dict[str, tuple[type, Any]] = {
     "lr-decay-iters": (int, None),
     "bf16": (bool, False),
     "fp16": (bool, False),
-    "fp8-format": (str, None),
+    "fp8-format": (("e4m3", "hybrid"), None),
     "fp8-param-gather": (bool, False),
-    "fp8-recipe": (str, "delayed"),
+    "fp8-recipe": (("tensorwise", "delayed", "mxfp8", "blockwise", "custom"), "delayed"),
     "optimizer": (str, "adam"),
     "use-distributed-optimizer": (bool, False),
     "use-precision-aware-optimizer": (bool, False),
@@ -57,14 +61,19 @@ MEGATRONS: dict[str, tuple[type, Any]] = {
     "account-for-embedding-in-pipeline-split": (bool, False),
     "account-for-loss-in-pipeline-split": (bool, False),
     "context-parallel-size": (int, 1),
-    "recompute-granularity": (str, None),
-    "recompute-method": (str, None),
+    "recompute-granularity": (("full", "selective"), None),
+    "recompute-method": (("uniform", "block"), None),
     "recompute-num-layers": (int, None),
     "recompute-modules": (list, None),
-    "transformer-impl": (str, "transformer_engine"),
+    "transformer-impl": (("local", "transformer_engine", "inference_optimized"), "transformer_engine"),
     "mlp-chunks-for-training": (int, 1),
+    "loss-scale": (float, None),
+    "initial-loss-scale": (float, 2**32),
+    "min-loss-scale": (float, 1.0),
+    "attention-dropout": (float, 0.0),
+    "hidden-dropout": (float, 0.0),
     "dataloader-inter-document-masking": (bool, False),
-    "cuda-graph-impl": (str, "none"),
+    "cuda-graph-impl": (("none", "local", "transformer_engine", "full_iteration"), "none"),
     "fp16-lm-cross-entropy": (bool, False),
     "cross-entropy-loss-fusion": (bool, False),
     "no-gradient-accumulation-fusion": (bool, True),
@@ -90,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{flag}", dest=dest, action=action)
         elif kind is list:
             parser.add_argument(f"--{flag}", dest=dest, nargs="+", default=default)
+        elif isinstance(kind, tuple):
+            parser.add_argument(f"--{flag}", dest=dest, type=str, choices=kind, default=default)
         else:
             parser.add_argument(f"--{flag}", dest=dest, type=kind, default=default)
     for entry in table.table():
@@ -104,7 +115,8 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     without --config).
 
     Raises:
-        ValueError: a flag that does not exist, a value of the wrong type, a config that cannot be read, sizes missing.
+        ValueError: a flag that does not exist, a value of the wrong type or that no size can have, a config that cannot
+            be read, sizes missing, an optimizer other than Adam.
     """
     parser = build_parser()
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -113,13 +125,13 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     given, rest = config_only.parse_known_args(argv)
     configs = to_argv(load_config_files([source for group in given.config for source in group]), parser)
     args = parser.parse_args([*configs, *rest])
+    numbers.check(args, parser)
     own = vars(_without_defaults(parser).parse_args(rest))
     experts.refuse(args, "the planner")
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
-        value, flag = getattr(args, dest), f"--{dest.replace('_', '-')}"
-        require(value is not None, f"{flag} is missing: set it")
-        require(value >= 1, f"{flag} {value} must be at least 1")
+        require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
+    require(args.optimizer == "adam", f"--optimizer {args.optimizer}: plans count the memory of Adam alone")
     require(gpus >= 1, f"--gpus {gpus} must be at least 1")
     args.world_size = gpus
     set_padded_vocab_size(args)
@@ -139,15 +151,16 @@ def _without_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def _of_yoco() -> dict[str, tuple[type, Any]]:
+def _of_yoco() -> dict[str, tuple[Kind, Any]]:
     """The fields of a YOCO, in the form of MEGATRONS."""
     hints = get_type_hints(YOCOFields)
-    found: dict[str, tuple[type, Any]] = {}
+    found: dict[str, tuple[Kind, Any]] = {}
     for field in fields(YOCOFields):
         flag = field.name.replace("_", "-")
         if hints[field.name] is bool:
             found[f"no-{flag}" if field.default else flag] = (bool, field.default)
         else:
             number = hints[field.name] in (int, float, int | None)
-            found[flag] = (float if hints[field.name] is float else int if number else str, field.default)
+            words = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else str
+            found[flag] = (float if hints[field.name] is float else int if number else words, field.default)
     return found

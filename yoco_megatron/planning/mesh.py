@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from itertools import accumulate
 
 from yoco_megatron.config.resolve import resolved
-from yoco_megatron.config.rules import check_mesh, check_tensor_parallel
+from yoco_megatron.config.rules import check_mesh, check_model, check_optimizer, check_stages
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import (
     GIB,
@@ -46,7 +46,10 @@ class Plan:
         """With the stages of the run itself. Raises ValueError for flags that make no mesh."""
         shape = ModelShape.from_args(args)
         check_mesh(args)
-        check_tensor_parallel(resolved(args))
+        check_optimizer(args)
+        if args.architecture == "yoco":
+            check_model(resolved(args))
+            check_stages(args)
         ranks, microbatches = args.pipeline_model_parallel_size, num_microbatches(args) or 1
         require(
             (args.num_virtual_stages_per_pipeline_rank or 1) == 1 or microbatches % ranks == 0,

@@ -1,6 +1,7 @@
 """What tools/plan.py prints."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from yoco_megatron.costs.memory import GIB
@@ -9,6 +10,7 @@ from yoco_megatron.costs.stage_time import stage_parameters
 from yoco_megatron.planning.mesh import FILL, Plan
 from yoco_megatron.planning.run import DAY, RunPlan, Site, restart_budget
 from yoco_megatron.planning.search import ERROR, Found
+from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.text_table import aligned
 
 SENT = ("tensor", "context", "pipeline", "data")
@@ -166,7 +168,8 @@ def run_report(plan: Plan, run: RunPlan, site: Site, tokens: int, corpus: int | 
 
 
 def picture(plan: Plan, path: str) -> None:
-    """Bars of `explain_report`, written to `path`. Raises ValueError without matplotlib."""
+    """Bars of `explain_report`, written to `path`. Raises ValueError without matplotlib or a file's ending."""
+    require(Path(path).suffix != "", f"--picture {path} has no ending: name a .png or .svg")
     try:
         import matplotlib
 

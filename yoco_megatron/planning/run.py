@@ -37,6 +37,13 @@ class Site:
     power_usage: float = 1.25
     """Of the building, over that of its computers (PUE). Assumed."""
 
+    def __post_init__(self) -> None:
+        rate = self.failures_per_gpu_hour
+        require(0 < rate < 3600, f"--failures-per-gpu-hour {rate:g} must lie between 0 and 3600, one a second")
+        require(0 < self.save_stall < math.inf, f"--save-stall {self.save_stall:g} must be above 0 seconds")
+        require(0 <= self.restart < math.inf, f"--restart-seconds {self.restart:g} must not be negative")
+        require(1 <= self.power_usage < math.inf, f"--power-usage {self.power_usage:g} must be at least 1")
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -98,8 +105,6 @@ def plan_run(plan: Plan, tokens: int, site: Site) -> RunPlan:
         f"{plan.mesh} needs {plan.memory.total / GIB:.1f} GiB of a GPU's {plan.card.memory_gib:.1f}: find a mesh by "
         "search, and add the file of its --output to --config",
     )
-    require(site.failures_per_gpu_hour > 0, "--failures-per-gpu-hour must be above 0")
-    require(site.save_stall > 0, "--save-stall must be above 0 seconds")
     steps = math.ceil(tokens / (args.global_batch_size * args.seq_length))
     between = 3600 / (site.failures_per_gpu_hour * args.world_size)
     every = max(math.sqrt(2 * site.save_stall * between), step)

@@ -36,12 +36,26 @@ DECIDED = {
     "sequence_parallel": False,
     "pipeline_model_parallel_size": 1,
     "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None,
     "context_parallel_size": 1,
     "micro_batch_size": None,
     "use_distributed_optimizer": False,
     "use_precision_aware_optimizer": False,
 } | NO_RECOMPUTE
 FLAGS = {"fp8": "fp8-format"}
+# Why a mesh is none, in the order of the checks, and what would help.
+FIXES = {
+    "GPUs do not divide": "use a number of GPUs that is a multiple of the mesh",
+    "virtual stages without a pipeline": "remove --num-virtual-stages-per-pipeline-rank",
+    "tensor parallelism over nodes": "use a smaller --tensor-model-parallel-size",
+    "heads or widths do not divide": "use a smaller --tensor-model-parallel-size",
+    "sequence does not divide": "use another --seq-length",
+    "batch does not divide": "use another --global-batch-size, or another number of GPUs",
+    "more stages than layers": "use fewer stages",
+    "micro-batches are no multiple of the pipeline": "use another --global-batch-size, or another number of GPUs",
+    "states do not fit": "use more GPUs",
+    "activations do not fit": "use more GPUs, or a shorter --seq-length",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,10 @@ def search(args: Namespace, own: dict[str, Any], card: Card, precisions: tuple[s
         ValueError: none fits; the text has the reasons.
     """
     require(args.architecture == "yoco", "the search is for --architecture yoco, whose pipeline the planner cuts")
+    by_hand = "pipeline_model_parallel_layout" in own
+    require(not by_hand, "--pipeline-model-parallel-layout: the search cuts pipelines itself; remove it, or explain")
+    held = "fp8" in own and "bf16" in precisions
+    require(not held, "--fp8-format does not go with --precisions bf16: use only one")
     discarded: Counter[str] = Counter()
     plans: list[Plan] = []
     shape = ModelShape.from_args(args)
@@ -88,7 +106,8 @@ def search(args: Namespace, own: dict[str, Any], card: Card, precisions: tuple[s
                 plans.append(plan)
     if not plans:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in discarded.most_common())
-        raise ValueError(f"no mesh of {args.world_size} GPUs fits ({reasons}): use more GPUs, or another batch")
+        fix = [FIXES[reason] for reason in FIXES if reason in discarded][-1]  # of those that came furthest
+        raise ValueError(f"no mesh for {args.world_size} GPUs ({reasons}): {fix}")
     plans.sort(key=lambda plan: plan.time.seconds)
     # The search's cuts are a little worse than the planner's, for some meshes more than for others.
     finalists = [Plan.of(plan.args, card) for plan in plans[:FINALISTS]]
@@ -159,6 +178,9 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     tp, pp, cp = mesh.tensor_model_parallel_size, mesh.pipeline_model_parallel_size, mesh.context_parallel_size
     if mesh.world_size % (tp * pp * cp):
         return "GPUs do not divide"
+    chunks = mesh.num_virtual_stages_per_pipeline_rank or 1
+    if chunks > 1 and pp == 1:
+        return "virtual stages without a pipeline"
     if tp > card.gpus_per_node:
         return "tensor parallelism over nodes"
     split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
@@ -168,7 +190,6 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
         return "sequence does not divide"
     if mesh.global_batch_size % (data_parallel_size(mesh) * mesh.micro_batch_size):
         return "batch does not divide"
-    chunks = mesh.num_virtual_stages_per_pipeline_rank or 1
     if pp * chunks > mesh.num_layers:
         return "more stages than layers"
     if chunks > 1 and (num_microbatches(mesh) or 1) % pp:

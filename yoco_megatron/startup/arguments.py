@@ -16,6 +16,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.models.gpt import GPTModelConfig
 
 from yoco_megatron.checkpoint.architecture import check_loadable
+from yoco_megatron.config import numbers
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.data import validation_sets
 from yoco_megatron.data.document_ends import check_document_end
@@ -25,7 +26,7 @@ from yoco_megatron.parallel.pipeline.layout import plan_stages
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.resilience import arguments as resilience
 from yoco_megatron.resilience import run_lock, secrets
-from yoco_megatron.startup import agreement, checks, defaults, numbers, record
+from yoco_megatron.startup import agreement, checks, defaults, record
 from yoco_megatron.startup.megatrons_errors import as_value_errors
 from yoco_megatron.startup.parser import build_parser, parse_flags, smallest_world
 from yoco_megatron.upstream import quiet

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from yoco_megatron.config.rules import check_stages
 from yoco_megatron.costs.memory import data_parallel_size
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run
@@ -25,18 +26,9 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
         ValueError: layers that do not add up, flags that contradict each other, more stages than layers.
     """
     ranks = args.pipeline_model_parallel_size
-    by_hand = {
-        "--pipeline-model-parallel-layout": args.pipeline_model_parallel_layout,
-        "--num-layers-per-virtual-pipeline-stage": args.num_layers_per_virtual_pipeline_stage,
-        "--num-virtual-stages-per-pipeline-rank": args.num_virtual_stages_per_pipeline_rank,
-    }
-    given = [flag for flag, value in by_hand.items() if value is not None]
+    check_stages(args)
     if ranks == 1:
-        ends = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-        given += [f"--{dest.replace('_', '-')}" for dest in ends if getattr(args, dest) is not None]
-        require(not given, f"{' and '.join(given)} needs --pipeline-model-parallel-size above 1")
         return None
-    require(len(given) <= 1, f"{' and '.join(given)} contradict each other: keep one of them")
     split_layer = shape.num_self_decoder_layers
     if args.pipeline_model_parallel_layout is not None:
         counts = _parse(args.pipeline_model_parallel_layout, shape.num_layers, ranks)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from yoco_megatron.startup import arguments, numbers
+from yoco_megatron.config import numbers
+from yoco_megatron.startup import arguments
 from yoco_megatron.startup.parser import build_parser
 
 SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2"
