@@ -207,7 +207,9 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     optimizer_held = stage_parameters(parts, shape) / tp if args.use_distributed_optimizer else held
     low = _bytes_of_a_value(args) == 2
     # With the precision-aware optimizer the fp32 weights are the bf16 ones and 16 bits more.
-    optimizer = (10 if args.use_precision_aware_optimizer else 12) if low else 8
+    # With another FP8 recipe than delayed scaling Megatron keeps them whole (optimizer_config.py).
+    in_two_parts = args.use_precision_aware_optimizer and (not args.fp8 or args.fp8_recipe == "delayed")
+    optimizer = (10 if in_two_parts else 12) if low else 8
     # Transformer Engine keeps each matrix in FP8 twice, for the products of forward and of backward.
     copies = 2 * in_layers if args.fp8 and not args.fp8_param_gather else 0
     return {
