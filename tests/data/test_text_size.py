@@ -37,6 +37,16 @@ def test_labels_with_a_loss_count():
     assert text_size.bytes_per_token([sample([END], [1])], Tokenizer()) is None
 
 
+def test_a_character_that_samples_divide_counts_once():
+    class Bytes:
+        def detokenize(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    text = list("a日本é".encode())
+    halves = [sample(text[:2], [1] * 2), sample(text[2:], [1] * (len(text) - 2))]
+    assert text_size.bytes_per_token(halves, Bytes()) == 1
+
+
 def test_bits_of_a_loss():
     assert text_size.bits_per_byte(math.log(4), 2.0) == pytest.approx(1.0)
 

@@ -22,8 +22,14 @@ def bytes_per_token(dataset: Any, tokenizer: Any, most_tokens: int = MOST_TOKENS
         sample = dataset[number * len(dataset) // count]
         labels = sample["labels"][sample["loss_mask"] > 0].tolist()
         tokens += len(labels)
-        size += len(tokenizer.detokenize([label for label in labels if label not in special]).encode())
+        size += _bytes(tokenizer.detokenize([label for label in labels if label not in special]))
     return size / tokens if size else None
+
+
+def _bytes(text: str) -> int:
+    """UTF-8 bytes of `text`, whose first and last character a sample may have cut: their bytes decode to U+FFFD each."""
+    whole = text.strip("\ufffd")
+    return len(whole.encode()) + len(text) - len(whole)
 
 
 def of_validation(args: Namespace, valid: Any, tokenizer: Any) -> dict[str, float]:
