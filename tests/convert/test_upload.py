@@ -50,9 +50,14 @@ def test_what_is_no_whole_model(calls, folder):
     assert calls == []
 
 
-def test_a_hub_that_refuses(folder, monkeypatch):
+class FromTheNetwork(Exception):
+    """Neither OSError nor one of huggingface_hub's, as its HTTP client's own are."""
+
+
+@pytest.mark.parametrize("kind", [OSError, FromTheNetwork])
+def test_a_hub_that_refuses(folder, monkeypatch, kind):
     def refuse(self, *args, **options):
-        raise OSError("401\nunauthorized")
+        raise kind("401\nunauthorized")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(ValueError, match="--repo me/model: 401 unauthorized; log in"):

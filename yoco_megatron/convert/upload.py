@@ -20,7 +20,6 @@ def upload(folder: Path, repo: str, *, public: bool = False, revision: str | Non
         ValueError: no exported model there, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     weights = [*folder.glob("model*.safetensors")]
@@ -37,6 +36,6 @@ def upload(folder: Path, repo: str, *, public: bool = False, revision: str | Non
         if revision is not None:
             hub.create_branch(repo, branch=revision, exist_ok=True)
         hub.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="Export of yoco-megatron")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # each layer of the network raises its own types
         raise ValueError(f"--repo {repo}: {' '.join(str(error).split())}; log in with `hf auth login`") from error
     return f"{hub.endpoint}/{repo}"
