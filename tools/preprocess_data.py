@@ -140,8 +140,8 @@ def print_problems(reports: list[Report], split_special_tokens: bool) -> None:
     report = reports[0]
     spelled = sum(report.documents_with_special_tokens for report in reports)
     if spelled:
-        instead = "even as plain text" if split_special_tokens else "--split-special-tokens makes it plain text"
-        print(f"WARNING: {spelled:,} texts spell special tokens and become them; {instead}", file=sys.stderr)
+        instead = "even as plain text" if split_special_tokens else "with --split-special-tokens plain text"
+        print(f"WARNING: special tokens that {spelled:,} of the texts spell become tokens; {instead}", file=sys.stderr)
     if report.bad_lines:
         print(f"WARNING: {report.bad_lines:,} bad records are skipped:", file=sys.stderr)
         with open(report.problems, encoding="utf-8") as stream:

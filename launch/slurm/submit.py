@@ -198,7 +198,7 @@ def container_warnings(
 ) -> list[str]:
     """What is likely to be missing in the job's container, seen from outside."""
     lines = [
-        f"the container will not have {path}: see --container-mounts, and python of the settings"
+        f"the container will not have {path}: mount it (--container-mounts), or name what is inside"
         for path in not_mounted(args, train_args, cluster, options.run_folder, mounts)
     ]
     new = Path(options.run_folder)  # made at submission

@@ -109,7 +109,7 @@ def test_what_a_container_lacks_is_in_the_plan(tmp_path):
     done = submit(*words)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if "WARNING: the container" in line] == [
-        "WARNING: the container will not have /elsewhere/cache: see --container-mounts, and python of the settings"
+        "WARNING: the container will not have /elsewhere/cache: mount it (--container-mounts), or name what is inside"
     ]
     assert "WARNING: the container" not in submit(*words, "--container-mounts", "/:/").stdout
 

@@ -59,14 +59,14 @@ def _lines(args: Namespace) -> Iterator[tuple[str, str]]:
             "schedule",
             (
                 f"{args.train_iters:,} steps, {in_words(args.train_iters * tokens)} tokens; learning rate "
-                f"{args.lr:g} to {args.min_lr:g}, {args.lr_decay_style}; evaluation each {args.eval_interval:,} steps"
+                f"{args.lr:g} to {args.min_lr:g}, {args.lr_decay_style}; evaluation every {args.eval_interval:,} steps"
             ),
         )
     if args.load or args.pretrained_checkpoint:
         yield "from", _origin(args)
-    if args.save:
-        each = f" each {args.save_interval:,} steps" if args.save_interval < (args.train_iters or 0) else " at the end"
-        yield "saves", f"{args.save}{each}"
+    if args.save and not args.skip_train:
+        every = f" every {args.save_interval:,} steps" if args.save_interval < (args.train_iters or 0) else " at the end"
+        yield "saves", f"{args.save}{every}"
     if args.tensorboard_dir:
         yield "curves", f"tensorboard --logdir {args.tensorboard_dir}"
 

@@ -76,7 +76,7 @@ def evaluation_line(message: str, scalars: dict[str, float]) -> str:
     """Megatron's line of an evaluation, shorter, with `scalars`."""
     found = EVALUATION.match(message)
     assert found is not None, message
-    shown = [f"{name.replace('-', ' ')}: {value:#.4g}" for name, value in scalars.items()]
+    shown = [f"{name.replace('-', ' ')}: {f'{value:#.4g}'.rstrip('.')}" for name, value in scalars.items()]
     losses = [(found["name"], found["loss"]), *re.findall(r" ([^|]+) value: (\S+) ", found["more"])]
     values = [f"{name} value: {float(loss):#.7G}" for name, loss in losses]
     return " | ".join(
