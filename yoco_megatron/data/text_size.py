@@ -27,7 +27,7 @@ def bytes_per_token(dataset: Any, tokenizer: Any, most_tokens: int = MOST_TOKENS
 
 
 def _bytes(text: str) -> int:
-    """UTF-8 bytes of `text`, whose first and last character a sample may have cut: their bytes decode to U+FFFD each."""
+    """UTF-8 bytes of `text`; of a character that its beginning or end cuts, each byte has become U+FFFD."""
     whole = text.strip("\ufffd")
     return len(whole.encode()) + len(text) - len(whole)
 

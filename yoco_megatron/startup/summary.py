@@ -65,8 +65,8 @@ def _lines(args: Namespace) -> Iterator[tuple[str, str]]:
     if args.load or args.pretrained_checkpoint:
         yield "from", _origin(args)
     if args.save and not args.skip_train:
-        every = f" every {args.save_interval:,} steps" if args.save_interval < (args.train_iters or 0) else " at the end"
-        yield "saves", f"{args.save}{every}"
+        when = f"every {args.save_interval:,} steps" if args.save_interval < (args.train_iters or 0) else "at the end"
+        yield "saves", f"{args.save} {when}"
     if args.tensorboard_dir:
         yield "curves", f"tensorboard --logdir {args.tensorboard_dir}"
 
