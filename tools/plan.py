@@ -38,6 +38,13 @@ def token_count(text: str) -> int:
     return count
 
 
+def gpu_count(text: str) -> int:
+    """At least one."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of GPUs")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -56,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--base", default="h100", help="card or file that the rest is taken from")
             command.add_argument("--trial", action="store_true", help="tiny sizes, on a CPU too, to see that all runs")
             continue
-        command.add_argument("--gpus", type=int, required=True)
+        command.add_argument("--gpus", type=gpu_count, required=True)
         command.add_argument("--card", default="h100", help=f"{', '.join(SHIPPED)}, or the file of a card")
         if name == "search":
             command.add_argument("--precisions", nargs="+", choices=["bf16", "fp8"], default=[], help="to try, of both")

@@ -1,8 +1,10 @@
 """Search, explanation and run, on no GPU."""
 
+import argparse
 import dataclasses
 import itertools
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +292,16 @@ def test_runs_that_cannot_be(found):
 def test_sites_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=r"^--"):
         Site(**wrong)
+
+
+def test_counts_on_the_command_line():
+    tool = runpy.run_path(str(ROOT / "tools" / "plan.py"), run_name="plan")
+    assert [tool["token_count"](text) for text in ("12_000", "300B", "1.6t")] == [12_000, 3 * 10**11, 16 * 10**11]
+    wrong = {"token_count": ("0", "0.1", "-5", "1.5.5T", "10P"), "gpu_count": ("0", "-3", "1e3", "")}
+    for count, texts in wrong.items():
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match="is not a number of"):
+                tool[count](text)
 
 
 def test_a_transformers_stages_are_megatrons():
