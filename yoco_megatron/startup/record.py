@@ -56,7 +56,7 @@ def record_run(args: Namespace, model: GPTModelConfig) -> None:
         print(note)
     if args.architecture == "yoco" and args.pipeline_model_parallel_size > 1:
         print(pipeline_table(args, StagePlan.from_config(model.transformer)))
-    if args.save:
+    if args.save and not args.skip_train:  # what is only evaluated stays as it was trained
         save_resolved_config(args, args.save)
         architecture.save(args, args.save)
         fingerprint.save(args, args.save, document_start(args, get_tokenizer()))
