@@ -116,6 +116,8 @@ class ModelShape:
 
     def experts_share(self, kind: str) -> float:
         """Of the layers of a kind, those with experts."""
+        if not self.num_experts:
+            return 0.0  # without a list of layers, of which a mistaken --num-layers has billions
         has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
         split = self.num_self_decoder_layers
         of_kind = {"self_decoder": has[:split], "shared_kv": [], "cross_decoder": has[split:]}
