@@ -23,7 +23,8 @@ from yoco_megatron.planning.search import ERROR, search, settings
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["configs/model/yoco_13b.yaml", "configs/recipe/scaling_large.yaml"]
-REST = ["--vocab-size", "100288", "--seq-length", "4096", "--global-batch-size", "512"]
+LENGTH = ["--seq-length", "4096", "--max-position-embeddings", "4096"]
+REST = ["--vocab-size", "100288", *LENGTH, "--global-batch-size", "512"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,6 @@ def test_the_run_has_the_memory_and_the_stages_of_its_plan(tmp_path):
     given, _ = flags.parse(["--config", *MODELS, str(output), *REST], 64)
     plan = Plan.of(given, H100)
     mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--save-interval", "10"]
-    mock += ["--max-position-embeddings", "4096"]
     args, stages = parse_for_job(["--config", *MODELS, str(output), *REST, *mock], 64)
     args.gradient_accumulation_fusion = True  # as on a GPU
     assert [dict(stage) for stage in stages.parts()] == [dict(stage) for stage in plan.stages]
@@ -294,8 +294,10 @@ def test_sites_that_cannot_be(wrong):
         Site(**wrong)
 
 
-def test_counts_on_the_command_line():
+def test_what_the_tool_itself_checks():
     tool = runpy.run_path(str(ROOT / "tools" / "plan.py"), run_name="plan")
+    with pytest.raises(ValueError, match="--max-position-embeddings 512 is below --seq-length 4096"):
+        tool["main"](["search", "--config", *MODELS, *REST, "--max-position-embeddings", "512", "--gpus", "8"])
     assert [tool["token_count"](text) for text in ("12_000", "300B", "1.6t")] == [12_000, 3 * 10**11, 16 * 10**11]
     wrong = {"token_count": ("0", "0.1", "-5", "1.5.5T", "10P"), "gpu_count": ("0", "-3", "1e3", "")}
     for count, texts in wrong.items():

@@ -206,6 +206,15 @@ def check_mesh(args: Namespace) -> None:
         )
 
 
+def check_length(args: Namespace) -> None:
+    """Of a run's sequences, beside that of the model."""
+    most = args.max_position_embeddings
+    require(
+        most is None or most >= args.seq_length,
+        f"--max-position-embeddings {most} is below --seq-length {args.seq_length}: remove it, or raise it",
+    )
+
+
 def check_stages(args: Namespace) -> None:
     """One way at most to ask for the stages of a YOCO's pipeline, and a pipeline to cut."""
     ways = (

@@ -31,6 +31,7 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "qk-layernorm": (bool, False),
     "add-qkv-bias": (bool, False),
     "seq-length": (int, None),
+    "max-position-embeddings": (int, None),
     "untie-embeddings-and-output-weights": (bool, False),
     "vocab-size": (int, None),
     "make-vocab-size-divisible-by": (int, 128),

@@ -34,11 +34,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         flag = "--" + dest.replace("_", "-")
         require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
         require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
-    require(
-        args.max_position_embeddings >= args.seq_length,
-        f"--max-position-embeddings {args.max_position_embeddings} is below --seq-length {args.seq_length}: remove it, "
-        "or raise it",
-    )
+    rules.check_length(args)
     folders = {"--load": args.load, "--save": args.save, "--pretrained-checkpoint": args.pretrained_checkpoint}
     for flag, place in folders.items():
         require(
