@@ -20,6 +20,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from yoco_megatron.config.kv_sets import layers_of_sets
 from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -99,11 +100,9 @@ def student_config(
 
 def kv_layers(config: YocoConfig, rule: str) -> list[list[int]]:
     """For each set of shared K,V, the teacher's layers that it is made of. `rule` is of upcycling.SHARED_KV_FROM."""
-    own, layers = config.num_self_decoder_layers, config.num_hidden_layers
-    size = (layers - own) // config.shared_kv_sets
-    groups = [list(range(first, first + size)) for first in range(own, layers, size)]
-    place = {"first": 0, "middle": size // 2, "last": -1}
-    return groups if rule == "mean" else [[group[place[rule]]] for group in groups]
+    groups = layers_of_sets(config.num_hidden_layers, config.num_self_decoder_layers, config.shared_kv_sets)
+    place = {"first": 0, "middle": len(groups[0]) // 2, "last": -1}
+    return [list(group) if rule == "mean" else [group[place[rule]]] for group in groups]
 
 
 def recipes(config: YocoConfig, rule: str) -> dict[str, Recipe]:
