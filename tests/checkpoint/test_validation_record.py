@@ -21,3 +21,9 @@ def test_a_damaged_file(tmp_path):
     (tmp_path / validation_record.FILE_NAME).write_text('{"4": {"": 3}}')
     with pytest.raises(BadFile, match="remove it"):
         validation_record.of_checkpoint(tmp_path, 4)
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    validation_record.add(tmp_path, 4, "", {"loss": 4.0})
+    validation_record.add(tmp_path, 8, "", {"loss": float("nan"), "perplexity": float("inf")})
+    assert validation_record.of_checkpoint(tmp_path, 99) == (4, {"": {"loss": 4.0}})

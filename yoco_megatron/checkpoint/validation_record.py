@@ -3,6 +3,7 @@
 SAVE/validation.json    iteration -> validation set ("" where there is one) -> {"loss": nats a token, ...}
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -19,9 +20,14 @@ def _read(save: Path) -> dict[int, dict[str, Numbers]]:
 
 
 def add(save: Path, iteration: int, name: str, numbers: Numbers) -> None:
-    """Note what was found at an iteration; what an abandoned attempt noted after it goes. Raises OSError, BadFile."""
+    """Note what was found at an iteration; what an abandoned attempt noted after it goes. Raises OSError, BadFile.
+
+    What is not finite is left out: JSON has no word for it, and an evaluation without a loss has nothing to say.
+    """
+    numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
     kept = {one: found for one, found in _read(save).items() if one <= iteration}
-    kept.setdefault(iteration, {})[name] = numbers
+    if numbers:
+        kept.setdefault(iteration, {})[name] = numbers
     write_json(save / FILE_NAME, kept)
 
 

@@ -83,8 +83,10 @@ def _attention_output_of(
         outputs.append(output[0].to(torch.promote_types(output[0].dtype, torch.float32), copy=True))
 
     hook = layer.self_attention.register_forward_hook(store)
-    hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=shard)
-    hook.remove()
+    try:
+        hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=shard)
+    finally:
+        hook.remove()
     return hidden, outputs[0]
 
 

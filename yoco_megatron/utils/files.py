@@ -33,7 +33,7 @@ def written_atomically(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             if durable:
                 os.fsync(stream.fileno())
         aside.replace(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to report
             aside.unlink(missing_ok=True)
         raise
