@@ -22,6 +22,7 @@ RULES = dict(rejection_func=torch.isnan, message="found NaN", tolerance=0.0, fat
 
 @pytest.fixture(params=[RerunMode.DISABLED, RerunMode.VALIDATE_RESULTS])
 def machine(request: pytest.FixtureRequest) -> Iterator[RerunStateMachine]:
+    destroy_rerun_state_machine()  # a test before this one in the same process may have trained
     initialize_rerun_state_machine(mode=request.param)
     yield get_rerun_state_machine()
     destroy_rerun_state_machine()
