@@ -89,7 +89,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """A heat map: values[row][column], from 0 to 1; None where nothing was measured."""
+    """A heat map: `values[row][column]`, from 0 to 1; None where nothing was measured."""
 
     row_name: str
     column_name: str
