@@ -75,3 +75,9 @@ def test_the_host_neither_waits_nor_compiles_for_nothing(more, fused, monkeypatc
     config = core_transformer_config_from_args(args, YOCOConfig)
     assert not config.batch_p2p_sync
     assert config.bias_dropout_fusion == fused
+
+
+def test_an_evaluation_adds_no_points_to_the_trainings_curves(tmp_path):
+    run = ["--run-folder", str(tmp_path), "--load", str(tmp_path)]
+    assert arguments.parse([*MINIMAL, *run]).tensorboard_dir == str(tmp_path / "tensorboard")
+    assert arguments.parse([*MINIMAL, *run, "--skip-train"]).tensorboard_dir is None

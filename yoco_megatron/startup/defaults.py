@@ -29,8 +29,10 @@ def fill_in_defaults(args: Namespace) -> None:
     use_files_of_gpt2(args)
     loss_masks.resolve(args)
     validation_sets.take_over(args)
-    if args.skip_train and not args.train_samples:
-        args.train_iters = args.train_iters or 1  # Megatron counts with it
+    if args.skip_train:
+        args.tensorboard_dir = None  # its losses are no points of the training's curves
+        if not args.train_samples:
+            args.train_iters = args.train_iters or 1  # Megatron counts with it
     resolve_loss_chunk(args)
 
 
