@@ -240,6 +240,7 @@ def check_optimizer(args: Namespace) -> None:
         not (args.use_distributed_optimizer and args.optimizer == "sgd"),
         "--optimizer sgd does not go with --use-distributed-optimizer, whose state is Adam's: use only one of them",
     )
+    check_matrix_optimizer(args)
     require(
         not args.fp16 or args.loss_scale is not None or args.min_loss_scale <= args.initial_loss_scale,
         f"--initial-loss-scale {args.initial_loss_scale} is below --min-loss-scale {args.min_loss_scale}: change one",
@@ -248,6 +249,25 @@ def check_optimizer(args: Namespace) -> None:
         not args.use_precision_aware_optimizer or (args.use_distributed_optimizer and args.optimizer == "adam"),
         "--use-precision-aware-optimizer is built for --optimizer adam with --use-distributed-optimizer: set both, or "
         "remove it",
+    )
+
+
+def check_matrix_optimizer(args: Namespace) -> None:
+    """Muon and Lion, which Megatron builds from the package emerging-optimizers."""
+    if args.optimizer in ("adam", "sgd"):
+        return
+    for flag, asked in (
+        ("--fp16", args.fp16),
+        ("--fp8-param-gather", args.fp8_param_gather),
+        ("--optimizer-cpu-offload", args.optimizer_cpu_offload),
+        ("--overlap-param-gather-with-optimizer-step", args.overlap_param_gather_with_optimizer_step),
+    ):
+        require(not asked, f"{flag} is not built for --optimizer {args.optimizer}: remove one of them")
+    require(args.muon_num_ns_steps >= 1, f"--muon-num-ns-steps {args.muon_num_ns_steps} must be at least 1")
+    require(
+        args.bf16 or not args.use_distributed_optimizer,
+        f"--optimizer {args.optimizer} with --use-distributed-optimizer is built for --bf16 alone: set it, or remove "
+        "--use-distributed-optimizer",
     )
 
 

@@ -61,7 +61,7 @@ def fused(sizes: Sizes) -> list[FusedMatrix]:
     qkvg = ("q_proj", "k_proj", "v_proj", "g_proj")
     return [
         FusedMatrix("linear_qkvg", qkvg, sizes.self_decoder_heads, (1, 1, 1, 1)),
-        FusedMatrix("linear_decay", ("decay_proj",)),
+        FusedMatrix("linear_decay", ("decay_proj",), is_logits=True),
     ]
 
 

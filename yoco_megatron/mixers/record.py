@@ -33,13 +33,15 @@ class FusedMatrix:
     """A matrix of the training checkpoint and the exported ones that it is made of.
 
     Rows come in `groups` groups; each holds `parts[i]` heads of `names[i]`, so that tensor parallelism cuts between
-    groups.
+    groups. With one group it cuts each of them by itself.
     """
 
     name: str
     names: tuple[str, ...]
     groups: int = 1
     parts: tuple[int, ...] = (1,)
+    is_logits: bool = False
+    """Each row is a logit of its own, as in the output layer: optimizers of whole matrices leave it to Adam."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ from argparse import Namespace
 from yoco_megatron import runtime
 from yoco_megatron.utils.errors import require
 
-# Optimizers of megatron/core/optimizer/__init__.py that are not torch's.
-OF_EMERGING_OPTIMIZERS = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
+OF_EMERGING_OPTIMIZERS = ("muon", "lion")
 
 
 def needed(args: Namespace) -> dict[str, tuple[str, str]]:

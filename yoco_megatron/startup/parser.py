@@ -35,6 +35,8 @@ YOCO_DEFAULTS: dict[str, Any] = {
     "ckpt_format": "torch_dist",
     "async_strategy": "mcore",  # our writer (upstream/background_writer.py); Megatron's default is another package's
     "log_throughput": True,
+    # One seed, one run at any mesh: Megatron's updates each tensor-parallel rank's part as if it were the matrix.
+    "muon_tp_mode": "duplicated",
     # A checkpoint must load at any mesh, optimizer included.
     "dist_ckpt_optim_fully_reshardable": True,
 }

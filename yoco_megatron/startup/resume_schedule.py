@@ -1,4 +1,5 @@
-"""A checkpoint holds its schedule (megatron/core/optimizer_param_scheduler.py), which a resumed run goes on with."""
+"""A checkpoint holds the state of its optimizer and its schedule (megatron/core/optimizer_param_scheduler.py), which a
+resumed run goes on with."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -11,10 +12,12 @@ from yoco_megatron.utils.small_files import BadFile
 
 
 def check_resumable(args: Namespace) -> None:
-    """Compare the schedule of the flags with that of the checkpoint that --load will take. On the first rank alone.
+    """Compare optimizer and schedule of the flags with those of the checkpoint that --load will take. On the first rank
+    alone.
 
     Raises:
-        ValueError: everything that differs and that Megatron would refuse, with both values; no schedule in it.
+        ValueError: another optimizer; everything of the schedule that differs and that Megatron would refuse, with both
+            values; no schedule in it.
     """
     if args.load is None or args.finetune or args.no_load_optim or args.skip_train or args.rank:
         return
@@ -26,13 +29,19 @@ def check_resumable(args: Namespace) -> None:
         f"--load {args.load}: the checkpoint of iteration {saved['iteration']} was saved without its optimizer: add "
         "--no-load-optim, which starts with a new one",
     )
+    was = saved["args"].optimizer
+    require(
+        was == args.optimizer,
+        f"--load {args.load} was trained with --optimizer {was}, whose state --optimizer {args.optimizer} cannot use: "
+        "give the same; or add --no-load-optim, which starts with a new one",
+    )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    was, now = _by_flag(saved["opt_param_scheduler"], saved["args"]), _by_flag(_scheduler_of(args), args)
-    different = [name for name in now if name in was and now[name] != was[name]]
+    before, now = _by_flag(saved["opt_param_scheduler"], saved["args"]), _by_flag(_scheduler_of(args), args)
+    different = [name for name in now if name in before and now[name] != before[name]]
     if not different:
         return
-    told = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in different)
+    told = "; ".join(f"{name} was {before[name]}, is {now[name]}" for name in different)
     raise ValueError(
         f"--load {args.load} was trained on another schedule: {told}. Give the same flags; "
         "--use-checkpoint-opt_param-scheduler for the checkpoint's, --override-opt_param-scheduler for this one; or "

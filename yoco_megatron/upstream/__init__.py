@@ -25,6 +25,7 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
     from yoco_megatron.upstream import (  # noqa: F401
         between_steps,
         expert_optimizers,
+        matrix_optimizers,
         optimizer_state,
         resilience_hooks,
         run_without_save,
