@@ -26,6 +26,7 @@ SMALL = ModelShape(
     num_query_groups=2,
     kv_channels=24,
     self_decoder_heads=3,
+    self_decoder_head_dim=24,  # together narrower than the hidden state
     self_decoder_query_groups=3,
     self_decoder_window=W,
     padded_vocab_size=320,
@@ -64,12 +65,11 @@ def attend(q, k, v, heads: int, D: int, groups: int) -> torch.Tensor:
     return ((q_HND @ k_HND.transpose(1, 2)).softmax(-1) @ v_HND).transpose(0, 1).flatten(1)
 
 
-def retention(x_ND: torch.Tensor, heads: int) -> torch.Tensor:
-    d = x_ND.shape[-1]
-    q, k, v = (linear(x_ND, d).unflatten(-1, (heads, -1))[None] for _ in range(3))
+def retention(x_ND: torch.Tensor, heads: int, D: int) -> torch.Tensor:
+    q, k, v = (linear(x_ND, heads * D).unflatten(-1, (heads, -1))[None] for _ in range(3))
     log_decay = -linear(x_ND, heads).abs()[None]
     o, _ = chunkwise(q, k, v, log_decay, chunk_size=RETENTION_CHUNK)
-    return linear(torch.nn.functional.silu(linear(x_ND, d)) * o[0].flatten(1), d)
+    return linear(torch.nn.functional.silu(linear(x_ND, heads * D)) * o[0].flatten(1), x_ND.shape[-1])
 
 
 def whole_model(shape: ModelShape, x_ND: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def whole_model(shape: ModelShape, x_ND: torch.Tensor) -> torch.Tensor:
         return linear(x_ND, shape.padded_vocab_size)
     for _ in range(shape.num_self_decoder_layers):
         if shape.self_decoder == "gated_retention":
-            x_ND = x_ND + retention(x_ND, shape.self_decoder_heads)
+            x_ND = x_ND + retention(x_ND, shape.self_decoder_heads, shape.self_decoder_head_dim)
         else:
             x_ND = x_ND + dense_attention(
                 x_ND,
@@ -194,6 +194,7 @@ def test_training_gflop_per_token(sizes, seq_length, yoco, transformer):
         num_query_groups=groups,
         kv_channels=d // heads,
         self_decoder_heads=heads,
+        self_decoder_head_dim=d // heads,
         self_decoder_query_groups=heads,
         self_decoder_window=1024,
         padded_vocab_size=100_352,

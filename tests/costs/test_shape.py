@@ -84,7 +84,7 @@ def test_yoco_3b_part_by_part():
 def test_parameters_are_those_of_a_model_that_is_built(one_process):
     """With norms of queries and keys, and biases, where there is softmax attention; the same count is the planner's."""
     for kind in ("gated_retention", "sliding_window"):
-        sizes = dict(self_decoder=kind, shared_kv_sets=2, self_decoder_heads=4, kv_channels=12)
+        sizes = dict(self_decoder=kind, shared_kv_sets=2, self_decoder_heads=4, kv_channels=12, self_decoder_head_dim=6)
         for more in ({}, {"qk_layernorm": True}, {"add_qkv_bias": True}, {"qk_layernorm": True, "add_qkv_bias": True}):
             model = build(tiny_config(**sizes, **more))
             c = model.config

@@ -192,6 +192,7 @@ def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> Mod
         num_query_groups=CROSS_GROUPS,
         kv_channels=CROSS_WIDTH,
         self_decoder_heads=HEADS,
+        self_decoder_head_dim=WIDTH,
         self_decoder_query_groups=HEADS,
         self_decoder_window=5,
         padded_vocab_size=None,

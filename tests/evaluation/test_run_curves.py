@@ -10,7 +10,7 @@ from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
 
-SHAPE = ModelShape("transformer", "gated_retention", 2, 0, 64, 128, 2, 2, 32, 0, 0, 0, 256, 32, True)
+SHAPE = ModelShape("transformer", "gated_retention", 2, 0, 64, 128, 2, 2, 32, 0, 0, 0, 0, 256, 32, True)
 
 
 def test_what_was_abandoned_is_no_part_of_a_curve(tmp_path: Path) -> None:

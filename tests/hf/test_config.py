@@ -17,10 +17,9 @@ WRONG = [
     ("hidden_size", "32"),
     ("hidden_size", True),
     ("hidden_size", None),
-    ("hidden_size", 30),  # no whole heads
-    ("hidden_size", 36),  # heads of odd width
     ("vocab_size", -1),
     ("head_dim", 7),
+    ("self_decoder_head_dim", 7),
     ("num_key_value_heads", 3),
     ("self_decoder_heads", 0),
     ("self_decoder_heads", 5),
@@ -76,4 +75,7 @@ def test_what_describes_no_model_is_refused_by_name(key, value, tmp_path):
 def test_sizes_that_are_not_given_follow_from_others():
     config = YocoConfig(**SIZES)
     assert (config.num_key_value_heads, config.head_dim, config.self_decoder_heads) == (4, 8, 4)
+    assert config.self_decoder_head_dim == 8
+    with pytest.raises(ValueError, match="self_decoder_heads 5 does not divide hidden_size 32"):
+        YocoConfig(**SIZES, self_decoder_heads=5)
     assert YocoConfig(**SIZES, num_key_value_heads=2, self_decoder_heads=2).self_decoder_key_value_heads == 2

@@ -38,6 +38,7 @@ def shape(**changes) -> ModelShape:
         num_query_groups=2,
         kv_channels=64,
         self_decoder_heads=2,
+        self_decoder_head_dim=128,
         self_decoder_query_groups=2,
         self_decoder_window=64,
         padded_vocab_size=4096,

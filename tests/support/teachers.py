@@ -23,7 +23,7 @@ MORE: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
-    "qwen3": {"head_dim": 8},
+    "qwen3": {"head_dim": 16},  # its heads are together wider than its hidden state
     "mistral": {"sliding_window": None, "rms_norm_eps": 1e-5},
 }
 

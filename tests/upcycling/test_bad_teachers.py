@@ -87,7 +87,6 @@ def test_biases_that_a_yoco_cannot_hold(family, bias, why, tmp_path):
         ),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "its RoPE is .*'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is no SwiGLU's"),
-        ({"head_dim": 16}, "4 heads of width 16 are together no hidden_size 32"),
         ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
         ({"hidden_size": "wide"}, "config.json describes no llama"),
         ({"num_hidden_layers": 7}, "9 tensors of its config.json are missing"),

@@ -35,6 +35,7 @@ ALWAYS_WAS = {
     "shared_kv_sets": 1,
     "qk_layernorm": False,
     "add_qkv_bias": False,
+    "self_decoder_head_dim": None,  # followed from two others, see `read`
     **ROPE_SCALING,
     **ROUTING,
     **EXPERTS,
@@ -64,7 +65,14 @@ def save(args: Namespace, folder: str) -> Path:
 def read(folder: str | Path) -> dict[str, Any]:
     """What the architecture.json in `folder` says; {} without one. Raises BadFile for one that is damaged."""
     saved = read_json(Path(folder) / FILE_NAME, _Recorded, missing={}, fix=FIX)
-    return ALWAYS_WAS | saved if saved else saved
+    if not saved:
+        return saved
+    found = ALWAYS_WAS | saved
+    if found["self_decoder_head_dim"] is None:
+        hidden, heads = found.get("hidden_size"), found.get("self_decoder_heads")
+        known = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
+        found["self_decoder_head_dim"] = hidden // heads if known else 0
+    return found
 
 
 def check_loadable(args: Namespace) -> None:

@@ -31,6 +31,7 @@ ABOVE_ZERO = {
     "num_query_groups",
     "shared_kv_sets",
     "recompute_num_layers",
+    "self_decoder_head_dim",
     "rope_scaling_factor",
     "rotary_base",
     "seed",

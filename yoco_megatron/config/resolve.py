@@ -47,6 +47,10 @@ def resolve_model(config: Any) -> None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:
         config.self_decoder_query_groups = config.self_decoder_heads
+    if getattr(config, "self_decoder_head_dim", None) is None:  # flags of an older run have none
+        heads, fix = config.self_decoder_heads, "change one of them, or set --self-decoder-head-dim"
+        require_divides(heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", fix)
+        config.self_decoder_head_dim = config.hidden_size // heads
     if getattr(config, "rope_variant", None) == "yoco":
         config.rotary_interleaved = True
 
@@ -59,8 +63,6 @@ def resolved(args: Namespace) -> Namespace:
     if not args.group_query_attention:  # Megatron's own default for the groups is 1, which then means nothing
         flags.num_query_groups = None
     resolve_model(flags)
-    if args.architecture == "yoco":
-        flags.self_decoder_head_dim = flags.hidden_size // max(1, flags.self_decoder_heads)
     flags.num_queries = computed_suffix(args)
     return flags
 

@@ -65,12 +65,11 @@ def check_sizes(config: Any) -> None:
         "--shared-kv-sets",
         "groups of as many layers read one K,V each",
     )
-    require_divides(self_heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", "change one of them")
     self_groups, fix = config.self_decoder_query_groups, "each K,V head serves a whole group"
     require_divides(self_groups, self_heads, "--self-decoder-heads", "--self-decoder-query-groups", fix)
     head_dims = {"--num-attention-heads": config.kv_channels}
     if n_self:
-        head_dims["--self-decoder-heads"] = config.hidden_size // self_heads
+        head_dims["--self-decoder-heads"] = config.self_decoder_head_dim
         mixer.check(config)
     for flag, head_dim in head_dims.items():
         require(

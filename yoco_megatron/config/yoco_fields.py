@@ -26,6 +26,10 @@ class YOCOFields:
     """Heads of the self-decoder. The paper's scaling runs use hidden-size/256 for gated retention.
     Default: --num-attention-heads."""
 
+    self_decoder_head_dim: int | None = None
+    """Width of one head of the self-decoder, as --kv-channels is of the cross-decoder.
+    Default: --hidden-size / --self-decoder-heads."""
+
     self_decoder_query_groups: int | None = None
     """K,V heads of sliding-window layers. Default: --self-decoder-heads (the paper uses no GQA in the self-decoder)."""
 

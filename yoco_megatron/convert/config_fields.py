@@ -29,6 +29,7 @@ SAME = {
     "qkv_bias": "add_qkv_bias",
     "self_decoder": "self_decoder",
     "self_decoder_heads": "self_decoder_heads",
+    "self_decoder_head_dim": "self_decoder_head_dim",
     "self_decoder_key_value_heads": "self_decoder_query_groups",
     "sliding_window": "self_decoder_window",
     "decay_temperature": "decay_temperature",
@@ -194,8 +195,13 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "scaled RoPE": config.use_rope_scaling,
         "norm of the shared K": config.qk_norm,
         "bias of the shared K,V": config.qkv_bias,
-        "head width other than hidden_size / num_attention_heads": config.head_dim * config.num_attention_heads
-        != config.hidden_size,
+        "heads that together are not as wide as the hidden state": any(
+            heads * width != config.hidden_size
+            for heads, width in (
+                (config.num_attention_heads, config.head_dim),
+                (config.self_decoder_heads, config.self_decoder_head_dim),
+            )
+        ),
     }
     for what, found in no.items():
         require(not found, f"--to fla: its YOCOForCausalLM has no {what}")

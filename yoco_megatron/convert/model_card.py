@@ -59,8 +59,9 @@ def model_card(source: Source, dtype: str) -> str:
         "layers": f"{split} (self-decoder + cross-decoder)",
         "self-decoder": shape.mixer.description(shape),
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
-        "self-decoder heads": str(config.self_decoder_heads),
-        "cross-decoder heads": f"{config.num_attention_heads} over {config.num_key_value_heads} K,V heads",
+        "self-decoder heads": f"{config.self_decoder_heads} of width {config.self_decoder_head_dim}",
+        "cross-decoder heads": f"{config.num_attention_heads} of width {config.head_dim} over "
+        f"{config.num_key_value_heads} K,V heads",
         "shared K,V sets": str(config.shared_kv_sets),
         **({"queries and keys": "RMSNorm of each head before RoPE, in softmax attention"} if config.qk_norm else {}),
         **({"biases": "of queries, keys and values, in softmax attention"} if config.qkv_bias else {}),

@@ -50,6 +50,8 @@ class ModelShape:
     kv_channels: int
     """Width of one of `num_attention_heads` heads."""
     self_decoder_heads: int
+    self_decoder_head_dim: int
+    """Width of one of `self_decoder_heads` heads (keys and values alike)."""
     self_decoder_query_groups: int
     self_decoder_window: int
     """Keys that a sliding-window query attends to, itself included."""
@@ -88,11 +90,6 @@ class ModelShape:
     def num_cross_decoder_layers(self) -> int:
         """Layers that read the shared K,V (0 for a transformer, which has none)."""
         return self.num_layers - self.num_self_decoder_layers if self.architecture == "yoco" else 0
-
-    @property
-    def self_decoder_head_dim(self) -> int:
-        """D_s, the width of one self-decoder head (keys and values alike)."""
-        return self.hidden_size // self.self_decoder_heads
 
     @property
     def kv_width(self) -> int:
@@ -231,8 +228,9 @@ def layer_vectors(shape: ModelShape) -> dict[str, int]:
 
     if shape.architecture == "transformer":
         return {"decoder": 2 * d + of_attention(queries, shape.kv_width, 2 * width)}
-    own_kv = 2 * shape.self_decoder_query_groups * shape.self_decoder_head_dim
-    own = of_attention(d, own_kv, 2 * shape.self_decoder_head_dim) if shape.mixer.is_softmax_attention else 0
+    own_width = shape.self_decoder_head_dim
+    own_queries, own_kv = shape.self_decoder_heads * own_width, 2 * shape.self_decoder_query_groups * own_width
+    own = of_attention(own_queries, own_kv, 2 * own_width) if shape.mixer.is_softmax_attention else 0
     return {
         "self_decoder": 2 * d + own,
         "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),

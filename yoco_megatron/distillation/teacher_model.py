@@ -68,6 +68,7 @@ def teacher_config(student: YOCOConfig, teacher: Teacher, window: int) -> YOCOCo
         kv_channels=sizes.head_dim,
         self_decoder=SLIDING_WINDOW.name,
         self_decoder_heads=heads,
+        self_decoder_head_dim=sizes.head_dim,
         self_decoder_query_groups=groups,
         self_decoder_window=window,
         layernorm_epsilon=sizes.rms_norm_eps,

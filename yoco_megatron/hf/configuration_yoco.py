@@ -19,6 +19,7 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "self_decoder_heads",
+    "self_decoder_head_dim",
     "self_decoder_key_value_heads",
     "max_position_embeddings",
     "num_hidden_layers",
@@ -47,7 +48,7 @@ class YocoConfig(PreTrainedConfig):
     """Sizes and switches of a YOCO.
 
     `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the cross-decoder and its shared K,V; the
-    self-decoder has `self_decoder_heads` heads of width hidden_size / self_decoder_heads, and, with a sliding window,
+    self-decoder has `self_decoder_heads` of width `self_decoder_head_dim`, and, with a sliding window,
     `self_decoder_key_value_heads`. `sliding_window` counts the keys that a query sees, itself included.
 
     `qk_norm` normalises the heads of queries and keys before RoPE, `qkv_bias` gives projections to q, k, v biases: in
@@ -92,6 +93,7 @@ class YocoConfig(PreTrainedConfig):
     head_dim: int | NotGiven = None
     self_decoder: str = "gated_retention"
     self_decoder_heads: int | NotGiven = None
+    self_decoder_head_dim: int | NotGiven = None
     self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
     shared_kv_sets: int = 1
@@ -129,6 +131,13 @@ class YocoConfig(PreTrainedConfig):
                 setattr(self, name, value)
         if self.self_decoder_key_value_heads is None:
             self.self_decoder_key_value_heads = self.self_decoder_heads
+        if self.self_decoder_head_dim is None:
+            if self.hidden_size % self.self_decoder_heads:
+                raise ValueError(
+                    f"self_decoder_heads {self.self_decoder_heads} does not divide hidden_size {self.hidden_size}: "
+                    "self_decoder_head_dim is missing"
+                )
+            self.self_decoder_head_dim = self.hidden_size // self.self_decoder_heads
         self._check_shape()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         self.layer_types = [LAYER_TYPES[self.self_decoder]] * self.num_self_decoder_layers + ["full_attention"] * cross
@@ -190,7 +199,6 @@ class YocoConfig(PreTrainedConfig):
     def _check_shape(self) -> None:
         parts = {
             "num_attention_heads": ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
-            "hidden_size": ("self_decoder_heads", self.hidden_size, self.self_decoder_heads),
         }
         if self.self_decoder == "sliding_window":
             groups = self.self_decoder_key_value_heads
@@ -205,10 +213,10 @@ class YocoConfig(PreTrainedConfig):
         for whole, (part, number, divisor) in parts.items():
             if number % divisor:
                 raise ValueError(f"{part} {divisor} does not divide {whole} {number}")
-        own = f"hidden_size {self.hidden_size} over self_decoder_heads {self.self_decoder_heads}"
-        for what, width in ((f"head_dim {self.head_dim}", self.head_dim), (own, self.self_decoder_head_dim)):
+        for name in ("head_dim", "self_decoder_head_dim"):
+            width = getattr(self, name)
             if width % 2 or not width:
-                raise ValueError(f"{what}: heads must have an even width for RoPE, not {width}")
+                raise ValueError(f"{name} {width}: heads must have an even width for RoPE")
         if not 0 <= self.num_self_decoder_layers < self.num_hidden_layers:
             raise ValueError(
                 f"num_self_decoder_layers {self.num_self_decoder_layers} must lie between 0 and num_hidden_layers - 1"
@@ -217,11 +225,6 @@ class YocoConfig(PreTrainedConfig):
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         if cross % self.shared_kv_sets:
             raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
-
-    @property
-    def self_decoder_head_dim(self) -> int:
-        """Width of one self-decoder head."""
-        return self.hidden_size // self.self_decoder_heads
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:

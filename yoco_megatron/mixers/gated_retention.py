@@ -1,10 +1,12 @@
 """Gated retention (paper section 3): the recurrence S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t.
 
-d hidden, H heads of width D. Retention has no single natural count of FLOPs. The recurrence needs 4 D^2 a head but
-leaves matrix units idle; chunks of C tokens put them to work for 4 C D more: q k^T and its product with v cost 2 C D
-each, k^T v into the state and q times the state 2 D^2 each. C = 64 is fixed here, so that neither
---retention-chunk-size nor a kernel's tiling changes the MFU of a run, and the C x C products count in full, as usual
-for linear attention (their lower triangle alone would take 0.08% off a step of the 3B model at 4K tokens).
+d hidden, H heads of width D; H D need not be d.
+
+Retention has no single natural count of FLOPs. The recurrence needs 4 D^2 a head but leaves matrix units idle; chunks
+of C tokens put them to work for 4 C D more: q k^T and its product with v cost 2 C D each, k^T v into the state and q
+times the state 2 D^2 each. C = 64 is fixed here, so that neither --retention-chunk-size nor a kernel's tiling changes
+the MFU of a run, and the C x C products count in full, as usual for linear attention (their lower triangle alone would
+take 0.08% off a step of the 3B model at 4K tokens).
 """
 
 from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
@@ -21,9 +23,14 @@ def check(sizes: Sizes) -> None:
     )
 
 
+def _width(sizes: Sizes) -> int:
+    """H D: values of a token's queries, and of its keys, values and gate."""
+    return sizes.self_decoder_heads * sizes.self_decoder_head_dim
+
+
 def matmul_parameters(sizes: Sizes) -> int:
-    """q, k, v, gate and output, d^2 each, and one decay logit a head."""
-    return 5 * sizes.hidden_size**2 + sizes.hidden_size * sizes.self_decoder_heads
+    """q, k, v, gate and output, d H D each, and one decay logit a head."""
+    return sizes.hidden_size * (5 * _width(sizes) + sizes.self_decoder_heads)
 
 
 def mixing_flops(sizes: Sizes) -> float:
@@ -39,7 +46,7 @@ def flop_rate(backend: str) -> float:
 
 def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
     """q, k, v, gate, output, the normalised and gated output; a D x D state a head every 512 tokens; fp32 decays."""
-    values = 6 * sizes.hidden_size + sizes.hidden_size * sizes.self_decoder_head_dim / 512
+    values = _width(sizes) * (6 + sizes.self_decoder_head_dim / 512)
     return values * bytes_per_value + 8 * sizes.self_decoder_heads
 
 
@@ -51,9 +58,9 @@ def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: in
 
 def tensors(sizes: Sizes) -> dict[str, Shape]:
     """q, k, v, gate, output; the decay's logits."""
-    h = sizes.hidden_size
-    square: dict[str, Shape] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"), (h, h))
-    return square | {"decay_proj": (sizes.self_decoder_heads, h)}
+    h, width = sizes.hidden_size, _width(sizes)
+    found: dict[str, Shape] = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj"), (width, h))
+    return found | {"o_proj": (h, width), "decay_proj": (sizes.self_decoder_heads, h)}
 
 
 def fused(sizes: Sizes) -> list[FusedMatrix]:
@@ -67,7 +74,7 @@ def fused(sizes: Sizes) -> list[FusedMatrix]:
 
 def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
     """One D x D state a head, in fp32."""
-    return sizes.hidden_size * sizes.self_decoder_head_dim * 4
+    return _width(sizes) * sizes.self_decoder_head_dim * 4
 
 
 GATED_RETENTION = Mixer(
@@ -83,7 +90,7 @@ GATED_RETENTION = Mixer(
     mixing_flops=mixing_flops,
     flop_rate=flop_rate,
     stored_bytes=stored_bytes,
-    recomputed_values=lambda sizes: sizes.hidden_size,  # the normalised and gated output
+    recomputed_values=lambda sizes: _width(sizes),  # the normalised and gated output
     received_bytes=received_bytes,
     tensors=tensors,
     fused=fused,

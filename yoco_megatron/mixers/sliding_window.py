@@ -1,6 +1,6 @@
 """Sliding-window attention (paper section 2.1): each query attends to the last W keys of its document.
 
-d hidden, H query heads and G K,V heads of width D.
+d hidden, H query heads and G K,V heads of width D; H D need not be d.
 """
 
 from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
@@ -12,33 +12,41 @@ def mean_visible_keys(seq_length: int, window: int | None = None) -> float:
     return (full * (full + 1) / 2 + (seq_length - full) * full) / seq_length
 
 
+def _queries(sizes: Sizes) -> int:
+    """H D: values of a token's queries."""
+    return sizes.self_decoder_heads * sizes.self_decoder_head_dim
+
+
+def _keys(sizes: Sizes) -> int:
+    """G D: values of a token's keys, or of its values."""
+    return sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
+
+
 def matmul_parameters(sizes: Sizes) -> int:
-    """Queries and output, d^2 each; keys and values, d G D each."""
-    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
-    return 2 * sizes.hidden_size**2 + 2 * sizes.hidden_size * kv
+    """Queries and output, d H D each; keys and values, d G D each."""
+    return 2 * sizes.hidden_size * (_queries(sizes) + _keys(sizes))
 
 
 def mixing_flops(sizes: Sizes) -> float:
-    """4 d mean_i min(i + 1, W): exact, the short start included."""
-    return 4 * sizes.hidden_size * mean_visible_keys(sizes.seq_length, sizes.self_decoder_window)
+    """4 H D mean_i min(i + 1, W): exact, the short start included."""
+    return 4 * _queries(sizes) * mean_visible_keys(sizes.seq_length, sizes.self_decoder_window)
 
 
 def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
     """q, k, v, output; the fp32 logarithm of the softmax's sum."""
-    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
-    return (2 * sizes.hidden_size + 2 * kv) * bytes_per_value + 4 * sizes.self_decoder_heads
+    return 2 * (_queries(sizes) + _keys(sizes)) * bytes_per_value + 4 * sizes.self_decoder_heads
 
 
 def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:
     """The W - 1 keys and values before each of two chunks forward, their gradients backward (W - 1 <= s / 2 ranks)."""
-    row = sequences * 2 * sizes.self_decoder_query_groups * sizes.self_decoder_head_dim * bytes_per_value
+    row = sequences * 2 * _keys(sizes) * bytes_per_value
     return 2 * (ranks - 1) / ranks * (sizes.self_decoder_window - 1) * row * (forward_passes + 1)
 
 
 def tensors(sizes: Sizes) -> dict[str, Shape]:
     """q, k, v, output."""
-    h, kv = sizes.hidden_size, sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
-    return {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)}
+    h, q, kv = sizes.hidden_size, _queries(sizes), _keys(sizes)
+    return {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
 
 
 def fused(sizes: Sizes) -> list[FusedMatrix]:
@@ -50,8 +58,7 @@ def fused(sizes: Sizes) -> list[FusedMatrix]:
 
 def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
     """Keys and values of W - 1 tokens."""
-    kv = sizes.self_decoder_query_groups * sizes.self_decoder_head_dim
-    return (sizes.self_decoder_window - 1) * 2 * kv * bytes_per_value
+    return (sizes.self_decoder_window - 1) * 2 * _keys(sizes) * bytes_per_value
 
 
 SLIDING_WINDOW = Mixer(

@@ -26,6 +26,7 @@ class YOCOConfig(YOCOFields, TransformerConfig):
     # Filled in by __post_init__.
     num_self_decoder_layers: int = cast(int, None)
     self_decoder_heads: int = cast(int, None)
+    self_decoder_head_dim: int = cast(int, None)
     self_decoder_query_groups: int = cast(int, None)
     loss_chunk_size: int = cast(int, None)
 
@@ -56,11 +57,6 @@ class YOCOConfig(YOCOFields, TransformerConfig):
     def sends_fp32_kv(self) -> bool:
         """Whether --fp32-kv-transport makes a difference: only if boundaries of pipeline stages are in 16 bits."""
         return self.fp32_kv_transport and self.pipeline_dtype.itemsize == 2
-
-    @property
-    def self_decoder_head_dim(self) -> int:
-        """Width of one self-decoder head."""
-        return self.hidden_size // self.self_decoder_heads
 
     def self_decoder_config(self) -> "YOCOConfig":
         """The same config with the self-decoder's heads in Megatron's own fields."""

@@ -77,6 +77,7 @@ def student_config(
         head_dim=config.head_dim,
         self_decoder=self_decoder,
         self_decoder_heads=config.num_attention_heads,
+        self_decoder_head_dim=config.head_dim,
         self_decoder_key_value_heads=config.num_key_value_heads if grouped else config.num_attention_heads,
         shared_kv_sets=shared_kv_sets,
         rope_theta=teacher.rope_theta,

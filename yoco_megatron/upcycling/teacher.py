@@ -158,10 +158,4 @@ def _config(folder: Path) -> Any:
         f"{folder}: its rope_parameters {rope} are not those of whole heads with one theta",
     )
     require(config.hidden_act in ("silu", "swish"), f"{folder}: hidden_act {config.hidden_act!r} is no SwiGLU's")
-    heads, width = config.num_attention_heads, config.head_dim
-    require(
-        heads * width == config.hidden_size,
-        f"{folder}: its {heads} heads of width {width} are together no hidden_size {config.hidden_size}, as those of a "
-        "self-decoder must be",
-    )
     return config

@@ -29,9 +29,14 @@ def share(heads: int, what: str) -> int:
     return heads // ranks
 
 
+def self_decoder_width(config) -> int:
+    """Of one of its heads. Folders of older versions do not say it."""
+    return getattr(config, "self_decoder_head_dim", None) or config.hidden_size // config.self_decoder_heads
+
+
 def state_shape(config, ranks: int) -> tuple[int, int, int]:
     """One layer's state [H, D, D] of a sequence on each of so many tensor-parallel ranks."""
-    width = config.hidden_size // config.self_decoder_heads
+    width = self_decoder_width(config)
     return config.self_decoder_heads // ranks, width, width
 
 
@@ -102,7 +107,7 @@ class SlidingAttention(nn.Module):
     def __init__(self, config, vllm: VllmConfig, prefix: str) -> None:
         super().__init__()
         heads, groups = config.self_decoder_heads, config.self_decoder_key_value_heads
-        width = config.hidden_size // heads
+        width = self_decoder_width(config)
         self.rotary = Rotary(config, width)
         own_heads, own_groups = share(heads, "self-decoder heads"), share(groups, "self-decoder K,V heads")
         self.sizes = [own_heads * width, own_groups * width, own_groups * width]

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from yoco_megatron.ops.gated_retention import log_decay_from_logits
-from yoco_vllm.layers import Rotary, share, state_shape
+from yoco_vllm.layers import Rotary, self_decoder_width, share, state_shape
 from yoco_vllm.states import retain
 
 
@@ -30,7 +30,7 @@ class GatedRetention(nn.Module, MambaBase):
                 "--speculative-config: a retention state cannot forget the tokens that are rejected; remove it"
             )
         h, heads = config.hidden_size, config.self_decoder_heads
-        width = h // heads
+        width = self_decoder_width(config)
         self.prefix, self.config, self.own_heads = prefix, config, share(heads, "self-decoder heads")
         self.rotary = Rotary(config, width)
         common = {"bias": False, "quant_config": vllm.quant_config}
