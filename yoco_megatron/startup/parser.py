@@ -125,7 +125,7 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         dest="help",
         default=argparse.SUPPRESS,
         nargs=0,
-        help="show the flags of this package alone, and exit",
+        help="show only the flags of this package, and exit",
     )
     resilience.add(parser)
     for action in parser._actions:  # a lone % in one help text of megatron-core 0.19 makes --help fail
