@@ -24,13 +24,13 @@ HEAD = """\
 # Flags: what works, what has no effect, what is refused
 
 Every flag of `pretrain_yoco.py --help`, by group: Megatron's under Megatron's names, and ours in **YOCO** and
-**resilience** at the end. A flag that would do nothing is refused before anything starts, for the reason given here. So
-is a flag that only works together with others which are not set (*with*). A flag that is set to its default is never
-refused. Neither are flags that only matter on a larger mesh (`--sequence-parallel`, `--fp32-kv-transport`, overlaps), so
-that one command line serves every mesh.
+**resilience** at the end. A flag that would do nothing is refused before anything starts, for the reason given here.
+So is a flag that only works together with others which are not set (*with*). A flag that is set to its default is never
+refused. Neither are flags that only matter on a larger mesh (`--sequence-parallel`, `--fp32-kv-transport`, overlaps),
+so that one command line serves every mesh.
 
-The baseline, `--architecture transformer`, is Megatron's GPT. It takes what is refused on `yoco` only, as Megatron does;
-this is not tested. Layers of plain torch are `--transformer-impl local`, of either architecture.
+The baseline, `--architecture transformer`, is Megatron's GPT. It takes what is refused on `yoco` only, as Megatron
+does; this is not tested. Layers of plain torch are `--transformer-impl local`, of either architecture.
 
 Made by `python -m yoco_megatron.config.flags` from `yoco_megatron/config/flags.yaml`: do not edit."""
 

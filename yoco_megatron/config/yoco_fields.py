@@ -81,8 +81,8 @@ class YOCOFields:
     (PaLM has 1e-4). The loss that is reported stays the cross entropy; the z-loss has a place of its own."""
 
     loss_suffix: str | None = None
-    """Train only on the last tokens of each sequence: a number of tokens, a share of the sequence, or values for several
-    lengths (65536:0.25,262144:4096). The cross-decoder is then only computed there (docs/masked_loss.md)."""
+    """Train only on the last tokens of each sequence: a number of tokens, a share of the sequence, or values for
+    several lengths (65536:0.25,262144:4096). The cross-decoder is then only computed there (docs/masked_loss.md)."""
 
     cross_decoder_positions: Literal["loss", "all"] = "loss"
     """Where the cross-decoder, the head and the loss are computed: where there is a loss, or at all positions. Losses
