@@ -4,8 +4,10 @@
     python benchmarks/paper_ordering.py train --gpus 4     # a slice of nine minutes: repeat it until it says: all done
     python benchmarks/paper_ordering.py report --record    # table, picture, rows; also of what is done so far
 
-Trained are: each model at each learning rate, the Transformer also with Megatron's initialisation at each; then each
-model's best again from the other seeds, and each YOCO's best without its scaled embedding. Everything else is alike:
+Trained are: each model at each learning rate, the Transformer also with Megatron's initialisation at each, for
+--sweep-tokens; then each model's best for --tokens from every seed, and each YOCO's best without its scaled embedding.
+A run that is done needs its checkpoints no more: its folder without them can go to another machine, where the others
+are trained on the same text. Everything else is alike:
 text, order of batches, tokens, and configs/recipe/scaling.yaml with a shorter schedule. Compared are the losses on
 the validation part: documents that are not trained on, no copies of which are (but for near ones, such as another
 version of a file). With --size tiny, --tokens 1e5 and more it is a test of a few minutes on a CPU.
@@ -37,36 +39,41 @@ class Case(NamedTuple):
     variant: str
     rate: float
     seed: int
+    tokens: float
 
     def name(self) -> str:
         variant = f"_{self.variant}" if self.variant else ""
-        return f"{self.model}{variant}_{self.rate:g}_{self.seed}"
+        return f"{self.model}{variant}_{self.rate:g}_{self.seed}_{comparison.short(self.tokens)}"
 
     def title(self) -> str:
+        return f"{self.without_seed()}, seed {self.seed}"
+
+    def without_seed(self) -> str:
         variant = f", {self.variant}" if self.variant else ""
-        return f"{TITLES[self.model]}{variant}, lr {self.rate:g}, seed {self.seed}"
+        return f"{TITLES[self.model]}{variant}, lr {self.rate:g}"
 
 
 def cases(options: argparse.Namespace, losses: dict[Case, float]) -> list[Case]:
     """All runs that are known to be needed, given the validation losses so far; most telling first."""
     rates = sorted(options.rates, key=lambda rate: abs(options.rates.index(rate) - len(options.rates) // 2))
-    sweep = [Case(model, "", rate, options.seeds[0]) for rate in rates for model in options.models]
+    first = options.seeds[0]
+    sweep = [Case(model, "", rate, first, options.sweep_tokens) for rate in rates for model in options.models]
     if "transformer" in options.models:
-        sweep += [Case("transformer", "megatron-init", rate, options.seeds[0]) for rate in rates]
+        sweep += [Case("transformer", "megatron-init", rate, first, options.sweep_tokens) for rate in rates]
     more = []
     for model in options.models:
         own = [case for case in sweep if case.model == model]
         if all(case in losses for case in own):
-            best = min(own, key=lambda case: losses[case])
-            more += [best._replace(seed=seed) for seed in options.seeds[1:]]
+            best = min(own, key=lambda case: losses[case])._replace(tokens=options.tokens)
+            more += [best._replace(seed=seed) for seed in options.seeds]
             more += [] if model == "transformer" else [best._replace(variant="unscaled")]
-    return sweep + more
+    return sweep + sorted((case for case in more if case not in sweep), key=lambda case: options.seeds.index(case.seed))
 
 
 def job_of(case: Case, options: argparse.Namespace) -> Job:
     """The run of a case."""
     batch = options.batch_tokens // options.length
-    steps = max(1, round(options.tokens / options.batch_tokens))
+    steps = max(1, round(case.tokens / options.batch_tokens))
     config = [f"configs/model/{CONFIGS[case.model].format(options.size)}.yaml", "configs/recipe/scaling.yaml"]
     flags = [
         *("--config", *config, *(() if options.gpus else ("bf16=false",))),
@@ -117,17 +124,24 @@ def train(options: argparse.Namespace) -> None:
     print("all done" if done else f"to go: {', '.join(job.name for job in todo)}: repeat this command", flush=True)
 
 
-def best_of(found: dict[Case, RunCurves]) -> dict[str, list[Case]]:
-    """For each model, the best learning rate (and of the Transformer, initialisation) by the first seed, in all seeds.
+def best_of(found: dict[Case, RunCurves], options: argparse.Namespace) -> dict[str, list[Case]]:
+    """For each model, the best learning rate (and of the Transformer, initialisation) of the sweep, in all seeds.
 
-    A YOCO without its scaled embedding is not the paper's, and does not count.
+    In full length where all models have such a run, else the sweep's own. A YOCO without its scaled embedding is not
+    the paper's, and does not count.
     """
-    best: dict[str, list[Case]] = {}
-    for model in CONFIGS:
-        own = [case for case in found if case.model == model and case.variant != "unscaled"]
-        if own:
-            first = min((case for case in own if case.seed == own[0].seed), key=lambda case: final(found[case]))
-            best[model] = [case for case in own if case._replace(seed=first.seed) == first]
+    sweep = [case for case in cases(options, {}) if case in found]
+    firsts = {
+        model: min((case for case in sweep if case.model == model), key=lambda case: final(found[case]))
+        for model in dict.fromkeys(case.model for case in sweep)
+    }
+    for tokens in (options.tokens, options.sweep_tokens):
+        best = {
+            model: [case for case in found if case._replace(seed=first.seed) == first._replace(tokens=tokens)]
+            for model, first in firsts.items()
+        }
+        if all(best.values()):
+            break
     return best
 
 
@@ -138,12 +152,13 @@ def report(options: argparse.Namespace) -> None:
         raise SystemExit("paper_ordering.py: no run is done yet: train first")
     rows = comparison.compare(list(found.values()))
     print(comparison.table(rows))
-    best = best_of(found)
+    best = best_of(found, options)
     means = {model: fmean(final(found[case]) for case in alike) for model, alike in best.items()}
     print()
     for model, alike in best.items():
         losses = ", ".join(f"{final(found[case]):.4f}" for case in alike)
-        print(f"best {alike[0]._replace(seed=0).title().removesuffix(', seed 0')}: {means[model]:.4f} ({losses})")
+        tokens = comparison.short(alike[0].tokens)
+        print(f"best {alike[0].without_seed()}, {tokens} tokens: {means[model]:.4f} ({losses})")
     if options.record:
         record_all(found, rows, best, options)
     (options.folder / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -156,15 +171,15 @@ def record_all(
     """A row for each run, and for the best of each YOCO beside the Transformer's."""
     means = {model: fmean(final(found[case]) for case in alike) for model, alike in best.items()}
     common: dict[str, Any] = dict(benchmark="paper ordering", device=device_name(1) if options.gpus else "CPU")
-    size = f"{options.size}, {comparison.short(rows[0]['tokens'])} tokens"
     for case, row in zip(found, rows):
-        name = f"{size}, {case.title()}"
+        name = f"{options.size}, {comparison.short(case.tokens)} tokens, {case.title()}"
         record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
                **common)  # fmt: skip
         record(options.output, case=name, metric="speed", unit="tokens/s", value=round(row["tokens_per_second"]),
                **common)  # fmt: skip
     for model, alike in best.items():
         if model != "transformer" and "transformer" in means:
+            size = f"{options.size}, {comparison.short(alike[0].tokens)} tokens"
             name = f"{size}, best of {TITLES[model]}, mean of {len(alike)} seeds"
             peer = f"best of Transformer, mean of {len(best['transformer'])} seeds"
             record(options.output, case=name, metric="validation loss", unit="nats", value=round(means[model], 4),
@@ -181,7 +196,8 @@ def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: arg
                 tokens = found[case].tokens(points.steps)
                 curves.plot(tokens, points.values, "o-", color=f"C{number}", markersize=3, linewidth=1, label=label)
             for variant, style in zip(VARIANTS, ("o-", "s--", "^:")):
-                own = sorted(case for case in found if (case.model, case.variant) == (model, variant))
+                alone = (model, variant, options.sweep_tokens)
+                own = sorted(case for case in found if (case.model, case.variant, case.tokens) == alone)
                 if own:
                     label = f"{TITLES[model]}{variant and ', '}{variant}"
                     x, y = [case.rate for case in own], [final(found[case]) for case in own]
@@ -191,7 +207,7 @@ def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: arg
         low = min(final(run) for run in found.values())
         curves.set_ylim(low - 0.05, low + 2)
         rates.set_xscale("log")
-        rates.set_xlabel("learning rate (all seeds)")
+        rates.set_xlabel(f"learning rate (the sweep, {comparison.short(options.sweep_tokens)} tokens)")
         rates.set_ylabel("final validation loss")
         for panel in (curves, rates):
             panel.legend(fontsize=7)
@@ -204,7 +220,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--rates", nargs="+", type=float, default=[6e-4, 1e-3, 2e-3], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 4321])
-    parser.add_argument("--tokens", type=float, default=300e6, help="of each run")
+    parser.add_argument("--tokens", type=float, default=300e6, help="of each model's best, in all seeds")
+    parser.add_argument("--sweep-tokens", type=float, default=100e6, help="of a run that chooses the learning rate")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--micro-batch-size", type=int, default=16)
     add_arguments(parser, "paper_ordering")

@@ -19,8 +19,9 @@ from yoco_megatron.evaluation.run_curves import VALIDATION
 def options_of(tmp_path: Path) -> Namespace:
     return Namespace(
         folder=tmp_path, models=list(paper_ordering.CONFIGS), rates=[1e-4, 1e-3, 1e-2], seeds=[1, 2], size="tiny",
-        batch_tokens=128, length=32, tokens=1280, micro_batch_size=16, gpus=0, split="80,20,0", flags="", record=True,
-        output=tmp_path / "rows.jsonl", picture=tmp_path / "ordering.svg",
+        batch_tokens=128, length=32, tokens=2560, sweep_tokens=1280, micro_batch_size=16, gpus=0,
+        split="80,20,0", flags="", record=True, output=tmp_path / "rows.jsonl",
+        picture=tmp_path / "ordering.svg",
     )  # fmt: skip
 
 
@@ -34,11 +35,16 @@ def test_results_decide_what_else_is_trained(tmp_path: Path) -> None:
     known |= {
         case: 3 - case.rate - 2 * (case[1:3] == ("megatron-init", 1e-4)) for case in sweep if case.model[0] == "t"
     }
-    assert set(cases(options_of(tmp_path), known)) - set(sweep) == {
-        Case("retention", "", 1e-2, 2),
-        Case("retention", "unscaled", 1e-2, 1),
-        Case("transformer", "megatron-init", 1e-4, 2),
-    }
+    more = [case for case in cases(options_of(tmp_path), known) if case not in sweep]
+    assert more[:3] == [  # all models once before the second seeds
+        Case("retention", "", 1e-2, 1, 2560),
+        Case("retention", "unscaled", 1e-2, 1, 2560),
+        Case("transformer", "megatron-init", 1e-4, 1, 2560),
+    ]
+    assert more[3:] == [Case("retention", "", 1e-2, 2, 2560), Case("transformer", "megatron-init", 1e-4, 2, 2560)]
+    alike = options_of(tmp_path)
+    alike.tokens = alike.sweep_tokens  # what the sweep has trained is not trained again
+    assert len(cases(alike, known)) == len(sweep) + 3
 
 
 def test_slices_share_gpus_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,18 +73,25 @@ def test_slices_share_gpus_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     options = options_of(tmp_path)
+
+    def done(model: str, rate: float, tokens: float, loss: float) -> None:
+        job = paper_ordering.job_of(Case(model, "", rate, 1, tokens), options)
+        assert job.steps == tokens / 128
+        middle = job.steps // 2
+        points = [*losses(1, job.steps), (VALIDATION, middle, 0.5, loss), (VALIDATION, job.steps, 1.5, loss)]
+        write(job.folder / "tensorboard", 1000.0, points)
+        (job.folder / "done").touch()
+
+    options.models = ["retention", "transformer"]
     for model, loss in (("retention", 1.5), ("transformer", 2.0)):
         for rate, more in ((1e-3, 0.0), (1e-4, 0.25), (1e-2, 0.5)):
-            job = paper_ordering.job_of(Case(model, "", rate, 1), options)
-            points = [*losses(1, 10), *((VALIDATION, step, step + 0.5, loss + more) for step in (5, 10))]
-            write(job.folder / "tensorboard", 1000.0, points)
-            (job.folder / "done").touch()
-    assert job.steps == 10
-    paper_ordering.report(options)
-    assert "best YOCO, gated retention, lr 0.001: 1.5000 (1.5000)" in capsys.readouterr().out
+            done(model, rate, 1280, loss + more)
+    done("retention", 1e-3, 2560, 1.25)
+    paper_ordering.report(options)  # in full length there is no Transformer yet
+    assert "best YOCO, gated retention, lr 0.001, 1.28K tokens: 1.5000 (1.5000)" in capsys.readouterr().out
     rows = [json.loads(line) for line in options.output.read_text().splitlines()]
     assert [(row["value"], row["peer_value"], row["ratio"]) for row in rows if row["peer"]] == [(1.5, 2.0, 1.3333)]
-    assert len(rows) == 6 * 2 + 1
+    assert len(rows) == 7 * 2 + 1  # a loss and a speed each, and the best beside the best
     assert options.picture.read_text().rstrip().endswith("</svg>")
 
 
