@@ -16,6 +16,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Could not determine rank", category=UserWarning)
     warnings.filterwarnings("ignore", message="The argument order of load has been changed", category=UserWarning)
     # The distributed optimizer asks views of a buffer, which have none.
     grad = r"The \.grad attribute of a Tensor that is not a leaf"
