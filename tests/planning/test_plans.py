@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import random
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.costs.card import H100, Card
 from yoco_megatron.costs.memory import GIB, gpu_memory, in_flight
+from yoco_megatron.costs.schedule import _order
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_seconds
 from yoco_megatron.planning import flags, report
@@ -179,13 +181,32 @@ def max_of(best: list[float], sums: list[float], stop: int) -> float:
 
 
 def test_in_flight_is_what_the_schedules_begin():
-    """1F1B: P - rank. Interleaved, by hand: 2 ranks, 2 chunks: warm-up 5 and 3 chunks, then one forward."""
+    """1F1B: P - rank. Interleaved, by hand: 2 ranks, 2 chunks, 5 and 3 passes before the first backward one."""
     args, _ = parsed("--pipeline-model-parallel-size", "4", "--micro-batch-size", "1", gpus=4)
-    assert [in_flight(args, rank, 1) for rank in range(4)] == [[4], [3], [2], [1]]
+    assert [in_flight(args, rank, 1) for rank in range(4)] == [[([count], 0)] for count in (4, 3, 2, 1)]
     args.pipeline_model_parallel_size = args.world_size = 2
-    assert [in_flight(args, rank, 2) for rank in range(2)] == [[3, 2], [2, 1]]
+    first = [([3, 2], 1), ([4, 1], 1), ([4, 1], 0), ([3, 2], 0)]
+    assert in_flight(args, 0, 2) == first
+    assert in_flight(args, 1, 2) == [([2, 1], 1), ([2, 1], 1), ([3, 0], 0), ([3, 0], 0)]
     args.global_batch_size = 2
-    assert in_flight(args, 0, 2) == [2, 2]
+    assert in_flight(args, 0, 2) == [([2, 2], 1), ([2, 1], 1), ([2, 0], 0), ([1, 0], 0)]
+
+
+def test_in_flight_has_the_fullest_moment():
+    """Of every pass of the schedule, whatever the chunks store."""
+    store = random.Random(1)
+    for ranks, chunks, groups in ((2, 2, 1), (2, 6, 4), (3, 3, 2), (4, 4, 3)):
+        sizes = [store.random() for _ in range(chunks)]
+        args, _ = parsed("--pipeline-model-parallel-size", str(ranks), "--micro-batch-size", "1", gpus=ranks)
+        args.global_batch_size = groups * ranks
+        for rank in range(ranks):
+            begun, live = [0] * chunks, []
+            for ahead, chunk, _ in _order(rank, ranks, chunks, groups * ranks):
+                if not ahead:
+                    live.append(math.sumprod(begun, sizes) + 0.1 * chunk)
+                begun[chunk] += 1 if ahead else -1
+            moments = in_flight(args, rank, chunks)
+            assert max(math.sumprod(begun, sizes) + 0.1 * chunk for begun, chunk in moments) == pytest.approx(max(live))
 
 
 def test_a_loss_on_fewer_positions_takes_less_of_everything():

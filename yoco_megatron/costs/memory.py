@@ -21,7 +21,9 @@ counted: allocator, CUDA, NCCL.
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from operator import mul
 from typing import Any
 
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters, routed_parameters
@@ -103,22 +105,34 @@ def num_microbatches(args: Namespace) -> int | None:
     return max(1, args.global_batch_size // (data_parallel_size(args) * args.micro_batch_size))
 
 
-def in_flight(args: Namespace, rank: int, chunks: int) -> list[int]:
-    """Micro-batches that each of a rank's model chunks has begun and not ended when the first backward pass starts."""
+def in_flight(args: Namespace, rank: int, chunks: int) -> list[tuple[list[int], int]]:
+    """Moments of a step at which a rank may hold the most: (micro-batches that each of its model chunks has begun and
+    not ended, the chunk whose backward pass starts), in their order."""
     pp = args.pipeline_model_parallel_size
-    most = num_microbatches(args) or pp * chunks
+    return list(_in_flight(pp, rank, chunks, num_microbatches(args) or pp * chunks))
+
+
+@cache
+def _in_flight(pp: int, rank: int, chunks: int, microbatches: int) -> tuple[tuple[list[int], int], ...]:
     if chunks == 1:
-        return [min(most, pp - rank)]
-    # Interleaved 1F1B takes micro-batches in groups of pp, chunk after chunk.
-    left = min((pp - rank - 1) * 2 + (chunks - 1) * pp + 1, most * chunks)
-    begun = [0] * chunks
-    chunk = 0
-    while left > 0:
-        taken = min(pp, left)
-        begun[chunk] += taken
-        left -= taken
-        chunk = (chunk + 1) % chunks
-    return begun
+        return (([min(microbatches, pp - rank)], 0),)
+    # Interleaved 1F1B takes micro-batches in groups of pp, chunk after chunk, forward from the first, backward from the
+    # last. While the first backward passes end, the next forward passes begin: of other chunks, whose layers may store
+    # more. Between the ends of groups all numbers are linear, and after one group of every chunk they repeat.
+    group, total = pp * chunks, microbatches * chunks
+    ahead = min((pp - rank - 1) * 2 + (chunks - 1) * pp + 1, total)
+
+    def passed(count: int, chunk: int) -> int:
+        rounds, rest = divmod(count, group)
+        return rounds * pp + min(max(rest - chunk * pp, 0), pp)
+
+    ends = {0} | {end for edge in range(0, 2 * group, pp) for end in (edge - 1, edge, edge - ahead - 1, edge - ahead)}
+    moments = []
+    for count in sorted(end for end in ends if 0 <= end < min(group, total)):
+        begun = [passed(min(ahead + count, total), chunk) for chunk in range(chunks)]
+        active = chunks - 1 - count // pp
+        moments.append(([begun[chunk] - passed(count, chunks - 1 - chunk) for chunk in range(chunks)], active))
+    return tuple(moments)
 
 
 def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
@@ -141,9 +155,13 @@ def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
 
 
 def _memory(
-    args: Namespace, shape: ModelShape, chunks: Sequence[Parts], read: Sequence[range], begun: Sequence[int]
+    args: Namespace,
+    shape: ModelShape,
+    chunks: Sequence[Parts],
+    read: Sequence[range],
+    moments: Sequence[tuple[Sequence[int], int]],
 ) -> Memory:
-    """Of a rank that holds `chunks`, which read these sets of K,V, with so many micro-batches in flight in each."""
+    """Of a rank that holds `chunks`, which read these sets of K,V, at the fullest of the `in_flight` moments."""
     tp, cp, e = args.tensor_model_parallel_size, args.context_parallel_size, _bytes_of_a_value(args)
     tokens = args.seq_length * args.micro_batch_size / cp
     rows = tokens * shape.query_share  # behind the shared K,V
@@ -170,28 +188,36 @@ def _memory(
             "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
         }
 
-    parts = _states(args, shape, chunks)
     each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
+
+    def added(chunk: Parts, sizes: Mapping[str, float]) -> float:
+        """Beside what is stored, while the backward pass of one micro-batch goes through a chunk."""
+        loss = _loss(args, shape, rows) if chunk.get("output_layer") else 0.0
+        peak = loss
+        for kind in kinds:
+            count = chunk.get(kind, 0)
+            recomputed = recomputed_layers(args, count)
+            # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
+            free = sizes.get("cross_decoder", 0.0) if kind == "self_decoder" else 0.0
+            gradient = 4 * read_kv if kind == "cross_decoder" else 0.0
+            if count > recomputed:
+                layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
+                peak = max(peak, loss + layer + gradient - free)
+            if recomputed:
+                # Large, but what the loss needed is free again, and what layers behind it stored.
+                layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
+                behind = (count - recomputed) * plain[kind]
+                peak = max(peak, layer + gradient - free - behind)
+        return peak
+
+    stored, extra = [sum(sizes.values()) for sizes in each], [added(*one) for one in zip(chunks, each)]
+    begun, active = max(moments, key=lambda moment: sum(map(mul, moment[0], stored)) + extra[moment[1]])
+    parts = _states(args, shape, chunks)
     for name in each[0]:
         parts[name] = sum(count * sizes[name] for count, sizes in zip(begun, each))
-    loss = _loss(args, shape, rows) if any(chunk.get("output_layer") for chunk in chunks) else 0.0
-    peak = loss
-    for kind in kinds:
-        counts = [(chunk.get(kind, 0), recomputed_layers(args, chunk.get(kind, 0))) for chunk in chunks]
-        # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
-        free = max(sizes.get("cross_decoder", 0.0) for sizes in each) if kind == "self_decoder" else 0.0
-        gradient = 4 * read_kv if kind == "cross_decoder" else 0.0
-        if any(count > recomputed for count, recomputed in counts):
-            layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
-            peak = max(peak, loss + layer + gradient - free)
-        if any(recomputed for _, recomputed in counts):
-            # Large, but what the loss needed is free again, and what layers behind it stored.
-            layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
-            behind = max(count - recomputed for count, recomputed in counts) * plain[kind]
-            peak = max(peak, layer + gradient - free - behind)
     sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
     crossing = e * (tokens * shape.hidden_size / split + sets * arrived_kv) if len(chunks) > 1 else 0.0
-    return Memory(parts | {"loss and layer in backward": peak, "crossing stages": EXCHANGED * crossing})
+    return Memory(parts | {"loss and layer in backward": extra[active], "crossing stages": EXCHANGED * crossing})
 
 
 def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
