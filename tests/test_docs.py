@@ -67,5 +67,8 @@ def test_every_page_is_in_the_sites_reading_order() -> None:
         run = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0, run.stderr
         home = (Path(folder) / "index.html").read_text()
+        for page in Path(folder).rglob("*.html"):  # mkdocs leaves the links of HTML in a page as they are
+            for image in re.findall(r'<img[^>]* src="(?!https?:|data:)([^"]+)"', page.read_text()):
+                assert (page.parent / image).exists(), f"{page}: {image}"
     for page in sorted(ROOT.glob("docs/*.md")):
         assert f'href="{page.stem}/"' in home, page
