@@ -1,4 +1,4 @@
-"""Training mixtures of experts from the command line: meshes, checkpoints across them, refusals.
+"""Training mixtures of experts from the command line: meshes, checkpoints across them, export and back, refusals.
 
 Runs share their processes (`support.cli.Runs`). Tolerances as in test_meshes.py.
 """
@@ -6,19 +6,24 @@ Runs share their processes (`support.cli.Runs`). Tolerances as in test_meshes.py
 from pathlib import Path
 
 import pytest
+import torch
+from convert.test_convert import entries, in_fresh_process, tensors
 from support.cli import TINY, Runs, train
 
 from yoco_megatron.convert import config_fields
 from yoco_megatron.convert.readers import open_source
 from yoco_megatron.planning import flags as planning_flags
 from yoco_megatron.startup import arguments
-from yoco_megatron.startup.load_run import parse_run
 
 EXPERTS = (
     *("--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-token-dispatcher-type", "alltoall"),
     *("--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", "0.1", "--moe-router-dtype", "fp32"),
 )
-FLAGS = (*TINY, *EXPERTS, "--micro-batch-size", "1", "--train-iters", "6", "--use-distributed-optimizer")
+KINDS = (
+    *("--moe-layer-freq", "[1,0,1,1]", "--moe-shared-expert-intermediate-size", "16", "--moe-shared-expert-gate"),
+    *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+)
+FLAGS = (*TINY, *EXPERTS, *KINDS, "--micro-batch-size", "1", "--train-iters", "6", "--use-distributed-optimizer")
 EP2 = ("--expert-model-parallel-size", "2")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 HALF = ("--ckpt-step", "3")
@@ -54,10 +59,28 @@ def test_checkpoints_at_other_expert_parallelism(tmp_path: Path) -> None:
         for step in log.losses:
             assert log.loss(step) == pytest.approx(alone.loss(step), rel=1e-5), (name, step)
     assert runs["EP2 with a new rate"].loss(4) == pytest.approx(alone.loss(4), rel=1e-5)
-    assert parse_run(divided).num_experts == 4
-    with pytest.raises(ValueError, match="--num-experts 4: conversion"):
-        open_source("megatron", divided, None, flag="--load")
+    _goes_out_and_comes_back(Path(divided), tmp_path)
     assert "seq_load_balancing_loss: " in alone.text and " load_balancing_loss" not in alone.text
+
+
+def _goes_out_and_comes_back(run: Path, folder: Path) -> None:
+    """Bit for bit, with all that a checkpoint of the trainer's has."""
+    for kind, source, to in (("megatron", run, "hf"), ("hf", folder / "hf", "megatron")):
+        assert "agree within" in in_fresh_process(kind, str(source), to, str(folder / to), shard_bytes=40_000)
+    before, after = tensors(run), tensors(folder / "megatron")
+    assert before.keys() == after.keys() and "decoder.layers.0.mlp.router.expert_bias" in before
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype and torch.equal(after[key], value), key
+    assert entries(run) == entries(folder / "megatron")
+    assert (run / "architecture.json").read_text() == (folder / "megatron/architecture.json").read_text()
+    row = "| experts | 2 of 4 for each token, 32 wide, in 3 layers; one for all tokens, 16 wide |"
+    assert row in (folder / "hf/README.md").read_text()
+    with pytest.raises(ValueError, match="--to fla: its YOCOForCausalLM has no mixture of experts"):
+        config_fields.to_fla(open_source("hf", str(folder / "hf")).config)
+    config = folder / "hf/config.json"
+    config.write_text(config.read_text().replace("scoring_func", "scoring_fun"))
+    with pytest.raises(ValueError, match="lacks scoring_func"):
+        open_source("hf", str(folder / "hf"))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +121,5 @@ def test_experts_alone_have_flags_of_experts() -> None:
 
 
 def test_what_does_not_know_experts_says_so() -> None:
-    args = arguments.parse([*TINY, *EXPERTS])
-    with pytest.raises(ValueError, match=r"--num-experts 4: conversion, .* is not built for mixtures of experts"):
-        config_fields.from_args(args)
     with pytest.raises(ValueError, match="--num-experts 8: the planner is not built"):
         planning_flags.parse(["--config", "configs/model/yoco_moe_tiny.yaml"], 1)

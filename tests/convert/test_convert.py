@@ -135,6 +135,7 @@ def test_exported_folder(trained, tmp_path):
         "configuration_yoco.py",
         "generation_config.json",
         "model.safetensors",
+        "mlp_yoco.py",
         "modeling_yoco.py",
         "peft_yoco.py",
     }

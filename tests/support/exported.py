@@ -31,8 +31,16 @@ def twin_config(model: YOCOModel, **more: Any) -> YocoConfig:
     """Its configuration, from the trainer's."""
     config = model.config
     known = {"vocab_size": model.vocab_size, "rope_theta": 10000, "max_position_embeddings": model.max_sequence_length}
-    same = {name: getattr(config, theirs) for name, theirs in config_fields.SAME.items() if name not in known}
+    fields = config_fields.arguments_of(config.num_experts)
+    same = {name: getattr(config, theirs) for name, theirs in fields.items() if name not in known}
     return YocoConfig(**known, **same, tie_word_embeddings=model.share_embeddings_and_output_weights, **more)
+
+
+def _stacked(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What a checkpoint stacks of single experts."""
+    before, after = name.split(".experts.experts.")
+    experts = [key for key in state if key.startswith(f"{before}.experts.local_experts.") and key.endswith(after)]
+    return torch.stack([state[key] for key in experts])
 
 
 def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
@@ -41,7 +49,8 @@ def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
     state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     weights = {}
     for entry in tensor_names.megatron(config):
-        weights |= entry.split(state[plain_name(entry.name)])  # without Transformer Engine
+        name = plain_name(entry.name)  # without Transformer Engine
+        weights |= entry.split(state[name] if name in state else _stacked(state, name))
     twin = YocoForCausalLM(config).to(model.config.params_dtype)
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

@@ -7,7 +7,6 @@ import dataclasses
 from argparse import Namespace
 from typing import Any
 
-from yoco_megatron.config import experts
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
@@ -42,8 +41,29 @@ SAME = {
     "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The same of a model with experts.
+EXPERTS = {
+    "num_experts": "num_experts",
+    "moe_layer_freq": "moe_layer_freq",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "num_experts_per_tok": "moe_router_topk",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "scoring_func": "moe_router_score_function",
+    "router_pre_softmax": "moe_router_pre_softmax",
+    "router_dtype": "moe_router_dtype",
+    "use_expert_bias": "moe_router_enable_expert_bias",
+    "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    "n_group": "moe_router_num_groups",
+    "topk_group": "moe_router_group_topk",
+}
 # Arguments whose flag has another name, or says the opposite.
 FLAGS = {"layernorm_epsilon": "norm-epsilon", "scale_embedding": None}
+
+
+def arguments_of(num_experts: int | None) -> dict[str, str]:
+    """YocoConfig's field -> Megatron's argument, of models with experts or without."""
+    return SAME if num_experts is None else SAME | EXPERTS
 
 
 def from_args(args: Namespace, **more: Any) -> YocoConfig:
@@ -57,9 +77,8 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
         "own GPT, for which Megatron Bridge has converters",
     )
     get_mixer(args.self_decoder).require("tensors", "conversion")
-    experts.refuse(args, "conversion, with which export and generation begin,")
     values = vars(resolved(args))
-    fields = {ours: values[theirs] for ours, theirs in SAME.items()}
+    fields = {ours: values[theirs] for ours, theirs in arguments_of(args.num_experts).items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)
 
 
@@ -69,7 +88,9 @@ def sizes(config: YocoConfig) -> ModelShape:
     Raises:
         ValueError: sizes that describe no model.
     """
-    read = {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
+    read = {theirs: getattr(config, ours) for ours, theirs in arguments_of(config.num_experts).items()}
+    if isinstance(config.moe_layer_freq, list):
+        read["moe_layer_freq"] = tuple(config.moe_layer_freq)
     names = {field.name for field in dataclasses.fields(ModelShape)} & read.keys()
     return ModelShape(
         architecture="yoco",
@@ -82,7 +103,9 @@ def sizes(config: YocoConfig) -> ModelShape:
 def to_flags(config: YocoConfig) -> dict[str, Any]:
     """The flags of pretrain_yoco.py that describe the model, as a config file holds them: none of another mixer."""
     unused = options_of_others(config.self_decoder)
-    names = {field: FLAGS.get(dest, dest) for field, dest in SAME.items() if dest not in unused}
+    names = {
+        field: FLAGS.get(dest, dest) for field, dest in arguments_of(config.num_experts).items() if dest not in unused
+    }
     flags = {name: getattr(config, field) for field, name in names.items() if name is not None}
     flags |= {
         "architecture": "yoco",
@@ -93,6 +116,8 @@ def to_flags(config: YocoConfig) -> dict[str, Any]:
         "rotary-base": int(config.rope_theta) if float(config.rope_theta).is_integer() else config.rope_theta,
         "seq-length": config.max_position_embeddings,
     }
+    if isinstance(config.moe_layer_freq, list) and config.num_experts is not None:  # one value of a flag, not several
+        flags["moe_layer_freq"] = f"[{','.join(str(int(has)) for has in config.moe_layer_freq)}]"
     return {name.replace("_", "-"): value for name, value in flags.items()}
 
 
@@ -189,6 +214,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
     mixer = get_mixer(config.self_decoder)
     no = {
         f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
+        "mixture of experts": config.num_experts is not None,
         "second set of shared K,V": config.shared_kv_sets > 1,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,

@@ -8,6 +8,7 @@ from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.costs.memory import cache_bytes
 from yoco_megatron.costs.shape import parameter_count
+from yoco_megatron.hf.configuration_yoco import YocoConfig
 
 CARD = """---
 {head}
@@ -56,6 +57,7 @@ def model_card(source: Source, dtype: str) -> str:
     split = f"{config.num_self_decoder_layers} + {config.num_hidden_layers - config.num_self_decoder_layers}"
     rows = {
         "parameters": f"{count:,} ({dtype})",
+        **({"experts": _experts(config)} if config.num_experts else {}),
         "layers": f"{split} (self-decoder + cross-decoder)",
         "self-decoder": shape.mixer.description(shape),
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
@@ -88,6 +90,12 @@ def model_card(source: Source, dtype: str) -> str:
         fixed=fixed,
         what=shape.mixer.require("cache"),
     )
+
+
+def _experts(config: YocoConfig) -> str:
+    layers, shared = sum(config.layers_with_experts), config.shared_expert_intermediate_size
+    of = f"{config.num_experts_per_tok} of {config.num_experts} for each token, {config.moe_intermediate_size} wide"
+    return f"{of}, in {layers} layers{f'; one for all tokens, {shared} wide' if shared else ''}"
 
 
 def _head(card: dict[str, str]) -> str:

@@ -221,7 +221,8 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     check_shapes(tensors.folder, found, {entry.name: entry.shape(shapes) for entry in entries}, RESOLVED)
     of = {name: entry for entry in entries for name in entry.names}
 
-    @functools.lru_cache(maxsize=1)  # the parts of one fused matrix are loaded one after another
+    # The parts of one fused matrix are loaded one after another; those of experts, when these run, from two.
+    @functools.lru_cache(maxsize=1 if config.num_experts is None else 2)
     def split(entry: tensor_names.Fused) -> dict[str, Tensor]:
         return entry.split(tensors.load(entry.name))
 
@@ -369,6 +370,7 @@ def _hf(folder: Path, _: int | None) -> Source:
     )
     # Every writer gives them all; a default in the place of a misspelt one would be another model.
     asked = [name for name, theirs in config_fields.SAME.items() if theirs not in ALWAYS_WAS]
+    asked += config_fields.EXPERTS if config.get("num_experts") is not None else []
     missing = [name for name in asked if name not in config]
     _require(not missing, f"{file} lacks {', '.join(missing)}{nearest(missing[0], config) if missing else ''}")
     described = _described(file, YocoConfig.from_dict, config)

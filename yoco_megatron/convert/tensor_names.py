@@ -14,6 +14,9 @@ from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.mixers import get_mixer
 from yoco_megatron.mixers.record import FusedMatrix, Shape
 
+ALWAYS_FP32 = "e_score_correction_bias"
+"""End of the name of what no cast of a model touches."""
+
 
 def shapes(config: Any) -> dict[str, Shape]:
     """Every tensor of the model that a YocoConfig describes, in the order of the forward pass; [out, in] for matrices.
@@ -38,12 +41,35 @@ def shapes(config: Any) -> dict[str, Shape]:
         layer: dict[str, Shape] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
         tensors = cross_tensors if index >= split_layer else self_tensors
         layer |= {f"mixer.{name}": shape for name, shape in tensors.items()}
-        mlp = {"gate_proj": (ffn, h), "up_proj": (ffn, h), "down_proj": (h, ffn)}
-        layer |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
+        layer |= _of_experts(config) if config.layers_with_experts[index] else _of_mlp("mlp.", h, ffn)
         found |= {f"{layer_name(config, index)}{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (h,)
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, h)
+    return found
+
+
+def _of_mlp(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:
+    return {
+        f"{prefix}gate_proj.weight": (ffn, hidden),
+        f"{prefix}up_proj.weight": (ffn, hidden),
+        f"{prefix}down_proj.weight": (hidden, ffn),
+    }
+
+
+def _of_experts(config: Any) -> dict[str, Shape]:
+    """All tensors of a mixture of experts. Those that Megatron stacks in one tensor come one after another."""
+    h, count = config.hidden_size, config.num_experts
+    found: dict[str, Shape] = {"mlp.gate.weight": (count, h)}
+    if config.use_expert_bias:
+        found["mlp.gate.e_score_correction_bias"] = (count,)
+    each = [_of_mlp(f"mlp.experts.{number}.", h, config.moe_intermediate_size) for number in range(count)]
+    of_all = {name: shape for expert in each for name, shape in expert.items()}
+    found |= dict(sorted(of_all.items(), key=lambda item: "down_proj" in item[0]))
+    if config.shared_expert_intermediate_size:
+        found |= _of_mlp("mlp.shared_expert.", h, config.shared_expert_intermediate_size)
+        if config.shared_expert_gate:
+            found["mlp.shared_expert_gate.weight"] = (1, h)
     return found
 
 
@@ -91,6 +117,23 @@ class Fused(FusedMatrix):
         return (sum(shapes[name][0] for name in self.names), *shapes[self.names[0]][1:])
 
 
+class Stacked(Fused):
+    """A tensor [groups, rows, columns] of as many experts; the separate ones are rows of one expert after another."""
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """The separate tensors, views of whole."""
+        return dict(zip(self.names, whole.flatten(0, 1).chunk(len(self.names)), strict=True))
+
+    def join(self, separate: list[Tensor]) -> Tensor:
+        """What `split` took apart."""
+        return torch.cat(separate).unflatten(0, (self.groups, -1))
+
+    def shape(self, shapes: dict[str, Shape]) -> Shape:
+        """Shape of the whole, from those of the separate tensors."""
+        rows, columns = super().shape(shapes)
+        return self.groups, rows // self.groups, columns
+
+
 def megatron(config: Any) -> list[Fused]:
     """Every tensor of a training checkpoint, whole, as one process has it and as every mesh saves it."""
     mixer = get_mixer(config.self_decoder)
@@ -117,6 +160,9 @@ def megatron(config: Any) -> list[Fused]:
         if config.qk_norm and is_attention and not cross:
             add("self_attention.k_layernorm.weight", "mixer.k_norm")
         add("self_attention.linear_proj.weight", "mixer.o_proj")
+        if config.layers_with_experts[index]:
+            entries.extend(_megatron_experts(config, ours, theirs))
+            continue
         add("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm")
         add("mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj", parts=(1, 1))
         add("mlp.linear_fc2.weight", "mlp.down_proj")
@@ -130,6 +176,26 @@ def megatron(config: Any) -> list[Fused]:
     entries.append(Fused("final_layernorm.weight", ("model.norm.weight",)))
     if not config.tie_word_embeddings:
         entries.append(Fused("output_layer.weight", ("lm_head.weight",)))
+    return entries
+
+
+def _megatron_experts(config: Any, ours: str, theirs: str) -> list[Fused]:
+    """Those of a layer's mixture of experts and of the norm before it. Prefixes of the layer are given."""
+    count, mlp = config.num_experts, f"{ours}mlp."
+    entries = [
+        Fused(f"{theirs}pre_mlp_layernorm.weight", (f"{ours}post_attention_layernorm.weight",)),
+        Fused(f"{theirs}mlp.router.weight", (f"{mlp}gate.weight",)),
+    ]
+    if config.use_expert_bias:
+        entries.append(Fused(f"{theirs}mlp.router.expert_bias", (f"{mlp}gate.e_score_correction_bias",)))
+    for name, parts in (("linear_fc1", ("gate_proj", "up_proj")), ("linear_fc2", ("down_proj",))):
+        names = tuple(f"{mlp}experts.{number}.{part}.weight" for number in range(count) for part in parts)
+        entries.append(Stacked(f"{theirs}mlp.experts.experts.{name}.weight", names, count))
+        if config.shared_expert_intermediate_size:
+            names = tuple(f"{mlp}shared_expert.{part}.weight" for part in parts)
+            entries.append(Fused(f"{theirs}mlp.shared_experts.{name}.weight", names, parts=(1,) * len(parts)))
+    if config.shared_expert_intermediate_size and config.shared_expert_gate:
+        entries.append(Fused(f"{theirs}mlp.shared_experts.gate_weight", (f"{mlp}shared_expert_gate.weight",)))
     return entries
 
 

@@ -62,7 +62,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
         "auto_map": AUTO_MAP,
         "dtype": dtype,
         "training_facts": facts,
-        **{name: getattr(config, name) for name in config_fields.SAME},
+        **{name: getattr(config, name) for name in config_fields.arguments_of(config.num_experts)},
         "tie_word_embeddings": config.tie_word_embeddings,
         **special,
     }
@@ -214,8 +214,10 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
 
 def _extra_states(entries: dict[str, tensor_names.Fused]) -> Iterator[str]:
     """Transformer Engine's modules, and Megatron's linear layers in its name, save an (empty) extra state."""
-    without = ("word_embeddings.weight", "linear_decay.weight")
-    for name in entries:
+    without = ("word_embeddings.weight", "linear_decay.weight", "router.weight")
+    for name, entry in entries.items():
         if name.endswith(".weight") and not name.endswith(without):
-            yield name.removesuffix("weight") + "_extra_state/shard_0_1"
+            count = entry.groups if isinstance(entry, tensor_names.Stacked) else 1
+            for number in range(count):
+                yield name.removesuffix("weight") + f"_extra_state/shard_{number}_{count}"
     yield "output_layer._extra_state/shard_0_1"

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
 
 # Largest values: far above any model, and low enough that a damaged file cannot make a loader build for hours.
-MOST_LAYERS, MOST = 10_000, 2**31 - 1
+MOST_LAYERS, MOST_EXPERTS, MOST = 10_000, 1_000_000, 2**31 - 1
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -25,6 +25,12 @@ SIZES = (
     "num_hidden_layers",
     "sliding_window",
     "shared_kv_sets",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_group",
+    "topk_group",
 )
 # Numbers and what they must lie between, inclusive.
 NUMBERS = {
@@ -33,6 +39,7 @@ NUMBERS = {
     "rope_scaling_factor": (1.0, 1e6),
     "rms_norm_eps": (1e-30, 0.1),
     "initializer_range": (0.0, 1e3),
+    "routed_scaling_factor": (0.0, 1e6),
 }
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -59,6 +66,12 @@ class YocoConfig(PreTrainedConfig):
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
     `use_rope_scaling` divides low frequencies by `rope_scaling_factor`, as Llama 3.1 does.
+
+    With `num_experts` the FFN of every `moe_layer_freq`-th layer from the first on (or of those for which its list has
+    a 1) is a mixture of experts of width `moe_intermediate_size`; what follows it says which of them a token goes
+    through. `scoring_func` softmax is over the chosen experts, with `router_pre_softmax` over all; the others are
+    normalised over the chosen ones. `router_dtype` (fp32, fp64, or None for the model's) is that of the router's
+    product. `use_expert_bias`: its choice has a bias.
     """
 
     # Not "yoco": flash-linear-attention registers that, and a registered model comes before the code of a folder.
@@ -97,6 +110,19 @@ class YocoConfig(PreTrainedConfig):
     self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
     shared_kv_sets: int = 1
+    num_experts: int | None = None
+    moe_layer_freq: int | list[int] = 1
+    moe_intermediate_size: int | NotGiven = None
+    num_experts_per_tok: int = 2
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    scoring_func: str = "softmax"
+    router_pre_softmax: bool = False
+    router_dtype: str | None = None
+    use_expert_bias: bool = False
+    routed_scaling_factor: float | int | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
     decay_temperature: float | int = 16.0
@@ -125,6 +151,7 @@ class YocoConfig(PreTrainedConfig):
             "num_key_value_heads": self.num_attention_heads,
             "head_dim": self.hidden_size // self.num_attention_heads,
             "self_decoder_heads": self.num_attention_heads,
+            "moe_intermediate_size": self.intermediate_size,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -139,6 +166,7 @@ class YocoConfig(PreTrainedConfig):
                 )
             self.self_decoder_head_dim = self.hidden_size // self.self_decoder_heads
         self._check_shape()
+        self._check_experts()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         self.layer_types = [LAYER_TYPES[self.self_decoder]] * self.num_self_decoder_layers + ["full_attention"] * cross
         super().__post_init__(**kwargs)
@@ -167,10 +195,12 @@ class YocoConfig(PreTrainedConfig):
             "self_decoder": tuple(LAYER_TYPES),
             "rope_variant": ("yoco", "standard"),
             "hidden_act": ("silu", "swish"),
+            "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
+            "router_dtype": ("fp32", "fp64", None),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(known)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(map(str, known))}")
         for name in ("rope_scaling", "rope_parameters"):
             if others.get(name):
                 raise ValueError(f"{name} is not supported: the frequencies are those of rope_theta and rope_variant")
@@ -188,7 +218,7 @@ class YocoConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most}")
         for name, (low, high) in NUMBERS.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # NaN neither
+            if value is not None and not low <= value <= high:  # NaN neither
                 raise ValueError(f"{name} {value!r} must be a number from {low:g} to {high:g}")
         for name in TOKENS:
             value = getattr(self, name)
@@ -225,6 +255,40 @@ class YocoConfig(PreTrainedConfig):
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         if cross % self.shared_kv_sets:
             raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            return
+        count, k, each, groups = self.num_experts, self.num_experts_per_tok, self.moe_layer_freq, self.topk_group
+        if count * self.num_hidden_layers > MOST_EXPERTS:
+            raise ValueError(f"num_experts {count} in each of {self.num_hidden_layers} layers are above {MOST_EXPERTS}")
+        if k > count:
+            raise ValueError(f"num_experts_per_tok {k} is more than num_experts {count}")
+        if isinstance(each, list) and (len(each) != self.num_hidden_layers or not set(each) <= {0, 1}):
+            raise ValueError(f"moe_layer_freq {each!r:.80} must be 0 or 1 for each of {self.num_hidden_layers} layers")
+        if isinstance(each, int) and each < 1:
+            raise ValueError(f"moe_layer_freq {each} must be at least 1: every how many layers there are experts")
+        if self.use_expert_bias and self.scoring_func == "softmax":
+            raise ValueError("use_expert_bias needs a scoring_func of sigmoid or sqrtsoftplus")
+        if groups is None:
+            return
+        if self.n_group is None or count % self.n_group or groups > self.n_group:
+            raise ValueError(
+                f"n_group {self.n_group} must divide num_experts {count} and be at least topk_group {groups}"
+            )
+        if not groups <= k <= groups * (count // self.n_group) or k // groups > count // self.n_group:
+            raise ValueError(
+                f"num_experts_per_tok {k} must be at least topk_group {groups}, and the experts of as many groups"
+            )
+
+    @property
+    def layers_with_experts(self) -> list[bool]:
+        """For each layer, self-decoder first, whether its FFN is a mixture of experts."""
+        if self.num_experts is None:
+            return [False] * self.num_hidden_layers
+        if isinstance(self.moe_layer_freq, int):
+            return [index % self.moe_layer_freq == 0 for index in range(self.num_hidden_layers)]
+        return [bool(has) for has in self.moe_layer_freq]
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
@@ -37,6 +36,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yoco import YocoConfig
+from .mlp_yoco import YocoExperts, YocoMLP, YocoRouter
 from .peft_yoco import offer_to_peft
 
 try:
@@ -248,20 +248,6 @@ def check_one_document(position_ids: Tensor, attention_mask: Tensor | None) -> N
         )
 
 
-class YocoMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: YocoConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class YocoAttention(nn.Module):
     """What both kinds of softmax attention share: queries, output, and transformers' attention interface."""
 
@@ -393,14 +379,15 @@ class YocoCrossAttention(YocoAttention):
 
 
 class YocoLayer(GradientCheckpointingLayer):
-    """Pre-norm layer: mixer, SwiGLU, a residual around each."""
+    """Pre-norm layer: mixer, FFN, a residual around each."""
 
-    def __init__(self, config: YocoConfig, mixer: nn.Module):
+    def __init__(self, config: YocoConfig, mixer: nn.Module, index: int):
         super().__init__()
         self.mixer = mixer
         self.input_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = YocoMLP(config)
+        has_experts = config.layers_with_experts[index]
+        self.mlp = YocoExperts(config) if has_experts else YocoMLP(config, config.intermediate_size)
 
     def forward(self, x, k=None, v=None, rotary=None, mask=None, **kwargs):
         # k and v come by position: re-entrant checkpointing gives gradients to nothing else.
@@ -421,6 +408,7 @@ class YocoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "hidden_states": [YocoLayer],
         "attentions": [YocoSlidingAttention, YocoCrossAttention],
@@ -432,6 +420,8 @@ class YocoPreTrainedModel(PreTrainedModel):
         if isinstance(module, YocoRotaryEmbedding):
             # Loading builds the model without memory and restores no buffer that is not saved.
             init.copy_(module.inv_freq_bits, module.compute().view(torch.int32))
+        if isinstance(module, YocoRouter):
+            module.reset()
 
 
 class YocoModel(YocoPreTrainedModel):
@@ -442,10 +432,10 @@ class YocoModel(YocoPreTrainedModel):
         border = config.num_self_decoder_layers
         mixer = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}[config.self_decoder]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i)) for i in range(border))
+        self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i in range(border))
         self.shared_kv = YocoSharedKV(config)
         self.cross_layers = nn.ModuleList(
-            YocoLayer(config, YocoCrossAttention(config, i)) for i in range(border, config.num_hidden_layers)
+            YocoLayer(config, YocoCrossAttention(config, i), i) for i in range(border, config.num_hidden_layers)
         )
         self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_rotary = YocoRotaryEmbedding(config, config.self_decoder_head_dim)

@@ -1,5 +1,7 @@
 """Decoding limited by memory bandwidth: a prompt in chunks, then one CUDA graph replay per token.
 
+A mixture of experts decides by each token which of them run: its steps are no graph.
+
     engine = Engine(model, max_length=1_050_000)
     logits = engine.prefill(ids)                    # [b, vocabulary]
     logits = engine.step(logits.argmax(-1))         # and again
@@ -90,7 +92,7 @@ class Engine:
     def step(self, tokens: Tensor) -> Tensor:
         """Run one token [b] of every sequence; returns logits [b, vocabulary], which the next step overwrites."""
         self.cache.make_room()
-        if not tokens.is_cuda:
+        if not tokens.is_cuda or getattr(self.model.config, "num_experts", None):
             logits = self._one(tokens)
         else:
             if self.graph is None:

@@ -50,7 +50,10 @@ def load_for_generation(
     loaded = source.tokenizer and tokenizer_files.load(source.tokenizer, source.document_start)
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
-    state = {name: source.load(name).to(device, dtype) for name in tensor_names.shapes(source.config)}
+    state = {
+        name: source.load(name).to(device, None if name.endswith(tensor_names.ALWAYS_FP32) else dtype)
+        for name in tensor_names.shapes(source.config)
+    }
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
