@@ -38,8 +38,8 @@ def start(folder: Path, *flags: str) -> None:
     write_tracker(folder, 4)
 
 
-def resume(folder: Path, *flags: str) -> None:
-    resume_schedule.check_resumable(arguments.parse([*RUN, "--load", str(folder), *flags]))
+def resume(folder: Path, *flags: str, processes: int | None = None) -> None:
+    resume_schedule.check_resumable(arguments.parse([*RUN, "--load", str(folder), *flags], processes))
 
 
 def test_a_batch_that_is_not_said(tmp_path: Path) -> None:
@@ -111,3 +111,36 @@ def test_a_fresh_start_names_one_folder(tmp_path: Path) -> None:
     check_checkpoint_exists(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}/"]))
     with pytest.raises(ValueError, match="holds no checkpoint"):
         check_checkpoint_exists(arguments.parse([*RUN, "--save", str(tmp_path), "--load", f"{tmp_path}2"]))
+
+
+def test_an_optimizer_that_is_another(tmp_path: Path) -> None:
+    experts = (
+        "--optimizer",
+        "muon",
+        "--bf16",
+        "--num-experts",
+        "4",
+        "--moe-router-topk",
+        "2",
+        "--moe-aux-loss-coeff",
+        "0",
+    )
+    start(tmp_path, "--global-batch-size", "2", *experts)
+    resume(tmp_path, *experts)
+    resume(tmp_path, *experts, "--use-distributed-optimizer")
+    with pytest.raises(ValueError, match="with --optimizer muon, whose state --optimizer adam cannot use"):
+        resume(tmp_path)
+    resume(tmp_path, "--no-load-optim")
+    with pytest.raises(
+        ValueError, match="with no experts divided .*, and here it is experts divided .*, without --use"
+    ):
+        resume(
+            tmp_path,
+            *experts,
+            "--expert-tensor-parallel-size",
+            "1",
+            "--tensor-model-parallel-size",
+            "2",
+            "--sequence-parallel",
+            processes=2,
+        )

@@ -29,12 +29,7 @@ def check_resumable(args: Namespace) -> None:
         f"--load {args.load}: the checkpoint of iteration {saved['iteration']} was saved without its optimizer: add "
         "--no-load-optim, which starts with a new one",
     )
-    was = saved["args"].optimizer
-    require(
-        was == args.optimizer,
-        f"--load {args.load} was trained with --optimizer {was}, whose state --optimizer {args.optimizer} cannot use: "
-        "give the same; or add --no-load-optim, which starts with a new one",
-    )
+    _check_optimizer(saved["args"], args)
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     before, now = _by_flag(saved["opt_param_scheduler"], saved["args"]), _by_flag(_scheduler_of(args), args)
@@ -47,6 +42,31 @@ def check_resumable(args: Namespace) -> None:
         "--use-checkpoint-opt_param-scheduler for the checkpoint's, --override-opt_param-scheduler for this one; or "
         f"start a new stage from its weights: --pretrained-checkpoint {args.load}, and a new folder for --load, --save"
     )
+
+
+def _check_optimizer(saved: Namespace, args: Namespace) -> None:
+    new_one = "or add --no-load-optim, which starts with a new one"
+    require(
+        saved.optimizer == args.optimizer,
+        f"--load {args.load} was trained with --optimizer {saved.optimizer}, whose state --optimizer {args.optimizer} "
+        f"cannot use: give the same; {new_one}",
+    )
+    was, now = _of_divided_experts(saved), _of_divided_experts(args)
+    require(
+        args.optimizer in ("adam", "sgd") or was == now,
+        f"--load {args.load} was trained with {was}, and here it is {now}: --optimizer {args.optimizer} needs the same; "
+        f"{new_one}",
+    )
+
+
+def _of_divided_experts(args: Namespace) -> str:
+    """What Megatron makes an optimizer of its own for, beside that of other weights."""
+    tp = args.tensor_model_parallel_size
+    if not args.num_experts or (args.expert_model_parallel_size, args.expert_tensor_parallel_size or tp) == (1, tp):
+        return "no experts divided over ranks (--expert-model-parallel-size, --expert-tensor-parallel-size)"
+    # Validation moves the flag, for Muon and Lion.
+    distributed = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
+    return f"experts divided over ranks, {'with' if distributed else 'without'} --use-distributed-optimizer"
 
 
 def _saved(args: Namespace) -> dict[str, Any] | None:
