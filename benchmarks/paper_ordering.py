@@ -15,6 +15,7 @@ version of a file). With --size tiny, --tokens 1e5 and more it is a test of a fe
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -29,7 +30,12 @@ from yoco_megatron.evaluation.run_curves import VALIDATION, RunCurves, read_run
 
 CONFIGS = {"retention": "yoco_{}", "window": "yoco_{}_swa", "transformer": "transformer_{}"}
 TITLES = {"retention": "YOCO, gated retention", "window": "YOCO, sliding window", "transformer": "Transformer"}
-VARIANTS = {"": (), "megatron-init": ("--init-law", "megatron"), "unscaled": ("--no-scale-embedding",)}
+VARIANTS = {
+    "": (),
+    "megatron-init": ("--init-law", "megatron"),
+    "unscaled": ("--no-scale-embedding",),
+    "muon": ("--config", "configs/optimizer/muon.yaml"),  # benchmarks/muon.py
+}
 
 
 class Case(NamedTuple):
@@ -53,9 +59,20 @@ class Case(NamedTuple):
         return f"{TITLES[self.model]}{variant}, lr {self.rate:g}"
 
 
-def cases(options: argparse.Namespace, losses: dict[Case, float]) -> list[Case]:
-    """All runs that are known to be needed, given the validation losses so far; most telling first."""
-    rates = sorted(options.rates, key=lambda rate: abs(options.rates.index(rate) - len(options.rates) // 2))
+Losses = dict[Case, float]
+"""Validation losses at the end."""
+CasesOf = Callable[[argparse.Namespace, Losses], list[Case]]
+"""All runs that are known to be needed, given the losses so far; most telling first."""
+
+
+def middle_first(rates: list[float]) -> list[float]:
+    """In the order in which they tell most."""
+    return sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2))
+
+
+def cases(options: argparse.Namespace, losses: Losses) -> list[Case]:
+    """Those of the study."""
+    rates = middle_first(options.rates)
     first = options.seeds[0]
     sweep = [Case(model, "", rate, first, options.sweep_tokens) for rate in rates for model in options.models]
     if "transformer" in options.models:
@@ -90,15 +107,18 @@ def job_of(case: Case, options: argparse.Namespace) -> Job:
     return Job(options.folder / "runs" / case.name(), tuple(map(str, flags)), steps)
 
 
-def read_finished(options: argparse.Namespace) -> dict[Case, RunCurves]:
-    """The curves of the runs that are done."""
+def read_finished(options: argparse.Namespace, cases: CasesOf = cases) -> dict[Case, RunCurves]:
+    """The curves of the runs that are done. Raises SystemExit if none is."""
     found: dict[Case, RunCurves] = {}
     while True:  # results make more cases
         losses = {case: final(run) for case, run in found.items()}
         new = [case for case in cases(options, losses) if case not in found and job_of(case, options).done()]
         if not new:
-            return found
+            break
         found |= {case: read_run(job_of(case, options).folder, case.name()) for case in new}
+    if not found:
+        raise SystemExit("no run is done yet: train first")
+    return found
 
 
 def final(run: RunCurves) -> float:
@@ -108,7 +128,7 @@ def final(run: RunCurves) -> float:
     return value
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace, cases: CasesOf = cases) -> None:
     """A slice of all runs."""
     known: dict[Case, float] = {}
 
@@ -148,8 +168,6 @@ def best_of(found: dict[Case, RunCurves], options: argparse.Namespace) -> dict[s
 def report(options: argparse.Namespace) -> None:
     """Print all results and draw the curves; with --record, append rows to --output."""
     found = read_finished(options)
-    if not found:
-        raise SystemExit("paper_ordering.py: no run is done yet: train first")
     rows = comparison.compare(list(found.values()))
     print(comparison.table(rows))
     best = best_of(found, options)
@@ -187,21 +205,38 @@ def record_all(
 
 
 def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: argparse.Namespace) -> None:
-    """Validation losses of each model's best against tokens, and final losses against the learning rate."""
+    """The best of each model, and all of each variant."""
+    swept = {}
+    for model in best:
+        for variant in VARIANTS:
+            alone = (model, variant, options.sweep_tokens)
+            own = sorted(case for case in found if (case.model, case.variant, case.tokens) == alone)
+            swept[f"{TITLES[model]}{variant and ', '}{variant}"] = own
+    draw_groups(found, {TITLES[model]: alike for model, alike in best.items()}, swept, options)
+
+
+def draw_groups(
+    found: dict[Case, RunCurves],
+    best: dict[str, list[Case]],
+    swept: dict[str, list[Case]],
+    options: argparse.Namespace,
+) -> None:
+    """Validation losses of the best cases against tokens, and final losses of sweeps against the learning rate, each by
+    its title; a sweep has the colour of the best one whose title its own begins with."""
     with pictures.figure(options.picture, 1, 2) as (curves, rates):
-        for number, (model, alike) in enumerate(best.items()):
+        colors = {title: f"C{number}" for number, title in enumerate(best)}
+        for title, alike in best.items():
             for case in alike:
                 points = found[case].curves[VALIDATION]
-                label = f"{TITLES[model]}, lr {case.rate:g}" if case is alike[0] else None
+                label = f"{title}, lr {case.rate:g}" if case is alike[0] else None
                 tokens = found[case].tokens(points.steps)
-                curves.plot(tokens, points.values, "o-", color=f"C{number}", markersize=3, linewidth=1, label=label)
-            for variant, style in zip(VARIANTS, ("o-", "s--", "^:")):
-                alone = (model, variant, options.sweep_tokens)
-                own = sorted(case for case in found if (case.model, case.variant, case.tokens) == alone)
-                if own:
-                    label = f"{TITLES[model]}{variant and ', '}{variant}"
-                    x, y = [case.rate for case in own], [final(found[case]) for case in own]
-                    rates.plot(x, y, style, color=f"C{number}", markersize=4, linewidth=1, label=label)
+                curves.plot(tokens, points.values, "o-", color=colors[title], markersize=3, linewidth=1, label=label)
+        styles = dict(zip(VARIANTS, ("o-", "s--", "^:", "D-.")))
+        for title, own in swept.items():
+            if own:
+                color = colors[max((one for one in best if title.startswith(one)), key=len)]
+                x, y = [case.rate for case in own], [final(found[case]) for case in own]
+                rates.plot(x, y, styles[own[0].variant], color=color, markersize=4, linewidth=1, label=title)
         curves.set_xlabel("tokens")
         curves.set_ylabel("validation loss (nats a token)")
         low = min(final(run) for run in found.values())
@@ -213,30 +248,35 @@ def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: arg
             panel.legend(fontsize=7)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(doc: str, name: str, models: list[str]) -> argparse.ArgumentParser:
+    """Options of a comparison whose runs lie in runs/`name`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prepare", "train", "report"])
     parser.add_argument("--split", default="98,2,0", help="parts for training, validation, test")
-    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--rates", nargs="+", type=float, default=[6e-4, 1e-3, 2e-3], help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 4321])
     parser.add_argument("--tokens", type=float, default=300e6, help="of each model's best, in all seeds")
     parser.add_argument("--sweep-tokens", type=float, default=100e6, help="of a run that chooses the learning rate")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--micro-batch-size", type=int, default=16)
-    add_arguments(parser, "paper_ordering")
+    add_arguments(parser, name)
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/paper_ordering.svg")
+    parser.add_argument("--picture", type=Path, default=ROOT / f"docs/{name}.svg")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
-    options = parser.parse_args()
+    return parser
+
+
+def run(options: argparse.Namespace, cases: CasesOf, report: Callable[[argparse.Namespace], None]) -> None:
+    """What the command line asks for."""
     options.folder = options.folder.resolve()
     if options.what == "prepare":
         site_text.prepare(options.folder, options.text, options.vocab_size)
     elif options.what == "train":
-        train(options)
+        train(options, cases)
     else:
         report(options)
 
 
 if __name__ == "__main__":
-    main()
+    run(make_parser(__doc__, "paper_ordering", list(CONFIGS)).parse_args(), cases, report)
