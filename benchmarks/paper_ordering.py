@@ -93,7 +93,7 @@ def job_of(case: Case, options: argparse.Namespace) -> Job:
     steps = max(1, round(case.tokens / options.batch_tokens))
     config = [f"configs/model/{CONFIGS[case.model].format(options.size)}.yaml", "configs/recipe/scaling.yaml"]
     flags = [
-        *("--config", *config, *(() if options.gpus else ("bf16=false",))),
+        *("--config", *config),
         *site_text.flags(options.folder, options.split),
         *("--seq-length", options.length, "--max-position-embeddings", options.length),
         *("--micro-batch-size", min(options.micro_batch_size, batch), "--global-batch-size", batch),

@@ -4,6 +4,7 @@ import pytest
 from support.cli import parsed
 
 from yoco_megatron.costs import memory
+from yoco_megatron.costs.optimizer import newton_schulz_flops
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 
 
@@ -21,6 +22,26 @@ def test_states(processes, flags, bytes_per_parameter):
     args = parsed(processes, *flags)
     count = sum(parameter_count(ModelShape.from_args(args)).values())
     assert memory.gpu_memory(args).states == pytest.approx(count * bytes_per_parameter)
+
+
+@pytest.mark.parametrize(("more", "shards"), [([], 1), (["--use-distributed-optimizer"], 2)])
+def test_states_of_muon(more, shards):
+    """One moment less in the matrices of two layers of each half, of the shared K,V and of four FFNs."""
+    matrices = (2 * 5 + 2 * 2) * 32 * 32 + 2 * 16 * 32 + 4 * 3 * 32 * 64
+    adam = memory.gpu_memory(parsed(2, "--bf16", *more)).parts
+    muon = memory.gpu_memory(parsed(2, "--bf16", *more, "--optimizer", "muon")).parts
+    assert adam["optimizer"] - muon["optimizer"] == pytest.approx(4 * matrices / shards)
+    assert adam["gradients"] == muon["gradients"]
+
+
+def test_newton_schulz():
+    """Of the FFNs, whose matrices are 64 x 32, and of others, 32 x 32 but for K,V, 16 x 32; five iterations."""
+    args = parsed(1, "--optimizer", "muon")
+    held = {"self_decoder": 2, "shared_kv": 1, "cross_decoder": 2}
+    ffn, square = (4 * 32**2 * long + 2 * 32**3 for long in (64, 32))
+    kv = 4 * 16**2 * 32 + 2 * 16**3
+    expected = 5 * (4 * 3 * ffn + (2 * 5 + 2 * 2) * square + 2 * kv)
+    assert newton_schulz_flops(args, ModelShape.from_args(args), held) == expected
 
 
 def test_states_of_experts():

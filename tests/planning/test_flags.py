@@ -61,7 +61,7 @@ def test_config_then_command_line(tmp_path):
         ("--context-parallel-size -1", "--context-parallel-size -1 must be at least 1"),
         ("--fp8-format e5m2", "invalid choice: 'e5m2'"),
         ("--architecture yolo", "invalid choice: 'yolo'"),
-        ("--optimizer sgd", "--optimizer sgd: plans count the memory of Adam alone"),
+        ("--optimizer sgd", "--optimizer sgd: plans count the memory of adam, muon and lion alone"),
     ],
 )
 def test_numbers_and_words_that_the_trainer_refuses(more, message):

@@ -1,7 +1,8 @@
 """Memory of training, on each rank of a pipeline: what is kept between steps, and the most that a step adds.
 
-Between steps, bytes a parameter: weight 2, gradient 4, and in the optimizer fp32 weight 4 and two moments 8 (bf16; in
-fp32 weight 4, gradient 4, moments 8). The distributed optimizer divides its part by data x context parallelism.
+Between steps, bytes a parameter: weight 2, gradient 4, and in Adam's state fp32 weight 4 and two moments 8 (bf16; in
+fp32 weight 4, gradient 4, moments 8); of other optimizers: `optimizer`. The distributed optimizer divides its part by
+data x context parallelism.
 
 In a step each layer stores what its backward pass reads (e bytes a value, h hidden, F FFN width, a token):
 
@@ -26,6 +27,7 @@ from itertools import pairwise
 from operator import mul
 from typing import Any
 
+from yoco_megatron.costs.optimizer import bytes_of_a_parameter, is_distributed
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters, routed_parameters
 from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recomputed_layers, stage_parameters
 from yoco_megatron.costs.traffic import travelling
@@ -228,14 +230,11 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if of_experts else tp
     held = (stage_parameters(parts, shape) - of_experts) / tp + of_experts / expert_ranks
     in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
-    shards = data_parallel_size(args) * args.context_parallel_size if args.use_distributed_optimizer else 1
+    shards = data_parallel_size(args) * args.context_parallel_size if is_distributed(args) else 1
     # All ranks of a stage together hold it once, however experts are divided.
-    optimizer_held = stage_parameters(parts, shape) / tp if args.use_distributed_optimizer else held
+    optimizer_held = stage_parameters(parts, shape) / tp if is_distributed(args) else held
     low = _bytes_of_a_value(args) == 2
-    # With the precision-aware optimizer the fp32 weights are the bf16 ones and 16 bits more.
-    # With another FP8 recipe than delayed scaling Megatron keeps them whole (optimizer_config.py).
-    in_two_parts = args.use_precision_aware_optimizer and (not args.fp8 or args.fp8_recipe == "delayed")
-    optimizer = (10 if in_two_parts else 12) if low else 8
+    optimizer = bytes_of_a_parameter(args, shape, parts)
     # Transformer Engine keeps each matrix in FP8 twice, for the products of forward and of backward.
     copies = 2 * in_layers if args.fp8 and not args.fp8_param_gather else 0
     return {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
+from yoco_megatron.costs.optimizer import is_distributed, newton_schulz_flops
 from yoco_megatron.costs.schedule import about_waiting_seconds, waiting_seconds
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import (
@@ -107,7 +108,10 @@ def step_time(
         # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
         reduced = held * 6 * (shards - 1) / shards / card.link(args.world_size).bytes_per_second
         reduced = max(0.05 * reduced, reduced - totals[slowest])
-    optimizer = card.optimizer_ps * 1e-12 * held / (shards if args.use_distributed_optimizer else 1)
+    # Ranks of tensor parallelism each make the whole of Muon's updates (--muon-tp-mode duplicated).
+    of_muon = max(newton_schulz_flops(args, shape, of_rank(stages[rank::pp])) for rank in range(pp))
+    optimizer = card.optimizer_ps * 1e-12 * held + of_muon / (card.linear_tflops * 1e12)
+    optimizer /= shards if is_distributed(args) else 1
     optimizer += (card.step_ms + card.step_layer_ms * shape.num_layers / pp) * 1e-3
     parts = {part: count * seconds for part, seconds in ranks[slowest].items()}
     return StepTime(parts | {"bubble": bubble, "pipeline": sends, "data": reduced, "optimizer": optimizer}, per_stage)

@@ -14,6 +14,7 @@ from yoco_megatron.config import flags as table
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
+from yoco_megatron.costs.optimizer import MATRIX_OPTIMIZERS
 from yoco_megatron.utils.errors import nearest, require
 
 # Megatron's: flag -> (type, default). A type of bool is a switch, and one that starts with "no-" turns its field off;
@@ -48,6 +49,9 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "fp8-param-gather": (bool, False),
     "fp8-recipe": (("tensorwise", "delayed", "mxfp8", "blockwise", "custom"), "delayed"),
     "optimizer": (str, "adam"),
+    "muon-num-ns-steps": (int, 5),
+    "optimizer-cpu-offload": (bool, False),
+    "overlap-param-gather-with-optimizer-step": (bool, False),
     "use-distributed-optimizer": (bool, False),
     "use-precision-aware-optimizer": (bool, False),
     "tensor-model-parallel-size": (int, 1),
@@ -117,7 +121,7 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
 
     Raises:
         ValueError: a flag that does not exist, a value of the wrong type or that no size can have, a config that cannot
-            be read, sizes missing, an optimizer other than Adam.
+            be read, sizes missing, an optimizer that is not known.
     """
     parser = build_parser()
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -132,7 +136,10 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
         require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
-    require(args.optimizer == "adam", f"--optimizer {args.optimizer}: plans count the memory of Adam alone")
+    require(
+        args.optimizer in ("adam", *MATRIX_OPTIMIZERS),
+        f"--optimizer {args.optimizer}: plans count the memory of adam, muon and lion alone",
+    )
     require(gpus >= 1, f"--gpus {gpus} must be at least 1")
     args.world_size = gpus
     set_padded_vocab_size(args)

@@ -202,7 +202,7 @@ def _with_least_recompute(
 ) -> Plan | None:
     """None or elementwise where it fits; else the fastest that does."""
     limit = FILL * card.memory_gib * GIB
-    sharded = 10 if mesh.use_precision_aware_optimizer else 12
+    sharded = 10 if mesh.use_precision_aware_optimizer else 12 if mesh.optimizer == "adam" else 8
     shards = data_parallel_size(mesh) * mesh.context_parallel_size
     model_parallel = mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size
     if sum(parameter_count(shape).values()) / model_parallel * (6 + sharded / shards) > limit:  # in the mean

@@ -54,8 +54,8 @@ def _check_optimizer(saved: Namespace, args: Namespace) -> None:
     was, now = _of_divided_experts(saved), _of_divided_experts(args)
     require(
         args.optimizer in ("adam", "sgd") or was == now,
-        f"--load {args.load} was trained with {was}, and here it is {now}: --optimizer {args.optimizer} needs the same; "
-        f"{new_one}",
+        f"--load {args.load} was trained with {was}, and here it is {now}: --optimizer {args.optimizer} needs the "
+        f"same; {new_one}",
     )
 
 
