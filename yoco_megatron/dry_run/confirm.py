@@ -12,6 +12,7 @@ from typing import Any
 
 from yoco_megatron.config import experts
 from yoco_megatron.costs.memory import Memory, even_stages, rank_memories
+from yoco_megatron.costs.optimizer import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
@@ -55,6 +56,10 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     with gpu.defaults():
         args, plan = parse_for_job(argv, world_size)
     experts.refuse(args, "a dry run")
+    require(
+        args.optimizer not in MATRIX_OPTIMIZERS,
+        f"--optimizer {args.optimizer}: a dry run is not built for it; confirm the mesh with adam",
+    )
     given = [f"--{name.replace('_', '-')}" for name in FILES if getattr(args, name, None) is not None]
     require(not given, f"{' and '.join(given)}: a dry run reads and writes no files of a run; leave it out")
     require(
