@@ -5,8 +5,9 @@
     python benchmarks/muon.py report --record    # table, picture, rows; also of what is done so far
 
 The runs are those of paper_ordering.py (--folder runs/paper_ordering goes on with its text and its AdamW): each
-optimizer at each learning rate for --sweep-tokens, then the best for --tokens from every seed. Muon has configs/optimizer/muon.yaml, and all
-else of AdamW. With --size tiny, --tokens 1e5 and more it is a test of a few minutes on a CPU.
+optimizer at each learning rate for --sweep-tokens, then the best for --tokens from every seed. Muon has
+configs/optimizer/muon.yaml, and all else of AdamW. With --size tiny, --tokens 1e5 and more it is a test of a few
+minutes on a CPU.
 """
 
 import argparse
