@@ -99,7 +99,7 @@ def check_apex() -> Component:
     """NVIDIA Apex, as opposed to the unrelated project `apex` on PyPI."""
     version, folder = version_of("apex"), package_dir("apex")
     fix = "build it from source: github.com/NVIDIA/apex (never `pip install apex`)"
-    cost = "nothing beside Transformer Engine; with neither, the optimizer is torch's, which is not fused"
+    cost = "not needed with Transformer Engine; without either, the optimizer is torch's, which is not fused"
     if version is None and folder is None:
         return Component("NVIDIA Apex", None, "missing", False, cost, fix)
     if folder is None or not (folder / "optimizers").is_dir() or not (folder / "contrib").is_dir():
