@@ -14,9 +14,9 @@ In a step each layer stores what its backward pass reads (e bytes a value, h hid
 
 Behind the shared K,V only the positions that are computed count. Each set of K,V that a stage reads is stored once, of
 the whole sequence with context parallelism, and its gradient is an fp32 buffer as long, of one set at a time. The peak
-is the largest of three moments: the loss; the first layer of the cross-decoder in backward; the first of the
-self-decoder, when all that the cross-decoder stored is free. Measured rows beside it: tests/costs/test_measured.py. Not
-counted: allocator, CUDA, NCCL.
+is the largest of all moments at which a backward pass may begin (`in_flight`) with what that pass adds: the loss; the
+first layer of the cross-decoder; the first of the self-decoder, when all that the cross-decoder stored is free.
+Measured rows beside it: tests/costs/test_measured.py. Not counted: allocator, CUDA, NCCL.
 """
 
 from argparse import Namespace
@@ -34,6 +34,7 @@ from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
 EXCHANGED = 4  # with several chunks a rank, on their way: one sent and one received, forward and backward
+CUDNN_BYTES = 4  # its backward pass has gradients of queries, keys and values of each head in fp32: by one measured row
 BETWEEN_STEPS = ("weights", "gradients", "optimizer")
 
 
@@ -209,7 +210,7 @@ def _memory(
                 # Large, but what the loss needed is free again, and what layers behind it stored.
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
                 behind = (count - recomputed) * plain[kind]
-                peak = max(peak, layer + gradient - free - behind)
+                peak = max(peak, layer + gradient - free - behind - sizes["head"])
         return peak
 
     stored, extra = [sum(sizes.values()) for sizes in each], [added(*one) for one in zip(chunks, each)]
@@ -269,13 +270,26 @@ def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
     e, heads = _bytes_of_a_value(args), shape.num_attention_heads
     if kind == "self_decoder":
         own_heads = shape.self_decoder_heads + shape.self_decoder_query_groups
-        normed = _normed(shape, e, own_heads, shape.self_decoder_head_dim) if shape.mixer.is_softmax_attention else 0
-        return shape.mixer.stored_bytes(shape, e) + normed
+        stored = shape.mixer.stored_bytes(shape, e)
+        if shape.mixer.is_softmax_attention:
+            stored += _normed(shape, e, own_heads, shape.self_decoder_head_dim) + _halos(args, shape)
+        return stored
     queries = e * heads * shape.kv_channels
     attention = 2 * queries + 4 * heads + _normed(shape, e, heads, shape.kv_channels)
     if kind == "decoder":
         return attention + e * shape.kv_width + _normed(shape, e, shape.num_query_groups, shape.kv_channels)
     return attention + _lays_out(args) * queries
+
+
+def _halos(args: Namespace, shape: ModelShape) -> float:
+    """A token of the self-decoder's attention stores more with context parallelism: each of two chunks has W - 1 more
+    keys and values, copies of queries on as many rows, and outputs of these (model/layers/chunked_attention.py)."""
+    cp = args.context_parallel_size
+    if cp == 1:
+        return 0.0
+    more = 2 * (shape.self_decoder_window - 1) * cp / args.seq_length
+    kv = 2 * shape.self_decoder_query_groups * shape.self_decoder_head_dim
+    return _bytes_of_a_value(args) * (2 * shape.hidden_size * (1 + more) + kv * more)
 
 
 def _normed(shape: ModelShape, bytes_per_value: int, heads: int, width: int) -> float:
@@ -318,9 +332,16 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
     if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
         return 3 * ffn + 3 * e * shape.hidden_size + again
-    kept = _stored_attention(args, shape) if kind == "cross_decoder" else 0.0
-    again = _stored_whole(args, shape, kind, split) - kept / tp
-    return again + ffn + e * shape.hidden_size / split
+    mixer = _mixer_bytes(args, shape, kind) - (_stored_attention(args, shape) if kind == "cross_decoder" else 0.0)
+    hidden = e * shape.hidden_size / split
+    # Of the FFN: its input, two norms' outputs, its gradient; gate, up and their gradients, and the product's.
+    # Of the mixer: its input, its output, the gradients of these two; what it stores, and its gradient.
+    of_mixer = 2 * mixer
+    if kind == "cross_decoder" and args.context_parallel_size > 1:
+        # In parts of the keys (attention_in_parts.py): output and gradients of all and of a part, and cuDNN's own.
+        queries = shape.num_attention_heads * shape.kv_channels
+        of_mixer = 5 * e * queries + e * shape.kv_width + 3 * CUDNN_BYTES * queries
+    return 4 * hidden + max(mixer / tp + 5 * ffn, of_mixer / tp)
 
 
 def _stored_attention(args: Namespace, shape: ModelShape) -> float:
