@@ -12,7 +12,7 @@ from support.cli import TINY, Runs, train
 from benchmarks.mesh import Mesh
 
 SAVED, LOADED = "TP2xPP2xDP2", ("CP8", "DP8", "TP2xCP4")
-HALF, WHOLE = 5, 10
+HALF, WHOLE = 2, 4
 FLAGS = (*TINY, "--micro-batch-size", "1", "--train-iters", str(WHOLE), "--use-distributed-optimizer")
 
 

@@ -56,7 +56,7 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path: Path) -> None:
 def test_from_text_to_needles(tmp_path: Path) -> None:
     """Two stages of a tiny model, as a user runs them; what it has learnt is not the point."""
     flags = f"""--folder {tmp_path / "run"} --text docs --vocab-size 600 --size tiny --gpus 0 --models retention
-        --stages 64:10000:1000:1e-3 512:80000:1000:1e-3 --batch-tokens 512 --shortest 400 --depths 2 --samples 1"""
+        --stages 64:10000:1000:1e-3 512:8000:1000:1e-3 --batch-tokens 512 --shortest 400 --depths 2 --samples 1"""
     for what in ("prepare", "train", "evaluate"):
         command = [sys.executable, "benchmarks/length_extension.py", what, *flags.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)

@@ -49,7 +49,7 @@ CASES = {
 }
 MIXERS = {"plain": {}, "documents": {"documents": True}, "angles of each sample": {"sample_angles": True}}
 # Segments whose beginning no longer counts at their end, (seed, documents of the one row). They are 6, 6 and 4 chunks.
-FORGETTING = [(0, None), (1, None), (2, None), (3, (200, 300, 500)), (4, (383, 1, 616)), (5, (64, 640, 100, 196))]
+FORGETTING = [(0, None), (1, None), (3, (200, 300, 500)), (5, (64, 640, 100, 196))]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 
 

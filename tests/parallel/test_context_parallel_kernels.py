@@ -14,18 +14,17 @@ from support.pipeline import pipeline_step
 from support.worlds import run_world
 
 pytest.importorskip("triton")
-SMALL = dict(num_layers=4, self_decoder="gated_retention")
+SMALL = dict(num_layers=2, self_decoder="gated_retention")
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 # name -> (ranks, packed documents, config)
 CASES = {
     "one rank": (1, True, {}),
-    "CP2": (2, False, {}),
     "CP2 documents": (2, True, {}),
     "CP4 documents recompute": (4, True, FULL_RECOMPUTE),
     "CP2 core recompute": (2, False, SELECTIVE),
 }
 # (tokens, segments, packed documents)
-SPANS = [(64, None, False), (130, 2, False), (300, 3, True), (300, 5, False), (20, None, True), (256, 4, True)]
+SPANS = [(64, None, False), (130, 2, False), (300, 3, True), (20, None, True), (256, 4, True)]
 
 
 def test_in_the_interpreter() -> None:
