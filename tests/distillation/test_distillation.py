@@ -1,19 +1,23 @@
-"""--teacher: the teacher computes what transformers computes, and a distilled run is the same at any mesh.
+"""--teacher: the teacher computes what transformers computes, and a distilled run is the same at any mesh, with packed
+documents and after a resume.
 
 Tolerance: fp32 sums in another order, 2e-6 of the losses in five steps (test_meshes.py).
 """
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from support.cli import TINY, Log, Runs
+from support.datasets import write
 from support.models import assert_close, batch, build, document_batch, tiny_config
 from support.teachers import MORE, teacher_for_training
 from support.worlds import run_world
 
+from yoco_megatron.data.packing import best_fit, number_of_samples
 from yoco_megatron.distillation import teacher_model
 from yoco_megatron.distillation.distilled_model import DistilledYOCO
 from yoco_megatron.upcycling.teacher import open_teacher
@@ -21,18 +25,18 @@ from yoco_megatron.upcycling.teacher import open_teacher
 pytest.importorskip("transformers")
 
 TEMPERATURE = 1.5
-STEPS = 3
+LENGTH, MOCK = 32, ["--mock-data", "--split", "90,5,5"]
 TERMS = ("lm loss", "distillation loss")
 TP2, PP2, CP2 = (f"--{name}-parallel-size 2".split() for name in ("tensor-model", "pipeline-model", "context"))
 MESHES = {
-    "TP2, sequence parallel": [*TP2, "--sequence-parallel"],
-    "PP2": PP2,
-    "CP2": CP2,
+    "TP2, sequence parallel, packed": [*TP2, "--sequence-parallel"],
+    "PP2, packed": PP2,
+    "CP2, packed": CP2,
     "TP2, suffix": TP2,
     "PP2 VP2, suffix": [*PP2, "--pipeline-model-parallel-layout", "Et|t|t|tL"],
     "CP2, suffix": CP2,
 }
-TWICE = {"TP2 PP2": [*TP2, "--sequence-parallel", *PP2], "PP2 CP2, suffix": [*PP2, *CP2]}
+TWICE = {"TP2 PP2, packed": [*TP2, "--sequence-parallel", *PP2], "PP2 CP2, suffix": [*PP2, *CP2]}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def beside(folder: str) -> DistilledYOCO:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     opened = open_teacher(folder)
     student = build(tiny_config(loss_chunk_size=7), model_class=DistilledYOCO)
-    student.attach(teacher_model.build(student, opened, groups), TEMPERATURE, opened.config.vocab_size)
+    student.attach(teacher_model.build(student, opened, groups), TEMPERATURE)
     assert not [name for name, _ in student.named_modules() if "teacher" in name]
     return student
 
@@ -105,9 +109,26 @@ def test_losses_and_gradients_are_the_plain_ones(teacher):
     assert_close(*run_world(1, chunked_and_plain, str(teacher))[0], loss=1e-6, grad=1e-5)
 
 
-def flags_of(teacher: Path, *more: str) -> list[str]:
-    steps = ["--train-iters", str(STEPS), "--lr-warmup-iters", "1", "--micro-batch-size", "1"]
-    return [*TINY, *steps, "--teacher", str(teacher), *more]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[str]]:
+    """Flags by the last word of a run's name: documents of which the second half has a loss, several in a sample, or
+    each filled up to one; or whole samples, all or a suffix of them with a loss."""
+    folder, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(5)
+    lengths = generator.integers(3, 20, 10)
+    masks = [np.arange(length) >= length // 2 for length in lengths]
+    documents = [generator.integers(0, 250, length) for length in lengths]
+    packed = write(folder / "packed", documents, loss_masks=masks)
+    filled = [np.append(ids, generator.integers(0, 250, LENGTH - len(ids))) for ids in documents]
+    apart = write(folder / "apart", filled, loss_masks=[np.append(m, np.zeros(LENGTH - len(m))) for m in masks])
+    samples = number_of_samples(best_fit(lengths, LENGTH))
+    assert samples <= len(documents) / 2
+    validated = ["--valid-data-path", packed, "--calculate-per-token-loss", "--global-batch-size"]
+    return {
+        "packed": ["--train-data-path", packed, *validated, str(samples)],
+        "apart": ["--train-data-path", apart, *validated, str(len(documents))],
+        "whole": MOCK,
+        "suffix": [*MOCK, "--loss-suffix", "8"],
+    }
 
 
 def losses_of(log: Log) -> dict[tuple[str, int], float]:
@@ -115,30 +136,54 @@ def losses_of(log: Log) -> dict[tuple[str, int], float]:
     return {(term, step): loss for term in TERMS for step, loss in log.of_term(term).items()}
 
 
-def runs_of(world_size: int, teacher: Path, meshes: dict[str, list[str]]) -> dict[str, dict]:
-    """Losses by name; where that says suffix, of the last positions alone."""
-    suffix = {name: ["--loss-suffix", "8"] if name.endswith("suffix") else [] for name in meshes}
-    runs = Runs(world_size, {name: flags_of(teacher, *mesh, *suffix[name]) for name, mesh in meshes.items()})
+def runs_of(
+    world_size: int, teacher: Path, data: dict[str, list[str]], meshes: dict[str, list[str]]
+) -> dict[str, dict]:
+    """Losses by name, whose last word says of which data."""
+    model = [flag for flag in TINY if flag not in MOCK]
+    common = [
+        *model,
+        "--train-iters",
+        "3",
+        "--lr-warmup-iters",
+        "1",
+        "--micro-batch-size",
+        "1",
+        "--teacher",
+        str(teacher),
+    ]
+    runs = Runs(world_size, {name: [*common, *data[name.split()[-1]], *mesh] for name, mesh in meshes.items()})
     return {name: losses_of(runs[name]) for name in meshes}
 
 
 @pytest.fixture(scope="module")
-def alone(teacher) -> dict[str, dict]:
-    return runs_of(1, teacher, {"whole": [], "suffix": []})
+def alone(teacher, data, tmp_path_factory) -> dict[str, dict]:
+    folder = str(tmp_path_factory.mktemp("run"))
+    saved, resumed = ["--save", folder, "--save-interval", "1"], ["--load", folder, "--ckpt-step", "1"]
+    return runs_of(
+        1, teacher, data, {"packed": saved, "resumed packed": resumed, "apart": [], "whole": [], "suffix": []}
+    )
 
 
 def assert_same(found: dict[str, dict], alone: dict[str, dict]) -> None:
     for name, losses in found.items():
-        wanted = alone["suffix" if name.endswith("suffix") else "whole"]
-        assert losses == pytest.approx(wanted, rel=2e-6), name
+        assert losses == pytest.approx(alone[name.split()[-1]], rel=2e-6), name
 
 
-def test_two_ranks(teacher, alone):
+def test_packed_documents_are_learnt_as_each_alone(alone):
+    assert alone["packed"] == pytest.approx(alone["apart"], rel=2e-6)
+
+
+def test_a_resumed_run_is_the_same(alone):
+    assert alone["resumed packed"] == {key: loss for key, loss in alone["packed"].items() if key[1] != 1}
+
+
+def test_two_ranks(teacher, data, alone):
     """Also with positions that have no loss, where the teacher's head is left out, too."""
     assert alone["whole"] != pytest.approx(alone["suffix"], rel=1e-3)
-    assert_same(runs_of(2, teacher, MESHES), alone)
+    assert_same(runs_of(2, teacher, data, MESHES), alone)
 
 
 @pytest.mark.slow
-def test_four_ranks(teacher, alone):
-    assert_same(runs_of(4, teacher, TWICE), alone)
+def test_four_ranks(teacher, data, alone):
+    assert_same(runs_of(4, teacher, data, TWICE), alone)

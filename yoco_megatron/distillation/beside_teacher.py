@@ -20,13 +20,8 @@ from yoco_megatron.parallel.pipeline.stages import Stage
 class YOCOBesideTeacher(YOCOModel):
     """A YOCO, and the part of its teacher on this rank, which is no submodule: it is in no optimizer or checkpoint."""
 
-    def attach(self, teacher: TeacherModel, temperature: float, teacher_entries: int) -> None:
-        """Give it the teacher.
-
-        Args:
-            temperature: divides logits where they are compared.
-            teacher_entries: size of the teacher's vocabulary, which may be padded here.
-        """
+    def attach(self, teacher: TeacherModel) -> None:
+        """Give it the teacher."""
         self._teacher = (teacher,)
 
     @property

@@ -21,39 +21,40 @@ from yoco_megatron.utils.errors import require
 
 
 @dataclass(kw_only=True)
-class DistilledModelConfig(YOCOModelConfig):
+class TransferModelConfig(YOCOModelConfig):
     """A student's, and what it learns from."""
 
-    builder: ClassVar[str] = "yoco_megatron.distillation.builder.DistilledModelBuilder"
+    builder: ClassVar[str] = "yoco_megatron.distillation.builder.TransferModelBuilder"
     teacher: Teacher
-    temperature: float
 
 
 @dataclass(kw_only=True)
-class TransferModelConfig(DistilledModelConfig):
-    """The same for attention transfer."""
+class DistilledModelConfig(TransferModelConfig):
+    """The same for distillation."""
 
-    builder: ClassVar[str] = "yoco_megatron.distillation.builder.TransferModelBuilder"
+    builder: ClassVar[str] = "yoco_megatron.distillation.builder.DistilledModelBuilder"
+    temperature: float
 
 
-class DistilledModelBuilder(YOCOModelBuilder):
-    """Builds a `DistilledYOCO` with its teacher."""
+class TransferModelBuilder(YOCOModelBuilder):
+    """Builds a `TransferYOCO` with its teacher."""
 
-    model_class: type[YOCOBesideTeacher] = DistilledYOCO
+    model_class: type[YOCOBesideTeacher] = TransferYOCO
 
     def build_model(self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any) -> YOCOModel:
         """One process's part of both; the student's with its initial weights."""
         student, config = super().build_model(pg_collection, *args, **kwargs), self._model_config
         assert isinstance(student, YOCOBesideTeacher)
         teacher = teacher_model.build(student, config.teacher, pg_collection, student.vp_stage)
-        student.attach(teacher, config.temperature, config.teacher.config.vocab_size)
+        options = {"temperature": config.temperature} if isinstance(config, DistilledModelConfig) else {}
+        student.attach(teacher, **options)
         return student
 
 
-class TransferModelBuilder(DistilledModelBuilder):
-    """Builds a `TransferYOCO` with its teacher."""
+class DistilledModelBuilder(TransferModelBuilder):
+    """Builds a `DistilledYOCO` with its teacher."""
 
-    model_class = TransferYOCO
+    model_class = DistilledYOCO
 
 
 @agreement.of_all_ranks()
@@ -70,12 +71,11 @@ def prepare(args: Namespace, model: GPTModelConfig) -> GPTModelConfig:
     if args.rank == 0:
         print(f"{describe(teacher)}; its forward pass is in no figure of FLOP/s or MFU", flush=True)
     own = {field.name: getattr(model, field.name) for field in fields(model)}
-    of_run = dict(teacher=teacher, temperature=args.distillation_temperature)
     if not args.attention_transfer:
-        return DistilledModelConfig(**own, **of_run)
+        return DistilledModelConfig(**own, teacher=teacher, temperature=args.distillation_temperature)
     check_transfer(args, teacher)
     args.cross_decoder_positions = "all"  # every position's attention is compared
-    return TransferModelConfig(**own, **of_run)
+    return TransferModelConfig(**own, teacher=teacher)
 
 
 def describe(teacher: Teacher) -> str:

@@ -45,11 +45,12 @@ class DistillationOutputLayer(ChunkedLossOutputLayer):
 class DistilledYOCO(YOCOBesideTeacher):
     """A YOCO that with labels returns losses fp32 [2, b, s]: cross entropy, and divergence from its teacher."""
 
-    def attach(self, teacher: TeacherModel, temperature: float, teacher_entries: int) -> None:
-        super().attach(teacher, temperature, teacher_entries)
+    def attach(self, teacher: TeacherModel, temperature: float = 1.0) -> None:
+        """Give it the teacher. `temperature` divides both models' logits where they are compared."""
+        super().attach(teacher)
         if self.post_process:
             self.output_layer.__class__ = DistillationOutputLayer
-            self.output_layer.temperature, self.output_layer.teacher_entries = temperature, teacher_entries
+            self.output_layer.temperature, self.output_layer.teacher_entries = temperature, teacher.entries
 
     def forward(self, input_ids: Tensor | None, *args: Any, query_runs: Runs | None = None, **kwargs: Any) -> Tensor:
         """As `YOCOModel.forward`, but for the number of losses."""

@@ -41,6 +41,8 @@ class TeacherModel(YOCOModel):
     """
 
     block_class = TeacherBlock
+    entries: int
+    """Size of its vocabulary, which is padded here to that of the student."""
 
     def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         """Normalised hidden states of all tokens of this context-parallel rank, for a head."""
@@ -112,6 +114,7 @@ def build(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    model.entries = teacher.config.vocab_size
     load(model, teacher, pg_collection.tp.rank(), pg_collection.tp.size())
     if teacher.config.tie_word_embeddings and model.pre_process and model.post_process:
         model.output_layer.weight = model.embedding.word_embeddings.weight

@@ -96,8 +96,8 @@ class TransferYOCO(YOCOBesideTeacher):
     block_class = TransferBlock
     decoder: TransferBlock
 
-    def attach(self, teacher: TeacherModel, temperature: float, teacher_entries: int) -> None:
-        super().attach(teacher, temperature, teacher_entries)
+    def attach(self, teacher: TeacherModel) -> None:
+        super().attach(teacher)
         self.decoder.teacher = (teacher,)
         for name, param in self.named_parameters():
             param.requires_grad_(is_trained(name))
@@ -133,7 +133,9 @@ class TransferYOCO(YOCOBesideTeacher):
         tokens = errors[0].numel() * rows_group.size()
         if rows_group.size() > 1:
             dist.all_reduce(powers, group=rows_group)
-        losses = torch.einsum("lsb,l->sb", errors, tokens / powers / self.config.num_layers)
+        # Attention that adds nothing is nothing to be relative to: of such a layer the mean square counts.
+        scales = torch.where(powers > 0, tokens / powers, 1 / self.config.hidden_size)
+        losses = torch.einsum("lsb,l->sb", errors, scales / self.config.num_layers)
         if self.config.sequence_parallel:
             losses = tensor_parallel.gather_from_sequence_parallel_region(
                 losses, tensor_parallel_output_grad=False, group=self.tp_group

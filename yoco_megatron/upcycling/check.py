@@ -15,7 +15,7 @@ from yoco_megatron.convert.readers import Source
 from yoco_megatron.convert.verify import load_when_run, unloaded
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.mixers import SLIDING_WINDOW
-from yoco_megatron.upcycling.mapping import kv_layers
+from yoco_megatron.upcycling.mapping import kv_layers, readers
 from yoco_megatron.upcycling.teacher import Teacher
 from yoco_megatron.utils.errors import require
 
@@ -56,7 +56,7 @@ def layer_errors(teacher: Teacher, student: Source, dtype: torch.dtype = torch.f
 
     yoco = unloaded(replace(student, load=load), dtype).model
     positions = torch.arange(length)[None]
-    readers = (config.num_hidden_layers - own) // config.shared_kv_sets
+    set_of = {layer: index for index, layers in enumerate(readers(config)) for layer in layers}
     found: list[float] = []
 
     def compare(_: Any, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
@@ -65,7 +65,7 @@ def layer_errors(teacher: Teacher, student: Source, dtype: torch.dtype = torch.f
             y = yoco.self_layers[layer](x, rotary=yoco.self_rotary(positions))
         else:
             rotary = yoco.cross_rotary(positions)
-            k, v = yoco.shared_kv(x, rotary)[(layer - own) // readers]
+            k, v = yoco.shared_kv(x, rotary)[set_of[layer]]
             y = yoco.cross_layers[layer - own](x, k, v, rotary=rotary)
         found.append((torch.linalg.norm(y - wanted) / torch.linalg.norm(wanted - x)).item())
 

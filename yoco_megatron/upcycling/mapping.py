@@ -99,9 +99,14 @@ def student_config(
         raise ValueError(f"--teacher {teacher.folder}: a YOCO of its sizes: {' '.join(str(error).split())}") from None
 
 
+def readers(config: YocoConfig) -> list[range]:
+    """For each set of shared K,V, the layers that read it."""
+    return layers_of_sets(config.num_hidden_layers, config.num_self_decoder_layers, config.shared_kv_sets)
+
+
 def kv_layers(config: YocoConfig, rule: str) -> list[list[int]]:
     """For each set of shared K,V, the teacher's layers that it is made of. `rule` is of upcycling.SHARED_KV_FROM."""
-    groups = layers_of_sets(config.num_hidden_layers, config.num_self_decoder_layers, config.shared_kv_sets)
+    groups = readers(config)
     place = {"first": 0, "middle": len(groups[0]) // 2, "last": -1}
     return [list(group) if rule == "mean" else [group[place[rule]]] for group in groups]
 

@@ -4,7 +4,7 @@ from yoco_megatron.convert import convert, tokenizer_files
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.mixers import SLIDING_WINDOW
 from yoco_megatron.upcycling import check
-from yoco_megatron.upcycling.mapping import kv_layers, student, student_config
+from yoco_megatron.upcycling.mapping import kv_layers, readers, student, student_config
 from yoco_megatron.upcycling.teacher import Teacher, open_teacher
 
 
@@ -58,14 +58,14 @@ def table(teacher: Teacher, source: Source, rule: str, errors: list[float]) -> s
             "q, k, v, o; retention for softmax",
             "approximation; decay and gate are new: zero, so the output is, too",
         )
-    readers = cross // len(sets)
-    if readers == 1:
+    of_each = len(readers(config)[0])
+    if of_each == 1:
         made_of = "k, v of its reader"
     elif rule == "mean":
         made_of = "mean k, v of its readers"
     else:
         made_of = f"k, v of layer {', '.join(str(layer) for (layer,) in sets)}"
-    shared = "approximation: made from the self-decoder's output" + (f", {readers} readers each" if readers > 1 else "")
+    shared = "approximation: made from the self-decoder's output" + (f", {of_each} readers each" if of_each > 1 else "")
     limit = "" if teacher.window is None else f"; the teacher's windows of {teacher.window:,} are gone"
     rows = [
         ("embeddings, head, norms, FFNs", "the teacher's", "exact"),
