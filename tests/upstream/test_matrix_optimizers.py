@@ -140,3 +140,15 @@ def test_losses_of_every_mesh_and_resumes_at_others(tmp_path: Path) -> None:
         assert list(log.losses) == [4, 5, 6] and log.loss(6) == pytest.approx(two["saved"].loss(6), rel=1e-3)
     with pytest.raises(AssertionError, match="was trained with --optimizer muon, whose state --optimizer adam cannot"):
         one["another"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_lion_has_its_own_betas() -> None:
+    config = tiny_config()
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), build(config))
+    flags = OptimizerConfig(optimizer="lion", lr=LR, lion_beta1=0.7, lion_beta2=0.6, params_dtype=torch.float32)
+    with restored():
+        registry.install(False, None, only={"_get_param_groups", "_default_adam_based_eopt_config_to_kwargs"})
+        chain = get_megatron_optimizer(flags, [ddp])
+    betas = {type(one.optimizer).__name__: one.optimizer.param_groups[0]["betas"] for one in chain.chained_optimizers}
+    assert betas == {"Lion": (0.7, 0.6), "AdamW": (0.9, 0.999)}
