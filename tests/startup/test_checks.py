@@ -59,6 +59,11 @@ def test_transformer_engine_that_is_not_there():
             ["--loss-suffix", "8", "--cp-cross-attention", "queries", "--cross-decoder-positions", "all"],
             "does not go with --cross-decoder-positions all",
         ),
+        (["--optimizer", "muon", "--fp16"], "--fp16 is not built for --optimizer muon"),
+        (["--optimizer", "muon", "--use-distributed-optimizer"], "is built for --bf16 alone"),
+        (["--optimizer", "muon", "--muon-num-ns-steps", "0"], "--muon-num-ns-steps 0 must be at least 1"),
+        (["--optimizer", "muon", "--muon-coefficient-type", "custom"], "the package has no other"),
+        (["--optimizer", "soap"], "--optimizer soap: .*which checkpoints need"),
         (["--profile", "--use-pytorch-profiler"], "--profile writes beside --tensorboard-dir"),
         (
             ["--profile", "--use-pytorch-profiler", "--tensorboard-dir", "t", "--profile-step-start", "12"],
