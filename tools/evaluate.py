@@ -104,9 +104,10 @@ def default_output(options: argparse.Namespace, iteration: int | None) -> Path:
     from yoco_megatron.evaluation.results import run_folder
 
     suite = options.suite.stem + ("" if options.limit is None else f"_limit_{options.limit}")
-    if iteration is None:
+    if iteration is None and Path(options.hf or options.load, "config.json").exists():
         return Path(options.hf or options.load, "evaluation", suite)
-    return run_folder(options.load) / "evaluation" / suite / f"iter_{iteration:07d}"
+    name = "release" if iteration is None else f"iter_{iteration:07d}"
+    return run_folder(options.load) / "evaluation" / suite / name
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.readers import open_source
+from yoco_megatron.evaluation.model_files import look
 
 WINDOWS = ("--self-decoder", "sliding_window", "--self-decoder-window", "8", "--shared-kv-sets", "3")
 RETENTION = ("--self-decoder", "gated_retention")
@@ -57,6 +58,7 @@ def test_exported_folder_and_checkpoint_are_the_same_model(mixer, teacher, tmp_p
     assert names == tensor_names.shapes(trainable.config) and len(names) > 50
     for name in names:
         assert torch.equal(exported.load(name), trainable.load(name)), name
+    assert look(str(tmp_path / "checkpoints")).identity["iteration"] is None, "it can be evaluated"
 
 
 def test_error_is_one_line(teacher, tmp_path):

@@ -13,6 +13,7 @@ from yoco_megatron.utils.small_files import BadFile, read_text
 TRACKER = "latest_checkpointed_iteration.txt"
 RESOLVED = "resolved_config.yaml"  # the run's flags
 COMPLETE = "metadata.json"
+RELEASE = "release"  # the tracker's word, and folder, for weights without an iteration
 MANIFEST = "integrity.json"  # the name and format of megatron/core/dist_checkpointing/validation.py
 
 TRAINED = "trained_steps.json"  # how many steps changed the weights, on the way to this checkpoint

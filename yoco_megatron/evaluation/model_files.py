@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from yoco_megatron.checkpoint.layout import RESOLVED, path_of, tracked_iteration
+from yoco_megatron.checkpoint.layout import RELEASE, RESOLVED, path_of, tracked, tracked_iteration
 from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data import carried_tokenizer
@@ -55,10 +55,10 @@ def look(folder: str, iteration: int | None = None, tokenizer: str | None = None
         max_length = int(flags.get("max-position-embeddings") or flags.get("seq-length") or 0)
         found = carried_tokenizer.of_run(path, tokenizer)
         start = carried_tokenizer.recorded(path).get("document_start")
+        is_release = iteration is None and tracked(path) == RELEASE  # of weights alone
         iteration = tracked_iteration(path) if iteration is None else iteration
-        require(iteration is not None, f"{folder} holds no checkpoint: the run has not saved yet")
-        assert iteration is not None
-        weights = path_of(path, iteration)
+        require(is_release or iteration is not None, f"{folder} holds no checkpoint: the run has not saved yet")
+        weights = path / RELEASE if iteration is None else path_of(path, iteration)
         require(weights.is_dir(), f"--iteration {iteration}: {weights} is no folder")
     text = TextTokenizer.of_model(folder, found and tokenizer_files.load(found, start))
     identity = {
