@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from yoco_megatron.calibration import calibrate, links
 from yoco_megatron.costs.card import H100, Card
@@ -33,6 +34,15 @@ def test_without_a_gpu_it_is_one_error(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and not (tmp_path / "card.yaml").exists()
     assert run.stderr.splitlines()[-1].startswith("plan.py: error: calibrate measures GPUs, and there is none here")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        calibrate.calibrate(tmp_path / "file" / "card.yaml", H100, trial=True)
+    with pytest.raises(OSError, match="no regular file"):
+        calibrate.calibrate(tmp_path, H100, trial=True)
+    assert not dist.is_initialized() and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_slowest_counts_and_a_layer_is_right(monkeypatch):

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import part_seconds_of_run
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.load_run import set_environment_of_one_process
-from yoco_megatron.utils.files import write_atomically
+from yoco_megatron.utils.files import check_writable, write_atomically
 from yoco_megatron.utils.text_table import aligned
 
 
@@ -45,6 +47,8 @@ def calibrate(output: Path, base: Card, trial: bool = False) -> str:
     """
     if not (runtime.has_gpu() or trial):
         raise ValueError("calibrate measures GPUs, and there is none here: --trial runs it with tiny sizes on the CPU")
+    if os.environ.get("RANK", "0") == "0":
+        check_writable(output)
     set_environment_of_one_process()
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all arguments
         arguments.parse_and_validate(layers.flags(trial))
@@ -52,8 +56,11 @@ def calibrate(output: Path, base: Card, trial: bool = False) -> str:
         model = layers.build()
     try:
         sizes = kernels.TRIAL if trial else kernels.Sizes()
+        _say("products, attention, retention, head, optimizer")
         measured = kernels.measure(sizes)
+        _say("collectives")
         rings = links.measure(sizes.collective)
+        _say("whole layers")
         few, many = layers.measure(model, sizes.seconds, trial)
         measured |= {"launch_ms": few * 1e3, "gpu_ms": many * 1e3}
         everywhere: list[Any] = [None] * dist.get_world_size()
@@ -66,6 +73,11 @@ def calibrate(output: Path, base: Card, trial: bool = False) -> str:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _say(what: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"measuring {what} on {dist.get_world_size()} GPUs", file=sys.stderr, flush=True)
 
 
 def _card(everywhere: list[dict[str, Any]], rings: dict[str, links.Ring], args: Namespace, base: Card) -> Card:

@@ -241,6 +241,11 @@ def check_optimizer(args: Namespace) -> None:
     )
     check_matrix_optimizer(args)
     require(
+        not (args.fp16 and args.bf16),
+        "--fp16 does not go with --bf16, which a config may set: use only one of them, and --config OTHER.yaml with "
+        "`bf16: false` to undo a config's",
+    )
+    require(
         not args.fp16 or args.loss_scale is not None or args.min_loss_scale <= args.initial_loss_scale,
         f"--initial-loss-scale {args.initial_loss_scale} is below --min-loss-scale {args.min_loss_scale}: change one",
     )

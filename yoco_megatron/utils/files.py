@@ -39,6 +39,17 @@ def written_atomically(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Before work whose result goes to `path`: raises OSError where `written_atomically` would; leaves no trace of it
+    but the folder."""
+    trial = path.with_name(f".{path.name}.trial")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: name another one")
+    with written_atomically(trial, durable=False):
+        pass
+    trial.unlink()
+
+
 def write_atomically(path: Path, text: str, durable: bool = True) -> Path:
     """Write `text`; see `written_atomically`. Returns `path`."""
     with written_atomically(path, durable) as stream:
