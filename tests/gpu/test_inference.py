@@ -32,13 +32,14 @@ SIZES = dict(
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-THREE_SETS = "three sets of K,V"
+THREE_SETS, EXPERTS = "three sets of K,V", "experts"
 
 
 def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     sets = 3 if kind == THREE_SETS else 1
-    kind = "gated_retention" if kind == THREE_SETS else kind
+    experts = dict(num_experts=8, moe_intermediate_size=128, router_dtype="fp32") if kind == EXPERTS else {}
+    kind = "gated_retention" if kind in (THREE_SETS, EXPERTS) else kind
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
@@ -49,6 +50,7 @@ def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
             shared_kv_sets=sets,
             qk_norm=sets > 1,
             qkv_bias=sets > 1,
+            **experts,
         )
         model = YocoForCausalLM(YocoConfig(**SIZES, **own))
     return model.to("cuda", dtype).eval()
@@ -70,6 +72,20 @@ def test_engine_equals_transformers(kind, dtype):
         print(f"{kind} {dtype} chunks of {chunk}: {error:.1e}")
         assert error < TOLERANCE[dtype]
         model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts(dtype):
+    """Without a graph; the median over positions, as rounding may choose the other of two close experts."""
+    model = build(EXPERTS, dtype)
+    tokens = torch.randint(0, 512, (3, 120), generator=torch.Generator().manual_seed(1)).cuda()
+    expected = model(tokens, use_cache=False).logits[:, 99:]
+    engine = Engine(model, 1000, capacity=128, prefill_chunk=64)
+    found = [engine.prefill(tokens[:, :100]), *(engine.step(tokens[:, i]) for i in range(100, 120))]
+    assert engine.graph is None
+    off = (torch.stack(found, dim=1) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert off.median() < TOLERANCE[dtype]
 
 
 @torch.no_grad()
