@@ -262,6 +262,7 @@ NOT_THE_FUNCTION = {
     "recompute_elementwise": "memory of the activations",
     "keep_cross_attention": "memory of the activations",
     "loss_suffix": "which positions are trained on",
+    "mtp_num_layers": "layers that predict later tokens, which are for training",
     "num_queries": "how many they are",
     "cross_decoder_positions": "computes no others, or all",
     "cp_cross_attention": "what context-parallel ranks exchange",

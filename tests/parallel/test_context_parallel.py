@@ -42,6 +42,13 @@ FULL = {
     "CP4 recompute selective": (PP1, 1, 1, 4, SELECTIVE),
     "TP2 CP2 SP QK-norm and biases": (PP1, 1, 2, 2, SP | QK_NORM),
 }
+MTP = dict(mtp_num_layers=1)
+PREDICTS_MORE = {
+    ("CP2 multi-token prediction", "gated_retention"): ("EttttttttmL", 1, 1, 2, MTP),
+    ("TP2 PP2 CP2 SP multi-token prediction, recompute full", "sliding_window"): (
+        "Ett|ttttttmL", 2, 2, 2, SP | MTP | FULL_RECOMPUTE,
+    ),
+}  # fmt: skip
 WINDOWS = {"short": 5, "long": 17, "longest": 100}
 
 
@@ -69,7 +76,7 @@ def compare(results: list[dict], reference: dict, tolerance: float) -> None:
 
 
 def check(mesh: str, model: dict, documents: bool, one_process) -> None:
-    layout, pp, tp, cp, overrides = (QUICK | FULL)[mesh]
+    layout, pp, tp, cp, overrides = (QUICK | FULL | {name: line for (name, _), line in PREDICTS_MORE.items()})[mesh]
     vp = (layout.count("|") + 1) // pp
     results = run_world(
         tp * pp * cp,
@@ -85,7 +92,7 @@ def check(mesh: str, model: dict, documents: bool, one_process) -> None:
         cp=cp,
         vp=vp if vp > 1 else None,
     )
-    model = model | {name: value for name, value in overrides.items() if name in ("shared_kv_sets", *QK_NORM)}
+    model = model | {name: value for name, value in overrides.items() if name in ("shared_kv_sets", *QK_NORM, *MTP)}
     compare(results, one_process(model, documents), TOLERANCE[model.get("params_dtype", torch.float32)])
 
 
@@ -107,6 +114,11 @@ def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)
+
+
+@pytest.mark.parametrize(("mesh", "kind"), PREDICTS_MORE)
+def test_multi_token_prediction(mesh: str, kind: str, one_process) -> None:
+    check(mesh, dict(self_decoder=kind), True, one_process)
 
 
 def test_a_call_for_each_chunk(one_process) -> None:

@@ -14,8 +14,9 @@ LOSS, GRAD, WEIGHT = 1e-6, 2e-5, 2e-3
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
 QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
 Z_LOSS = dict(loss_chunk_size=17, z_loss_coeff=0.5)
+MTP = dict(mtp_num_layers=1)
 # Another function, not another way to compute it.
-OF_THE_MODEL = (*QK_NORM, "z_loss_coeff")
+OF_THE_MODEL = (*QK_NORM, *MTP, "z_loss_coeff")
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
@@ -47,6 +48,14 @@ MESHES = {
     "DP2 distributed optimizer, QK-norm and biases": (2, 1, True, QK_NORM),
     "TP2 SP z-loss": (2, 2, False, dict(sequence_parallel=True, **Z_LOSS)),
     "TP4 z-loss": (4, 4, False, Z_LOSS),
+    "TP2 multi-token prediction, loss in chunks": (2, 2, False, MTP | dict(loss_chunk_size=17)),
+    "TP2 SP multi-token prediction, recompute full": (
+        2,
+        2,
+        False,
+        dict(sequence_parallel=True, **MTP, **FULL_RECOMPUTE),
+    ),
+    "DP2 distributed optimizer, multi-token prediction": (2, 1, True, MTP),
 }
 
 

@@ -23,10 +23,18 @@ QUICK = {
     "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, {}),
     "TP2 PP2 SP": ("Etttt|ttttL", 2, 2, dict(sequence_parallel=True)),
     "PP2 recompute full": ("Ettt|tttttL", 2, 1, FULL_RECOMPUTE),
+    "PP2 multi-token prediction": ("Etttt|ttttmL", 2, 1, dict(mtp_num_layers=1)),
     "PP4 two sets of K,V, one of which passes a stage": ("Etttt|t|tt|tL", 4, 1, dict(shared_kv_sets=2)),
 }
 # What changes the model, not only how it is computed.
-OF_THE_MODEL = ("self_decoder", "num_self_decoder_layers", "shared_kv_sets", "qk_layernorm", "add_qkv_bias")
+OF_THE_MODEL = (
+    "self_decoder",
+    "num_self_decoder_layers",
+    "shared_kv_sets",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "mtp_num_layers",
+)
 FULL = {
     "PP4 uneven": ("Et|ttttt|t|tL", 4, 1, {}),
     "PP4 embedding and head alone": ("E|ttttt|ttt|L", 4, 1, {}),
@@ -42,6 +50,12 @@ FULL = {
     "PP4 split 3:1": ("Ett|tt|tt|ttL", 4, 1, dict(num_self_decoder_layers=6)),
     "PP2 VP4 a set of K,V for each layer": ("Et|t|t|t|t|t|t|tL", 2, 1, dict(shared_kv_sets=4)),
     "TP2 PP2 SP two sets of K,V": ("Ett|ttttttL", 2, 2, dict(sequence_parallel=True, shared_kv_sets=2)),
+    "TP2 PP2 SP VP2 two layers of multi-token prediction, alone with the head": (
+        "Ett|tt|tttt|mmL",
+        2,
+        2,
+        dict(sequence_parallel=True, mtp_num_layers=2),
+    ),
     "PP4 two sets of K,V, QK-norm and biases": (
         "Etttt|t|tt|tL",
         4,

@@ -17,6 +17,7 @@ from yoco_megatron.model.init import initialize, is_of_expert, named_parameters
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.stages import Stage
+from yoco_megatron.training.batch import labels_later
 
 VOCAB, SEQ = 256, 48
 SELF_DECODERS = tuple(mixer.name for mixer in BUILT_IN)
@@ -115,6 +116,16 @@ def batch(size: int = 4, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def later_labels(
+    config: YOCOConfig, labels: torch.Tensor, ids: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """What a model with multi-token prediction takes besides `labels`, [layers, size, SEQ]."""
+    loss_mask = torch.ones(labels.shape) if loss_mask is None else loss_mask
+    depths = range(1, 1 + (config.mtp_num_layers or 0))
+    later = [labels_later(labels, loss_mask.to(labels.device), ids, depth) for depth in depths]
+    return torch.stack(later) if later else None
+
+
 # Where documents start. The chunks of context parallelism begin at multiples of 12 and of 6: on these edges, just
 # before and after them; in one sample nowhere, so that windows and states cross every edge.
 DOCUMENT_STARTS = ([12, 36], [11, 13, 30], [], [23, 24, 25], [1, 41, 47], [18], [5, 6, 7], [35, 37])
@@ -184,7 +195,8 @@ def train_step(
     mine = slice(rank * len(tokens) // size, (rank + 1) * len(tokens) // size)
     ddp.train()
     document_ids = document_batch(len(tokens))[mine] if documents else None
-    loss = ddp(tokens[mine], None, None, labels=labels[mine], document_ids=document_ids).mean()
+    later = later_labels(config, labels[mine], document_ids)
+    loss = ddp(tokens[mine], None, None, labels=labels[mine], document_ids=document_ids, later_labels=later).mean()
     loss.backward()
     finalize_model_grads([ddp])
     result = {"loss": loss.detach()}

@@ -11,7 +11,17 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import training
 
-from support.models import SEQ, VOCAB, batch, build, document_batch, gather_whole, tiny_config, with_all_experts
+from support.models import (
+    SEQ,
+    VOCAB,
+    batch,
+    build,
+    document_batch,
+    gather_whole,
+    later_labels,
+    tiny_config,
+    with_all_experts,
+)
 from yoco_megatron import upstream
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.context.query_shard import (
@@ -46,7 +56,9 @@ class MicroBatch:
 def forward_step(data: MicroBatches, model: torch.nn.Module):
     """The sum of cross entropies; in float64 a random linear function of the logits, as Megatron's entropy is fp32."""
     given, runs = next(data)
-    exact = get_attr_wrapped_model(model, "config").params_dtype == torch.float64
+    config = get_attr_wrapped_model(model, "config")
+    exact = config.params_dtype == torch.float64
+    later = later_labels(config, given.labels, given.document_ids, given.loss_mask)
     shape = *given.labels.shape, VOCAB
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     mask = torch.ones(shape[:2]) if given.loss_mask is None else given.loss_mask
@@ -56,6 +68,7 @@ def forward_step(data: MicroBatches, model: torch.nn.Module):
         labels=None if exact else labels,
         document_ids=given.document_ids,
         query_runs=runs,
+        later_labels=None if later is None else torch.stack(of_these_queries(runs, *later)),
     )
 
     def loss_func(losses: torch.Tensor):

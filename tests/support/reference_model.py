@@ -118,7 +118,31 @@ def logits(w: Weights, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
     return from_embeddings(w, w["embedding"][tokens_BT], sizes)
 
 
+def mtp_logits(w: Weights, tokens_BT: Tensor, next_BT: Tensor, sizes: Sizes) -> Tensor:
+    """Of the token after `next_BT`, by one more layer on the last K,V; weights named mtp.*."""
+    x, kv = states(w, w["embedding"][tokens_BT], sizes)
+    scale = x.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0
+    of_next = rms(w["embedding"][next_BT] * scale, sizes.eps) * w["mtp.embedding_norm"]
+    x = torch.cat((rms(x, sizes.eps) * w["mtp.hidden_norm"], of_next), dim=-1) @ w["mtp.projection"].T
+    return head(cross_layer(x, w, "mtp", *kv, sizes), w, sizes)
+
+
 def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
+    return head(states(w, embedded_BTd, sizes)[0], w, sizes)
+
+
+def head(x: Tensor, w: Weights, sizes: Sizes) -> Tensor:
+    return (rms(x, sizes.eps) * w["final_norm"]) @ w.get("head", w["embedding"]).T
+
+
+def cross_layer(x: Tensor, w: Weights, layer: str, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    q = rope(projected(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}.q", sizes.heads, sizes), sizes)
+    x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
+    return x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, layer)
+
+
+def states(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Hidden states before the final norm, and the last K,V."""
     x = embedded_BTd * (embedded_BTd.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0)
     mixer = {"gated_retention": retention, "sliding_window": window_attention}[sizes.self_decoder]
     for layer in range(sizes.num_self_decoder_layers):
@@ -130,10 +154,8 @@ def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
         of = (layer - sizes.num_self_decoder_layers) // readers
         k, v = (projected(normed, w, f"kv.{of}.{m}", sizes.groups, sizes) for m in "kv")
         k = rope(k, sizes)
-        q = rope(projected(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}.q", sizes.heads, sizes), sizes)
-        x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
-        x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
-    return (rms(x, sizes.eps) * w["final_norm"]) @ w.get("head", w["embedding"]).T
+        x = cross_layer(x, w, f"{layer}", k, v, sizes)
+    return x, (k, v)
 
 
 def mean_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -175,18 +197,21 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     w |= attention_weights("decoder.shared_kv.linear_kv", names, sizes.groups, [1, 1] * sizes.kv_sets)
     for of in range(sizes.kv_sets):
         w |= norm_weight(f"decoder.shared_kv.k_layernorm.{of}", f"kv.{of}.k")
-    for layer in range(sizes.num_layers):
-        ours = f"decoder.layers.{layer}."
-        own_name = (
-            get_mixer(sizes.self_decoder).init_name if layer < sizes.num_self_decoder_layers else "self_attention"
-        )
+    places = {str(layer): f"decoder.layers.{layer}." for layer in range(sizes.num_layers)}
+    if "mtp_0.projection.weight" in state:
+        places["mtp"] = f"mtp_0.block.layers.{sizes.num_layers}."
+        names = ("hidden_norm", "embedding_norm", "projection")
+        w |= {f"mtp.{name}": state[f"mtp_0.{name}.weight"] for name in names}
+    for layer, ours in places.items():
+        of_self_decoder = layer != "mtp" and int(layer) < sizes.num_self_decoder_layers
+        own_name = get_mixer(sizes.self_decoder).init_name if of_self_decoder else "self_attention"
         mixer = f"{ours}{own_name}."
         w[f"{layer}.norm"] = state[f"{ours}input_layernorm.weight"]
         w[f"{layer}.ffn_norm"] = state[f"{ours}pre_mlp_layernorm.weight"]
         w[f"{layer}.a"], w[f"{layer}.b"] = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)
         w[f"{layer}.c"] = state[f"{ours}mlp.linear_fc2.weight"]
         w[f"{layer}.out"] = state[f"{mixer}linear_proj.weight"]
-        if layer >= sizes.num_self_decoder_layers:
+        if not of_self_decoder:
             matrices = {}
             w |= attention_weights(f"{mixer}linear_q", [f"{layer}.q"], 1, [1])
             w |= norm_weight(f"{mixer}q_layernorm", f"{layer}.q")

@@ -35,6 +35,7 @@ ALWAYS_WAS = {
     "shared_kv_sets": 1,
     "qk_layernorm": False,
     "add_qkv_bias": False,
+    "mtp_num_layers": 0,
     "self_decoder_head_dim": None,  # followed from two others, see `read`
     **ROPE_SCALING,
     **ROUTING,

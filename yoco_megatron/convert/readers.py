@@ -6,6 +6,7 @@ unpickled by checkpoint/safe_unpickling.py.
 
 import functools
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from yoco_megatron.utils import small_files
 from yoco_megatron.utils.errors import nearest
 from yoco_megatron.utils.small_files import BadFile
 
+logger = logging.getLogger(__name__)
 Evaluated = TypedDict("Evaluated", {"loss": float, "perplexity": float, "bits-per-byte": NotRequired[float]})
 """Of one validation set; nats a token."""
 
@@ -216,6 +218,9 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
         raise BadFile(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
     args.padded_vocab_size = embedding[0][0]
     config = config_fields.from_args(args)
+    if args.mtp_num_layers:
+        logger.warning("the layers of --mtp-num-layers %s are left out: they are for training", args.mtp_num_layers)
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp_")}
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)
     check_shapes(tensors.folder, found, {entry.name: entry.shape(shapes) for entry in entries}, RESOLVED)

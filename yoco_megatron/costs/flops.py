@@ -51,9 +51,10 @@ def layer_flops_per_token(shape: ModelShape, queries: Queries | None = None) -> 
         mixing = {"decoder": 4 * width * mean_visible_keys(shape.seq_length)}
     else:
         mixing = {"self_decoder": shape.mixer.mixing_flops(shape), "cross_decoder": causal_attention}
+        mixing["mtp"] = shape.mtp_num_layers * causal_attention
     return {
         kind: {
-            "linear": 2.0 * weights * (queries.share if kind == "cross_decoder" else 1),
+            "linear": 2.0 * weights * (queries.share if kind in ("cross_decoder", "mtp") else 1),
             "mixing": mixing.get(kind, 0.0),
         }
         for kind, weights in layer_matmul_parameters(shape, active=True).items()
@@ -64,12 +65,13 @@ def forward_flops_per_token(shape: ModelShape, queries: Queries | None = None) -
     """Forward FLOPs per token of the whole model, averaged over a sequence of `shape.seq_length`.
 
     Keys: `<kind>_linear` and `<kind>_mixing` for self_decoder and cross_decoder (transformer: decoder), all
-    layers of the kind together; shared_kv; output_layer. Their sum is the model's. Formulas: see the module.
+    layers of the kind together, and mtp; shared_kv; output_layer. Their sum is the model's. Formulas: see the module.
     """
     layers = {
         "decoder": shape.num_layers,
         "self_decoder": shape.num_self_decoder_layers,
         "cross_decoder": shape.num_cross_decoder_layers,
+        "mtp": 1,
     }
     queries = queries or Queries.of(shape)
     flops: dict[str, float] = {}
@@ -78,7 +80,8 @@ def forward_flops_per_token(shape: ModelShape, queries: Queries | None = None) -
             flops[kind] = parts["linear"]
         else:
             flops |= {f"{kind}_{part}": layers[kind] * value for part, value in parts.items()}
-    return flops | {"output_layer": 2.0 * shape.hidden_size * shape.vocab_rows * queries.share}
+    heads = 1 + shape.mtp_num_layers  # one head, as often as tokens are predicted
+    return flops | {"output_layer": heads * 2.0 * shape.hidden_size * shape.vocab_rows * queries.share}
 
 
 def train_flops(shape: ModelShape, batch_size: int, queries: Queries | None = None) -> float:

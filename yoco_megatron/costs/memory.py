@@ -170,12 +170,24 @@ def _memory(
     rows = tokens * shape.query_share  # behind the shared K,V
     split = tp if args.sequence_parallel or tp == 1 else 1
     positions = {"self_decoder": tokens, "cross_decoder": rows, "decoder": tokens}
+    mtp_layers = shape.mtp_num_layers * any(chunk.get("mtp") for chunk in chunks)
     kinds = [kind for kind in positions if any(chunk.get(kind) for chunk in chunks)]
+    if mtp_layers and "cross_decoder" not in kinds:
+        kinds.append("cross_decoder")
     plain = {kind: positions[kind] * _stored_whole(args, shape, kind, split) for kind in kinds}
     again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
     normed_k = shape.shared_kv_sets * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
+
+    def mtp(held: int) -> dict[str, float]:
+        """Its layers, each with four inputs and outputs of norms, and K,V laid out anew."""
+        if not held:
+            return {}
+        layer = again if recomputed_layers(args, 1) else plain
+        own_kv = e * read_kv if args.context_parallel_size > 1 or _lays_out(args) else 0.0
+        each = layer["cross_decoder"] + 6 * e * rows * shape.hidden_size / split + own_kv
+        return {"mtp": shape.mtp_num_layers * each}
 
     def of_chunk(chunk: Parts, sets: range) -> dict[str, float]:
         """Stored for one micro-batch."""
@@ -188,7 +200,14 @@ def _memory(
         return layers | {
             "shared K,V": tokens * (2 * e * shape.hidden_size / split + normed_k / tp) * chunk.get("shared_kv", 0)
             + e * (len(sets) * read_kv + arrived * arrived_kv),
-            "head": 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
+            **mtp(chunk.get("mtp", 0)),
+            "head": (1 + shape.mtp_num_layers)
+            * 2
+            * e
+            * rows
+            * shape.hidden_size
+            / split
+            * chunk.get("output_layer", 0),
         }
 
     each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
@@ -216,8 +235,8 @@ def _memory(
     stored, extra = [sum(sizes.values()) for sizes in each], [added(*one) for one in zip(chunks, each)]
     begun, active = max(moments, key=lambda moment: sum(map(mul, moment[0], stored)) + extra[moment[1]])
     parts = _states(args, shape, chunks)
-    for name in each[0]:
-        parts[name] = sum(count * sizes[name] for count, sizes in zip(begun, each))
+    for name in dict.fromkeys(name for sizes in each for name in sizes):
+        parts[name] = sum(count * sizes.get(name, 0.0) for count, sizes in zip(begun, each))
     sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
     crossing = e * (tokens * shape.hidden_size / split + sets * arrived_kv) if len(chunks) > 1 else 0.0
     return Memory(parts | {"loss and layer in backward": extra[active], "crossing stages": EXCHANGED * crossing})
@@ -366,4 +385,5 @@ def _loss(args: Namespace, shape: ModelShape, rows: float) -> float:
     if not args.loss_chunk_size:
         return (_bytes_of_a_value(args) + 4) * rows * vocab_rows
     logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, rows) * vocab_rows
+    logits *= 1 + shape.mtp_num_layers  # each loss keeps those of its last chunk until backward
     return logits + (0 if args.gradient_accumulation_fusion else 4 * vocab_rows * shape.hidden_size)

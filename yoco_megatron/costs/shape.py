@@ -7,6 +7,7 @@ K,V heads of width D, V vocabulary):
     self layer    its mixer's (`mixers`) + 3 d F + 2 d
     shared K,V    n 2 d g D + d                    (two projections for each of n sets, one in a YOCO, and one norm)
     cross layer   2 d h D + 3 d F + 2 d            (queries and output only)
+    multi-token   2 d^2 + 2 d + a cross layer, for each (--mtp-num-layers)
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
     final norm    d
     embedding     V d, and the output layer another V d unless tied
@@ -76,6 +77,8 @@ class ModelShape:
     moe_router_topk: int = 2
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
+    mtp_num_layers: int = 0
+    """Of multi-token prediction: cross-decoder layers behind the last."""
 
     def __post_init__(self) -> None:
         check_sizes(self)
@@ -149,6 +152,7 @@ class ModelShape:
             sizes |= {field.name: field.default for field in fields(cls) if field.name.startswith("moe_")}
         elif isinstance(sizes["moe_layer_freq"], list):
             sizes["moe_layer_freq"] = tuple(sizes["moe_layer_freq"])
+        sizes["mtp_num_layers"] = sizes.get("mtp_num_layers") or 0
         # The flags of an older run lack newer sizes, which have defaults.
         named = [field.name for field in fields(cls) if field.name in sizes or field.default is MISSING]
         read: dict[str, Any] = {name: sizes.get(name) for name in named}
@@ -156,7 +160,8 @@ class ModelShape:
 
 
 def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> dict[str, float]:
-    """Weights of the projections of one layer of each kind, norms left out; `shared_kv` counts as a kind.
+    """Weights of the projections of one layer of each kind, norms left out; `shared_kv` counts as a kind, and so do all
+    layers of multi-token prediction together, `mtp`, where there are any.
 
     Args:
         active: of all experts, those alone that a token goes through. Twice this number is the forward FLOPs per token.
@@ -167,12 +172,17 @@ def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> dict[str
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + _ffn_parameters(shape, "decoder", active)}
     mixer = shape.mixer.matmul_parameters(shape)
-    shared_kv = shape.shared_kv_sets * k_and_v
+    cross = q_and_out + _ffn_parameters(shape, "cross_decoder", active)
     return {
         "self_decoder": mixer + _ffn_parameters(shape, "self_decoder", active),
-        "shared_kv": shared_kv,
-        "cross_decoder": q_and_out + _ffn_parameters(shape, "cross_decoder", active),
+        "shared_kv": shape.shared_kv_sets * k_and_v,
+        "cross_decoder": cross,
+        **_mtp(shape, 2 * d * d + cross),
     }
+
+
+def _mtp(shape: ModelShape, of_layer: float) -> dict[str, float]:
+    return {"mtp": shape.mtp_num_layers * of_layer} if shape.mtp_num_layers else {}
 
 
 def _ffn_parameters(shape: ModelShape, kind: str, active: bool) -> float:
@@ -200,7 +210,7 @@ def active_parameters(shape: ModelShape) -> int:
     """Of the whole model, those that one token goes through: all but the experts that it is not routed to."""
     inactive = 0.0
     for kind, weights in layer_matmul_parameters(shape).items():
-        if kind != "shared_kv":
+        if kind not in ("shared_kv", "mtp"):
             inactive += shape.layers_of(kind) * (weights - layer_matmul_parameters(shape, active=True)[kind])
     return sum(parameter_count(shape).values()) - round(inactive)
 
@@ -219,7 +229,7 @@ def layer_linear_values(shape: ModelShape) -> dict[str, float]:
     return {"self_decoder": outputs + 2 * d + ffn("self_decoder"), "cross_decoder": attention + ffn("cross_decoder")}
 
 
-def layer_vectors(shape: ModelShape) -> dict[str, int]:
+def layer_vectors(shape: ModelShape) -> dict[str, float]:
     """Weights of the norms, and biases, of one layer of each kind of `layer_matmul_parameters`."""
     d, queries, width = shape.hidden_size, shape.num_attention_heads * shape.kv_channels, shape.kv_channels
 
@@ -235,14 +245,15 @@ def layer_vectors(shape: ModelShape) -> dict[str, int]:
         "self_decoder": 2 * d + own,
         "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),
         "cross_decoder": 2 * d + of_attention(queries, 0, width),
+        **_mtp(shape, 4 * d + of_attention(queries, 0, width)),
     }
 
 
 def parameter_count(shape: ModelShape) -> dict[str, int]:
     """Parameters of each part of the model; the parts add up to the whole, padded vocabulary included.
 
-    Keys: embedding, self_decoder, shared_kv, cross_decoder (a transformer has `decoder` in place of these
-    three), final_norm, output_layer (0 if tied). Formulas: see the module.
+    Keys: embedding, self_decoder, shared_kv, cross_decoder, mtp if there is any (a transformer has `decoder` in place
+    of these), final_norm, output_layer (0 if tied). Formulas: see the module.
     Raises ValueError if the vocabulary size is not known yet.
     """
     d = shape.hidden_size
@@ -252,7 +263,12 @@ def parameter_count(shape: ModelShape) -> dict[str, int]:
         counts = {"decoder": shape.num_layers}
     else:
         own, cross = shape.num_self_decoder_layers, shape.num_cross_decoder_layers
-        counts = {"self_decoder": own, "shared_kv": 1, "cross_decoder": cross}
+        counts = {
+            "self_decoder": own,
+            "shared_kv": 1,
+            "cross_decoder": cross,
+            **({"mtp": 1} if shape.mtp_num_layers else {}),
+        }
     layers = {kind: round(count * (matmul[kind] + vectors[kind])) for kind, count in counts.items()}
     return {"embedding": embedding, **layers, "final_norm": d, "output_layer": 0 if shape.tied else embedding}
 

@@ -16,7 +16,8 @@ from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter
 
 Parts = Mapping[str, int]
 """How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
-output_layer (a Transformer: embedding, decoder, output_layer). A missing one is 0."""
+mtp (all layers of multi-token prediction), output_layer (a Transformer: embedding, decoder, output_layer). A missing
+one is 0."""
 Seconds = Mapping[str, float]
 """Of each of these parts, one layer or the whole, for a token: a third of forward and backward together, which is the
 forward time without recompute."""
@@ -81,11 +82,17 @@ def part_seconds(
     if shape.architecture == "transformer":
         return ends | {"decoder": layer_seconds("decoder", rates.attention)}
     own = shape.mixer.flop_rate(mixer_backend)
+    projections = 4 * shape.mtp_num_layers * shape.hidden_size**2 * shape.query_share / rates.linear
     mixing_rate = own if mixer_backend == "torch" else rates.mixing.get(shape.self_decoder, own)
     return ends | {
         "self_decoder": layer_seconds("self_decoder", mixing_rate),
         "shared_kv": whole["shared_kv"] / rates.linear,
         "cross_decoder": layer_seconds("cross_decoder", rates.attention),
+        **(
+            {"mtp": shape.mtp_num_layers * layer_seconds("cross_decoder", rates.attention) + projections}
+            if shape.mtp_num_layers
+            else {}
+        ),
     }
 
 
@@ -125,10 +132,13 @@ def kv_sets_read(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
     """The sets of K,V that each stage reads, counted from 0; `stages` in the order that a micro-batch visits them."""
     sets, layers = shape.shared_kv_sets, shape.num_cross_decoder_layers
     edges = accumulate((stage.get("cross_decoder", 0) for stage in stages), initial=0)
-    return [
+    read = [
         range(first * sets // layers, (last - 1) * sets // layers + 1) if first < last else range(0)
         for first, last in pairwise(edges)
     ]
+    if not read[-1] and stages[-1].get("mtp"):
+        read[-1] = range(sets - 1, sets)
+    return read
 
 
 def of_rank(chunks: Sequence[Parts]) -> Parts:
@@ -137,13 +147,14 @@ def of_rank(chunks: Sequence[Parts]) -> Parts:
 
 
 def stage_parameters(parts: Parts, shape: ModelShape) -> int:
-    """Parameters that a stage holds; a tied head on a stage of its own is a copy of the embedding."""
+    """Parameters that a stage holds; a tied head on a stage of its own is a copy of the
+    embedding, and multi-token prediction has one, too."""
     parameters = parameter_count(shape)
     layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
     layers |= {"decoder": shape.num_layers}
     count = sum(parameters[part] // max(1, layers.get(part, 1)) * held for part, held in parts.items())
     if parts.get("output_layer"):
-        copied = shape.tied and not parts.get("embedding")
+        copied = (shape.tied or parts.get("mtp")) and not parts.get("embedding")
         count += parameters["final_norm"] + (parameters["embedding"] if copied else 0)
     return count
 

@@ -65,7 +65,7 @@ class YOCOBlock(MegatronModule):
         cross_spec = specs.cross_decoder_layer(backend)
         self_config = config.self_decoder_config()
 
-        experts = layers_with_experts(config.num_moe_experts, config.moe_layer_freq, config.num_layers)
+        experts = layers_with_experts(config.num_moe_experts, config.moe_layer_freq, stage.last)
 
         def build(index: int) -> TransformerLayer:
             spec = self_spec if index < split_layer else cross_spec
@@ -109,7 +109,7 @@ class YOCOBlock(MegatronModule):
             query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`; `cross_angles` for all.
         Returns:
             hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and the last
-            `stage.kv_out` sets of K,V, in fp32 if they are sent so.
+            `stage.kv_out` sets of K,V, in fp32 if they are sent so; before multi-token prediction the last set.
         """
         assert len(kv_sets) == self.stage.kv_in, "the shared K,V and the stage do not fit"
         config = self.config
@@ -141,7 +141,9 @@ class YOCOBlock(MegatronModule):
         elif self.num_cross and shard.ranks > 1:
             attended = self._travelling(queries)
             gather = shard if attended is queries else None
-        groups = layers_of_sets(config.num_layers, config.num_self_decoder_layers, config.shared_kv_sets)
+        groups = layers_of_sets(
+            config.num_layers, config.num_self_decoder_layers, config.shared_kv_sets, config.mtp_num_layers or 0
+        )
         kv_out_dtype = torch.float32 if config.sends_fp32_kv else config.params_dtype
         kv_out = []
         for kv, group in zip(kv_sets, groups[config.shared_kv_sets - len(kv_sets) :]):

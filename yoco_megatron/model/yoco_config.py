@@ -6,7 +6,7 @@ from typing import cast
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from yoco_megatron.config import experts
+from yoco_megatron.config import experts, multi_token
 from yoco_megatron.config.resolve import resolve_loss_chunk, resolve_model
 from yoco_megatron.config.rules import check_model
 from yoco_megatron.config.yoco_fields import YOCOFields
@@ -39,6 +39,7 @@ class YOCOConfig(YOCOFields, TransformerConfig):
         resolve_loss_chunk(self)
         check_model(self)
         experts.check_model(self)
+        multi_token.check_model(self)
         # Every parameter is drawn after the build, from its name (model/init.py), so that no mesh changes the model.
         self.perform_initialization = False
         super().__post_init__()

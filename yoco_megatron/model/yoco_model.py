@@ -2,7 +2,10 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -16,6 +19,7 @@ from yoco_megatron.model import specs
 from yoco_megatron.model.layers.embedding import GradAccumulatingEmbedding, can_accumulate_in_place
 from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
 from yoco_megatron.model.layers.rotary import YOCORotaryEmbedding
+from yoco_megatron.model.multi_token_prediction import MultiTokenPrediction
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.query_shard import QueryShard, Runs, count
@@ -52,7 +56,7 @@ class YOCOModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.stage = stage = stage or Stage(0, config.num_layers)
+        self.stage = stage = stage or Stage(0, config.num_layers, mtp_layers=config.mtp_num_layers or 0)
         self.pre_process, self.post_process = stage.pre_process, stage.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
@@ -60,8 +64,10 @@ class YOCOModel(LanguageModule):
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.fp16_lm_cross_entropy, self.parallel_output = fp16_lm_cross_entropy, parallel_output
         self.input_tensor: Tensor | None = None
+        # By Megatron's name: the last stage holds a copy of the embedding, kept equal like that of a tied head.
+        self.mtp_process = stage.mtp_layers > 0
 
-        if self.pre_process:
+        if self.pre_process or self.mtp_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, max_sequence_length, position_embedding_type="rope", tp_group=self.tp_group
             )
@@ -88,13 +94,17 @@ class YOCOModel(LanguageModule):
                 bias=False,
                 skip_bias_add=False,
                 gather_output=not parallel_output,
-                skip_weight_param_allocation=self.pre_process and share_embeddings_and_output_weights,
+                skip_weight_param_allocation=share_embeddings_and_output_weights
+                and (self.pre_process or self.mtp_process),
                 tp_group=self.tp_group,
             )
             if size := config.loss_chunk_size:
                 ChunkedLossOutputLayer.convert(
                     self.output_layer, size, config.gradient_accumulation_fusion, config.z_loss_coeff > 0
                 )
+        for depth in range(stage.mtp_layers):  # not in a ModuleList, whose parts Megatron would save as if whole
+            layer = MultiTokenPrediction(config, depth, self.block_class, self.pg_collection)
+            self.add_module(f"mtp_{depth}", layer)
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -112,6 +122,7 @@ class YOCOModel(LanguageModule):
         packed_seq_params: None = None,
         document_ids: Tensor | None = None,
         query_runs: Runs | None = None,
+        later_labels: Tensor | None = None,
     ) -> Tensor:
         """Loss per token, or logits; on a stage before the last, the tensor for the next one (pipeline/boundary.py).
 
@@ -126,9 +137,12 @@ class YOCOModel(LanguageModule):
                 a token attends to its own document alone. None for one document. On the host, or on the device.
             query_runs: the positions of the whole sequence that are computed behind the shared K,V, the same on every
                 stage and rank (context/query_shard.py): m of them on this rank. None for all.
+            later_labels: int64 [layers of multi-token prediction, b, s], with `query_runs` [.., m]: the tokens after
+                `labels`, -1 where there is no loss. None: these layers are not computed.
         Returns:
-            fp32 loss [b, s], or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`); with
-            `query_runs` m instead of s.
+            fp32 loss [b, s], or of several terms [terms, b, s]: cross entropy, z-loss, each layer of multi-token
+            prediction. Or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`). With `query_runs` m
+            instead of s.
         """
         kv_sets: list[Tensor] = []
         config = self.config
@@ -155,10 +169,27 @@ class YOCOModel(LanguageModule):
             hidden_states, kv_sets, self_angles, cross_angles, shard, queries, query_angles
         )
         if self.post_process:
-            return self.head(hidden_states, labels)
+            output = self.head(hidden_states, labels)
+            if later_labels is None:
+                return output
+            assert labels is not None
+            places = self_angles, query_angles, shard, queries, query_angles
+            later = self._later_losses(hidden_states, kv_sets[-1], labels, later_labels, *places)
+            return torch.cat((output.reshape(-1, *labels.shape), torch.stack(list(later))))
         if not self.stage.kv_out:
             return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
         return join_boundary_tensor(hidden_states, kv_sets, config.sends_fp32_kv)
+
+    def _later_losses(
+        self, hidden_states: Tensor, kv: Tensor, labels: Tensor, later_labels: Tensor, *places: Any
+    ) -> Iterator[Tensor]:
+        """fp32 cross entropy [b, s] of each layer of multi-token prediction, 0 where there is none."""
+        for depth, later in enumerate(later_labels):
+            layer = self.get_submodule(f"mtp_{depth}")
+            hidden_states = layer(hidden_states, self.embed(labels.clamp(min=0), None), kv, *places)
+            losses = self.head(hidden_states, later.clamp(min=0)).reshape(-1, *later.shape)[0]
+            yield torch.where(later >= 0, losses, 0.0)
+            labels = later
 
     def boundary_shape(
         self, stage: Stage, micro_batch_size: int, length: int, queries: int | None = None

@@ -141,7 +141,9 @@ def stages_of(args: Namespace, shape: ModelShape) -> list[Parts]:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         seconds = part_seconds_of_run(shape, args)
         counts = plan_cuts(shape.num_layers, shape.num_self_decoder_layers, ranks, chunks, seconds)
-    plan = StagePlan((0, *accumulate(counts)), shape.num_self_decoder_layers, shape.shared_kv_sets)
+    plan = StagePlan(
+        (0, *accumulate(counts)), shape.num_self_decoder_layers, shape.shared_kv_sets, shape.mtp_num_layers
+    )
     return list(plan.parts())
 
 
@@ -168,16 +170,24 @@ def nearly_best_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
     ratios = (
         round(seconds[part] / seconds["cross_decoder"], 2) for part in ("self_decoder", "shared_kv", "output_layer")
     )
-    return _filled_stages(shape.num_layers, shape.num_self_decoder_layers, count, *ratios)
+    mtp = round(seconds.get("mtp", 0.0) / seconds["cross_decoder"], 2)
+    return _filled_stages(shape.num_layers, shape.num_self_decoder_layers, count, *ratios, mtp, shape.mtp_num_layers)
 
 
 @cache
 def _filled_stages(
-    num_layers: int, split_layer: int, stages: int, self_decoder: float, shared_kv: float, output_layer: float
+    num_layers: int,
+    split_layer: int,
+    stages: int,
+    self_decoder: float,
+    shared_kv: float,
+    output_layer: float,
+    mtp: float,
+    mtp_layers: int,
 ) -> list[Parts]:
     """Costs are relative to a layer of the cross-decoder."""
     require(stages <= num_layers, f"{stages} stages are more than --num-layers {num_layers}")
     seconds = {"embedding": 0.0, "self_decoder": self_decoder, "shared_kv": shared_kv}
-    seconds |= {"cross_decoder": 1.0, "output_layer": output_layer}
+    seconds |= {"cross_decoder": 1.0, "output_layer": output_layer, "mtp": mtp}
     counts = filled_cuts(layer_seconds(num_layers, split_layer, seconds), stages)
-    return list(StagePlan((0, *accumulate(counts)), split_layer).parts())
+    return list(StagePlan((0, *accumulate(counts)), split_layer, mtp_layers=mtp_layers).parts())

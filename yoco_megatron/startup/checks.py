@@ -10,7 +10,7 @@ import torch
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_format, check_loadable
-from yoco_megatron.config import experts, rules
+from yoco_megatron.config import experts, multi_token, rules
 from yoco_megatron.config.flags import refusals
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.memory import GIB
@@ -56,6 +56,8 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if args.architecture == "yoco":
         rules.check_model(resolved(args))
         experts.check_model(resolved(args))
+        multi_token.check_model(args)
+        multi_token.check_run(args)
         rules.check_travelling_queries(args)
 
 

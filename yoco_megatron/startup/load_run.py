@@ -50,6 +50,7 @@ TAKEN = {field.name for field in dataclasses.fields(YOCOFields)} | {
         "add_qkv_bias",
     ),
     *("swiglu", "squared_relu", "quick_geglu", "openai_gelu", "qk_layernorm", "qk_l2_norm", "softmax_type"),
+    "mtp_num_layers",
     *("window_attn_skip_freq", "attention_output_gate", "glu_linear_offset", "activation_func_clamp_value"),
     *("bf16", "fp16", "fp32_residual_connection", "attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
     *(*architecture.EXPERTS, *architecture.ROUTING, "moe_router_dtype", "moe_token_dispatcher_type"),

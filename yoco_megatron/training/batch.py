@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
@@ -27,7 +28,8 @@ def get_batch(
     b is `micro_batch_size`, which may be another one in evaluation; s is the number of tokens of this context-parallel
     rank; labels and loss_mask are those of its m queries, where only `runs` are computed behind the shared K,V. With
     --dataloader-inter-document-masking also document_ids int32 [b, whole sequence], which every stage and rank needs
-    (else None), on the host or on the device.
+    (else None), on the host or on the device. With --mtp-num-layers, where there are labels, also later_labels int64
+    [layers, b, s or m] (else None).
 
     Args:
         sample: as the data loader makes it; read on tensor-parallel rank 0 alone.
@@ -36,7 +38,7 @@ def get_batch(
     args = get_args()
     documents = args.dataloader_inter_document_masking
     if not needs_data(args, vp_stage):
-        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids", "later_labels"))
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert sample is not None
@@ -60,19 +62,39 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
-    of_queries = {} if runs is None else {name: _at_queries(batch.pop(name), runs) for name in ("labels", "loss_mask")}
+    ids = None
+    if documents:
+        cu_seqlens = batch["cu_seqlens"]
+        if sample is not None and mpu.get_tensor_model_parallel_world_size() == 1:
+            cu_seqlens = sample["cu_seqlens"]  # on the host, which then need not ask the device for the documents
+        ids = document_ids(cu_seqlens, args.seq_length)
+    of_labels = ["labels", "loss_mask"]
+    depths = args.mtp_num_layers or 0 if batch["labels"] is not None else 0
+    for depth in range(1, depths + 1):
+        of_labels.append(f"labels {depth} later")
+        batch[of_labels[-1]] = labels_later(batch["labels"], batch["loss_mask"], ids, depth)
+    of_queries = {} if runs is None else {name: _at_queries(batch.pop(name), runs) for name in of_labels}
     # Zig-zag over whole sequences, regardless of documents.
     batch = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group(), use_per_sequence_balancing=True
     )
     batch |= of_queries
-    batch["document_ids"] = None
-    if documents:
-        cu_seqlens = batch["cu_seqlens"]
-        if sample is not None and mpu.get_tensor_model_parallel_world_size() == 1:
-            cu_seqlens = sample["cu_seqlens"]  # on the host, which then need not ask the device for the documents
-        batch["document_ids"] = document_ids(cu_seqlens, args.seq_length)
+    batch["document_ids"] = ids
+    later = [batch.pop(name) for name in of_labels[2:]]
+    batch["later_labels"] = torch.stack(later) if later else None
     return batch
+
+
+def labels_later(labels: Tensor, loss_mask: Tensor, ids: Tensor | None, depth: int) -> Tensor:
+    """The label of the token `depth` places on, int64 [b, s]; -1 where that has no loss or is of another document.
+
+    Args:
+        labels: int64 [b, s] of whole sequences; loss_mask: fp32 [b, s]; ids: of documents, [b, s], or None for one.
+    """
+    has_loss = loss_mask[:, depth:] != 0
+    if ids is not None:
+        has_loss &= (ids[:, depth:] == ids[:, :-depth]).to(has_loss.device)
+    return F.pad(torch.where(has_loss, labels[:, depth:], -1), (0, depth), value=-1)
 
 
 def _at_queries(whole: Tensor | None, runs: Runs) -> Tensor | None:

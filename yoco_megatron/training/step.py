@@ -22,7 +22,9 @@ straggler = StragglerDetector()
 def loss_terms(args: Namespace) -> dict[str, float]:
     """What the losses are that the model returns for each token, and their weights in the sum that is trained on."""
     if args.teacher is None:
-        return {"lm loss": 1.0} | ({"z loss": args.z_loss_coeff} if args.z_loss_coeff else {})
+        depths = args.mtp_num_layers or 0
+        later = {f"mtp_{depth + 1} loss": args.mtp_loss_scaling_factor / depths for depth in range(depths)}
+        return {"lm loss": 1.0} | ({"z loss": args.z_loss_coeff} if args.z_loss_coeff else {}) | later
     if args.attention_transfer:
         return {"attention transfer loss": 1.0}
     return {"lm loss": 1 - args.distillation_weight, "distillation loss": args.distillation_weight}
@@ -32,17 +34,23 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     """Sum of the losses of unmasked tokens.
 
     Args:
-        loss_mask: fp32 [b, s]; losses: fp32 [b, s], or [terms, b, s] of several (`loss_terms`).
+        loss_mask: fp32 [b, s], or [1 + layers, b, s] with those of multi-token prediction, whose terms are the last.
+        losses: fp32 [b, s], or [terms, b, s] of several (`loss_terms`).
     Returns:
         (weighted sum, number of unmasked tokens int32, {"lm loss": [sum, tokens]} and so of each term); Megatron
         divides by the tokens. With CP, scaled so that the mean of loss / num_tokens over CP ranks is the global mean.
     """
-    mask, terms = loss_mask.view(-1).float(), loss_terms(get_args())
-    sums = [torch.sum(of_term.reshape(-1).float() * mask) for of_term in losses.view(len(terms), *loss_mask.shape)]
+    terms = loss_terms(get_args())
+    mask, *later = loss_mask.float().reshape(-1, loss_mask.shape[-2] * loss_mask.shape[-1])
+    masks = [mask] * (len(terms) - len(later)) + later
+    sums = [torch.sum(one.float() * its_mask) for one, its_mask in zip(losses.reshape(len(terms), -1), masks)]
     loss = reduce(add, (weight * one for weight, one in zip(terms.values(), sums)))
     _validate(loss)
     num_tokens = mask.sum().detach().to(torch.int)
-    report = {name: torch.stack((one.detach(), num_tokens.to(one.dtype))) for name, one in zip(terms, sums)}
+    report = {
+        name: torch.stack((one.detach(), its_mask.sum().to(torch.int).to(one.dtype)))
+        for name, one, its_mask in zip(terms, sums, masks)
+    }
     ranks = mpu.get_context_parallel_world_size()
     if ranks > 1 and not get_args().calculate_per_token_loss:
         # Megatron takes the mean over this rank's tokens, then over ranks; the mean over whole sequences is wanted.
@@ -95,9 +103,13 @@ def forward_step(
     with straggler:
         more = {}
         if args.architecture == "yoco":  # Megatron's GPT knows neither; fewer labels are fewer losses
-            more = {"document_ids": batch["document_ids"], "query_runs": runs}
+            more = {"document_ids": batch["document_ids"], "query_runs": runs, "later_labels": batch["later_labels"]}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
-    return output, partial(loss_func, batch["loss_mask"])  # type: ignore[arg-type]  # None before the last stage
+    mask, later = batch["loss_mask"], batch["later_labels"]
+    if later is not None:
+        assert mask is not None  # the stage has labels
+        mask = torch.cat((mask[None], mask * (later >= 0)))
+    return output, partial(loss_func, mask)  # type: ignore[arg-type]  # None before the last stage
 
 
 forward_step.micro_batches = micro_batches  # type: ignore[attr-defined]

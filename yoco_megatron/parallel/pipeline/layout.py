@@ -31,7 +31,7 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
         return None
     split_layer = shape.num_self_decoder_layers
     if args.pipeline_model_parallel_layout is not None:
-        counts = _parse(args.pipeline_model_parallel_layout, shape.num_layers, ranks)
+        counts = _parse(args.pipeline_model_parallel_layout, shape, ranks)
     elif args.num_layers_per_virtual_pipeline_stage is not None:
         counts = _even(shape.num_layers, args.num_layers_per_virtual_pipeline_stage, ranks)
     elif args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers:
@@ -39,13 +39,14 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, part_seconds_of_run(shape, args))
-    return StagePlan((0, *accumulate(counts)), split_layer, shape.shared_kv_sets)
+    return StagePlan((0, *accumulate(counts)), split_layer, shape.shared_kv_sets, shape.mtp_num_layers)
 
 
 def set_layout(args: Namespace, plan: StagePlan) -> None:
     """Say `plan` in `args.pipeline_model_parallel_layout`, and clear the flags that it replaces."""
-    if args.pipeline_model_parallel_layout is None:
-        args.pipeline_model_parallel_layout = layout_string([last - first for first, last in pairwise(plan.cuts)])
+    if args.pipeline_model_parallel_layout is None or plan.mtp_layers:
+        counts = [last - first for first, last in pairwise(plan.cuts)]
+        args.pipeline_model_parallel_layout = layout_string(counts, plan.mtp_layers)
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
 
@@ -76,7 +77,7 @@ def check_micro_batches(args: Namespace, stages: int) -> None:
     )
 
 
-def _parse(layout: str, num_layers: int, ranks: int) -> list[int]:
+def _parse(layout: str, shape: ModelShape, ranks: int) -> list[int]:
     flag = f"--pipeline-model-parallel-layout '{layout}'"
     try:
         rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
@@ -89,11 +90,16 @@ def _parse(layout: str, num_layers: int, ranks: int) -> list[int]:
         and flat.count(LayerType.embedding) == flat.count(LayerType.loss) == 1,
         f"{flag}: must begin with the embedding E and end with the loss L, each once, for example 'Ett|ttL'",
     )
-    require(LayerType.mtp not in flat, f"{flag}: multi-token prediction (m) is not built for YOCO")
+    mtp = flat.count(LayerType.mtp)
+    require(
+        mtp == 0 or (mtp == shape.mtp_num_layers and rows[-1].count(LayerType.mtp) == mtp),
+        f"{flag}: its layers of multi-token prediction (m) must be those of --mtp-num-layers {shape.mtp_num_layers}, "
+        "in the last stage; they need not be written",
+    )
     layers = flat.count(LayerType.decoder)
     require(
-        layers == num_layers,
-        f"{flag}: its {layers} layers (t) do not add up to --num-layers {num_layers}",
+        layers == shape.num_layers,
+        f"{flag}: its {layers} layers (t) do not add up to --num-layers {shape.num_layers}",
     )
     require(
         len(rows) % ranks == 0,

@@ -63,7 +63,7 @@ def layer_seconds(num_layers: int, split_layer: int, seconds: Seconds) -> list[f
     of_layers = [seconds["self_decoder" if layer < split_layer else "cross_decoder"] for layer in range(num_layers)]
     of_layers[0] += seconds["embedding"]
     of_layers[max(0, split_layer - 1)] += seconds["shared_kv"]
-    of_layers[-1] += seconds["output_layer"]
+    of_layers[-1] += seconds["output_layer"] + seconds.get("mtp", 0.0)
     return of_layers
 
 

@@ -18,7 +18,7 @@ class Stage:
 
     pre_process: holds the embedding; post_process: holds the head.
     makes_kv: projects the shared K,V; kv_in: how many sets of them arrive with the hidden states, always the last ones;
-    kv_out: how many leave with them.
+    kv_out: how many leave with them. mtp_layers: of multi-token prediction, behind the head's hidden states.
     """
 
     first: int
@@ -28,6 +28,7 @@ class Stage:
     makes_kv: bool = True
     kv_in: int = 0
     kv_out: int = 0
+    mtp_layers: int = 0
 
     def split(self, split_layer: int) -> tuple[int, int]:
         """(self-decoder layers, cross-decoder layers) held here; `split_layer` is the first of the cross-decoder."""
@@ -43,17 +44,18 @@ class Stage:
             "shared_kv": int(self.makes_kv),
             "cross_decoder": n_cross,
             "output_layer": int(self.post_process),
-        }
+        } | ({"mtp": 1} if self.mtp_layers else {})
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer, and
-    equal groups of them read one of `kv_sets` each."""
+    equal groups of them read one of `kv_sets` each, the last one `mtp_layers` of multi-token prediction, too."""
 
     cuts: tuple[int, ...]
     split_layer: int
     kv_sets: int = 1
+    mtp_layers: int = 0
 
     @property
     def count(self) -> int:
@@ -73,7 +75,7 @@ class StagePlan:
     @property
     def kv_reads(self) -> int:
         """Sets of K,V that each stage reads, all stages together."""
-        stages = list(pairwise(self.cuts))
+        stages = [*pairwise(self.cuts), *[(self.num_layers, self.num_layers + 1)] * self.mtp_layers]  # each reads anew
         return sum(max(of.start, first) < min(of.stop, last) for of in self._layers_of_sets for first, last in stages)
 
     def kv_arriving(self, g: int) -> int:
@@ -84,7 +86,7 @@ class StagePlan:
 
     @property
     def _layers_of_sets(self) -> list[range]:
-        return layers_of_sets(self.num_layers, self.split_layer, self.kv_sets)
+        return layers_of_sets(self.num_layers, self.split_layer, self.kv_sets, self.mtp_layers)
 
     def stage(self, g: int) -> Stage:
         """What stage g holds."""
@@ -96,6 +98,7 @@ class StagePlan:
             makes_kv=g == self.producer,
             kv_in=self.kv_arriving(g),
             kv_out=self.kv_arriving(g + 1),
+            mtp_layers=self.mtp_layers if g == self.count - 1 else 0,
         )
 
     def parts(self) -> list[dict[str, int]]:
@@ -109,25 +112,26 @@ class StagePlan:
         from megatron.core.transformer.enums import LayerType
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-        layout = config.pipeline_model_parallel_layout
+        layout, mtp_layers = config.pipeline_model_parallel_layout, config.mtp_num_layers or 0
         if layout is None:
             require(
                 config.pipeline_model_parallel_size == 1,
                 "--pipeline-model-parallel-size needs cuts: set --pipeline-model-parallel-layout, for example "
                 "by yoco_megatron.parallel.pipeline.planner",
             )
-            return StagePlan((0, config.num_layers), config.num_self_decoder_layers, config.shared_kv_sets)
+            return StagePlan((0, config.num_layers), config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers)
         if isinstance(layout, PipelineParallelLayerLayout):
             ranks, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
             rows = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(ranks)]
         else:
             rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
         counts = [row.count(LayerType.decoder) for row in rows]
-        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers, config.shared_kv_sets)
+        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers)
 
 
-def layout_string(counts: list[int]) -> str:
-    """Megatron's layout string for stages of that many layers: [2, 3] -> 'Ett|tttL'."""
+def layout_string(counts: list[int], mtp_layers: int = 0) -> str:
+    """Megatron's layout string for stages of that many layers: [2, 3] -> 'Ett|tttL', with one of multi-token prediction
+    'Ett|tttmL'."""
     stages = ["t" * count for count in counts]
-    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "m" * mtp_layers + "L"
     return "|".join(stages)
