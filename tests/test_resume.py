@@ -29,7 +29,7 @@ DEVICE_STATES = ("/torch_rng_state", "/cuda_rng_state")
 RUNS: dict[str, tuple[int, list[str]]] = {
     "fp32": (1, []),
     "bf16, distributed optimizer": (1, ["--bf16", *DISTRIBUTED]),
-    "fp32, distributed optimizer, windows": (1, [*DISTRIBUTED, *TINY_WINDOWS]),
+    "fp32, distributed optimizer, windows, two workers": (1, [*DISTRIBUTED, *TINY_WINDOWS, "--num-workers", "2"]),
     "transformer, bf16": (1, ["--architecture", "transformer", "--bf16"]),
     "TP2, bf16, distributed optimizer, dropout": (2, ["--bf16", *TP2, *DISTRIBUTED, "--hidden-dropout", "0.1"]),
 }

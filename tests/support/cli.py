@@ -26,7 +26,7 @@ _MODEL = shlex.split("""
 --num-query-groups 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 8
 --train-iters 20 --lr 1e-2 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 3
 --weight-decay 0.1 --clip-grad 1.0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
---log-interval 1 --eval-iters 2 --eval-interval 100
+--log-interval 1 --eval-iters 2 --eval-interval 100 --num-workers 0
 """)
 TINY = [*_MODEL, "--self-decoder-heads", "2"]
 TINY_WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-window", "5"]

@@ -19,7 +19,7 @@ def test_the_models_second_loss_is_that_of_its_logits(one_process):
     coeff, (tokens, labels) = 0.3, batch()
     mask = (torch.rand(labels.shape, generator=torch.Generator().manual_seed(3)) < 0.7).float()
     model = build(tiny_config(loss_chunk_size=7, z_loss_coeff=coeff, params_dtype=torch.float64))
-    args = SimpleNamespace(teacher=None, z_loss_coeff=coeff, check_for_nan_in_loss_and_grad=False)
+    args = SimpleNamespace(teacher=None, mtp_num_layers=None, z_loss_coeff=coeff, check_for_nan_in_loss_and_grad=False)
     args = SimpleNamespace(**vars(args), check_for_spiky_loss=False, calculate_per_token_loss=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "get_args", lambda: args)

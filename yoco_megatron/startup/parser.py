@@ -5,6 +5,8 @@ that its value has the right type.
 """
 
 import argparse
+import copy
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -60,15 +62,20 @@ class _HelpOfOurs(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Megatron's parser with our group: every flag that pretrain_gpt.py users know, and ours."""
-    parser = argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False)
-    return add_yoco_arguments(add_megatron_arguments(parser))
+    """Megatron's parser with our group: every flag that pretrain_gpt.py users know, and ours. Not to be changed."""
+    return _parser(**runtime.argument_defaults())
 
 
-def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group "YOCO", our defaults and our error messages to Megatron's parser."""
+@functools.cache  # it takes 0.05 s, and is asked for many times
+def _parser(**defaults: Any) -> argparse.ArgumentParser:
+    return _new_parser(defaults)
+
+
+def _new_parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    """With the group "YOCO", our defaults and our error messages; `defaults` win over ours, by destination."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False))
     group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
-    parser._option_string_actions["--self-decoder"].choices = list(MIXERS)
+    parser._option_string_actions["--self-decoder"].choices = MIXERS.keys()
     group.add_argument(
         "--allow-changed-data",
         action="store_true",
@@ -133,9 +140,7 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         if action.type not in (None, int, float, str, bool):
             action.type = _reading(action)
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(
-        **{dest: v for dest, v in (YOCO_DEFAULTS | runtime.argument_defaults()).items() if dest in known}
-    )
+    parser.set_defaults(**{dest: v for dest, v in (YOCO_DEFAULTS | defaults).items() if dest in known})
 
     def error(message: str) -> NoReturn:
         # argparse would print the usage of some nine hundred flags first.
@@ -144,7 +149,7 @@ def add_yoco_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
             message += nearest(flag, parser._option_string_actions)
         raise ValueError(message)
 
-    parser.error = error  # type: ignore[method-assign]
+    parser.error = error
     return parser
 
 
@@ -177,9 +182,12 @@ def parse_flags(argv: list[str], parser: argparse.ArgumentParser) -> argparse.Na
         all(token.partition("=")[0] != "--yaml-cfg" for token in merged),
         "--yaml-cfg replaces every other flag in Megatron, and knows none of ours: use --config",
     )
-    with mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]):
+    with (
+        mock.patch.object(sys, "argv", ["pretrain_yoco.py", *merged]),
+        mock.patch("megatron.training.arguments.add_megatron_arguments", return_value=parser),
+    ):
         try:
-            args = parse_args(extra_args_provider=add_yoco_arguments)
+            args = copy.deepcopy(parse_args())  # a list that is changed later is not the parser's default
         except RuntimeError as error:  # of --enable-msc without its package
             raise ValueError(str(error)) from error
     args.resolved_config = explicit_flags(merged)
@@ -204,13 +212,7 @@ def _with_configs(argv: list[str], parser: argparse.ArgumentParser) -> list[str]
 
 def explicit_flags(argv: list[str]) -> dict[str, Any]:
     """The flags that `argv` sets, by name without --, in the form that `load_config_files` reads back."""
-    parser = build_parser()
-    parser._defaults.clear()
-    # argparse gives typed values; what a YAML file should hold is what was written.
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-        action.type = None
-        action.choices = None
+    parser = _parser_of_text()
     namespace = parser.parse_args(argv)
     by_dest = {}
     for flag in (token.partition("=")[0] for token in argv):  # --flag value, or --flag=value
@@ -219,6 +221,18 @@ def explicit_flags(argv: list[str]) -> dict[str, Any]:
             value = True if action.nargs == 0 else getattr(namespace, action.dest)
             by_dest[action.dest] = (flag.lstrip("-").replace("_", "-"), value)
     return {name: _plain(value) for name, value in by_dest.values()}
+
+
+@functools.cache
+def _parser_of_text() -> argparse.ArgumentParser:
+    """argparse gives typed values; what a YAML file should hold is what was written."""
+    parser = _new_parser({})
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.type = None
+        action.choices = None
+    return parser
 
 
 def _plain(value: Any) -> Any:
