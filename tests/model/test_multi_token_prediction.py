@@ -15,10 +15,10 @@ from yoco_megatron.training.batch import labels_later
 EXACT = 1e-11
 pytestmark = pytest.mark.usefixtures("one_process")
 CASES = {
-    "retention, tied": (True, {}),
-    "windows, two sets of K,V, QK-norm and biases": (
+    "retention, tied": (True, dict(mtp_num_layers=1)),
+    "two layers, windows, two sets of K,V, QK-norm and biases": (
         False,
-        dict(self_decoder="sliding_window", shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True),
+        dict(mtp_num_layers=2, self_decoder="sliding_window", shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True),
     ),
 }
 
@@ -26,21 +26,27 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case: str, generator: torch.Generator) -> None:
     tied, overrides = CASES[case]
-    model = build_float64(tied, generator, loss_chunk_size=5, mtp_num_layers=1, **overrides).train()
+    model = build_float64(tied, generator, loss_chunk_size=5, **overrides).train()
     sizes, weights = sizes_of(model.config), leaves(model)
     tokens, labels = random_batch(generator)
     later = later_labels(model.config, labels)
     losses = model(tokens, labels=labels, later_labels=later)
-    assert losses.shape == (2, *labels.shape)
-    (losses[0].mean() + 0.3 * losses[1, :, :-1].mean()).backward()
-
     w = reference_model.weights_from_yoco(weights, sizes)
-    wanted = reference_model.mean_loss(reference_model.logits(w, tokens, sizes), labels)
-    logits = reference_model.mtp_logits(w, tokens, labels, sizes)[:, :-1]
-    of_mtp = reference_model.mean_loss(logits, labels[:, 1:])
-    assert relative_error(losses[0].mean(), wanted) < EXACT
-    assert relative_error(losses[1, :, :-1].mean(), of_mtp) < EXACT and not losses[1, :, -1].any()
-    wanted = torch.autograd.grad(wanted + 0.3 * of_mtp, list(weights.values()))
+    logits = [
+        reference_model.logits(w, tokens, sizes),
+        *reference_model.mtp_logits(w, tokens, labels, sizes, model.config.mtp_num_layers),
+    ]
+    assert losses.shape == (len(logits), *labels.shape)
+    total, wanted = torch.zeros(()), torch.zeros(())
+    for depth, (of_term, its_logits) in enumerate(zip(losses, logits)):
+        positions = labels.shape[1] - depth
+        assert not of_term[:, positions:].any()
+        mean = of_term[:, :positions].mean()
+        reference = reference_model.mean_loss(its_logits[:, :positions], labels[:, depth:])
+        assert relative_error(mean, reference) < EXACT
+        total, wanted = total + 0.3**depth * mean, wanted + 0.3**depth * reference
+    total.backward()
+    wanted = torch.autograd.grad(wanted, list(weights.values()))
     compare(gradients(model), dict(zip(weights, wanted)), EXACT)
 
 

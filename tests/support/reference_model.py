@@ -118,13 +118,21 @@ def logits(w: Weights, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
     return from_embeddings(w, w["embedding"][tokens_BT], sizes)
 
 
-def mtp_logits(w: Weights, tokens_BT: Tensor, next_BT: Tensor, sizes: Sizes) -> Tensor:
-    """Of the token after `next_BT`, by one more layer on the last K,V; weights named mtp.*."""
+def mtp_logits(w: Weights, tokens_BT: Tensor, labels_BT: Tensor, sizes: Sizes, layers: int) -> list[Tensor]:
+    """Of the first, second, ... token after `labels_BT`, by layers on the last K,V; weights named mtp0.*, mtp1.*, ...
+
+    The last positions, one for each layer, read tokens that are not theirs.
+    """
     x, kv = states(w, w["embedding"][tokens_BT], sizes)
     scale = x.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0
-    of_next = rms(w["embedding"][next_BT] * scale, sizes.eps) * w["mtp.embedding_norm"]
-    x = torch.cat((rms(x, sizes.eps) * w["mtp.hidden_norm"], of_next), dim=-1) @ w["mtp.projection"].T
-    return head(cross_layer(x, w, "mtp", *kv, sizes), w, sizes)
+    found = []
+    for depth in range(layers):
+        name = f"mtp{depth}"
+        of_next = rms(w["embedding"][labels_BT.roll(-depth, 1)] * scale, sizes.eps) * w[f"{name}.embedding_norm"]
+        x = torch.cat((rms(x, sizes.eps) * w[f"{name}.hidden_norm"], of_next), dim=-1) @ w[f"{name}.projection"].T
+        x = cross_layer(x, w, name, *kv, sizes)
+        found.append(head(x, w, sizes))
+    return found
 
 
 def from_embeddings(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> Tensor:
@@ -198,12 +206,12 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     for of in range(sizes.kv_sets):
         w |= norm_weight(f"decoder.shared_kv.k_layernorm.{of}", f"kv.{of}.k")
     places = {str(layer): f"decoder.layers.{layer}." for layer in range(sizes.num_layers)}
-    if "mtp_0.projection.weight" in state:
-        places["mtp"] = f"mtp_0.block.layers.{sizes.num_layers}."
+    for depth in range(sum(name.endswith(".projection.weight") for name in state)):
+        places[f"mtp{depth}"] = f"mtp_{depth}.block.layers.{sizes.num_layers + depth}."
         names = ("hidden_norm", "embedding_norm", "projection")
-        w |= {f"mtp.{name}": state[f"mtp_0.{name}.weight"] for name in names}
+        w |= {f"mtp{depth}.{name}": state[f"mtp_{depth}.{name}.weight"] for name in names}
     for layer, ours in places.items():
-        of_self_decoder = layer != "mtp" and int(layer) < sizes.num_self_decoder_layers
+        of_self_decoder = layer.isdigit() and int(layer) < sizes.num_self_decoder_layers
         own_name = get_mixer(sizes.self_decoder).init_name if of_self_decoder else "self_attention"
         mixer = f"{ours}{own_name}."
         w[f"{layer}.norm"] = state[f"{ours}input_layernorm.weight"]

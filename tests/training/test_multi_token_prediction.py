@@ -75,6 +75,7 @@ def test_the_baseline_has_none() -> None:
     ("given", "said"),
     [
         (["--mtp-num-layers", "1", "--teacher", "somewhere"], "--teacher is not built for --mtp-num-layers"),
+        (["--mtp-num-layers", "2", "--loss-suffix", "2"], "--loss-suffix 2 leaves --mtp-num-layers 2 without a loss"),
         (["--mtp-num-layers", "-1"], "--mtp-num-layers -1 must not be negative"),
         (["--mtp-loss-scaling-factor", "0.5"], "--mtp-loss-scaling-factor has no effect without --mtp-num-layers"),
     ],

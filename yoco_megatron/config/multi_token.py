@@ -3,6 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
+from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.utils.errors import require
 
 
@@ -34,3 +35,9 @@ def check_run(args: Namespace) -> None:
         ("--cuda-graph-impl", args.cuda_graph_impl != "none"),
     ):
         require(not asked, f"{flag} is not built for --mtp-num-layers: remove one of them")
+    suffix = suffix_length(args.loss_suffix, args.seq_length)
+    require(
+        suffix is None or suffix > args.mtp_num_layers,
+        f"--loss-suffix {args.loss_suffix} leaves --mtp-num-layers {args.mtp_num_layers} without a loss: it needs one "
+        "token more than there are layers",
+    )
