@@ -244,6 +244,7 @@ def check(
     from yoco_megatron.costs.memory import GIB, gpu_memory
     from yoco_megatron.costs.shape import ModelShape, parameter_count
     from yoco_megatron.startup.arguments import parse_for_job
+    from yoco_megatron.utils.small_files import BadFile
 
     per_node = cluster.get("gpus-per-node", 8)
     processes = options.nodes * per_node
@@ -255,7 +256,12 @@ def check(
             f"--tensor-model-parallel-size {tp} spans nodes of {per_node} GPUs: use at most {per_node}, and "
             "--pipeline-model-parallel-size for the rest"
         )
-    memory = gpu_memory(args, stages.parts() if stages else None)
+    parts, unread = stages.parts() if stages else None, []
+    try:
+        memory = gpu_memory(args, parts)
+    except BadFile as error:  # the job's nodes may have it
+        unread.append(f"WARNING: {error}: the teacher is not counted in this memory")
+        memory = gpu_memory(argparse.Namespace(**vars(args) | {"teacher": None}), parts)
     data = processes // (tp * pp * cp)
     lines = [
         f"{options.nodes} nodes x {per_node} = {processes} processes: tensor {tp} x pipeline {pp} x context {cp} x "
@@ -266,6 +272,7 @@ def check(
         else f"--seq-length {args.seq_length}",
         f"memory per GPU: {memory.states / GIB:.1f} GiB of states, about {memory.activations / GIB:.1f} GiB "
         "of activations",
+        *unread,
     ]
     limit = cluster.get("gpu-memory-gib")
     if limit and memory.states > limit * GIB:

@@ -28,14 +28,15 @@ from operator import mul
 from typing import Any
 
 from yoco_megatron.costs.optimizer import bytes_of_a_parameter, is_distributed
-from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters, routed_parameters
+from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters, routed_parameters
 from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recomputed_layers, stage_parameters
+from yoco_megatron.costs.teacher import TeacherMemory, teacher_shape
 from yoco_megatron.costs.traffic import travelling
 
 GIB = 1 << 30
 EXCHANGED = 4  # with several chunks a rank, on their way: one sent and one received, forward and backward
 CUDNN_BYTES = 4  # its backward pass has gradients of queries, keys and values of each head in fp32: by one measured row
-BETWEEN_STEPS = ("weights", "gradients", "optimizer")
+BETWEEN_STEPS = ("weights", "teacher", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Memory:
 
     @property
     def states(self) -> int:
-        """Weights, gradients, optimizer."""
-        return int(sum(self.parts[name] for name in BETWEEN_STEPS))
+        """Weights, the teacher's too, gradients, optimizer."""
+        return int(sum(size for name, size in self.parts.items() if name in BETWEEN_STEPS))
 
     @property
     def activations(self) -> int:
@@ -179,6 +180,9 @@ def _memory(
     read_kv = _kv_values(args, shape, tokens)
     normed_k = shape.shared_kv_sets * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
+    of_teacher = teacher_shape(args, shape)
+    teacher = of_teacher and TeacherMemory(args, shape, of_teacher, e)
+    heads = 0 if args.attention_transfer else 1 + shape.mtp_num_layers
 
     def mtp(held: int) -> dict[str, float]:
         """Its layers, each with four inputs and outputs of norms, and K,V laid out anew."""
@@ -201,13 +205,8 @@ def _memory(
             "shared K,V": tokens * (2 * e * shape.hidden_size / split + normed_k / tp) * chunk.get("shared_kv", 0)
             + e * (len(sets) * read_kv + arrived * arrived_kv),
             **mtp(chunk.get("mtp", 0)),
-            "head": (1 + shape.mtp_num_layers)
-            * 2
-            * e
-            * rows
-            * shape.hidden_size
-            / split
-            * chunk.get("output_layer", 0),
+            "head": heads * 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
+            **({"teacher's hidden states": teacher.stored(chunk, tokens, rows, split)} if teacher else {}),
         }
 
     each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
@@ -230,15 +229,22 @@ def _memory(
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
                 behind = (count - recomputed) * plain[kind]
                 peak = max(peak, layer + gradient - free - behind - sizes["head"])
+        if teacher:
+            # Before the student's layers; in attention transfer beside each of them.
+            behind = 0.0 if args.attention_transfer else sum(sizes.values())
+            peak = max(peak, teacher.layer_in_forward(tokens, split) - behind)
         return peak
 
     stored, extra = [sum(sizes.values()) for sizes in each], [added(*one) for one in zip(chunks, each)]
     begun, active = max(moments, key=lambda moment: sum(map(mul, moment[0], stored)) + extra[moment[1]])
     parts = _states(args, shape, chunks)
+    if teacher:
+        parts["teacher"] = teacher.weights(chunks)
     for name in dict.fromkeys(name for sizes in each for name in sizes):
         parts[name] = sum(count * sizes.get(name, 0.0) for count, sizes in zip(begun, each))
     sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
     crossing = e * (tokens * shape.hidden_size / split + sets * arrived_kv) if len(chunks) > 1 else 0.0
+    crossing += teacher.crossing(tokens, split) if teacher and crossing else 0.0
     return Memory(parts | {"loss and layer in backward": extra[active], "crossing stages": EXCHANGED * crossing})
 
 
@@ -254,14 +260,23 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     # All ranks of a stage together hold it once, however experts are divided.
     optimizer_held = stage_parameters(parts, shape) / tp if is_distributed(args) else held
     low = _bytes_of_a_value(args) == 2
+    trained = _trained_share(args, shape, parts)
     optimizer = bytes_of_a_parameter(args, shape, parts)
     # Transformer Engine keeps each matrix in FP8 twice, for the products of forward and of backward.
     copies = 2 * in_layers if args.fp8 and not args.fp8_param_gather else 0
     return {
         "weights": held * (2 if low else 4) + copies,
-        "gradients": held * 4,
-        "optimizer": optimizer_held * optimizer / shards,
+        "gradients": held * 4 * trained,
+        "optimizer": optimizer_held * optimizer / shards * trained,
     }
+
+
+def _trained_share(args: Namespace, shape: ModelShape, parts: Parts) -> float:
+    """Of the parameters that a rank holds; attention transfer trains the projections of attention alone."""
+    if not args.attention_transfer:
+        return 1.0
+    attention = attention_parameters(shape)
+    return sum(parts.get(kind, 0) * count for kind, count in attention.items()) / stage_parameters(parts, shape)
 
 
 def _bytes_of_a_value(args: Namespace) -> int:
@@ -326,6 +341,8 @@ def _stored_for_recompute(args: Namespace, shape: ModelShape, kind: str, split: 
 def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
     """The same of one without full recompute."""
     e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_width(kind)
+    if args.attention_transfer:  # the normed input, and in fp32 how far its output is off the teacher's
+        return (e + 4) * hidden / split + _mixer_bytes(args, shape, kind) / args.tensor_model_parallel_size
     # FP8 stores the inputs of linear layers in a byte a value, but those of attention's, which its kernel stores.
     of_linear = 1 if args.fp8 else e
     norms = 0 if _recomputes(args, "layernorm") else 2 * of_linear * hidden
@@ -348,6 +365,8 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
     gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
     e, tp = _bytes_of_a_value(args), args.tensor_model_parallel_size
     ffn = e * shape.ffn_width(kind) / tp / args.mlp_chunks_for_training
+    if args.attention_transfer:
+        return 3 * e * shape.hidden_size + _mixer_bytes(args, shape, kind) / tp
     if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
         return 3 * ffn + 3 * e * shape.hidden_size + again
@@ -379,11 +398,12 @@ def _loss(args: Namespace, shape: ModelShape, rows: float) -> float:
     With --loss-chunk-size the logits of a chunk alone, which their gradient replaces, in the dtype of training; and the
     output layer's gradient in fp32 where it is not added to Megatron's buffer (ops/linear_cross_entropy/torch.py).
     """
-    if not shape.padded_vocab_size:
+    if not shape.padded_vocab_size or args.attention_transfer:
         return 0
     vocab_rows = shape.vocab_rows / args.tensor_model_parallel_size
     if not args.loss_chunk_size:
         return (_bytes_of_a_value(args) + 4) * rows * vocab_rows
     logits = _bytes_of_a_value(args) * min(args.loss_chunk_size, rows) * vocab_rows
-    logits *= 1 + shape.mtp_num_layers  # each loss keeps those of its last chunk until backward
+    # Each loss keeps those of its last chunk until backward, and those of a teacher beside them.
+    logits *= 1 + shape.mtp_num_layers + (args.teacher is not None)
     return logits + (0 if args.gradient_accumulation_fusion else 4 * vocab_rows * shape.hidden_size)

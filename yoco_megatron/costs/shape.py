@@ -196,6 +196,14 @@ def _ffn_parameters(shape: ModelShape, kind: str, active: bool) -> float:
     return (1 - share) * dense + share * (routed + d * shape.num_experts + shared)
 
 
+def attention_parameters(shape: ModelShape) -> dict[str, float]:
+    """Of one layer of each kind of `layer_matmul_parameters`, those that attention transfer trains: all but the FFN and
+    norms."""
+    matmul = layer_matmul_parameters(shape)
+    ffns = {kind: 0 if kind == "shared_kv" else _ffn_parameters(shape, kind, False) for kind in matmul}
+    return {kind: count - ffns[kind] for kind, count in matmul.items()}
+
+
 def routed_parameters(shape: ModelShape, kind: str | None = None) -> int:
     """Those of all experts but shared ones and routers, in one layer of a kind in the mean, or in the whole model."""
     if not shape.num_experts or not shape.moe_ffn_hidden_size:

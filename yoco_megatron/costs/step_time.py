@@ -12,27 +12,32 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
 from yoco_megatron.costs.optimizer import is_distributed, newton_schulz_flops
 from yoco_megatron.costs.schedule import about_waiting_seconds, waiting_seconds
-from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters
 from yoco_megatron.costs.stage_time import (
     RECOMPUTE_FACTOR,
     Parts,
+    Rates,
     kv_sets_read,
+    loss_chunks,
     of_rank,
     part_seconds_of_run,
     recomputed_layers,
     stage_parameters,
 )
+from yoco_megatron.costs.teacher import teacher_parts, teacher_shape
 from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, travelling
 
 BYTES = 2  # a value on its way: bf16
 # All-gathers and reduce-scatters of a layer's hidden states: two of each forward and backward, two gathers once more.
 TENSOR_EXCHANGES, RECOMPUTED_EXCHANGES = 10, 4
+FORWARD_EXCHANGES = 4 / TENSOR_EXCHANGES
 FP8_EXCHANGES = 0.7  # of the bytes: the six gathers are of FP8 values, the four reduce-scatters are not
 EXPOSED_WITH_OVERLAP = 0.85  # of them, with --tp-comm-overlap: 3B TP2
 EXPOSED_RING = 0.5  # of a Transformer's ring attention
@@ -46,10 +51,10 @@ class StepTime:
     """Seconds of a step."""
 
     parts: Mapping[str, float]
-    """{what: seconds} of the slowest pipeline rank: compute, host, tensor, context, bubble, pipeline, data,
-    optimizer."""
+    """{what: seconds} of the slowest pipeline rank: compute, host, tensor, context, the forward pass of a teacher if
+    there is one, bubble, pipeline, data, optimizer."""
     stages: tuple[Mapping[str, float], ...]
-    """{compute, host, tensor, context: seconds} of a micro-batch on each stage."""
+    """{compute, host, tensor, context, teacher: seconds} of a micro-batch on each stage."""
 
     @property
     def seconds(self) -> float:
@@ -82,13 +87,24 @@ def step_time(
     kinds = (False, True) if args.recompute_granularity == "full" else (False,)
     layers = {recompute: _layers(args, shape, card, recompute) for recompute in kinds}
     read = kv_sets_read(stages, shape)
-    per_stage = tuple(_stage(args, shape, card, stage, len(sets), layers) for stage, sets in zip(stages, read))
+    teacher = teacher_shape(args, shape)
+    per_stage: tuple[dict[str, float], ...] = tuple(
+        _stage(args, shape, card, stage, len(sets), layers) for stage, sets in zip(stages, read)
+    )
+    if teacher:
+        forward_of = _teacher_layers(args, teacher, card)
+        for seconds, stage in zip(per_stage, stages):
+            beside = teacher_parts(stage, shape, teacher)
+            seconds["teacher"] = sum(number * forward_of[kind] for kind, number in beside.items())
     ranks = [{part: sum(stage[part] for stage in per_stage[rank::pp]) for part in per_stage[0]} for rank in range(pp)]
     totals = [sum(rank.values()) for rank in ranks]
     slowest = max(range(pp), key=totals.__getitem__)
 
     times = [sum(stage.values()) for stage in per_stage]
     forward = 1 / 4 if args.recompute_granularity == "full" else 1 / 3
+    if teacher:
+        of_teacher = sum(stage["teacher"] for stage in per_stage) / sum(times)
+        forward = of_teacher + forward * (1 - of_teacher)
     waiting = waiting_seconds if by_schedule else about_waiting_seconds
     bubble = waiting(times, pp, count, forward)
     sends = 0.0
@@ -97,6 +113,8 @@ def step_time(
         behind = [sets for stage, sets in zip(stages, read) if sets and not stage.get("shared_kv")]
         kv_sets = max((shape.shared_kv_sets - sets.start for sets in behind), default=0)
         size = boundary_bytes(shape, 1, BYTES, kv_sets) * tokens / tp
+        if teacher and not args.attention_transfer:
+            size += BYTES * teacher.hidden_size * tokens / tp
         both_ways = 2 * card.link(args.world_size).seconds(size)
         exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
         sends = both_ways * (count * exposed + 2 * (pp - 1))
@@ -123,7 +141,8 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
     tp, cp, sequences = args.tensor_model_parallel_size, args.context_parallel_size, args.micro_batch_size
     tokens = args.seq_length * sequences / cp
     seconds = part_seconds_of_run(shape, args, card.rates(args), recompute)
-    exchanges = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * recompute
+    exchanges: float = TENSOR_EXCHANGES + RECOMPUTED_EXCHANGES * recompute
+    exchanges /= 2 if args.attention_transfer else 1  # no FFN
     exposed = EXPOSED_WITH_OVERLAP if args.tp_comm_overlap else 1.0
     context = card.link(tp * cp)
     found = {}
@@ -131,6 +150,8 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
         parts = {"compute": 3 * third * tokens / tp, "host": 0.0, "tensor": 0.0, "context": 0.0}
         if kind in LAYERS:
             share = shape.query_share if kind == "cross_decoder" else 1.0
+            if args.attention_transfer:
+                parts["compute"] -= 3 * _ffn_seconds(shape, kind, card.rates(args)) * tokens / tp
             if _recomputes_mlp(args):
                 ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * (1 - shape.experts_share(kind))
                 parts["compute"] += ffn / card.rates(args).linear * share * tokens / tp
@@ -143,8 +164,35 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
                 received = _received_by_layer(args, shape, kind, recompute)
                 parts["context"] = context.seconds(received / tp) + 5 * context.latency
             parts["host"] = card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
+        elif args.attention_transfer:
+            parts["compute"] = 0.0
         found[kind] = parts
     return found
+
+
+def _ffn_seconds(shape: ModelShape, kind: str, rates: Rates) -> float:
+    """Of a token, forward, in a layer of attention transfer, which leaves them out."""
+    weights = layer_matmul_parameters(shape, active=True)[kind] - attention_parameters(shape)[kind]
+    return 2 * weights / rates.linear + rates.elementwise * shape.ffn_width(kind)
+
+
+def _teacher_layers(args: Namespace, teacher: ModelShape, card: Card) -> dict[str, float]:
+    """{kind: seconds of a micro-batch} in the forward pass of one layer of the teacher, or of another part."""
+    changed: dict[str, Any] = {
+        "architecture": "transformer",
+        "fp8": None,
+        "recompute_elementwise": False,
+        "attention_transfer": False,
+    }
+    changed |= {"recompute_granularity": None, "mlp_chunks_for_training": 1}
+    layers = _layers(Namespace(**vars(args) | changed), teacher, card, False)
+    forward = {
+        kind: max(parts["compute"] / 3 + parts["tensor"] * FORWARD_EXCHANGES + parts["context"] / 3, parts["host"] / 3)
+        for kind, parts in layers.items()
+    }
+    logits = 1 - 1 / loss_chunks(args, teacher)  # those made again in backward, of three passes and of one
+    head = 0.0 if args.attention_transfer else forward["output_layer"] * (1 + logits) / (1 + logits / 3)
+    return forward | {"output_layer": head}
 
 
 def _stage(

@@ -25,7 +25,7 @@ from yoco_megatron.utils.errors import require
 Main = Callable[[list[str]], None]
 # Nothing of a user's is read or written: no data, no checkpoint, no logs.
 NO_FILES = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
-FILES = ("load", "save", "run_folder", "tensorboard_dir", "data_path", "data_args_path", "train_data_path")
+FILES = ("load", "save", "run_folder", "tensorboard_dir", "data_path", "data_args_path", "train_data_path", "teacher")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.costs.optimizer import MATRIX_OPTIMIZERS
 from yoco_megatron.utils.errors import nearest, require
 
-# Megatron's: flag -> (type, default). A type of bool is a switch, and one that starts with "no-" turns its field off;
-# a tuple has the words to choose from.
+# Megatron's, and two of distillation: flag -> (type, default). A type of bool is a switch, and one that starts with
+# "no-" turns its field off; a tuple has the words to choose from.
 Kind = type | tuple[str, ...]
 MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "num-layers": (int, None),
@@ -82,6 +82,8 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "fp16-lm-cross-entropy": (bool, False),
     "cross-entropy-loss-fusion": (bool, False),
     "no-gradient-accumulation-fusion": (bool, True),
+    "teacher": (str, None),
+    "attention-transfer": (bool, False),
 }
 DESTINATIONS = {"fp8-format": "fp8"}
 

@@ -21,6 +21,7 @@ from yoco_megatron.costs.memory import (
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, part_seconds_of_run
 from yoco_megatron.costs.step_time import StepTime, mfu, step_time
+from yoco_megatron.costs.teacher import check_mesh as check_teacher
 from yoco_megatron.parallel.pipeline.planner import filled_cuts, layer_seconds, plan_cuts
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.utils.errors import require
@@ -47,6 +48,7 @@ class Plan:
         shape = ModelShape.from_args(args)
         check_mesh(args)
         check_optimizer(args)
+        check_teacher(args, shape)
         if args.architecture == "yoco":
             check_model(resolved(args))
             check_stages(args)

@@ -10,6 +10,7 @@ from typing import Any
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB, data_parallel_size, num_microbatches
 from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.teacher import divides, teacher_shape
 from yoco_megatron.planning.flags import set_padded_vocab_size
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
 from yoco_megatron.utils.errors import require
@@ -49,6 +50,7 @@ FIXES = {
     "virtual stages without a pipeline": "remove --num-virtual-stages-per-pipeline-rank",
     "tensor parallelism over nodes": "use a smaller --tensor-model-parallel-size",
     "heads or widths do not divide": "use a smaller --tensor-model-parallel-size",
+    "stages hold the same layers of teacher and student": "train without a pipeline, on more GPUs if states do not fit",
     "sequence does not divide": "use another --seq-length",
     "batch does not divide": "use another --global-batch-size, or another number of GPUs",
     "more stages than layers": "use fewer stages",
@@ -186,6 +188,11 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     if any(size % tp for size in (*split, shape.self_decoder_heads, shape.self_decoder_query_groups)):
         return "heads or widths do not divide"
+    teacher = teacher_shape(mesh, shape)
+    if teacher and not divides(tp, teacher):
+        return "heads or widths do not divide"
+    if teacher and pp > 1 and teacher.num_layers != shape.num_layers:
+        return "stages hold the same layers of teacher and student"
     if mesh.seq_length % (tp * cp) or (cp > 1 and mesh.seq_length % (2 * cp)):
         return "sequence does not divide"
     if mesh.global_batch_size % (data_parallel_size(mesh) * mesh.micro_batch_size):
@@ -213,7 +220,7 @@ def _with_least_recompute(
         args = Namespace(**vars(mesh) | recompute)
         return Plan(args, shape, card, nearly_best_stages(args, shape), roughly=True)
 
-    held = own.keys() & NO_RECOMPUTE.keys()
+    held = own.keys() & NO_RECOMPUTE.keys() or mesh.attention_transfer
     for recompute in ({},) if held else (NO_RECOMPUTE,) if mesh.fp8 else (NO_RECOMPUTE, ELEMENTWISE):
         plan = plan_of(recompute)
         if plan.fits:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from yoco_megatron.convert.readers import Found, SafeTensors, check_shapes, drop_tied_head
+from yoco_megatron.costs.teacher import FAMILIES
 from yoco_megatron.mixers.record import Shape
 from yoco_megatron.utils import small_files
 from yoco_megatron.utils.errors import require
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Tensors by the end of their name -> why the YOCO made of their model would be another one.
 NO_PLACE = {
     ".o_proj.bias": "a bias behind attention, which a YOCO does not have",
