@@ -13,7 +13,16 @@ from benchmarks.mesh import Mesh
 
 SAVED, LOADED = "TP2xPP2xDP2", ("CP8", "DP8", "TP2xCP4")
 HALF, WHOLE = 2, 4
-FLAGS = (*TINY, "--micro-batch-size", "1", "--train-iters", str(WHOLE), "--use-distributed-optimizer")
+FLAGS = (
+    *TINY,
+    "--micro-batch-size",
+    "1",
+    "--train-iters",
+    str(WHOLE),
+    "--use-distributed-optimizer",
+    "--eval-iters",
+    "0",
+)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from yoco_megatron.evaluation.tasks.phonebook import Phonebook
 from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.upstream import between_steps
 
-STEPS, INTERVAL = 6, 2
+STEPS, INTERVAL = 4, 2
 MESHES = {
     "TP2": (
         *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
@@ -37,7 +37,7 @@ MESHES = {
 
 def flags(tokenizer: Path, *more: str) -> list[str]:
     text = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--vocab-size", "400")
-    steps = ("--train-iters", str(STEPS), "--seq-length", "320", "--eval-interval", "3")
+    steps = ("--train-iters", str(STEPS), "--seq-length", "320", "--eval-interval", "2")
     return [*TINY, *text, *steps, "--global-batch-size", "4", "--micro-batch-size", "1", *more]
 
 

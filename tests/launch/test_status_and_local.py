@@ -37,7 +37,7 @@ def cpu(run: Path, *flags: str) -> subprocess.Popen:
 def test_interrupted_then_finished(tmp_path):
     """Ctrl-C saves and stops; the same command goes on, and a third time there is nothing to do."""
     run = tmp_path / "a run"
-    process = cpu(run, "--train-iters", "200", "--save-interval", "1000")
+    process = cpu(run, "--train-iters", "60", "--save-interval", "1000")
     end = time.monotonic() + 120
     while not any((run / "logs").glob("*")):  # torchrun is up, the first step seconds away
         assert time.monotonic() < end and process.poll() is None, process.communicate()[0][-2000:]
@@ -46,12 +46,12 @@ def test_interrupted_then_finished(tmp_path):
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "done the trigger file `exit`" in text
     stopped = status(run)
-    assert stopped["state"] == "done" and 0 < stopped["last_checkpoint"] == stopped["step"] < 200
-    text, _ = cpu(run, "--train-iters", "200", "--save-interval", "1000").communicate(timeout=240)
+    assert stopped["state"] == "done" and 0 < stopped["last_checkpoint"] == stopped["step"] < 60
+    text, _ = cpu(run, "--train-iters", "60", "--save-interval", "1000").communicate(timeout=240)
     assert "done all of --train-iters" in text, text[-2000:]
     finished = status(run)
-    assert finished["step"] == finished["of"] == 200 and finished["restarts"] == 1
-    assert finished["tokens"] == 200 * 8 * 32 and finished["tokens_per_second"] > 0
+    assert finished["step"] == finished["of"] == 60 and finished["restarts"] == 1
+    assert finished["tokens"] == 60 * 8 * 32 and finished["tokens_per_second"] > 0
     text, _ = cpu(run).communicate(timeout=60)
     assert text.startswith("local.sh: done the run has finished; to train longer, remove ")
 
