@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,22 +21,33 @@ from support.disks import small_disk
 # The longest files, which start first (make test): one of them at the end would leave the other workers idle.
 LONG = (
     "launch/test_slurm.py",  # waits for most of its time
-    "test_meshes.py",
+    "parallel/test_context_parallel.py",
+    "parallel/test_pipeline.py",
+    "convert/test_convert.py",
     "test_survival.py",
-    "test_sequences.py",
     "test_resume.py",
-    "test_pipeline_training.py",
+    "parallel/test_experts.py",
+    "parallel/test_query_shard.py",
+    "distillation/test_distillation.py",
     "benchmarks/test_length_extension.py",
-    "training/test_loss_masks.py",
-    "test_packed_documents.py",
+    "test_sequences.py",
+    "ops/test_retention_kernels.py",
+    "hf/test_folder.py",
+    "distillation/test_transfer.py",
+    "test_meshes.py",
+    "test_pipeline_training.py",
     "evaluation/test_in_training.py",
     "evaluation/test_mesh_backend.py",
-    "parallel/test_context_parallel_kernels.py",
     "launch/test_status_and_local.py",
-    "convert/test_convert.py",
+    "dry_run/test_confirm.py",
+    "costs/test_traffic.py",
+    "parallel/test_parity.py",
+    "benchmarks/test_inference.py",
     "convert/test_convert_memory.py",
-    "hf/test_folder.py",
     "corpus/test_preprocess_resume.py",
+    "parallel/test_context_parallel_kernels.py",
+    "test_experts.py",
+    "training/test_loss_masks.py",
     "tools/test_generate.py",
 )
 
@@ -46,6 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not runtime.has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))
+
+
+@pytest.fixture(autouse=True)
+def no_state_machine() -> Iterator[None]:
+    """Megatron makes its rerun state machine when it is first asked for: the next test would go on with this one's."""
+    yield
+    if machine := sys.modules.get("megatron.core.rerun_state_machine"):
+        machine.destroy_rerun_state_machine()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Results that are checked at the end of a step are checked as Megatron does at once."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from megatron.core.rerun_state_machine import (
     RerunDataIterator,
     RerunMode,
     RerunStateMachine,
-    destroy_rerun_state_machine,
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
@@ -21,11 +19,9 @@ RULES = dict(rejection_func=torch.isnan, message="found NaN", tolerance=0.0, fat
 
 
 @pytest.fixture(params=[RerunMode.DISABLED, RerunMode.VALIDATE_RESULTS])
-def machine(request: pytest.FixtureRequest) -> Iterator[RerunStateMachine]:
-    destroy_rerun_state_machine()  # a test before this one in the same process may have trained
+def machine(request: pytest.FixtureRequest) -> RerunStateMachine:
     initialize_rerun_state_machine(mode=request.param)
-    yield get_rerun_state_machine()
-    destroy_rerun_state_machine()
+    return get_rerun_state_machine()
 
 
 def steps(machine: RerunStateMachine, results: list[list[float]], reruns: list[list[float]] | None = None) -> None:
