@@ -128,3 +128,8 @@ def test_help_of_our_flags_alone(capsys):
     assert done.value.code == 0
     assert all(flag in shown for flag in ("--self-decoder-window", "--run-folder", "--verbose", "--help-yoco"))
     assert "--num-layers" not in shown.replace("--num-layers.", "") and len(shown.splitlines()) < 250
+
+
+def test_changed_lists_are_not_the_next_defaults():
+    arguments.parse(MINIMAL).profile_ranks.append(1)
+    assert arguments.parse(MINIMAL).profile_ranks == []
