@@ -63,6 +63,7 @@ def test_the_names_are_flags(parser):
         ("--eval-interval 0", "--eval-interval 0 must be at least 1"),
         ("--num-workers -1", "--num-workers -1 must not be negative"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be below 1"),
+        ("--muon-momentum 1.5", "--muon-momentum 1.5 must be below 1"),
         ("--seed 99999999999999999999", "--seed 99999999999999999999 is too large"),
         ("--hang-timeout 1e9 --run-folder run", "--hang-timeout 1000000000.0 is too large"),
         ("--fp16 --loss-scale-window 0", "--loss-scale-window 0.0 must be above 0"),

@@ -132,7 +132,7 @@ def test_an_optimizer_that_is_another(tmp_path: Path) -> None:
         resume(tmp_path)
     resume(tmp_path, "--no-load-optim")
     with pytest.raises(
-        ValueError, match=r"with no experts divided .*, and here it is experts divided .*, without --use"
+        ValueError, match=r"with no experts divided .*, and this run has experts divided .*, without --use"
     ):
         resume(
             tmp_path,

@@ -74,6 +74,7 @@ def test_the_baseline_has_none() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (["--mtp-num-layers", "64"], "--mtp-num-layers 64 predicts beyond a sequence of --seq-length"),
         (["--mtp-num-layers", "1", "--teacher", "somewhere"], "--teacher is not built for --mtp-num-layers"),
         (["--mtp-num-layers", "2", "--loss-suffix", "2"], "--loss-suffix 2 leaves --mtp-num-layers 2 without a loss"),
         (["--mtp-num-layers", "-1"], "--mtp-num-layers -1 must not be negative"),

@@ -30,6 +30,10 @@ def check_run(args: Namespace) -> None:
     """Rules of the arguments of a run of a YOCO. Raises ValueError."""
     if not args.mtp_num_layers:
         return
+    require(
+        args.mtp_num_layers < args.seq_length,
+        f"--mtp-num-layers {args.mtp_num_layers} predicts beyond a sequence of --seq-length {args.seq_length}",
+    )
     for flag, asked in (
         ("--teacher", args.teacher is not None),
         ("--cuda-graph-impl", args.cuda_graph_impl != "none"),

@@ -44,7 +44,17 @@ LIMITS = {
     "seed": 2**31,  # numpy takes 32 bits, and Megatron adds to it
     "hang_timeout": 60 * 24 * 365,  # a year, which clocks can hold
 }
-BELOW_ONE = {"adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout", "lr_warmup_fraction", "sgd_momentum"}
+BELOW_ONE = {
+    "adam_beta1",
+    "adam_beta2",
+    "attention_dropout",
+    "hidden_dropout",
+    "lion_beta1",
+    "lion_beta2",
+    "lr_warmup_fraction",
+    "muon_momentum",
+    "sgd_momentum",
+}
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

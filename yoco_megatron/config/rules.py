@@ -67,13 +67,13 @@ def check_sizes(config: Any) -> None:
     )
     self_groups, fix = config.self_decoder_query_groups, "each K,V head serves a whole group"
     require_divides(self_groups, self_heads, "--self-decoder-heads", "--self-decoder-query-groups", fix)
-    head_dims = {"--num-attention-heads": config.kv_channels}
+    head_dims = {"--num-attention-heads or --kv-channels": config.kv_channels}
     if n_self:
-        head_dims["--self-decoder-heads"] = config.self_decoder_head_dim
+        head_dims["--self-decoder-heads or --self-decoder-head-dim"] = config.self_decoder_head_dim
         mixer.check(config)
-    for flag, head_dim in head_dims.items():
+    for flags, head_dim in head_dims.items():
         require(
-            head_dim % 2 == 0, f"{flag} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
+            head_dim % 2 == 0, f"{flags} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
         )
 
 

@@ -54,7 +54,7 @@ def _check_optimizer(saved: Namespace, args: Namespace) -> None:
     was, now = _of_divided_experts(saved), _of_divided_experts(args)
     require(
         args.optimizer in ("adam", "sgd") or was == now,
-        f"--load {args.load} was trained with {was}, and here it is {now}: --optimizer {args.optimizer} needs the "
+        f"--load {args.load} was trained with {was}, and this run has {now}: --optimizer {args.optimizer} needs the "
         f"same; {new_one}",
     )
 
