@@ -1,10 +1,12 @@
 """The flags that plans read, against Megatron's parser."""
 
 import argparse
+from dataclasses import fields
 
 import pytest
 
 from yoco_megatron import runtime
+from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.planning import flags
 from yoco_megatron.startup.parser import build_parser
 
@@ -39,6 +41,12 @@ def test_flags_without_effect_are_taken_and_unknown_ones_refused():
         flags.parse([*MODEL, "--num-layers", "two"], gpus=2)
     with pytest.raises(ValueError, match="--global-batch-size is missing"):
         flags.parse(MODEL[:-2], gpus=1)
+
+
+def test_all_sizes_of_a_model_are_read():
+    made = {"padded_vocab_size", "tied", "num_queries"}  # of other flags
+    sizes = {field.name for field in fields(ModelShape) if not field.name.startswith("moe_")}  # experts are refused
+    assert sizes - made <= {action.dest for action in flags.build_parser()._actions}
 
 
 def test_config_then_command_line(tmp_path):

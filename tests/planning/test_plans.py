@@ -16,8 +16,8 @@ from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.costs.card import H100, Card
 from yoco_megatron.costs.memory import GIB, gpu_memory, in_flight
 from yoco_megatron.costs.schedule import _order
-from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_seconds
+from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.stage_time import part_seconds_of_run, stage_parameters, stage_seconds
 from yoco_megatron.planning import flags, report
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
 from yoco_megatron.planning.run import Site, goodput, plan_run, restart_budget
@@ -291,6 +291,17 @@ def test_published_interval():
 def test_meshes_that_cannot_be(flags, message):
     with pytest.raises(ValueError, match=message):
         Plan.of(parsed(*flags)[0], H100)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_multi_token_prediction_is_in_every_plan(ranks):
+    """Its layers are held by the last stage, with a copy of the embedding if that is not the first."""
+    args, _ = parsed("--mtp-num-layers", "2", "--pipeline-model-parallel-size", str(ranks))
+    plan = Plan.of(args, H100)
+    parts = parameter_count(plan.shape)
+    held = sum(stage_parameters(stage, plan.shape) for stage in plan.stages)
+    assert parts["mtp"] and held == sum(parts.values()) + (ranks - 1) * parts["embedding"]
+    assert "MTP head" in report.explain_report(plan)
 
 
 def test_runs_that_cannot_be(found):

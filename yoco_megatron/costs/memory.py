@@ -140,7 +140,7 @@ def _in_flight(pp: int, rank: int, chunks: int, microbatches: int) -> tuple[tupl
 
 
 def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
-    """As many layers in each stage, as Megatron cuts a Transformer."""
+    """As many layers in each stage, as Megatron cuts a Transformer; those of multi-token prediction are in the last."""
     count = args.pipeline_model_parallel_size * (args.num_virtual_stages_per_pipeline_rank or 1)
     before, behind = args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split
     places = shape.num_layers + before + behind  # the embedding and the loss may count as a layer each
@@ -155,6 +155,8 @@ def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
             held = {"self_decoder": self_layers, "cross_decoder": stop - first - self_layers}
             held["shared_kv"] = int(first < split <= stop)
         stages.append(held | {"embedding": int(first == 0), "output_layer": int(stop == shape.num_layers)})
+    if shape.mtp_num_layers:
+        stages[-1] = {**stages[-1], "mtp": 1}
     return stages
 
 

@@ -26,6 +26,7 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "ffn-hidden-size": (int, None),
     "num-attention-heads": (int, None),
     "num-experts": (int, None),
+    "mtp-num-layers": (int, None),
     "group-query-attention": (bool, False),
     "num-query-groups": (int, 1),
     "kv-channels": (int, None),
@@ -135,6 +136,10 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     numbers.check(args, parser)
     own = vars(_without_defaults(parser).parse_args(rest))
     experts.refuse(args, "the planner")
+    require(
+        args.architecture == "yoco" or not args.mtp_num_layers,
+        f"--mtp-num-layers {args.mtp_num_layers} is refused on --architecture {args.architecture}: remove it",
+    )
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
         require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")

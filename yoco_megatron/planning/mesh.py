@@ -153,7 +153,7 @@ def _counts(layout: str, num_layers: int, ranks: int) -> list[int]:
     """Layers of each stage of 'Ett|tttL'."""
     counts = [stage.count("t") for stage in layout.split("|")]
     require(
-        set(layout) <= set("Et|L") and sum(counts) == num_layers and len(counts) % ranks == 0,
+        set(layout) <= set("Et|mL") and sum(counts) == num_layers and len(counts) % ranks == 0,
         f"--pipeline-model-parallel-layout '{layout}': write stages of t, a multiple of {ranks} of them with "
         f"{num_layers} t in all, for example 'Ett|tttL'",
     )

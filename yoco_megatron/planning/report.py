@@ -209,5 +209,5 @@ def _merged(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _ends(stage: Any) -> str:
-    names = {"embedding": "embed", "shared_kv": "K,V", "output_layer": "head"}
+    names = {"embedding": "embed", "shared_kv": "K,V", "mtp": "MTP", "output_layer": "head"}
     return " ".join(name for part, name in names.items() if stage.get(part))
