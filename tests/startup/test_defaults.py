@@ -81,3 +81,19 @@ def test_an_evaluation_adds_no_points_to_the_trainings_curves(tmp_path):
     run = ["--run-folder", str(tmp_path), "--load", str(tmp_path)]
     assert arguments.parse([*MINIMAL, *run]).tensorboard_dir == str(tmp_path / "tensorboard")
     assert arguments.parse([*MINIMAL, *run, "--skip-train"]).tensorboard_dir is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "balanced"),
+    [
+        ("", False),
+        ("--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.01", False),
+        ("--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01", True),
+        ("--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0 0.01", True),
+        ("--moe-router-score-function sigmoid --moe-router-enable-expert-bias", True),
+    ],
+)
+def test_experts_that_nothing_balances(flags, balanced, capsys):
+    args = arguments.parse([*MINIMAL, "--num-experts", "4", "--moe-router-topk", "2", *flags.split()])
+    defaults.warn_of_unbalanced_experts(args)
+    assert ("nothing balances" in capsys.readouterr().out) is not balanced

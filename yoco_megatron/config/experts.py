@@ -26,6 +26,12 @@ def layers_with_experts(num_experts: int | None, moe_layer_freq: int | Sequence[
     return [bool(has) for has in moe_layer_freq]
 
 
+def are_balanced(config: Any) -> bool:
+    """Whether a loss or a bias keeps them from a router that takes the same few."""
+    losses = zip(_list(config.moe_router_load_balancing_type), _list(config.moe_aux_loss_coeff))
+    return config.moe_router_enable_expert_bias or any(kind != "none" and weight for kind, weight in losses)
+
+
 def check_sizes(config: Any) -> None:
     """Rules of the sizes. `config` has the fields of ModelShape. Raises ValueError."""
     if config.num_experts is None:

@@ -102,6 +102,7 @@ def parse_and_validate(argv: list[str], reduce_overhead: bool = True) -> tuple[N
     if args.rank == 0:
         run_lock.acquire(args)
     defaults.fill_in_save_interval(args)
+    defaults.warn_of_unbalanced_experts(args)
     finalize(args, reduce_overhead)
     check_loadable(args)  # again: the size of the vocabulary is known now
     require(

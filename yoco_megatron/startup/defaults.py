@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+from yoco_megatron.config import experts
 from yoco_megatron.config.resolve import resolve_loss_chunk
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.data import loss_masks, validation_sets
@@ -72,6 +73,15 @@ def fill_in_save_interval(args: Namespace) -> None:
     args.save_interval = args.train_iters or NEVER
     if args.rank == 0:
         print("--save-interval is missing: the run saves at its end alone, and loses all work if it fails before")
+
+
+def warn_of_unbalanced_experts(args: Namespace) -> None:
+    """Megatron's coefficient is 0 by default, and a model that was exported has none."""
+    if args.num_experts and not experts.are_balanced(args) and args.rank == 0:
+        print(
+            "WARNING: nothing balances the experts: set --moe-router-load-balancing-type and --moe-aux-loss-coeff, or "
+            "--moe-router-enable-expert-bias"
+        )
 
 
 def list_balancing_losses(args: Namespace) -> None:
