@@ -256,11 +256,12 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     parts = of_rank(chunks)
     of_experts = sum(parts.get(kind, 0) * routed_parameters(shape, kind) for kind in layer_matmul_parameters(shape))
     expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if of_experts else tp
-    held = (stage_parameters(parts, shape) - of_experts) / tp + of_experts / expert_ranks
+    whole = stage_parameters(parts, shape)
+    held = (whole - of_experts) / tp + of_experts / expert_ranks
     in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
     shards = data_parallel_size(args) * args.context_parallel_size if is_distributed(args) else 1
     # All ranks of a stage together hold it once, however experts are divided.
-    optimizer_held = stage_parameters(parts, shape) / tp if is_distributed(args) else held
+    optimizer_held = whole / tp if is_distributed(args) else held
     low = _bytes_of_a_value(args) == 2
     trained = _trained_share(args, shape, parts)
     optimizer = bytes_of_a_parameter(args, shape, parts)

@@ -21,7 +21,9 @@ layers have experts (--moe-layer-freq), what is said of one layer is the mean ov
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, Literal, Self
 
 from yoco_megatron.config import experts
@@ -159,7 +161,8 @@ class ModelShape:
         return cls(**read)
 
 
-def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> dict[str, float]:
+@cache
+def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> Mapping[str, float]:
     """Weights of the projections of one layer of each kind, norms left out; `shared_kv` counts as a kind, and so do all
     layers of multi-token prediction together, `mtp`, where there are any.
 
@@ -237,7 +240,8 @@ def layer_linear_values(shape: ModelShape) -> dict[str, float]:
     return {"self_decoder": outputs + 2 * d + ffn("self_decoder"), "cross_decoder": attention + ffn("cross_decoder")}
 
 
-def layer_vectors(shape: ModelShape) -> dict[str, float]:
+@cache
+def layer_vectors(shape: ModelShape) -> Mapping[str, float]:
     """Weights of the norms, and biases, of one layer of each kind of `layer_matmul_parameters`."""
     d, queries, width = shape.hidden_size, shape.num_attention_heads * shape.kv_channels, shape.kv_channels
 
@@ -257,7 +261,8 @@ def layer_vectors(shape: ModelShape) -> dict[str, float]:
     }
 
 
-def parameter_count(shape: ModelShape) -> dict[str, int]:
+@cache
+def parameter_count(shape: ModelShape) -> Mapping[str, int]:
     """Parameters of each part of the model; the parts add up to the whole, padded vocabulary included.
 
     Keys: embedding, self_decoder, shared_kv, cross_decoder, mtp if there is any (a transformer has `decoder` in place

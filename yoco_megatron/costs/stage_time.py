@@ -6,7 +6,6 @@ grows with the sequence, the projection to the shared K,V and the head belong to
 
 import math
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -143,7 +142,13 @@ def kv_sets_read(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
 
 def of_rank(chunks: Sequence[Parts]) -> Parts:
     """What a pipeline rank holds in all its model chunks."""
-    return sum(map(Counter, chunks), Counter())
+    if len(chunks) == 1:
+        return chunks[0]
+    total: dict[str, int] = {}
+    for chunk in chunks:
+        for part, count in chunk.items():
+            total[part] = total.get(part, 0) + count
+    return total
 
 
 def stage_parameters(parts: Parts, shape: ModelShape) -> int:

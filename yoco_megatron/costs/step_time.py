@@ -88,14 +88,14 @@ def step_time(
     layers = {recompute: _layers(args, shape, card, recompute) for recompute in kinds}
     read = kv_sets_read(stages, shape)
     teacher = teacher_shape(args, shape)
-    per_stage: tuple[dict[str, float], ...] = tuple(
-        _stage(args, shape, card, stage, len(sets), layers) for stage, sets in zip(stages, read)
-    )
-    if teacher:
-        forward_of = _teacher_layers(args, teacher, card)
-        for seconds, stage in zip(per_stage, stages):
-            beside = teacher_parts(stage, shape, teacher)
-            seconds["teacher"] = sum(number * forward_of[kind] for kind, number in beside.items())
+    distinct: dict[Any, dict[str, float]] = {}  # of some twenty stages a handful
+    keys = [(*stage.items(), len(sets)) for stage, sets in zip(stages, read)]
+    for key, stage, sets in zip(keys, stages, read):
+        if key not in distinct:
+            distinct[key] = _stage(args, shape, card, stage, len(sets), layers)
+            if teacher:
+                distinct[key]["teacher"] = _teacher_seconds(args, shape, teacher, card, stage)
+    per_stage = tuple(distinct[key] for key in keys)
     ranks = [{part: sum(stage[part] for stage in per_stage[rank::pp]) for part in per_stage[0]} for rank in range(pp)]
     totals = [sum(rank.values()) for rank in ranks]
     slowest = max(range(pp), key=totals.__getitem__)
@@ -119,7 +119,8 @@ def step_time(
         exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
         sends = both_ways * (count * exposed + 2 * (pp - 1))
 
-    held = max(stage_parameters(of_rank(stages[rank::pp]), shape) for rank in range(pp)) / tp
+    of_ranks = [of_rank(stages[rank::pp]) for rank in range(pp)]
+    held = max(stage_parameters(parts, shape) for parts in of_ranks) / tp
     shards = dp * cp
     reduced = 0.0
     if shards > 1:
@@ -127,7 +128,7 @@ def step_time(
         reduced = held * 6 * (shards - 1) / shards / card.link(args.world_size).bytes_per_second
         reduced = max(0.05 * reduced, reduced - totals[slowest])
     # Ranks of tensor parallelism each make the whole of Muon's updates (--muon-tp-mode duplicated).
-    of_muon = max(newton_schulz_flops(args, shape, of_rank(stages[rank::pp])) for rank in range(pp))
+    of_muon = max(newton_schulz_flops(args, shape, parts) for parts in of_ranks)
     optimizer = card.optimizer_ps * 1e-12 * held + of_muon / (card.linear_tflops * 1e12)
     optimizer /= shards if is_distributed(args) else 1
     optimizer += (card.step_ms + card.step_layer_ms * shape.num_layers / pp) * 1e-3
@@ -176,8 +177,8 @@ def _ffn_seconds(shape: ModelShape, kind: str, rates: Rates) -> float:
     return 2 * weights / rates.linear + rates.elementwise * shape.ffn_width(kind)
 
 
-def _teacher_layers(args: Namespace, teacher: ModelShape, card: Card) -> dict[str, float]:
-    """{kind: seconds of a micro-batch} in the forward pass of one layer of the teacher, or of another part."""
+def _teacher_seconds(args: Namespace, shape: ModelShape, teacher: ModelShape, card: Card, stage: Parts) -> float:
+    """Of a micro-batch in the forward pass of what stands beside a stage of the student."""
     changed: dict[str, Any] = {
         "architecture": "transformer",
         "fp8": None,
@@ -192,7 +193,8 @@ def _teacher_layers(args: Namespace, teacher: ModelShape, card: Card) -> dict[st
     }
     logits = 1 - 1 / loss_chunks(args, teacher)  # those made again in backward, of three passes and of one
     head = 0.0 if args.attention_transfer else forward["output_layer"] * (1 + logits) / (1 + logits / 3)
-    return forward | {"output_layer": head}
+    forward["output_layer"] = head
+    return sum(count * forward[kind] for kind, count in teacher_parts(stage, shape, teacher).items())
 
 
 def _stage(
