@@ -45,6 +45,7 @@ def check_mesh(args: Namespace, shape: ModelShape) -> None:
         require(not args.attention_transfer, "--attention-transfer needs --teacher")
         return
     require(shape.architecture == "yoco", f"{name} is for a YOCO: remove it, or --architecture transformer")
+    require(not shape.mtp_num_layers, f"{name} goes without --mtp-num-layers")
     have = f"{name} has {teacher.num_layers} layers, and the student {shape.num_layers}"
     alike, pp = teacher.num_layers == shape.num_layers, args.pipeline_model_parallel_size
     require(alike or not args.attention_transfer, f"{have}: --attention-transfer goes layer by layer")
