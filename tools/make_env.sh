@@ -19,5 +19,5 @@ if [ -z "$python" ]; then
     exit 1
 fi
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tools,data,dev,docs]'
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tools,data,dev,docs,optimizers]'
 echo "environment in $venv: $("$venv/bin/python" --version)"
