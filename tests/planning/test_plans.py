@@ -285,6 +285,7 @@ def test_published_interval():
         (["--pipeline-model-parallel-size", "64"], "64 pipeline stages .* are more than --num-layers 40"),
         (["--pipeline-model-parallel-layout", "Et|tL", "--pipeline-model-parallel-size", "2"], "with 40 t in all"),
         (["--pipeline-model-parallel-layout", "Et|tL"], "--pipeline-model-parallel-layout needs --pipeline-model"),
+        (["--mtp-num-layers", "1", "--cuda-graph-impl", "local"], "--cuda-graph-impl is not built for --mtp"),
         (["--num-virtual-stages-per-pipeline-rank", "4"], "needs --pipeline-model-parallel-size above 1"),
     ],
 )

@@ -27,6 +27,7 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "num-attention-heads": (int, None),
     "num-experts": (int, None),
     "mtp-num-layers": (int, None),
+    "mtp-loss-scaling-factor": (float, 0.1),
     "group-query-attention": (bool, False),
     "num-query-groups": (int, 1),
     "kv-channels": (int, None),

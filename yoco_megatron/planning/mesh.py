@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 
+from yoco_megatron.config import multi_token
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_mesh, check_model, check_optimizer, check_stages
 from yoco_megatron.costs.card import Card
@@ -51,6 +52,8 @@ class Plan:
         check_teacher(args, shape)
         if args.architecture == "yoco":
             check_model(resolved(args))
+            multi_token.check_model(args)
+            multi_token.check_run(args)
             check_stages(args)
         ranks, microbatches = args.pipeline_model_parallel_size, num_microbatches(args) or 1
         require(
