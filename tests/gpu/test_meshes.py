@@ -52,12 +52,11 @@ EXPERTS = (
     "--num-experts 8 --moe-ffn-hidden-size 256 --moe-shared-expert-intermediate-size 256 --moe-router-dtype fp32 "
     "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 --moe-token-dispatcher-type alltoall"
 )
+ALL_DIVIDE = f"--expert-model-parallel-size {GPUS}"
 EXPERT_MESHES = {
-    f"DP{GPUS}": f"--expert-model-parallel-size {GPUS}",
-    "TP2"
-    if GPUS == 2
-    else f"TP2xDP{GPUS // 2}": f"--expert-model-parallel-size {GPUS} --expert-tensor-parallel-size 1",
-    MESHES[0]: "",
+    "EP": (f"DP{GPUS}", ALL_DIVIDE),
+    "TP2 EP ETP1": ("TP2" if GPUS == 2 else f"TP2xDP{GPUS // 2}", f"{ALL_DIVIDE} --expert-tensor-parallel-size 1"),
+    MESHES[0]: (MESHES[0], ""),
 }
 
 
@@ -114,7 +113,8 @@ def test_goes_on_from_another_mesh(mesh: str, kind: str, changed: Runs) -> None:
 @pytest.fixture(scope="module")
 def with_experts() -> Runs:
     return Runs(
-        GPUS, {mesh: flags_of(mesh, "gated_retention", f"{EXPERTS} {more}") for mesh, more in EXPERT_MESHES.items()}
+        GPUS,
+        {name: flags_of(mesh, "gated_retention", f"{EXPERTS} {more}") for name, (mesh, more) in EXPERT_MESHES.items()},
     )
 
 
