@@ -27,6 +27,8 @@ WRONG = [
     ("num_self_decoder_layers", 4),
     ("num_self_decoder_layers", -1),
     ("shared_kv_sets", 0),
+    ("mtp_num_layers", -1),
+    ("mtp_num_layers", 1.0),
     ("shared_kv_sets", 3),  # of two cross-decoder layers
     ("shared_kv_sets", None),
     ("sliding_window", -1),

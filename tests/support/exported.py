@@ -31,7 +31,7 @@ def twin_config(model: YOCOModel, **more: Any) -> YocoConfig:
     """Its configuration, from the trainer's."""
     config = model.config
     known = {"vocab_size": model.vocab_size, "rope_theta": 10000, "max_position_embeddings": model.max_sequence_length}
-    fields = config_fields.arguments_of(config.num_experts)
+    fields = config_fields.arguments_of(config)
     same = {name: getattr(config, theirs) for name, theirs in fields.items() if name not in known}
     return YocoConfig(**known, **same, tie_word_embeddings=model.share_embeddings_and_output_weights, **more)
 

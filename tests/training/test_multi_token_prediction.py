@@ -55,7 +55,7 @@ def test_two_processes(alone: dict[str, dict], tmp_path: Path) -> None:
     }
     runs = Runs(2, {name: (*FLAGS, *flags) for name, flags in meshes.items()})
     exported = open_source("megatron", str(tmp_path))
-    assert not any("mtp" in name for name in exported.dtypes)
+    assert "model.mtp_layers.0.proj.weight" in exported.dtypes and exported.config.mtp_num_layers == 1
     for name in meshes:
         found = losses(runs[name])
         wanted = alone["suffix" if name.endswith("suffix") else "whole"]

@@ -57,13 +57,16 @@ EXPERTS = {
     "n_group": "moe_router_num_groups",
     "topk_group": "moe_router_group_topk",
 }
+# The same of a model with layers of multi-token prediction.
+MULTI_TOKEN = {"mtp_num_layers": "mtp_num_layers"}
 # Arguments whose flag has another name, or says the opposite.
 FLAGS = {"layernorm_epsilon": "norm-epsilon", "scale_embedding": None}
 
 
-def arguments_of(num_experts: int | None) -> dict[str, str]:
-    """YocoConfig's field -> Megatron's argument, of models with experts or without."""
-    return SAME if num_experts is None else SAME | EXPERTS
+def arguments_of(model: Any) -> dict[str, str]:
+    """YocoConfig's field -> Megatron's argument: those that a model, by its YocoConfig or its arguments, has."""
+    experts = {} if model.num_experts is None else EXPERTS
+    return SAME | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 
 def from_args(args: Namespace, **more: Any) -> YocoConfig:
@@ -78,7 +81,7 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
     )
     get_mixer(args.self_decoder).require("tensors", "conversion")
     values = vars(resolved(args))
-    fields = {ours: values[theirs] for ours, theirs in arguments_of(args.num_experts).items()}
+    fields = {ours: values[theirs] for ours, theirs in arguments_of(args).items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)
 
 
@@ -88,7 +91,7 @@ def sizes(config: YocoConfig) -> ModelShape:
     Raises:
         ValueError: sizes that describe no model.
     """
-    read = {theirs: getattr(config, ours) for ours, theirs in arguments_of(config.num_experts).items()}
+    read = {theirs: getattr(config, ours) for ours, theirs in arguments_of(config).items()}
     if isinstance(config.moe_layer_freq, list):
         read["moe_layer_freq"] = tuple(config.moe_layer_freq)
     names = {field.name for field in dataclasses.fields(ModelShape)} & read.keys()
@@ -103,9 +106,7 @@ def sizes(config: YocoConfig) -> ModelShape:
 def to_flags(config: YocoConfig) -> dict[str, Any]:
     """The flags of pretrain_yoco.py that describe the model, as a config file holds them: none of another mixer."""
     unused = options_of_others(config.self_decoder)
-    names = {
-        field: FLAGS.get(dest, dest) for field, dest in arguments_of(config.num_experts).items() if dest not in unused
-    }
+    names = {field: FLAGS.get(dest, dest) for field, dest in arguments_of(config).items() if dest not in unused}
     flags = {name: getattr(config, field) for field, name in names.items() if name is not None}
     flags |= {
         "architecture": "yoco",

@@ -218,9 +218,6 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
         raise BadFile(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
     args.padded_vocab_size = embedding[0][0]
     config = config_fields.from_args(args)
-    if args.mtp_num_layers:
-        logger.warning("the layers of --mtp-num-layers %s are left out: they are for training", args.mtp_num_layers)
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp_")}
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)
     check_shapes(tensors.folder, found, {entry.name: entry.shape(shapes) for entry in entries}, RESOLVED)

@@ -14,6 +14,8 @@ from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.mixers import get_mixer
 from yoco_megatron.mixers.record import FusedMatrix, Shape
 
+MULTI_TOKEN = "model.mtp_layers."
+"""Prefix of the layers of multi-token prediction, which the model's logits do not depend on."""
 ALWAYS_FP32 = "e_score_correction_bias"
 """End of the name of what no cast of a model touches."""
 
@@ -32,7 +34,7 @@ def shapes(config: Any) -> dict[str, Shape]:
         self_tensors = _of_attention(config, mixer.tensors(sizes(config)), norms)
     cross_tensors = _of_attention(config, {"q_proj": (q, h), "o_proj": (h, q)}, {"q_norm": config.head_dim})
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
-    for index in range(config.num_hidden_layers):
+    for index in range(config.num_hidden_layers + config.mtp_num_layers):
         if index == split_layer:
             found["model.shared_kv.norm.weight"] = (h,)
             norms = {f"k_norm.{number}": config.head_dim for number in range(config.shared_kv_sets)}
@@ -42,6 +44,8 @@ def shapes(config: Any) -> dict[str, Shape]:
         tensors = cross_tensors if index >= split_layer else self_tensors
         layer |= {f"mixer.{name}": shape for name, shape in tensors.items()}
         layer |= _of_experts(config) if config.layers_with_experts[index] else _of_mlp("mlp.", h, ffn)
+        if index >= config.num_hidden_layers:
+            layer |= {"hidden_norm.weight": (h,), "embedding_norm.weight": (h,), "proj.weight": (h, 2 * h)}
         found |= {f"{layer_name(config, index)}{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (h,)
     if not config.tie_word_embeddings:
@@ -89,8 +93,10 @@ def _kv_heads_of_all_sets(config: Any) -> int:
 
 
 def layer_name(config: Any, index: int) -> str:
-    """Prefix of layer `index` of the whole model."""
+    """Prefix of layer `index` of the whole model; the layers of multi-token prediction come last."""
     split_layer = config.num_self_decoder_layers
+    if index >= config.num_hidden_layers:
+        return f"{MULTI_TOKEN}{index - config.num_hidden_layers}."
     return f"model.self_layers.{index}." if index < split_layer else f"model.cross_layers.{index - split_layer}."
 
 
@@ -138,8 +144,14 @@ def megatron(config: Any) -> list[Fused]:
     """Every tensor of a training checkpoint, whole, as one process has it and as every mesh saves it."""
     mixer = get_mixer(config.self_decoder)
     entries = [Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))]
-    for index in range(config.num_hidden_layers):
+    for index in range(config.num_hidden_layers + config.mtp_num_layers):
         ours, theirs = layer_name(config, index), f"decoder.layers.{index}."
+        if index >= config.num_hidden_layers:
+            of_input = f"mtp_{index - config.num_hidden_layers}."
+            theirs = f"{of_input}block.layers.{index}."
+            for name in ("hidden_norm", "embedding_norm", "proj"):
+                of_megatron = "projection" if name == "proj" else name
+                entries.append(Fused(f"{of_input}{of_megatron}.weight", (f"{ours}{name}.weight",)))
 
         def add(name: str, *names: str, groups: int = 1, parts: Shape = (1,), ours=ours, theirs=theirs) -> None:
             end = ".bias" if name.endswith(".bias") else ".weight"

@@ -1,5 +1,7 @@
 """Does the converted model compute what the source computes? Logits of both on real text, in fp32.
 
+Layers of multi-token prediction, on which no logits depend, are compared bit by bit.
+
 A training checkpoint is run by the trainer's own model, an exported one by the code inside its folder, so that a
 mistake in tensor_names.py cannot hide on both sides. Where a whole model in fp32 does not fit into memory, both are run
 layer by layer instead.
@@ -78,7 +80,8 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
     logits = [run(source.folder, iteration, tokens) if run else _by_layers(source, tokens)]
     gc.collect()
     run = of_result.get(kind)
-    logits.append(run(folder, None, tokens) if run else _by_layers(open_source(kind, str(folder)), tokens))
+    result = open_source(kind, str(folder))
+    logits.append(run(folder, None, tokens) if run else _by_layers(result, tokens))
     error = relative_difference(logits[1], logits[0])
     how = "" if whole else ", layer by layer because the whole does not fit into memory"
     if not error < TOLERANCE:  # nan fails too
@@ -86,6 +89,9 @@ def compare(source: Source, kind: str, folder: Path, iteration: int | None, whol
             f"{source.flag} {source.folder}: the converted model's logits differ from the source's by {error:.1e} "
             f"(relative, {TOLERANCE:.0e} allowed); nothing was written"
         )
+    for name in tensor_names.shapes(result.config):
+        if name.startswith(tensor_names.MULTI_TOKEN) and not torch.equal(result.load(name), source.load(name)):
+            raise ValueError(f"{source.flag} {source.folder}: {name} is another after conversion; nothing was written")
     length, window = tokens.shape[1], _window(source)
     unproved = f"; fewer tokens than its window of {window:,}, which this does not prove" if length <= window else ""
     return f"logits of {length:,} tokens {what} agree within {error:.1e} (fp32{how}{unproved})"

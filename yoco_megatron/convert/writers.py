@@ -3,7 +3,10 @@
 Each writer fills an empty folder: convert.py passes a hidden one and renames it after verification.
 """
 
+import copy
+import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.data.tokenizer import template_ids
 from yoco_megatron.utils.progress import progress
 
+logger = logging.getLogger(__name__)
 AUTO_MAP = {
     "AutoConfig": "configuration_yoco.YocoConfig",
     "AutoModel": "modeling_yoco.YocoModel",
@@ -62,7 +66,7 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
         "auto_map": AUTO_MAP,
         "dtype": dtype,
         "training_facts": facts,
-        **{name: getattr(config, name) for name in config_fields.arguments_of(config.num_experts)},
+        **{name: getattr(config, name) for name in config_fields.arguments_of(config)},
         "tie_word_embeddings": config.tie_word_embeddings,
         **special,
     }
@@ -79,7 +83,11 @@ def write_hf(source: Source, folder: Path, shard_bytes: int) -> None:
 
 
 def write_fla(source: Source, folder: Path, shard_bytes: int) -> None:
-    """The folder that flash-linear-attention's YOCOForCausalLM loads."""
+    """The folder that flash-linear-attention's YOCOForCausalLM loads, which has no multi-token prediction."""
+    if source.config.mtp_num_layers:
+        logger.warning("--to fla leaves out the layers of --mtp-num-layers %s", source.config.mtp_num_layers)
+        source = dataclasses.replace(source, config=copy.copy(source.config))
+        source.config.mtp_num_layers = 0
     config = config_fields.to_fla(source.config)
     _write_tensors(source, folder, shard_bytes, rename=tensor_names.fla)
     if source.tokenizer is not None:
@@ -214,7 +222,7 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
 
 def _extra_states(entries: dict[str, tensor_names.Fused]) -> Iterator[str]:
     """Transformer Engine's modules, and Megatron's linear layers in its name, save an (empty) extra state."""
-    without = ("word_embeddings.weight", "linear_decay.weight", "router.weight")
+    without = ("word_embeddings.weight", "linear_decay.weight", "router.weight", "projection.weight")
     for name, entry in entries.items():
         if name.endswith(".weight") and not name.endswith(without):
             count = entry.groups if isinstance(entry, tensor_names.Stacked) else 1

@@ -40,6 +40,7 @@ NUMBERS = {
     "rms_norm_eps": (1e-30, 0.1),
     "initializer_range": (0.0, 1e3),
     "routed_scaling_factor": (0.0, 1e6),
+    "mtp_num_layers": (0, MOST_LAYERS),
 }
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -72,6 +73,9 @@ class YocoConfig(PreTrainedConfig):
     through. `scoring_func` softmax is over the chosen experts, with `router_pre_softmax` over all; the others are
     normalised over the chosen ones. `router_dtype` (fp32, fp64, or None for the model's) is that of the router's
     product. `use_expert_bias`: its choice has a bias.
+
+    `mtp_num_layers`: layers of multi-token prediction among the weights. The model does not load them; training goes on
+    with them.
     """
 
     # Not "yoco": flash-linear-attention registers that, and a registered model comes before the code of a folder.
@@ -123,6 +127,7 @@ class YocoConfig(PreTrainedConfig):
     routed_scaling_factor: float | int | None = None
     n_group: int | None = None
     topk_group: int | None = None
+    mtp_num_layers: int = 0
     qk_norm: bool = False
     qkv_bias: bool = False
     decay_temperature: float | int = 16.0
@@ -262,6 +267,8 @@ class YocoConfig(PreTrainedConfig):
         count, k, each, groups = self.num_experts, self.num_experts_per_tok, self.moe_layer_freq, self.topk_group
         if count * self.num_hidden_layers > MOST_EXPERTS:
             raise ValueError(f"num_experts {count} in each of {self.num_hidden_layers} layers are above {MOST_EXPERTS}")
+        if self.mtp_num_layers:
+            raise ValueError(f"mtp_num_layers {self.mtp_num_layers} must be 0 in a model with num_experts")
         if k > count:
             raise ValueError(f"num_experts_per_tok {k} is more than num_experts {count}")
         if isinstance(each, list) and (len(each) != self.num_hidden_layers or not set(each) <= {0, 1}):
@@ -285,7 +292,7 @@ class YocoConfig(PreTrainedConfig):
     def layers_with_experts(self) -> list[bool]:
         """For each layer, self-decoder first, whether its FFN is a mixture of experts."""
         if self.num_experts is None:
-            return [False] * self.num_hidden_layers
+            return [False] * (self.num_hidden_layers + self.mtp_num_layers)
         if isinstance(self.moe_layer_freq, int):
             return [index % self.moe_layer_freq == 0 for index in range(self.num_hidden_layers)]
         return [bool(has) for has in self.moe_layer_freq]

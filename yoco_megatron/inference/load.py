@@ -53,6 +53,7 @@ def load_for_generation(
     state = {
         name: source.load(name).to(device, None if name.endswith(tensor_names.ALWAYS_FP32) else dtype)
         for name in tensor_names.shapes(source.config)
+        if not name.startswith(tensor_names.MULTI_TOKEN)
     }
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()

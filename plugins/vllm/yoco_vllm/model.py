@@ -168,6 +168,8 @@ class YocoForCausalLM(nn.Module, IsHybrid):
         """Load the checkpoint's tensors; returns the names of the parameters that were filled."""
         parameters, filled = dict(self.named_parameters()), set()
         for name, weight in weights:
+            if name.startswith("model.mtp_layers."):  # of multi-token prediction, which is for training
+                continue
             part = name.split(".")[-2]
             fused, shard = FUSED.get(part, (None, None))
             target = name.replace(f".{part}.", f".{fused}.") if fused else name
