@@ -1,8 +1,7 @@
 """Mixtures of experts in transformers compute what the trainer's do, for every choice of routing that it accepts.
 
-Tolerances, relative to the norm: float64 1e-8. Both sides round scores to fp32, where what differs by 1e-15 may fall to
-either side, which is 1e-9 for one token; without such a token they agree within 1e-14. float32 1e-5: sums of the same
-numbers over other shapes.
+Tolerances, relative to the norm: float64 1e-8, because both sides round scores to fp32, where what differs in the last
+place of float64 may fall to either side; float32 1e-5: sums of the same numbers over other shapes.
 """
 
 import pytest
