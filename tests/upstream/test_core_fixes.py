@@ -8,6 +8,7 @@ import megatron.core
 import pytest
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments
+from support.cli import train
 
 from yoco_megatron.upstream import core_fixes
 
@@ -59,3 +60,10 @@ def test_repairs_change_nothing_where_transformer_engine_is(monkeypatch):
         monkeypatch.setattr(random, "HAVE_TE", there)
         assert core_fixes._has_torch_adam(argparse.Namespace()) is not there
         assert core_fixes._lacks_transformer_engine(argparse.Namespace()) is not there
+
+
+def test_a_save_before_the_first_step_of_the_optimizer(tmp_path):
+    """The loss scale of fp16 skips it; the run used to end with an assertion of Megatron's."""
+    fp16 = ("--fp16", "--initial-loss-scale", "1e30", "--use-distributed-optimizer", "--save", str(tmp_path))
+    train(1, *fp16, "--train-iters", "1", "--lr-warmup-iters", "0", "--eval-iters", "0")
+    assert (tmp_path / "iter_0000001" / ".metadata").exists()
