@@ -131,6 +131,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
     from megatron.training.training import destroy_global_state
 
     import pretrain_yoco
+    from support.upstream import restored
 
     like_a_fresh_interpreter()
     failures = {}
@@ -138,7 +139,8 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
         os.environ["MASTER_PORT"] = str(ports[index])
         print_to(f"{log}.{index}.{os.environ['RANK']}")
         try:
-            pretrain_yoco.main(flags)
+            with restored():  # a run without --save, for one, replaces what saves
+                pretrain_yoco.main(flags)
         except Exception:
             failures[name] = traceback.format_exc()
         sys.stdout.flush()

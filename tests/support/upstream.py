@@ -9,11 +9,11 @@ from yoco_megatron.upstream.registry import find_owner, replacements
 @contextmanager
 def restored() -> Iterator[None]:
     """At the end, what was installed inside is taken out again."""
-    before = [entry.is_installed for entry in replacements]
+    before = [id(entry) for entry in replacements if entry.is_installed]
     try:
         yield
     finally:
-        for entry, was_installed in reversed(list(zip(replacements, before, strict=True))):
-            if entry.is_installed and not was_installed:
+        for entry in reversed(replacements):  # which may have grown, as modules with more of them were imported
+            if entry.is_installed and id(entry) not in before:
                 setattr(*find_owner(entry.module, entry.name), entry.original)
                 entry.is_installed = False
