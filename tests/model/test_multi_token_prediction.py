@@ -69,13 +69,14 @@ def test_sees_no_later_token(kind: str, generator: torch.Generator) -> None:
 
 
 def test_where_there_is_a_loss() -> None:
-    """The label that many places on, where it has a loss, of the same document; at the end there is none."""
+    """The label that many places on, of the same document, where it and all before it have a loss: without one a label
+    is -1, and what the next layer takes for a token is not that of the text."""
     labels = torch.arange(10, 18)[None]
     mask = torch.tensor([[1.0, 1, 1, 0, 1, 0.5, 1, 1]])
     ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
     assert labels_later(labels, mask, None, 1).tolist() == [[11, 12, -1, 14, 15, 16, 17, -1]]
     assert labels_later(labels, mask, ids, 1).tolist() == [[11, 12, -1, 14, -1, 16, 17, -1]]
-    assert labels_later(labels, mask, ids, 2).tolist() == [[12, -1, 14, -1, -1, 17, -1, -1]]
+    assert labels_later(labels, mask, ids, 2).tolist() == [[12, -1, -1, -1, -1, 17, -1, -1]]
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,13 @@ def get_batch(
 
 
 def labels_later(labels: Tensor, loss_mask: Tensor, ids: Tensor | None, depth: int) -> Tensor:
-    """The label of the token `depth` places on, int64 [b, s]; -1 where that has no loss or is of another document.
+    """The label of the token `depth` places on, int64 [b, s]; -1 where that is of another document, or where one of the
+    `depth` next labels has no loss: the layers before, of which the inputs come, have none there either.
 
     Args:
         labels: int64 [b, s] of whole sequences; loss_mask: fp32 [b, s]; ids: of documents, [b, s], or None for one.
     """
-    has_loss = loss_mask[:, depth:] != 0
+    has_loss = (loss_mask[:, 1:] != 0).unfold(1, depth, 1).all(-1)
     if ids is not None:
         has_loss &= (ids[:, depth:] == ids[:, :-depth]).to(has_loss.device)
     return F.pad(torch.where(has_loss, labels[:, depth:], -1), (0, depth), value=-1)
