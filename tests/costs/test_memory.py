@@ -35,12 +35,13 @@ def test_states_of_muon(more, shards):
 
 
 def test_newton_schulz():
-    """Of the FFNs, whose matrices are 64 x 32, and of others, 32 x 32 but for K,V, 16 x 32; five iterations."""
-    args = parsed(1, "--optimizer", "muon")
-    held = {"self_decoder": 2, "shared_kv": 1, "cross_decoder": 2}
+    """Of the FFNs, whose matrices are 64 x 32, and of others, 32 x 32 but for K,V, 16 x 32, and the projections of
+    multi-token prediction, 32 x 64; five iterations."""
+    args = parsed(1, "--optimizer", "muon", "--mtp-num-layers", "2")
+    held = {"self_decoder": 2, "shared_kv": 1, "cross_decoder": 2, "mtp": 1}
     ffn, square = (4 * 32**2 * long + 2 * 32**3 for long in (64, 32))
     kv = 4 * 16**2 * 32 + 2 * 16**3
-    expected = 5 * (4 * 3 * ffn + (2 * 5 + 2 * 2) * square + 2 * kv)
+    expected = 5 * ((6 * 3 + 2) * ffn + (2 * 5 + 4 * 2) * square + 2 * kv)
     assert newton_schulz_flops(args, ModelShape.from_args(args), held) == expected
 
 

@@ -325,8 +325,9 @@ def _halos(args: Namespace, shape: ModelShape) -> float:
     if cp == 1:
         return 0.0
     more = 2 * (shape.self_decoder_window - 1) * cp / args.seq_length
+    queries = shape.self_decoder_heads * shape.self_decoder_head_dim
     kv = 2 * shape.self_decoder_query_groups * shape.self_decoder_head_dim
-    return _bytes_of_a_value(args) * (2 * shape.hidden_size * (1 + more) + kv * more)
+    return _bytes_of_a_value(args) * (2 * queries * (1 + more) + kv * more)
 
 
 def _normed(shape: ModelShape, bytes_per_value: int, heads: int, width: int) -> float:

@@ -51,17 +51,20 @@ def newton_schulz_flops(args: Namespace, shape: ModelShape, parts: Parts) -> flo
 
 
 def layer_matrices(shape: ModelShape) -> dict[str, Matrices]:
-    """Of one layer of each kind; `shared_kv` counts as a kind. Each part of a fused weight is a matrix of its own."""
+    """Of one layer of each kind of `layer_matmul_parameters`. Each part of a fused weight is a matrix of its own."""
     d, q, kv = shape.hidden_size, shape.num_attention_heads * shape.kv_channels, shape.kv_width // 2
     if shape.architecture == "transformer":
         return {"decoder": _sum([(q, d), (kv, d), (kv, d), (d, q)], _ffn(shape, "decoder"))}
     mixer = shape.mixer
     logits = {name for matrix in mixer.fused(shape) if matrix.is_logits for name in matrix.names}
     own = [size for name, size in mixer.tensors(shape).items() if name not in logits]
+    cross = _sum([(q, d), (d, q)], _ffn(shape, "cross_decoder"))
+    mtp = _sum([(d, 2 * d)], cross)
     return {
         "self_decoder": _sum(own, _ffn(shape, "self_decoder")),
         "shared_kv": {(kv, d): 2.0 * shape.shared_kv_sets},
-        "cross_decoder": _sum([(q, d), (d, q)], _ffn(shape, "cross_decoder")),
+        "cross_decoder": cross,
+        "mtp": {size: shape.mtp_num_layers * count for size, count in mtp.items()},
     }
 
 

@@ -283,7 +283,7 @@ class YocoConfig(PreTrainedConfig):
             raise ValueError(
                 f"n_group {self.n_group} must divide num_experts {count} and be at least topk_group {groups}"
             )
-        if not groups <= k <= groups * (count // self.n_group) or k // groups > count // self.n_group:
+        if not groups <= k <= groups * (count // self.n_group):
             raise ValueError(
                 f"num_experts_per_tok {k} must be at least topk_group {groups}, and the experts of as many groups"
             )
