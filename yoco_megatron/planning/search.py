@@ -212,7 +212,8 @@ def _with_least_recompute(
     sharded = 10 if mesh.use_precision_aware_optimizer else 12 if mesh.optimizer == "adam" else 8
     shards = data_parallel_size(mesh) * mesh.context_parallel_size
     model_parallel = mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size
-    if sum(parameter_count(shape).values()) / model_parallel * (6 + sharded / shards) > limit:  # in the mean
+    each = 2 if mesh.attention_transfer else 6 + sharded / shards  # at least: it trains few of them
+    if sum(parameter_count(shape).values()) / model_parallel * each > limit:  # in the mean
         discarded["states do not fit"] += 1
         return None
 
