@@ -1,5 +1,6 @@
 """Bytes of a teacher and of its student, and what plans say of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from support.teachers import MORE, teacher_for_training
 from support.worlds import run_world
 
 from yoco_megatron.costs.card import H100
-from yoco_megatron.costs.memory import gpu_memory
+from yoco_megatron.costs.memory import GIB, gpu_memory
 from yoco_megatron.distillation import teacher_model
 from yoco_megatron.distillation.beside_teacher import YOCOBesideTeacher
 from yoco_megatron.distillation.distilled_model import DistilledYOCO
@@ -105,3 +106,14 @@ def test_plans_have_its_time_and_its_mesh(tmp_path):
     meshes = search(planned(*two, gpus=8), {}, H100).plans
     assert {plan.args.pipeline_model_parallel_size for plan in meshes} == {1}
     assert max(plan.args.tensor_model_parallel_size for plan in meshes) == 2, "of its two K,V heads"
+
+
+def test_search_keeps_what_only_transfer_fits(tmp_path):
+    """Few weights have gradients and an optimizer: the search discards no mesh for those of all."""
+    folder = str(teacher_for_training(tmp_path, **MORE["llama"]))
+    wide = ["--teacher", folder, "--bf16", "--ffn-hidden-size", "1024"]
+    args = planned(*wide, "--attention-transfer")
+    small = replace(H100, memory_gib=2 * Plan.of(args, H100).memory.states / GIB)
+    assert search(args, {}, small).plans
+    with pytest.raises(ValueError, match="states do not fit"):
+        search(planned(*wide), {}, small)
