@@ -83,15 +83,12 @@ def part_seconds(
     own = shape.mixer.flop_rate(mixer_backend)
     projections = 4 * shape.mtp_num_layers * shape.hidden_size**2 * shape.query_share / rates.linear
     mixing_rate = own if mixer_backend == "torch" else rates.mixing.get(shape.self_decoder, own)
+    cross = layer_seconds("cross_decoder", rates.attention)
     return ends | {
         "self_decoder": layer_seconds("self_decoder", mixing_rate),
         "shared_kv": whole["shared_kv"] / rates.linear,
-        "cross_decoder": layer_seconds("cross_decoder", rates.attention),
-        **(
-            {"mtp": shape.mtp_num_layers * layer_seconds("cross_decoder", rates.attention) + projections}
-            if shape.mtp_num_layers
-            else {}
-        ),
+        "cross_decoder": cross,
+        **({"mtp": shape.mtp_num_layers * cross + projections} if shape.mtp_num_layers else {}),
     }
 
 
@@ -152,8 +149,8 @@ def of_rank(chunks: Sequence[Parts]) -> Parts:
 
 
 def stage_parameters(parts: Parts, shape: ModelShape) -> int:
-    """Parameters that a stage holds; a tied head on a stage of its own is a copy of the
-    embedding, and multi-token prediction has one, too."""
+    """Parameters that a stage holds; a stage without the embedding has a copy of it for a tied head, or for multi-token
+    prediction."""
     parameters = parameter_count(shape)
     layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
     layers |= {"decoder": shape.num_layers}
