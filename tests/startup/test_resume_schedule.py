@@ -130,6 +130,8 @@ def test_an_optimizer_that_is_another(tmp_path: Path) -> None:
     resume(tmp_path, *experts, "--use-distributed-optimizer")
     with pytest.raises(ValueError, match="with --optimizer muon, whose state --optimizer adam cannot use"):
         resume(tmp_path)
+    with pytest.raises(ValueError, match="with --muon-scalar-optimizer adam, whose state --muon-scalar-optimizer lion"):
+        resume(tmp_path, *experts, "--muon-scalar-optimizer", "lion")
     resume(tmp_path, "--no-load-optim")
     with pytest.raises(
         ValueError, match=r"with no experts divided .*, and this run has experts divided .*, without --use"

@@ -46,11 +46,15 @@ def check_resumable(args: Namespace) -> None:
 
 def _check_optimizer(saved: Namespace, args: Namespace) -> None:
     new_one = "or add --no-load-optim, which starts with a new one"
-    require(
-        saved.optimizer == args.optimizer,
-        f"--load {args.load} was trained with --optimizer {saved.optimizer}, whose state --optimizer {args.optimizer} "
-        f"cannot use: give the same; {new_one}",
-    )
+    for flag, before, now in (
+        ("--optimizer", saved.optimizer, args.optimizer),
+        ("--muon-scalar-optimizer", saved.muon_scalar_optimizer, args.muon_scalar_optimizer),
+    ):
+        require(
+            before == now,
+            f"--load {args.load} was trained with {flag} {before}, whose state {flag} {now} cannot use: give the same; "
+            f"{new_one}",
+        )
     was, now = _of_divided_experts(saved), _of_divided_experts(args)
     require(
         args.optimizer in ("adam", "sgd") or was == now,
