@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.cli import checkpoint, train
+from support import cli
+from support.cli import checkpoint
 from support.tools import run
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
@@ -69,10 +70,19 @@ def assert_same_logits(exported: Path, released: Path) -> None:
     torch.testing.assert_close(model(recorded["ids"]).logits, recorded["logits"], rtol=1e-6, atol=1e-6)
 
 
+def on_megatrons_mock_data(flags: list[str]) -> None:
+    """The other tests' is smaller (support/preload.py)."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 100_000
+    cli._main(flags)
+
+
 def test_checkpoint_continues(released):
     """Weights, optimizer, schedule and place in the data: the remaining steps are those of the run that wrote it."""
     wanted = figures(released)
-    log = train(1, "--load", str(released / "checkpoint"), base=flags_of(wanted["flags"]))
+    flags = flags_of(wanted["flags"])
+    log = cli.train(1, "--load", str(released / "checkpoint"), base=flags, entry=on_megatrons_mock_data)
     assert list(log.grad_norms) == list(range(SAVED + 1, LAST + 1)), "did not start from the checkpoint"
     assert len(log.losses) == LAST - SAVED
     for step in log.losses:

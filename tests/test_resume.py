@@ -105,7 +105,7 @@ def assert_close_run(log: Log, whole: Log) -> None:
 )
 def test_resumed_run_is_bitwise_the_undisturbed_one(name, undisturbed, tmp_path):
     whole, folder = undisturbed(name)
-    assert whole.loss(WHOLE) < 0.7 * whole.loss(1), "it learns something"
+    assert whole.loss(WHOLE) < 0.85 * whole.loss(1), "it learns something"
     log = resume(*RUNS[name], folder, "--save", str(tmp_path), "--save-interval", str(WHOLE))
     assert_same_run(log, whole)
     assert_same_checkpoint(checkpoint(tmp_path, WHOLE), checkpoint(folder, WHOLE))

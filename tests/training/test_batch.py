@@ -16,6 +16,7 @@ def test_a_sample_of_a_blend_is_cut_to_the_tokens_of_a_context_parallel_rank(mon
         pipeline_model_parallel_size=1,
         seq_length=8,
         cross_decoder_positions="all",
+        mtp_num_layers=None,
     )
     ranks = SimpleNamespace(
         is_pipeline_first_stage=lambda **_: True,

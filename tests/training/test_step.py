@@ -19,7 +19,7 @@ def test_evaluation_has_a_micro_batch_of_its_own(training, size, monkeypatch):
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(step, "get_timers", lambda: lambda *_, **__: timer)
     asked = []
-    parts = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids"))
+    parts = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "document_ids", "later_labels"))
     monkeypatch.setattr(step, "get_batch", lambda sample, runs, size, stage: asked.append(size) or parts)
     step.forward_step(MicroBatches(None), model)
     assert asked == [size]
