@@ -21,6 +21,8 @@ NOT_IN_A_CUDA_GRAPH = {
 }
 
 
+# Those that Megatron builds from the package emerging-optimizers; they have the matrices of layers, Adam all else.
+MATRIX_OPTIMIZERS = ("muon", "lion")
 # Flags of Megatron's own loss.
 OF_MEGATRONS_LOSS = ("fp16_lm_cross_entropy", "cross_entropy_loss_fusion")
 
@@ -257,8 +259,8 @@ def check_optimizer(args: Namespace) -> None:
 
 
 def check_matrix_optimizer(args: Namespace) -> None:
-    """Muon and Lion, which Megatron builds from the package emerging-optimizers."""
-    if args.optimizer in ("adam", "sgd"):
+    """Rules of `MATRIX_OPTIMIZERS`."""
+    if args.optimizer not in MATRIX_OPTIMIZERS:
         return
     for flag, asked in (
         ("--fp16", args.fp16),

@@ -6,10 +6,10 @@ Muon and Lion have the matrices of layers alone; Adam has all else.
 
 from argparse import Namespace
 
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, stage_parameters
 
-MATRIX_OPTIMIZERS = ("muon", "lion")
 Matrices = dict[tuple[int, ...], float]
 """{(rows, columns): how many}, in the mean over layers with and without experts."""
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from yoco_megatron.config import experts
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.memory import Memory, even_stages, rank_memories
-from yoco_megatron.costs.optimizer import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered

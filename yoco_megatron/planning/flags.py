@@ -12,9 +12,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from yoco_megatron.config import experts, numbers
 from yoco_megatron.config import flags as table
 from yoco_megatron.config.resolve import resolve_loss_chunk
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
-from yoco_megatron.costs.optimizer import MATRIX_OPTIMIZERS
 from yoco_megatron.utils.errors import nearest, require
 
 # Megatron's, and two of distillation: flag -> (type, default). A type of bool is a switch, and one that starts with

@@ -4,9 +4,8 @@ import importlib.util
 from argparse import Namespace
 
 from yoco_megatron import runtime
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.utils.errors import require
-
-OF_EMERGING_OPTIMIZERS = ("muon", "lion")
 
 
 def needed(args: Namespace) -> dict[str, tuple[str, str]]:
@@ -14,7 +13,7 @@ def needed(args: Namespace) -> dict[str, tuple[str, str]]:
     resiliency = "nvidia_resiliency_ext", "nvidia-resiliency-ext"
     emerging = "emerging_optimizers", "emerging-optimizers"
     asked = {
-        f"--optimizer {args.optimizer}": (args.optimizer in OF_EMERGING_OPTIMIZERS, emerging),
+        f"--optimizer {args.optimizer}": (args.optimizer in MATRIX_OPTIMIZERS, emerging),
         f"--wandb-project {args.wandb_project}": (args.wandb_project, ("wandb", "wandb")),
         f"--tensorboard-dir {args.tensorboard_dir}": (args.tensorboard_dir, ("tensorboard", "tensorboard")),
         # Without a GPU there is nothing to ask: runtime/cpu.py answers 0.

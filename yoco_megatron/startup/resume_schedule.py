@@ -7,6 +7,8 @@ from typing import Any
 
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.checkpoint.common_state import common_state
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
+from yoco_megatron.costs.optimizer import is_distributed
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.small_files import BadFile
 
@@ -57,7 +59,7 @@ def _check_optimizer(saved: Namespace, args: Namespace) -> None:
         )
     was, now = _of_divided_experts(saved), _of_divided_experts(args)
     require(
-        args.optimizer in ("adam", "sgd") or was == now,
+        args.optimizer not in MATRIX_OPTIMIZERS or was == now,
         f"--load {args.load} was trained with {was}, and this run has {now}: --optimizer {args.optimizer} needs the "
         f"same; {new_one}",
     )
@@ -68,9 +70,7 @@ def _of_divided_experts(args: Namespace) -> str:
     tp = args.tensor_model_parallel_size
     if not args.num_experts or (args.expert_model_parallel_size, args.expert_tensor_parallel_size or tp) == (1, tp):
         return "no experts divided over ranks (--expert-model-parallel-size, --expert-tensor-parallel-size)"
-    # Validation moves the flag, for Muon and Lion.
-    distributed = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
-    return f"experts divided over ranks, {'with' if distributed else 'without'} --use-distributed-optimizer"
+    return f"experts divided over ranks, {'with' if is_distributed(args) else 'without'} --use-distributed-optimizer"
 
 
 def _saved(args: Namespace) -> dict[str, Any] | None:

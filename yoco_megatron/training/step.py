@@ -41,15 +41,15 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
         divides by the tokens. With CP, scaled so that the mean of loss / num_tokens over CP ranks is the global mean.
     """
     terms = loss_terms(get_args())
-    mask, *later = loss_mask.float().reshape(-1, loss_mask.shape[-2] * loss_mask.shape[-1])
-    masks = [mask] * (len(terms) - len(later)) + later
-    sums = [torch.sum(one.float() * its_mask) for one, its_mask in zip(losses.reshape(len(terms), -1), masks)]
+    masks = loss_mask.float().reshape(-1, loss_mask.shape[-2] * loss_mask.shape[-1])
+    counted = [(mask, mask.sum().detach().to(torch.int)) for mask in masks]
+    counted = counted[:1] * (len(terms) - len(counted)) + counted  # the first mask is of several terms
+    sums = [torch.sum(one.float() * mask) for one, (mask, _) in zip(losses.reshape(len(terms), -1), counted)]
     loss = reduce(add, (weight * one for weight, one in zip(terms.values(), sums)))
     _validate(loss)
-    num_tokens = mask.sum().detach().to(torch.int)
+    num_tokens = counted[0][1]
     report = {
-        name: torch.stack((one.detach(), its_mask.sum().to(torch.int).to(one.dtype)))
-        for name, one, its_mask in zip(terms, sums, masks)
+        name: torch.stack((one.detach(), count.to(one.dtype))) for name, one, (_, count) in zip(terms, sums, counted)
     }
     ranks = mpu.get_context_parallel_world_size()
     if ranks > 1 and not get_args().calculate_per_token_loss:

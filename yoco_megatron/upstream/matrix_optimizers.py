@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.utils import get_model_config
 
+from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.model.fused_matrices import group_rows, weights_of
 from yoco_megatron.upstream.registry import relies_on, replaces
 
@@ -25,7 +26,7 @@ IS_LOGITS = "is_logits"
 )
 def get_param_groups(model_chunks: list, config: Any, config_overrides: dict | None) -> list[dict]:
     """With our own splits, and Adam for logits."""
-    if config.optimizer in ("adam", "sgd"):
+    if config.optimizer not in MATRIX_OPTIMIZERS:
         return get_param_groups.original(model_chunks, config, config_overrides)
     for chunk in model_chunks:
         model_config = get_model_config(chunk)
