@@ -14,9 +14,19 @@ import argparse
 from statistics import fmean
 from typing import Any
 
-from paper_ordering import TITLES, Case, Losses, draw_groups, final, make_parser, middle_first, read_finished, run
+from paper_ordering import (
+    TITLES,
+    Case,
+    Losses,
+    draw_groups,
+    final,
+    make_parser,
+    middle_first,
+    read_finished,
+    record_runs,
+    run,
+)
 from record import record
-from runs import device_name
 
 from yoco_megatron.evaluation import comparison
 from yoco_megatron.evaluation.run_curves import RunCurves
@@ -75,13 +85,7 @@ def record_all(
     found: dict[Case, RunCurves], rows: list[dict[str, Any]], best: dict[str, list[Case]], options: argparse.Namespace
 ) -> None:
     """A row for each run, and for the best of Muon beside AdamW's."""
-    common: dict[str, Any] = dict(benchmark="muon", device=device_name(1) if options.gpus else "CPU")
-    for case, row in zip(found, rows):
-        name = f"{options.size}, {comparison.short(case.tokens)} tokens, {case.title()}"
-        record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
-               **common)  # fmt: skip
-        record(options.output, case=name, metric="speed", unit="tokens/s", value=round(row["tokens_per_second"]),
-               **common)  # fmt: skip
+    common = record_runs("muon", found, rows, options)
     means = {title: fmean(final(found[case]) for case in alike) for title, alike in best.items()}
     for model in map(TITLES.get, options.models):
         if {f"{model}, AdamW", f"{model}, Muon"} <= means.keys():

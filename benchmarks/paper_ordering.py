@@ -189,13 +189,7 @@ def record_all(
 ) -> None:
     """A row for each run, and for the best of each YOCO beside the Transformer's."""
     means = {model: fmean(final(found[case]) for case in alike) for model, alike in best.items()}
-    common: dict[str, Any] = dict(benchmark="paper ordering", device=device_name(1) if options.gpus else "CPU")
-    for case, row in zip(found, rows):
-        name = f"{options.size}, {comparison.short(case.tokens)} tokens, {case.title()}"
-        record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
-               **common)  # fmt: skip
-        record(options.output, case=name, metric="speed", unit="tokens/s", value=round(row["tokens_per_second"]),
-               **common)  # fmt: skip
+    common = record_runs("paper ordering", found, rows, options)
     for model, alike in best.items():
         if model != "transformer" and "transformer" in means:
             size = f"{options.size}, {comparison.short(alike[0].tokens)} tokens"
@@ -203,6 +197,20 @@ def record_all(
             peer = f"best of Transformer, mean of {len(best['transformer'])} seeds"
             record(options.output, case=name, metric="validation loss", unit="nats", value=round(means[model], 4),
                    peer=peer, peer_value=round(means["transformer"], 4), higher_is_better=False, **common)  # fmt: skip
+
+
+def record_runs(
+    benchmark: str, found: dict[Case, RunCurves], rows: list[dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Loss and speed of each run; returns what all rows of this benchmark have in common."""
+    common: dict[str, Any] = dict(benchmark=benchmark, device=device_name(1) if options.gpus else "CPU")
+    for case, row in zip(found, rows):
+        name = f"{options.size}, {comparison.short(case.tokens)} tokens, {case.title()}"
+        record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
+               **common)  # fmt: skip
+        record(options.output, case=name, metric="speed", unit="tokens/s", value=round(row["tokens_per_second"]),
+               **common)  # fmt: skip
+    return common
 
 
 def draw(found: dict[Case, RunCurves], best: dict[str, list[Case]], options: argparse.Namespace) -> None:
