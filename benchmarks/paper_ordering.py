@@ -4,8 +4,8 @@
     python benchmarks/paper_ordering.py train --gpus 4     # a slice of nine minutes: repeat it until it says: all done
     python benchmarks/paper_ordering.py report --record    # table, picture, rows; also of what is done so far
 
-Trained are: each model at each learning rate, the Transformer also with Megatron's initialisation at each, for
---sweep-tokens; then each model's best for --tokens from every seed, and each YOCO's best without its scaled embedding.
+Trained are, for --sweep-tokens: each model at each learning rate, the Transformer also with Megatron's initialisation
+at each, and each YOCO's best without its scaled embedding; then each model's best for --tokens from every seed.
 A run that is done needs its checkpoints no more: its folder without them can go to another machine, where the others
 are trained on the same text. Everything else is alike:
 text, order of batches, tokens, and configs/recipe/scaling.yaml with a shorter schedule. Compared are the losses on
@@ -82,9 +82,9 @@ def cases(options: argparse.Namespace, losses: Losses) -> list[Case]:
     for model in options.models:
         own = [case for case in sweep if case.model == model]
         if all(case in losses for case in own):
-            best = min(own, key=lambda case: losses[case])._replace(tokens=options.tokens)
-            more += [best._replace(seed=seed) for seed in options.seeds]
-            more += [] if model == "transformer" else [best._replace(variant="unscaled")]
+            best = min(own, key=lambda case: losses[case])
+            sweep += [] if model == "transformer" else [best._replace(variant="unscaled")]
+            more += [best._replace(seed=seed, tokens=options.tokens) for seed in options.seeds]
     return sweep + sorted((case for case in more if case not in sweep), key=lambda case: options.seeds.index(case.seed))
 
 
@@ -99,8 +99,8 @@ def job_of(case: Case, options: argparse.Namespace) -> Job:
         *("--seq-length", options.length, "--max-position-embeddings", options.length),
         *("--micro-batch-size", min(options.micro_batch_size, batch), "--global-batch-size", batch),
         *("--lr", case.rate, "--lr-warmup-iters", max(1, steps // 20), "--lr-decay-iters", steps, "--seed", case.seed),
-        *("--eval-interval", max(1, steps // 10), "--full-validation"),
-        *("--save-interval", max(1, steps // 4), "--log-interval", 10),
+        *("--eval-interval", max(1, steps // options.evaluations), "--full-validation"),
+        *("--save-interval", max(1, steps // 2), "--log-interval", 10),
         *("--tensorboard-log-interval", 5, "--num-workers", 2 if options.gpus else 0),
         *VARIANTS[case.variant],
         *options.flags.split(),
@@ -269,6 +269,7 @@ def make_parser(doc: str, name: str, models: list[str]) -> argparse.ArgumentPars
     parser.add_argument("--sweep-tokens", type=float, default=100e6, help="of a run that chooses the learning rate")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--evaluations", type=int, default=10, help="of a run, on the whole validation part")
     add_arguments(parser, name)
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
     parser.add_argument("--picture", type=Path, default=ROOT / f"docs/{name}.svg")

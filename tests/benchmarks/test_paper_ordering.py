@@ -19,7 +19,7 @@ from yoco_megatron.evaluation.run_curves import VALIDATION
 def options_of(tmp_path: Path) -> Namespace:
     return Namespace(
         folder=tmp_path, models=list(paper_ordering.CONFIGS), rates=[1e-4, 1e-3, 1e-2], seeds=[1, 2], size="tiny",
-        batch_tokens=128, length=32, tokens=2560, sweep_tokens=1280, micro_batch_size=16, gpus=0,
+        batch_tokens=128, length=32, tokens=2560, sweep_tokens=1280, micro_batch_size=16, evaluations=10, gpus=0,
         split="80,20,0", flags="", record=True, output=tmp_path / "rows.jsonl",
         picture=tmp_path / "ordering.svg",
     )  # fmt: skip
@@ -36,9 +36,9 @@ def test_results_decide_what_else_is_trained(tmp_path: Path) -> None:
         case: 3 - case.rate - 2 * (case[1:3] == ("megatron-init", 1e-4)) for case in sweep if case.model[0] == "t"
     }
     more = [case for case in cases(options_of(tmp_path), known) if case not in sweep]
-    assert more[:3] == [  # all models once before the second seeds
+    assert more[:3] == [  # the sweep's first, then all models once before the second seeds
+        Case("retention", "unscaled", 1e-2, 1, 1280),
         Case("retention", "", 1e-2, 1, 2560),
-        Case("retention", "unscaled", 1e-2, 1, 2560),
         Case("transformer", "megatron-init", 1e-4, 1, 2560),
     ]
     assert more[3:] == [Case("retention", "", 1e-2, 2, 2560), Case("transformer", "megatron-init", 1e-4, 2, 2560)]
