@@ -1,9 +1,10 @@
-"""Windows across context-parallel ranks: each chunk's halo, the last keys and values before it.
+"""Windows across context-parallel ranks: each chunk's halo, the last keys and values before it, or other rows.
 
 One all-to-all each way (docs/context_parallel.md has the bytes). Every rank joins it, forward and backward, even with
 nothing to send or to receive: a skipped collective on one rank would deadlock the others.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,12 @@ def keys_with_halo(key: Tensor, value: Tensor, left_window: int, shard: Sequence
         (keys, values of the first chunk, keys, values of the second), [halo + chunk, b, G, D] each; at the sequence's
         start the halo is shorter, or empty.
     """
-    return _KeysWithHalo.apply(key, value, shard, _plan(shard, left_window))
+    return _WithHalo.apply(shard, _plan(shard, left_window), key, value)
+
+
+def rows_with_halo(x: Tensor, left_window: int, shard: SequenceShard) -> tuple[Tensor, ...]:
+    """The same of one tensor [s, b, ...]: rows of the first chunk, and of the second."""
+    return _WithHalo.apply(shard, _plan(shard, left_window), x)
 
 
 @dataclass(frozen=True)
@@ -86,44 +92,45 @@ def _count_rows(groups: list[list[HaloSpan]]) -> list[int]:
     return [sum(span.num_rows for span in spans) for spans in groups]
 
 
-def _stack_kv(key: Tensor, value: Tensor) -> Tensor:
-    return torch.stack((key, value), dim=3)
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(tuple(tensors), dim=2)
 
 
-class _KeysWithHalo(torch.autograd.Function):
-    """One all-to-all each way; each chunk's own rows are copied while it runs."""
+class _WithHalo(torch.autograd.Function):
+    """One all-to-all each way for all tensors; each chunk's own rows are copied while it runs."""
 
     @staticmethod
-    def forward(ctx, key, value, shard, plan):
+    def forward(ctx, shard, plan, *tensors):
         ctx.shard, ctx.plan = shard, plan
-        parts = [_stack_kv(*(x.narrow(0, span.src_row, span.num_rows) for x in (key, value))) for span in plan.sent]
-        parts = parts or [_stack_kv(key[:0], value[:0])]
+        parts = [_stack(x.narrow(0, span.src_row, span.num_rows) for x in tensors) for span in plan.sent]
+        parts = parts or [_stack(x[:0] for x in tensors)]
         arrived, work = _exchange(parts, plan.sent_rows, plan.received_rows, shard)
         chunks = []
-        for length, *own in zip(plan.halo_lengths, key.chunk(2), value.chunk(2)):
+        for length, *own in zip(plan.halo_lengths, *(x.chunk(2) for x in tensors)):
             chunks.append([torch.cat((x.new_empty(length, *x.shape[1:]), x)) for x in own])
         work.wait()
-        for span, kv in _split(arrived, plan.received):
-            for x, part in zip(chunks[span.chunk], kv.unbind(3)):
+        for span, rows in _split(arrived, plan.received):
+            for x, part in zip(chunks[span.chunk], rows.unbind(2)):
                 x.narrow(0, span.halo_offset, span.num_rows).copy_(part)
         return (*chunks[0], *chunks[1])
 
     @staticmethod
     def backward(ctx, *gradients):
-        plan = ctx.plan
-        chunks = gradients[:2], gradients[2:]
+        plan, count = ctx.plan, len(gradients) // 2
+        chunks = gradients[:count], gradients[count:]
         parts = [
-            _stack_kv(*(x.narrow(0, span.halo_offset, span.num_rows) for x in chunks[span.chunk]))
-            for span in plan.received
+            _stack(x.narrow(0, span.halo_offset, span.num_rows) for x in chunks[span.chunk]) for span in plan.received
         ]
-        parts = parts or [_stack_kv(*(x[:0] for x in chunks[0]))]
+        parts = parts or [_stack(x[:0] for x in chunks[0])]
         arrived, work = _exchange(parts, plan.received_rows, plan.sent_rows, ctx.shard)
-        own = [torch.cat([chunk[part][length:] for chunk, length in zip(chunks, plan.halo_lengths)]) for part in (0, 1)]
+        own = [
+            torch.cat([x[length:] for x, length in zip(both_chunks, plan.halo_lengths)]) for both_chunks in zip(*chunks)
+        ]
         work.wait()
-        for span, kv in _split(arrived, plan.sent):
-            for x, part in zip(own, kv.unbind(3)):
+        for span, rows in _split(arrived, plan.sent):
+            for x, part in zip(own, rows.unbind(2)):
                 x.narrow(0, span.src_row, span.num_rows).add_(part)
-        return *own, None, None
+        return None, None, *own
 
 
 def _exchange(
