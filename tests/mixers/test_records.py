@@ -14,7 +14,7 @@ from yoco_megatron.costs.memory import gpu_memory
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.costs.stage_time import part_seconds
 from yoco_megatron.costs.traffic import received_bytes
-from yoco_megatron.hf.configuration_yoco import LAYER_TYPES
+from yoco_megatron.hf.configuration_yoco import LAYER_TYPES, LETTERS
 from yoco_megatron.mixers import BUILT_IN, GATED_RETENTION, MIXERS, Mixer, get_mixer, register
 
 TOY_FLAGS = ["--self-decoder", TOY.name, "--save-interval", "10"]
@@ -105,3 +105,4 @@ def test_exported_folders_know_the_same_mixers():
     """hf/ ships without this package, so it has a table of its own."""
     exported = [mixer for mixer in BUILT_IN if isinstance(mixer.hf_layer_type, str)]
     assert {mixer.name: mixer.hf_layer_type for mixer in exported} == LAYER_TYPES
+    assert {mixer.letter: mixer.name for mixer in exported} == LETTERS

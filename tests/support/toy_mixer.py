@@ -47,6 +47,7 @@ def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
 
 FIELDS = dict(
     name="causal_mean",
+    letter="X",
     options=(),
     check=lambda sizes: None,
     layer_spec="support.toy_mixer:layer_spec",

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from yoco_megatron.mixers import MIXERS
+from yoco_megatron.mixers import MIXERS, options_of_others
 
 PLACES = {
     "yoco": "--architecture yoco",
@@ -107,7 +107,7 @@ def _of_another_mixer(dest: str, where: str, args: Namespace) -> str:
         return "has no effect on --architecture transformer: it has no self-decoder"
     if owners and where == "yoco" and args.num_self_decoder_layers == 0:
         return "has no effect with --num-self-decoder-layers 0: there is no self-decoder"
-    if owners and where == "yoco" and args.self_decoder not in owners:
+    if owners and where == "yoco" and dest in options_of_others(args.self_decoder):
         return f"has no effect with --self-decoder {args.self_decoder}: it is an option of {' and '.join(owners)}"
     return ""
 

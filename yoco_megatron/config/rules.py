@@ -7,7 +7,7 @@ build models from Python.
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import check_pattern, mixers_in, options_of_others
 from yoco_megatron.utils.errors import require
 
 # What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
@@ -51,7 +51,7 @@ def check_sizes(config: Any) -> None:
         config.architecture in ("yoco", "transformer"),
         f"--architecture {config.architecture} is unknown: use yoco or transformer",
     )
-    mixer = get_mixer(config.self_decoder)
+    mixers = mixers_in(config.self_decoder)
     if config.architecture == "transformer":
         return
     n_self, self_heads = config.num_self_decoder_layers, config.self_decoder_heads
@@ -72,7 +72,14 @@ def check_sizes(config: Any) -> None:
     head_dims = {"--num-attention-heads or --kv-channels": config.kv_channels}
     if n_self:
         head_dims["--self-decoder-heads or --self-decoder-head-dim"] = config.self_decoder_head_dim
-        mixer.check(config)
+        check_pattern(config.self_decoder, n_self)
+        require(
+            self_groups == self_heads or "self_decoder_query_groups" not in options_of_others(config.self_decoder),
+            f"--self-decoder-query-groups {self_groups}: no layer of --self-decoder {config.self_decoder} has K,V "
+            "heads that queries share; remove it",
+        )
+        for mixer in mixers:
+            mixer.check(config)
     for flags, head_dim in head_dims.items():
         require(
             head_dim % 2 == 0, f"{flags} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
@@ -188,7 +195,8 @@ def check_mesh(args: Namespace) -> None:
         "transformer_engine, or use --sequence-parallel with --tensor-model-parallel-size",
     )
     if cp > 1 and args.architecture == "yoco":
-        get_mixer(args.self_decoder).require("received_bytes", f"--context-parallel-size {cp}")
+        for mixer in mixers_in(args.self_decoder):
+            mixer.require("received_bytes", f"--context-parallel-size {cp}")
     if args.seq_length is not None:
         if cp > 1:
             two_chunks = "each rank holds two chunks of it"
@@ -316,7 +324,8 @@ def check_ignored(args: Namespace, parser: ArgumentParser) -> None:
         check_loss_chunk(args)
     else:
         check_cuda_graphs(args, parser)
-        require(
-            not args.dataloader_inter_document_masking or get_mixer(args.self_decoder).separates_documents is True,
-            f"--dataloader-inter-document-masking is not built for --self-decoder {args.self_decoder}: use only one",
-        )
+        for mixer in mixers_in(args.self_decoder):
+            require(
+                not args.dataloader_inter_document_masking or mixer.separates_documents is True,
+                f"--dataloader-inter-document-masking is not built for --self-decoder {mixer.name}: use only one",
+            )

@@ -4,8 +4,19 @@ Field names are flag names: `self_decoder_heads` is `--self-decoder-heads` on th
 Defaults are the paper's; every deviation from it is a switch here.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from argparse import Action, ArgumentParser, Namespace
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from yoco_megatron.mixers import pattern_of
+
+
+class StorePattern(Action):
+    """Stores a mixer's name or a pattern; argparse calls it with the words that the flag was given."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        """Raises ValueError for an unknown mixer."""
+        setattr(namespace, self.dest, pattern_of(values))
 
 
 @dataclass
@@ -15,8 +26,19 @@ class YOCOFields:
     architecture: Literal["yoco", "transformer"] = "yoco"
     """yoco: self-decoder, one shared K,V, cross-decoder. transformer: the Llama-style baseline, Megatron's own GPT."""
 
-    self_decoder: str = "gated_retention"
-    """Mixer of the self-decoder layers: gated_retention or sliding_window (paper sections 3 and 2.1)."""
+    self_decoder: str = field(
+        default="gated_retention",
+        metadata={
+            "argparse_meta": {
+                "arg_names": ["--self-decoder", "--self-decoder-pattern"],
+                "action": StorePattern,
+                "nargs": "+",
+                "metavar": "MIXER",
+            }
+        },
+    )
+    """Mixer of the self-decoder layers: gated_retention (R) or sliding_window (S; paper sections 3 and 2.1). Or of each
+    layer its own: one letter a layer (RRSS), or as many names (docs/mixers.md)."""
 
     num_self_decoder_layers: int | None = None
     """Layers of the self-decoder; the rest are cross-decoder layers. 0 gives the paper's [0:1] ablation.

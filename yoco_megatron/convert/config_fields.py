@@ -10,7 +10,7 @@ from typing import Any
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, get_mixer, options_of_others
+from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, mixers_in, options_of_others
 from yoco_megatron.utils.errors import require
 
 # YocoConfig's field -> Megatron's argument; the flag is its name with dashes.
@@ -79,7 +79,8 @@ def from_args(args: Namespace, **more: Any) -> YocoConfig:
         f"--architecture {args.architecture}: only YOCO models can be converted; a Transformer baseline is Megatron's "
         "own GPT, for which Megatron Bridge has converters",
     )
-    get_mixer(args.self_decoder).require("tensors", "conversion")
+    for mixer in mixers_in(args.self_decoder):
+        mixer.require("tensors", "conversion")
     values = vars(resolved(args))
     fields = {ours: values[theirs] for ours, theirs in arguments_of(args).items()}
     return YocoConfig(**fields, tie_word_embeddings=not args.untie_embeddings_and_output_weights, **more)
@@ -212,9 +213,10 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
     Raises:
         ValueError: what its YOCO does not have.
     """
-    mixer = get_mixer(config.self_decoder)
+    mixer, *others = mixers_in(config.self_decoder)
     no = {
         f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
+        "second mixer of the self-decoder": bool(others),
         "mixture of experts": config.num_experts is not None,
         "second set of shared K,V": config.shared_kv_sets > 1,
         "embedding that is not scaled": not config.scale_embedding,

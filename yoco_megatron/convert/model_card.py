@@ -9,6 +9,7 @@ from yoco_megatron.convert.readers import Source
 from yoco_megatron.costs.memory import cache_bytes
 from yoco_megatron.costs.shape import parameter_count
 from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.mixers import mixers_in
 
 CARD = """---
 {head}
@@ -59,7 +60,7 @@ def model_card(source: Source, dtype: str) -> str:
         "parameters": f"{count:,} ({dtype})",
         **({"experts": _experts(config)} if config.num_experts else {}),
         "layers": f"{split} (self-decoder + cross-decoder)",
-        "self-decoder": shape.mixer.description(shape),
+        "self-decoder": " and ".join(mixer.description(shape) for mixer in mixers_in(shape.self_decoder)),
         "hidden size, FFN": f"{config.hidden_size}, {config.intermediate_size}",
         "self-decoder heads": f"{config.self_decoder_heads} of width {config.self_decoder_head_dim}",
         "cross-decoder heads": f"{config.num_attention_heads} of width {config.head_dim} over "
@@ -88,7 +89,7 @@ def model_card(source: Source, dtype: str) -> str:
         per_token=per_token,
         kv="the one global K,V" if config.shared_kv_sets == 1 else f"{config.shared_kv_sets} global sets of K,V",
         fixed=fixed,
-        what=shape.mixer.require("cache"),
+        what=" and ".join(mixer.require("cache") for mixer in mixers_in(shape.self_decoder)),
     )
 
 

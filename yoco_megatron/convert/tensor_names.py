@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from yoco_megatron.convert.config_fields import sizes
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import Mixer, mixer_of_layer
 from yoco_megatron.mixers.record import FusedMatrix, Shape
 
 MULTI_TOKEN = "model.mtp_layers."
@@ -27,11 +27,6 @@ def shapes(config: Any) -> dict[str, Shape]:
     """
     h, ffn, split_layer = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
     q, kv = config.num_attention_heads * config.head_dim, _kv_heads_of_all_sets(config) * config.head_dim
-    mixer = get_mixer(config.self_decoder)
-    self_tensors = {f"{name}.weight": shape for name, shape in mixer.tensors(sizes(config)).items()}
-    if mixer.is_softmax_attention:
-        norms = dict.fromkeys(("q_norm", "k_norm"), config.self_decoder_head_dim)
-        self_tensors = _of_attention(config, mixer.tensors(sizes(config)), norms)
     cross_tensors = _of_attention(config, {"q_proj": (q, h), "o_proj": (h, q)}, {"q_norm": config.head_dim})
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers + config.mtp_num_layers):
@@ -41,7 +36,9 @@ def shapes(config: Any) -> dict[str, Shape]:
             of_kv = _of_attention(config, {"k_proj": (kv, h), "v_proj": (kv, h)}, norms)
             found |= {f"model.shared_kv.{name}": shape for name, shape in of_kv.items()}
         layer: dict[str, Shape] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
-        tensors = cross_tensors if index >= split_layer else self_tensors
+        tensors = cross_tensors
+        if index < split_layer:
+            tensors = _of_mixer(config, mixer_of_layer(config.self_decoder, index))
         layer |= {f"mixer.{name}": shape for name, shape in tensors.items()}
         layer |= _of_experts(config) if config.layers_with_experts[index] else _of_mlp("mlp.", h, ffn)
         if index >= config.num_hidden_layers:
@@ -51,6 +48,14 @@ def shapes(config: Any) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, h)
     return found
+
+
+def _of_mixer(config: Any, mixer: Mixer) -> dict[str, Shape]:
+    """All tensors of a mixer of the self-decoder."""
+    matrices = mixer.tensors(sizes(config))
+    if mixer.is_softmax_attention:
+        return _of_attention(config, matrices, dict.fromkeys(("q_norm", "k_norm"), config.self_decoder_head_dim))
+    return {f"{name}.weight": shape for name, shape in matrices.items()}
 
 
 def _of_mlp(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:
@@ -142,7 +147,6 @@ class Stacked(Fused):
 
 def megatron(config: Any) -> list[Fused]:
     """Every tensor of a training checkpoint, whole, as one process has it and as every mesh saves it."""
-    mixer = get_mixer(config.self_decoder)
     entries = [Fused("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))]
     for index in range(config.num_hidden_layers + config.mtp_num_layers):
         ours, theirs = layer_name(config, index), f"decoder.layers.{index}."
@@ -158,9 +162,13 @@ def megatron(config: Any) -> list[Fused]:
             entries.append(Fused(f"{theirs}{name}", tuple(f"{ours}{n}{end}" for n in names), groups, parts))
 
         cross = index >= config.num_self_decoder_layers
-        fused = [FusedMatrix("linear_q", ("q_proj",))] if cross else mixer.fused(sizes(config))
-        fused_norm = "linear_q" if cross else mixer.fused_norm
-        is_attention = cross or mixer.is_softmax_attention
+        fused = [FusedMatrix("linear_q", ("q_proj",))]
+        fused_norm: str | None = "linear_q"
+        is_attention = True
+        if not cross:
+            mixer = mixer_of_layer(config.self_decoder, index)
+            fused, fused_norm = mixer.fused(sizes(config)), mixer.fused_norm
+            is_attention = mixer.is_softmax_attention
         norm = f"self_attention.{fused_norm}.layer_norm_weight" if fused_norm else "input_layernorm.weight"
         add(norm, "input_layernorm")
         for matrix in fused:

@@ -21,7 +21,7 @@ from yoco_megatron import runtime
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import Source, open_source
 from yoco_megatron.hf.modeling_yoco import CHUNK, YocoForCausalLM
-from yoco_megatron.mixers import SLIDING_WINDOW
+from yoco_megatron.mixers import SLIDING_WINDOW, mixers_in
 
 # The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.
 TOLERANCE = 1e-4
@@ -46,8 +46,8 @@ def sample_tokens(source: Source) -> tuple[Tensor, str]:
 
 
 def _window(source: Source) -> int:
-    """Keys that a position of the self-decoder sees; 0: all that came before."""
-    return (source.config.sliding_window or 0) if source.config.self_decoder == SLIDING_WINDOW.name else 0
+    """Keys that a position of a windowed layer sees; 0: all that came before."""
+    return (source.config.sliding_window or 0) if SLIDING_WINDOW in mixers_in(source.config.self_decoder) else 0
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

@@ -92,8 +92,8 @@ def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
     """Of one sequence in generation: (a token, for the shared K,V; whatever the length, for the self-decoder)."""
-    own = shape.num_self_decoder_layers * shape.mixer.cache_bytes(shape, bytes_per_value)
-    return shape.shared_kv_sets * shape.kv_width * bytes_per_value, own
+    own = shape.num_self_decoder_layers * shape.mean(lambda mixer: mixer.cache_bytes(shape, bytes_per_value))
+    return shape.shared_kv_sets * shape.kv_width * bytes_per_value, round(own)
 
 
 def data_parallel_size(args: Namespace) -> int:
@@ -307,10 +307,10 @@ def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
     e, heads = _bytes_of_a_value(args), shape.num_attention_heads
     if kind == "self_decoder":
         own_heads = shape.self_decoder_heads + shape.self_decoder_query_groups
-        stored = shape.mixer.stored_bytes(shape, e)
-        if shape.mixer.is_softmax_attention:
-            stored += _normed(shape, e, own_heads, shape.self_decoder_head_dim) + _halos(args, shape)
-        return stored
+        of_attention = _normed(shape, e, own_heads, shape.self_decoder_head_dim) + _halos(args, shape)
+        return shape.mean(
+            lambda mixer: mixer.stored_bytes(shape, e) + (of_attention if mixer.is_softmax_attention else 0.0)
+        )
     queries = e * heads * shape.kv_channels
     attention = 2 * queries + 4 * heads + _normed(shape, e, heads, shape.kv_channels)
     if kind == "decoder":
@@ -352,7 +352,9 @@ def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> 
     norms = 0 if _recomputes(args, "layernorm") else 2 * of_linear * hidden
     inner = 0.0 if _recomputes(args, "mlp") else (2 * e + of_linear) * ffn
     if args.architecture == "yoco" and args.recompute_elementwise:
-        inner -= e * (ffn + (shape.mixer.recomputed_values(shape) if kind == "self_decoder" else 0))
+        inner -= e * ffn
+        if kind == "self_decoder":
+            inner -= e * shape.mean(lambda mixer: mixer.recomputed_values(shape))
     # Each expert's copy of its tokens, and its output before and after the router's weights.
     inner += e * shape.experts_share(kind) * shape.moe_router_topk * (2 * hidden + (shape.moe_ffn_hidden_size or 0))
     inner += _mixer_bytes(args, shape, kind)

@@ -9,9 +9,10 @@ from argparse import Namespace
 from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, stage_parameters
+from yoco_megatron.mixers import mixers_in
 
 Matrices = dict[tuple[int, ...], float]
-"""{(rows, columns): how many}, in the mean over layers with and without experts."""
+"""{(rows, columns): how many}, in the mean over layers with and without experts, and over mixers."""
 
 
 def is_distributed(args: Namespace) -> bool:
@@ -55,13 +56,14 @@ def layer_matrices(shape: ModelShape) -> dict[str, Matrices]:
     d, q, kv = shape.hidden_size, shape.num_attention_heads * shape.kv_channels, shape.kv_width // 2
     if shape.architecture == "transformer":
         return {"decoder": _sum([(q, d), (kv, d), (kv, d), (d, q)], _ffn(shape, "decoder"))}
-    mixer = shape.mixer
-    logits = {name for matrix in mixer.fused(shape) if matrix.is_logits for name in matrix.names}
-    own = [size for name, size in mixer.tensors(shape).items() if name not in logits]
+    own = _ffn(shape, "self_decoder")
+    for mixer, share in mixers_in(shape.self_decoder).items():
+        logits = {name for matrix in mixer.fused(shape) if matrix.is_logits for name in matrix.names}
+        own = _sum([size for name, size in mixer.tensors(shape).items() if name not in logits], own, share)
     cross = _sum([(q, d), (d, q)], _ffn(shape, "cross_decoder"))
     mtp = _sum([(d, 2 * d)], cross)
     return {
-        "self_decoder": _sum(own, _ffn(shape, "self_decoder")),
+        "self_decoder": own,
         "shared_kv": {(kv, d): 2.0 * shape.shared_kv_sets},
         "cross_decoder": cross,
         "mtp": {size: shape.mtp_num_layers * count for size, count in mtp.items()},
@@ -81,8 +83,8 @@ def _ffn(shape: ModelShape, kind: str) -> Matrices:
     return found
 
 
-def _sum(single: list[tuple[int, ...]], counted: Matrices) -> Matrices:
+def _sum(single: list[tuple[int, ...]], counted: Matrices, share: float = 1) -> Matrices:
     found = dict(counted)
     for size in single:
-        found[size] = found.get(size, 0) + 1
+        found[size] = found.get(size, 0) + share
     return found

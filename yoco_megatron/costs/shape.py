@@ -17,11 +17,12 @@ with --add-qkv-bias one for each row of its q, k, v.
 
 In a layer with E experts of width W, of which a token goes through k, the FFN's 3 d F is 3 d W E and the router's d E,
 and 3 d S of a shared expert (another d with a gate); of these a token reads 3 d W k + d E + 3 d S. Where only some
-layers have experts (--moe-layer-freq), what is said of one layer is the mean over those of its kind.
+layers have experts (--moe-layer-freq), or layers of the self-decoder have several mixers, what is said of one layer is
+the mean over those of its kind.
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, Literal, Self
@@ -29,7 +30,7 @@ from typing import Any, Literal, Self
 from yoco_megatron.config import experts
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
-from yoco_megatron.mixers import Mixer, get_mixer
+from yoco_megatron.mixers import Mixer, mean_over_layers
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ModelShape:
 
     architecture: Literal["yoco", "transformer"]
     self_decoder: str
-    """Name of its mixer (`mixers`)."""
+    """Name of its mixer, or its pattern (`mixers`)."""
     num_layers: int
     num_self_decoder_layers: int
     hidden_size: int
@@ -86,10 +87,9 @@ class ModelShape:
         check_sizes(self)
         experts.check_sizes(self)
 
-    @property
-    def mixer(self) -> Mixer:
-        """The record of the self-decoder's mixer."""
-        return get_mixer(self.self_decoder)
+    def mean(self, of_mixer: Callable[[Mixer], float]) -> float:
+        """Of one layer of the self-decoder, in the mean over its mixers."""
+        return mean_over_layers(self.self_decoder, of_mixer)
 
     @property
     def num_cross_decoder_layers(self) -> int:
@@ -174,7 +174,7 @@ def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> Mapping[
     k_and_v = d * shape.kv_width
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + _ffn_parameters(shape, "decoder", active)}
-    mixer = shape.mixer.matmul_parameters(shape)
+    mixer = shape.mean(lambda mixer: mixer.matmul_parameters(shape))
     cross = q_and_out + _ffn_parameters(shape, "cross_decoder", active)
     return {
         "self_decoder": mixer + _ffn_parameters(shape, "self_decoder", active),
@@ -236,7 +236,8 @@ def layer_linear_values(shape: ModelShape) -> dict[str, float]:
 
     if shape.architecture == "transformer":
         return {"decoder": attention + shape.kv_width + ffn("decoder")}
-    outputs = shape.mixer.matmul_parameters(shape) // d  # all of its matrices read or write the hidden states
+    # All matrices of a mixer read or write the hidden states.
+    outputs = shape.mean(lambda mixer: mixer.matmul_parameters(shape)) / d
     return {"self_decoder": outputs + 2 * d + ffn("self_decoder"), "cross_decoder": attention + ffn("cross_decoder")}
 
 
@@ -252,7 +253,9 @@ def layer_vectors(shape: ModelShape) -> Mapping[str, float]:
         return {"decoder": 2 * d + of_attention(queries, shape.kv_width, 2 * width)}
     own_width = shape.self_decoder_head_dim
     own_queries, own_kv = shape.self_decoder_heads * own_width, 2 * shape.self_decoder_query_groups * own_width
-    own = of_attention(own_queries, own_kv, 2 * own_width) if shape.mixer.is_softmax_attention else 0
+    own = shape.mean(
+        lambda mixer: of_attention(own_queries, own_kv, 2 * own_width) if mixer.is_softmax_attention else 0
+    )
     return {
         "self_decoder": 2 * d + own,
         "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),

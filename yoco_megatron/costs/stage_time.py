@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count
+from yoco_megatron.mixers import Mixer
 
 Parts = Mapping[str, int]
 """How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
@@ -65,8 +66,7 @@ def part_seconds(
     layers, whole = layer_flops_per_token(shape), forward_flops_per_token(shape)
     values = layer_linear_values(shape)
 
-    def layer_seconds(kind: str, mixing_rate: float) -> float:
-        mixing = layers[kind]["mixing"] / mixing_rate
+    def layer_seconds(kind: str, mixing: float) -> float:
         rest = layers[kind]["linear"] / rates.linear
         share = shape.query_share if kind == "cross_decoder" else 1
         rest += rates.elementwise * (shape.hidden_size + shape.ffn_width(kind)) * share
@@ -79,13 +79,16 @@ def part_seconds(
     head = whole["output_layer"] / rates.output_layer * (1 + (RECOMPUTE_FACTOR - 1) * recomputed_logits)
     ends = {"embedding": shape.hidden_size * EMBEDDING_SECONDS, "output_layer": head}
     if shape.architecture == "transformer":
-        return ends | {"decoder": layer_seconds("decoder", rates.attention)}
-    own = shape.mixer.flop_rate(mixer_backend)
+        return ends | {"decoder": layer_seconds("decoder", layers["decoder"]["mixing"] / rates.attention)}
+
+    def own_mixing(mixer: Mixer) -> float:
+        rate = mixer.flop_rate(mixer_backend)
+        return mixer.mixing_flops(shape) / (rate if mixer_backend == "torch" else rates.mixing.get(mixer.name, rate))
+
     projections = 4 * shape.mtp_num_layers * shape.hidden_size**2 * shape.query_share / rates.linear
-    mixing_rate = own if mixer_backend == "torch" else rates.mixing.get(shape.self_decoder, own)
-    cross = layer_seconds("cross_decoder", rates.attention)
+    cross = layer_seconds("cross_decoder", layers["cross_decoder"]["mixing"] / rates.attention)
     return ends | {
-        "self_decoder": layer_seconds("self_decoder", mixing_rate),
+        "self_decoder": layer_seconds("self_decoder", shape.mean(own_mixing)),
         "shared_kv": whole["shared_kv"] / rates.linear,
         "cross_decoder": cross,
         **({"mtp": shape.mtp_num_layers * cross + projections} if shape.mtp_num_layers else {}),

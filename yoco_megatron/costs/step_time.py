@@ -234,7 +234,7 @@ def _received_by_layer(args: Namespace, shape: ModelShape, kind: str, recompute:
     """Bytes that context parallelism sends for one layer and micro-batch, before tensor parallelism."""
     cp, passes = args.context_parallel_size, 2 if recompute else 1
     if kind == "self_decoder":
-        return shape.mixer.received_bytes(shape, cp, args.micro_batch_size, BYTES, passes)
+        return shape.mean(lambda mixer: mixer.received_bytes(shape, cp, args.micro_batch_size, BYTES, passes))
     if kind == "decoder":
         kv = (cp - 1) / cp * args.seq_length * args.micro_batch_size * shape.kv_width * BYTES
         return EXPOSED_RING * kv * (passes + 2)

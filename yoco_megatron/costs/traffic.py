@@ -115,7 +115,9 @@ def received_bytes(
     if shape.architecture == "transformer":
         kv = others * shape.seq_length * micro_batch_size * shape.kv_width * bytes_per_value
         return {"attention": shape.num_layers * kv * (forward_passes + 2)}
-    layer = shape.mixer.received_bytes(shape, ranks, micro_batch_size, bytes_per_value, forward_passes)
+    layer = shape.mean(
+        lambda mixer: mixer.received_bytes(shape, ranks, micro_batch_size, bytes_per_value, forward_passes)
+    )
     both = cross_attention_bytes(
         shape,
         ranks,

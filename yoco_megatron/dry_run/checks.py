@@ -80,8 +80,9 @@ def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[
     """
     layers = layer_flops_per_token(shape)
     layers["output_layer"] = {"linear": forward_flops_per_token(shape)["output_layer"], "mixing": 0.0}
-    if shape.architecture == "yoco" and shape.self_decoder != "sliding_window":
-        layers["self_decoder"]["mixing"] = 0.0  # no attention
+    if shape.architecture == "yoco":  # of other mixers there is no attention
+        mixing = shape.mean(lambda mixer: mixer.mixing_flops(shape) if mixer.is_softmax_attention else 0.0)
+        layers["self_decoder"]["mixing"] = mixing
     linear = mixing = 0.0
     for chunk in chunks:
         again = recomputed_flops_per_token(args, shape, chunk)

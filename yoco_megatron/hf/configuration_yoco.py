@@ -8,6 +8,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # transformers' cache knows closed names of layer kinds; a retention layer is one with a recurrent state.
 LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
+# Mixers of the self-decoder by their letters in a pattern.
+LETTERS = {"R": "gated_retention", "S": "sliding_window"}
 
 # Largest values: far above any model, and low enough that a damaged file cannot make a loader build for hours.
 MOST_LAYERS, MOST_EXPERTS, MOST = 10_000, 1_000_000, 2**31 - 1
@@ -57,7 +59,8 @@ class YocoConfig(PreTrainedConfig):
 
     `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the cross-decoder and its shared K,V; the
     self-decoder has `self_decoder_heads` of width `self_decoder_head_dim`, and, with a sliding window,
-    `self_decoder_key_value_heads`. `sliding_window` counts the keys that a query sees, itself included.
+    `self_decoder_key_value_heads`. `self_decoder` names the mixer of its layers, or has a letter for each (RRSS: gated
+    retention, sliding window). `sliding_window` counts the keys that a query sees, itself included.
 
     `qk_norm` normalises the heads of queries and keys before RoPE, `qkv_bias` gives projections to q, k, v biases: in
     softmax attention, which gated retention is not.
@@ -173,7 +176,7 @@ class YocoConfig(PreTrainedConfig):
         self._check_shape()
         self._check_experts()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
-        self.layer_types = [LAYER_TYPES[self.self_decoder]] * self.num_self_decoder_layers + ["full_attention"] * cross
+        self.layer_types = [LAYER_TYPES[mixer] for mixer in self.self_decoder_mixers] + ["full_attention"] * cross
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -197,7 +200,6 @@ class YocoConfig(PreTrainedConfig):
 
     def _check_choices(self, others: dict[str, Any]) -> None:
         choices = {
-            "self_decoder": tuple(LAYER_TYPES),
             "rope_variant": ("yoco", "standard"),
             "hidden_act": ("silu", "swish"),
             "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
@@ -206,6 +208,9 @@ class YocoConfig(PreTrainedConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(map(str, known))}")
+        names = [*LAYER_TYPES, f"a letter of {', '.join(LETTERS)} for each layer"]
+        if self.self_decoder not in LAYER_TYPES and not (self.self_decoder and set(self.self_decoder) <= set(LETTERS)):
+            raise ValueError(f"self_decoder {self.self_decoder!r:.80} is unknown; choose {' or '.join(names)}")
         for name in ("rope_scaling", "rope_parameters"):
             if others.get(name):
                 raise ValueError(f"{name} is not supported: the frequencies are those of rope_theta and rope_variant")
@@ -235,7 +240,16 @@ class YocoConfig(PreTrainedConfig):
         parts = {
             "num_attention_heads": ("num_key_value_heads", self.num_attention_heads, self.num_key_value_heads),
         }
-        if self.self_decoder == "sliding_window":
+        if not 0 <= self.num_self_decoder_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"num_self_decoder_layers {self.num_self_decoder_layers} must lie between 0 and num_hidden_layers - 1"
+            )
+        mixers = self.self_decoder_mixers
+        if len(mixers) != self.num_self_decoder_layers:
+            raise ValueError(
+                f"self_decoder {self.self_decoder} has {len(mixers)} letters for {self.num_self_decoder_layers} layers"
+            )
+        if "sliding_window" in mixers or self.self_decoder == "sliding_window":
             groups = self.self_decoder_key_value_heads
             parts["self_decoder_heads"] = ("self_decoder_key_value_heads", self.self_decoder_heads, groups)
             if self.sliding_window is None:
@@ -252,11 +266,6 @@ class YocoConfig(PreTrainedConfig):
             width = getattr(self, name)
             if width % 2 or not width:
                 raise ValueError(f"{name} {width}: heads must have an even width for RoPE")
-        if not 0 <= self.num_self_decoder_layers < self.num_hidden_layers:
-            raise ValueError(
-                f"num_self_decoder_layers {self.num_self_decoder_layers} must lie between 0 and num_hidden_layers - 1"
-            )
-
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         if cross % self.shared_kv_sets:
             raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
@@ -287,6 +296,13 @@ class YocoConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok {k} must be at least topk_group {groups}, and the experts of as many groups"
             )
+
+    @property
+    def self_decoder_mixers(self) -> list[str]:
+        """The mixer of each layer of the self-decoder."""
+        if self.self_decoder in LAYER_TYPES:
+            return [self.self_decoder] * self.num_self_decoder_layers
+        return [LETTERS[letter] for letter in self.self_decoder]
 
     @property
     def layers_with_experts(self) -> list[bool]:

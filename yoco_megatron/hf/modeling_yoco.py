@@ -431,9 +431,10 @@ class YocoModel(YocoPreTrainedModel):
     def __init__(self, config: YocoConfig):
         super().__init__(config)
         border = config.num_self_decoder_layers
-        mixer = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}[config.self_decoder]
+        kinds = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}
+        mixers = [kinds[mixer] for mixer in config.self_decoder_mixers]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i in range(border))
+        self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i, mixer in enumerate(mixers))
         self.shared_kv = YocoSharedKV(config)
         self.cross_layers = nn.ModuleList(
             YocoLayer(config, YocoCrossAttention(config, i), i) for i in range(border, config.num_hidden_layers)
@@ -485,13 +486,13 @@ class YocoModel(YocoPreTrainedModel):
             kept = length if kept else 0  # masks of the last positions know no documents
             if is_flash_attention_requested(self.config):
                 kwargs = flash_boundaries(documents) | kwargs
-        self_mask, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept, documents)
+        self_masks, cross_mask = self._masks(x, attention_mask, past_key_values, position_ids, kept, documents)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
 
         rotary = self.self_rotary(position_ids)
-        for layer in self.self_layers:
-            own = {"mask": self_mask, "past_key_values": past_key_values, "documents": documents}
+        for layer, kind in zip(self.self_layers, self.config.layer_types):
+            own = {"mask": self_masks[kind], "past_key_values": past_key_values, "documents": documents}
             x = layer(x, rotary=rotary, **own, **kwargs)
         rotary = self.cross_rotary(position_ids)
         sets = self.shared_kv(x, rotary, past_key_values)
@@ -504,10 +505,9 @@ class YocoModel(YocoPreTrainedModel):
         )
 
     def _masks(self, x, attention_mask, past_key_values, position_ids, kept, documents):
-        """(mask of the self-decoder, mask of the cross-decoder's last `kept` queries), as the attention wants them."""
-        kind = self.config.layer_types[0]
+        """(of the self-decoder by kind of layer, of the cross-decoder's last `kept` queries), as attention wants them."""
         if isinstance(attention_mask, dict):  # of one query, by create_masks_for_generate
-            return attention_mask[kind], attention_mask["full_attention"]
+            return attention_mask, attention_mask["full_attention"]
         if documents is not None:
             past_key_values, position_ids = None, positions_in(documents)
         common = {
@@ -520,9 +520,9 @@ class YocoModel(YocoPreTrainedModel):
         masks: dict[str, Callable] = {
             "linear_attention": create_recurrent_attention_mask,
             "sliding_attention": create_sliding_window_causal_mask,
-            "full_attention": lambda **_: None,
         }
-        own = masks[kind](**common)
+        kinds = dict.fromkeys(self.config.layer_types[: self.config.num_self_decoder_layers])
+        own = {kind: masks[kind](**common) for kind in kinds}
         if kept == x.shape[1]:
             return own, create_causal_mask(**common)
         return own, self._mask_of_last(x, attention_mask, past_key_values, kept) if kept else None

@@ -10,17 +10,8 @@ take 0.08% off a step of the 3B model at 4K tokens).
 """
 
 from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
-from yoco_megatron.utils.errors import require
 
 RETENTION_CHUNK = 64
-
-
-def check(sizes: Sizes) -> None:
-    """Raises ValueError for grouped keys and values, which retention does not have."""
-    require(
-        sizes.self_decoder_query_groups == sizes.self_decoder_heads,
-        "--self-decoder-query-groups is for --self-decoder sliding_window: retention has no shared K,V heads",
-    )
 
 
 def _width(sizes: Sizes) -> int:
@@ -79,8 +70,9 @@ def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
 
 GATED_RETENTION = Mixer(
     name="gated_retention",
+    letter="R",
     options=("decay_temperature", "retention_backend", "retention_chunk_size"),
-    check=check,
+    check=lambda sizes: None,
     layer_spec="yoco_megatron.model.self_decoder.gated_retention:layer_spec",
     init_law="yoco_megatron.model.self_decoder.gated_retention:init_law",
     init_name="retention",

@@ -51,6 +51,9 @@ class Mixer:
     name: str
     """Value of --self-decoder."""
 
+    letter: str
+    """Of one layer in --self-decoder-pattern; a capital."""
+
     options: tuple[str, ...]
     """Flags that no other mixer reads, by their fields; with one that lacks them they are refused."""
 

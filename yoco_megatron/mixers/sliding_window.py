@@ -63,6 +63,7 @@ def cache_bytes(sizes: Sizes, bytes_per_value: int) -> int:
 
 SLIDING_WINDOW = Mixer(
     name="sliding_window",
+    letter="S",
     options=("self_decoder_window", "self_decoder_query_groups"),
     check=lambda sizes: None,
     layer_spec="yoco_megatron.model.self_decoder.sliding_window:layer_spec",

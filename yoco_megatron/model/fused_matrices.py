@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import mixers_in
 from yoco_megatron.mixers.record import FusedMatrix
 
 
@@ -30,7 +30,8 @@ def fused_matrices(config: Any) -> dict[str, FusedMatrix]:
     kv = tuple(f"{name}.{number}" for number in range(sets) for name in ("k_proj", "v_proj"))
     matrices += [FusedMatrix("linear_kv", kv, kv_heads, (1,) * len(kv))]
     if config.num_self_decoder_layers:
-        matrices += get_mixer(config.self_decoder).require("fused", "an optimizer of whole matrices")(config)
+        for mixer in mixers_in(config.self_decoder):  # whose matrices have names of their own
+            matrices += mixer.require("fused", "an optimizer of whole matrices")(config)
     return _by_name(matrices)
 
 

@@ -7,7 +7,7 @@ seed gives the same model at any mesh, and fan-in and fan-out are those of the w
 The laws (authors' code; no scaling with depth anywhere):
 
     embedding                   N(0, std = h^-1/2)
-    mixer of the self-decoder   its record's (`mixers`)
+    mixers of the self-decoder  their records' (`mixers`)
     every other matrix          U(-a, a), a = fan_in^-1/2
     norms                       1
     biases                      0
@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import mixer_of_layer
 
 Law = Callable[[Tensor, torch.Generator], Tensor]
 BIASES = ("linear_qkv.bias", "linear_q.bias", "linear_kv.bias")  # --add-qkv-bias
@@ -64,15 +64,15 @@ def yoco_law(config: TransformerConfig) -> LawOf:
 
 
 def mixer_law(config: TransformerConfig) -> LawOf:
-    """The law in the record of the self-decoder's mixer, for its parameters; None for all others."""
+    """The law in the record of a self-decoder layer's mixer, for its parameters; None for all others."""
     num_self = getattr(config, "num_self_decoder_layers", 0)  # a GPTModel has no self-decoder
-    mixer = get_mixer(config.self_decoder) if num_self else None
 
     def law(name: str, shape: torch.Size) -> Law | None:
         place = re.search(r"layers\.(\d+)\.(\w+)\.(.+)", name)
-        if mixer and place and int(place[1]) < num_self and place[2] == mixer.require("init_name"):
-            return mixer.load("init_law")(place[3], shape)
-        return None
+        if not place or int(place[1]) >= num_self:
+            return None
+        mixer = mixer_of_layer(config.self_decoder, int(place[1]))
+        return mixer.load("init_law")(place[3], shape) if place[2] == mixer.require("init_name") else None
 
     return law
 
@@ -135,7 +135,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             index = modules[".".join(parts[: at + 2])].layer_number - 1
             parts[at + 1] = str(index)
             if index < num_self and parts[at + 2] == "self_attention":
-                parts[at + 2] = get_mixer(config.self_decoder).require("init_name")
+                parts[at + 2] = mixer_of_layer(config.self_decoder, index).require("init_name")
         if is_of_expert(name):
             at = parts.index("experts")
             held = modules[".".join(name.split(".")[:at])].local_expert_indices

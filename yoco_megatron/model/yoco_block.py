@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from yoco_megatron.config.experts import layers_with_experts
 from yoco_megatron.config.kv_sets import layers_of_sets
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import mixer_of_layer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
 from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
@@ -61,14 +61,15 @@ class YOCOBlock(MegatronModule):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         split_layer = config.num_self_decoder_layers
         backend = specs.backend_for(config)
-        self_spec = get_mixer(config.self_decoder).load("layer_spec")(backend)
-        cross_spec = specs.cross_decoder_layer(backend)
         self_config = config.self_decoder_config()
 
         experts = layers_with_experts(config.num_moe_experts, config.moe_layer_freq, stage.last)
 
         def build(index: int) -> TransformerLayer:
-            spec = self_spec if index < split_layer else cross_spec
+            if index < split_layer:
+                spec = mixer_of_layer(config.self_decoder, index).load("layer_spec")(backend)
+            else:
+                spec = specs.cross_decoder_layer(backend)
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
                 return build_module(
                     specs.with_experts(spec, backend, config) if experts[index] else spec,

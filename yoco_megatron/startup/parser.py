@@ -19,7 +19,6 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 from yoco_megatron import runtime
 from yoco_megatron.config.yaml_files import load_config_files, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
-from yoco_megatron.mixers import MIXERS
 from yoco_megatron.resilience import arguments as resilience
 from yoco_megatron.utils.errors import nearest, require
 
@@ -75,7 +74,6 @@ def _new_parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
     """With the group "YOCO", our defaults and our error messages; `defaults` win over ours, by destination."""
     parser = add_megatron_arguments(argparse.ArgumentParser(prog="pretrain_yoco.py", allow_abbrev=False))
     group = ArgumentGroupFactory(YOCOFields).build_group(parser, "YOCO")
-    parser._option_string_actions["--self-decoder"].choices = MIXERS.keys()
     group.add_argument(
         "--allow-changed-data",
         action="store_true",

@@ -13,6 +13,7 @@ from yoco_megatron.checkpoint.layout import tracked
 from yoco_megatron.config.resolve import queries_vary, resolved
 from yoco_megatron.costs.flops import forward_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, active_parameters, parameter_count
+from yoco_megatron.mixers import mixers_in
 from yoco_megatron.model.cross_decoder.travelling_queries import queries_travel, received_by_cross_attention
 from yoco_megatron.training.query_positions import query_runs
 from yoco_megatron.utils.units import in_words, with_unit
@@ -81,8 +82,9 @@ def _layers(args: Namespace, shape: ModelShape) -> str:
     if args.architecture == "transformer":
         return f"Transformer, {shape.num_layers} layers, width {shape.hidden_size:,}"
     sets = f" over {shape.shared_kv_sets} sets of K,V" if shape.shared_kv_sets > 1 else ""
+    mixers = " and ".join(mixer.name.replace("_", " ") for mixer in mixers_in(shape.self_decoder))
     return (
-        f"YOCO, {shape.num_self_decoder_layers} layers of {shape.self_decoder.replace('_', ' ')} and "
+        f"YOCO, {shape.num_self_decoder_layers} layers of {mixers} and "
         f"{shape.num_cross_decoder_layers} of cross attention{sets}, width {shape.hidden_size:,}"
     )
 
