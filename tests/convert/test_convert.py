@@ -33,12 +33,13 @@ ONE_STEP = ["--train-iters", "1", "--lr-warmup-iters", "0", "--bf16"]
 UNTIED = ["--untie-embeddings-and-output-weights"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--self-decoder-query-groups", "2"]
+MIXED = [*WINDOWS, "--self-decoder-pattern", "SR"]
 TWO_SETS = ["--shared-kv-sets", "2"]
 QK_NORM = ["--qk-layernorm", "--add-qkv-bias"]
 # name -> (processes, flags)
 RUNS = {
     "TP1, retention, tied": (1, []),
-    "TP2, windows, two sets of K,V, untied": (2, [*TP2, *WINDOWS, *UNTIED, *TWO_SETS]),
+    "TP2, windows and retention, two sets of K,V, untied": (2, [*TP2, *MIXED, *UNTIED, *TWO_SETS]),
     "PP2, retention, untied, multi-token prediction": (2, [*PP2, *UNTIED, "--mtp-num-layers", "2"]),
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
@@ -112,10 +113,10 @@ def test_round_trip_is_bitwise(name, trained, tmp_path):
 @pytest.mark.slow
 def test_training_goes_on_at_any_mesh(trained, tmp_path):
     """From the converted checkpoint as from the original's weights: the same losses, to the last printed digit."""
-    run = trained("TP2, windows, two sets of K,V, untied")
+    run = trained("TP2, windows and retention, two sets of K,V, untied")
     in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"))
     in_fresh_process("hf", str(tmp_path / "hf"), "megatron", str(tmp_path / "back"))
-    steps = ["--bf16", "--train-iters", "4", "--lr-warmup-iters", "0", *WINDOWS, *UNTIED, *TWO_SETS]
+    steps = ["--bf16", "--train-iters", "4", "--lr-warmup-iters", "0", *MIXED, *UNTIED, *TWO_SETS]
     for processes, mesh in ((1, []), (2, TP2), (2, PP2)):
         original = train(processes, *steps, *mesh, "--load", str(run), "--finetune")
         converted = train(processes, *steps, *mesh, "--load", str(tmp_path / "back"))

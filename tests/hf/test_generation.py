@@ -20,6 +20,7 @@ MODELS = {kind: dict(self_decoder=kind, num_hidden_layers=6) for kind in SELF_DE
 MODELS["two sets of K,V"] = dict(
     self_decoder="sliding_window", num_hidden_layers=7, num_self_decoder_layers=3, shared_kv_sets=2
 )
+MODELS["a mixer for each layer"] = dict(self_decoder="RSR", num_hidden_layers=6)
 
 
 @pytest.fixture(params=MODELS)
@@ -84,7 +85,7 @@ def test_the_cache_is_small(model):
         entry = 2 * length * config.num_key_value_heads * config.head_dim
         assert size[3:] == {1: [entry, 0, 0], 2: [entry, 0, entry, 0]}[config.shared_kv_sets]
     assert sizes[0][:3] == sizes[1][:3]
-    if config.self_decoder == "gated_retention":
+    if config.self_decoder_mixers[0] == "gated_retention":
         assert sizes[0][0] == config.hidden_size * config.self_decoder_head_dim
         state = cache.layers[0].recurrent_states[0]
         assert state.dtype == torch.float32
@@ -93,7 +94,7 @@ def test_the_cache_is_small(model):
 
 
 def test_state_stays_fp32_in_bf16(model):
-    if model.config.self_decoder == "gated_retention":
+    if model.config.self_decoder_mixers[0] == "gated_retention":
         cache = DynamicCache(config=model.config)
         model.bfloat16()(prompts(), past_key_values=cache)
         assert cache.layers[0].recurrent_states[0].dtype == torch.float32
@@ -215,7 +216,7 @@ def test_padding_leaves_the_state_alone(model):
 
 
 def test_what_cannot_be_rolled_back_is_refused(model):
-    if model.config.self_decoder == "gated_retention":
+    if model.config.self_decoder_mixers[0] == "gated_retention":
         with pytest.raises(ValueError, match="assisted"):
             greedy(model, prompts(1), prompt_lookup_num_tokens=3)
     else:

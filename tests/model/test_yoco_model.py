@@ -55,6 +55,10 @@ CASES = {
     "QK-norm, biases, two sets of K,V": dict(
         **SLIDING, self_decoder_query_groups=2, shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True
     ),
+    "retention, then windows": dict(self_decoder="RS", self_decoder_query_groups=2),
+    "windows around retention, QK-norm and biases": dict(
+        self_decoder="SRS", num_self_decoder_layers=3, self_decoder_query_groups=2, qk_layernorm=True, add_qkv_bias=True
+    ),
     "biases, retention, two sets of K,V": dict(shared_kv_sets=2, add_qkv_bias=True),
 }
 

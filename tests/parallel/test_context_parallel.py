@@ -111,6 +111,11 @@ def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
     check(mesh, model, documents, one_process)
 
 
+@pytest.mark.parametrize("mesh", ["TP2 CP2 SP", "CP2 recompute full", "PP2 CP2 uneven"])
+def test_a_mixer_for_each_layer(mesh: str, one_process) -> None:
+    check(mesh, FLOAT64 | dict(self_decoder="SRRS"), True, one_process)
+
+
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)

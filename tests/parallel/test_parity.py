@@ -92,6 +92,11 @@ def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
         compare(result, one_process_step(kind, tied, **model))
 
 
+@pytest.mark.parametrize("mesh", ["TP2 SP recompute full", "TP2 SP recompute elementwise", "DP2 distributed optimizer"])
+def test_a_mixer_for_each_layer(mesh: str, one_process_step) -> None:
+    test_equals_one_process(mesh, "RS", one_process_step)
+
+
 def test_the_comparison_can_fail(one_process_step) -> None:
     """A step with another window is another step."""
     other = run_world(1, train_step, dict(self_decoder="sliding_window", self_decoder_window=6), True)[0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yoco_megatron.mixers import get_mixer
+from yoco_megatron.mixers import mixer_of_layer
 
 Weights = Mapping[str, Tensor]
 
@@ -109,6 +109,9 @@ def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
     return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T
 
 
+MIXERS = {"gated_retention": retention, "sliding_window": window_attention}
+
+
 def ffn(x: Tensor, w: Weights, name: str) -> Tensor:
     return (silu(x @ w[f"{name}.a"].T) * (x @ w[f"{name}.b"].T)) @ w[f"{name}.c"].T
 
@@ -152,8 +155,8 @@ def cross_layer(x: Tensor, w: Weights, layer: str, k: Tensor, v: Tensor, sizes: 
 def states(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Hidden states before the final norm, and the last K,V."""
     x = embedded_BTd * (embedded_BTd.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0)
-    mixer = {"gated_retention": retention, "sliding_window": window_attention}[sizes.self_decoder]
     for layer in range(sizes.num_self_decoder_layers):
+        mixer = MIXERS[mixer_of_layer(sizes.self_decoder, layer).name]
         x = x + mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
     normed = rms(x, sizes.eps) * w["kv.norm"]
@@ -212,22 +215,22 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
         w |= {f"mtp{depth}.{name}": state[f"mtp_{depth}.{name}.weight"] for name in names}
     for layer, ours in places.items():
         of_self_decoder = layer.isdigit() and int(layer) < sizes.num_self_decoder_layers
-        own_name = get_mixer(sizes.self_decoder).init_name if of_self_decoder else "self_attention"
-        mixer = f"{ours}{own_name}."
+        kind = mixer_of_layer(sizes.self_decoder, int(layer)) if of_self_decoder else None
+        mixer = f"{ours}{kind.init_name if kind else 'self_attention'}."
         w[f"{layer}.norm"] = state[f"{ours}input_layernorm.weight"]
         w[f"{layer}.ffn_norm"] = state[f"{ours}pre_mlp_layernorm.weight"]
         w[f"{layer}.a"], w[f"{layer}.b"] = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)
         w[f"{layer}.c"] = state[f"{ours}mlp.linear_fc2.weight"]
         w[f"{layer}.out"] = state[f"{mixer}linear_proj.weight"]
-        if not of_self_decoder:
+        if kind is None:
             matrices = {}
             w |= attention_weights(f"{mixer}linear_q", [f"{layer}.q"], 1, [1])
             w |= norm_weight(f"{mixer}q_layernorm", f"{layer}.q")
-        elif sizes.self_decoder == "gated_retention":
+        elif kind.name == "gated_retention":
             parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
             matrices = dict(zip(("q", "k", "v", "gate"), parts)) | {"decay": state[f"{mixer}linear_decay.weight"]}
         else:
-            assert sizes.self_decoder == "sliding_window", "write the reference of this mixer here"
+            assert kind.name == "sliding_window", "write the reference of this mixer here"
             queries = sizes.self_heads // sizes.self_groups
             matrices = {}
             names = [f"{layer}.{m}" for m in "qkv"]

@@ -505,7 +505,7 @@ class YocoModel(YocoPreTrainedModel):
         )
 
     def _masks(self, x, attention_mask, past_key_values, position_ids, kept, documents):
-        """(of the self-decoder by kind of layer, of the cross-decoder's last `kept` queries), as attention wants them."""
+        """(those of the self-decoder by kind of layer, that of the cross-decoder's last `kept` queries)."""
         if isinstance(attention_mask, dict):  # of one query, by create_masks_for_generate
             return attention_mask, attention_mask["full_attention"]
         if documents is not None:
