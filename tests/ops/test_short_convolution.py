@@ -65,12 +65,13 @@ def test_continues_from_its_state_token_by_token():
 
 
 def test_bfloat16_rounds_once():
-    """Half a unit in the last place, 2^-9, of the output; that of a gradient passes two roundings."""
+    """Half a unit in the last place, 2^-9, of the output; gradients are sums of cotangents that are rounded, too."""
     inputs, ids = make_inputs(50, torch.bfloat16), documents(50)
     want = run(recurrent, {name: x.double() for name, x in inputs.items()}, ids)
     got = run(short_convolution, inputs, ids)
-    for ours, exact in zip(got, want):
-        assert (ours.double() - exact.double()).norm() < 2**-8 * exact.double().norm()
+    for index, (ours, exact) in enumerate(zip(got, want)):
+        limit = 2**-8 if index < 2 else 2**-7
+        assert (ours.double() - exact.double()).norm() < limit * exact.double().norm(), index
 
 
 def test_layouts_are_checked():

@@ -133,8 +133,8 @@ def check_tensor_parallel(config: Any) -> None:
         "--ffn-hidden-size": config.ffn_hidden_size,
     }
     if config.num_self_decoder_layers:
-        split["--self-decoder-heads"] = config.self_decoder_heads
-        split["--self-decoder-query-groups"] = config.self_decoder_query_groups
+        for mixer in mixers_in(config.self_decoder):
+            split |= mixer.divided(config)
     for flag, size in split.items():
         require_divides(
             tp, size, flag, name, f"heads are split over tensor-parallel ranks, use a {name} that divides {size}"

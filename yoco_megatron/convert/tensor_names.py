@@ -55,7 +55,7 @@ def _of_mixer(config: Any, mixer: Mixer) -> dict[str, Shape]:
     matrices = mixer.tensors(sizes(config))
     if mixer.is_softmax_attention:
         return _of_attention(config, matrices, dict.fromkeys(("q_norm", "k_norm"), config.self_decoder_head_dim))
-    return {f"{name}.weight": shape for name, shape in matrices.items()}
+    return {f"{name}.weight": shape for name, shape in matrices.items()} | mixer.vectors(sizes(config))
 
 
 def _of_mlp(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:
@@ -165,16 +165,21 @@ def megatron(config: Any) -> list[Fused]:
         fused = [FusedMatrix("linear_q", ("q_proj",))]
         fused_norm: str | None = "linear_q"
         is_attention = True
+        vectors: set[str] = set()
         if not cross:
             mixer = mixer_of_layer(config.self_decoder, index)
             fused, fused_norm = mixer.fused(sizes(config)), mixer.fused_norm
-            is_attention = mixer.is_softmax_attention
+            is_attention, vectors = mixer.is_softmax_attention, {*mixer.vectors(sizes(config))}
         norm = f"self_attention.{fused_norm}.layer_norm_weight" if fused_norm else "input_layernorm.weight"
         add(norm, "input_layernorm")
         for matrix in fused:
             names = [f"mixer.{name}" for name in matrix.names]
-            for end in ("weight", "bias") if config.qkv_bias and is_attention else ("weight",):
+            has_bias = (config.qkv_bias and is_attention) or f"{matrix.names[0]}.bias" in vectors
+            for end in ("weight", "bias") if has_bias else ("weight",):
+                vectors -= {f"{name}.{end}" for name in matrix.names}
                 add(f"self_attention.{matrix.name}.{end}", *names, groups=matrix.groups, parts=matrix.parts)
+        for name in sorted(vectors):
+            entries.append(Fused(f"{theirs}self_attention.{name}", (f"{ours}mixer.{name}",)))
         if config.qk_norm and is_attention:
             add("self_attention.q_layernorm.weight", "mixer.q_norm")
         if config.qk_norm and is_attention and not cross:

@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from math import prod
 from typing import Any, Literal, Self
 
 from yoco_megatron.config import experts
@@ -253,11 +254,13 @@ def layer_vectors(shape: ModelShape) -> Mapping[str, float]:
         return {"decoder": 2 * d + of_attention(queries, shape.kv_width, 2 * width)}
     own_width = shape.self_decoder_head_dim
     own_queries, own_kv = shape.self_decoder_heads * own_width, 2 * shape.self_decoder_query_groups * own_width
-    own = shape.mean(
-        lambda mixer: of_attention(own_queries, own_kv, 2 * own_width) if mixer.is_softmax_attention else 0
-    )
+
+    def of_mixer(mixer: Mixer) -> int:
+        attention = of_attention(own_queries, own_kv, 2 * own_width) if mixer.is_softmax_attention else 0
+        return attention + sum(map(prod, mixer.vectors(shape).values()))
+
     return {
-        "self_decoder": 2 * d + own,
+        "self_decoder": 2 * d + shape.mean(of_mixer),
         "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),
         "cross_decoder": 2 * d + of_attention(queries, 0, width),
         **_mtp(shape, 4 * d + of_attention(queries, 0, width)),

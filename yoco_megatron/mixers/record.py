@@ -60,6 +60,9 @@ class Mixer:
     check: Callable[[Sizes], None]
     """Rules of its own sizes, without `seq_length`: raises ValueError that names the flag."""
 
+    divided: Callable[[Sizes], dict[str, int]]
+    """Sizes that tensor parallelism divides, by flag."""
+
     # The model.
     layer_spec: str
     """Path of `spec(backend: BackendSpecProvider) -> ModuleSpec` of a whole layer. The mixer is called with
@@ -95,8 +98,11 @@ class Mixer:
     # Conversion and generation.
     tensors: Callable[[Sizes], dict[str, Shape]]
     """Exported matrices by their names inside the mixer, in the order of the forward pass, [out, in] each."""
+    vectors: Callable[[Sizes], dict[str, Shape]]
+    """Exported tensors that are no matrices, by whole names in the mixer; not those of --qk-layernorm and biases."""
     fused: Callable[[Sizes], list[FusedMatrix]]
-    """The same in a training checkpoint, without the output projection `linear_proj` (`o_proj`)."""
+    """The same in a training checkpoint, without the output projection `linear_proj` (`o_proj`) and without vectors
+    that have the same names there."""
     fused_norm: str | None
     """The projection that the layer's norm is fused into in a training checkpoint; None: the norm stands apart."""
     hf_layer_type: str

@@ -66,6 +66,10 @@ SLIDING_WINDOW = Mixer(
     letter="S",
     options=("self_decoder_window", "self_decoder_query_groups"),
     check=lambda sizes: None,
+    divided=lambda sizes: {
+        "--self-decoder-heads": sizes.self_decoder_heads,
+        "--self-decoder-query-groups": sizes.self_decoder_query_groups,
+    },
     layer_spec="yoco_megatron.model.self_decoder.sliding_window:layer_spec",
     init_law="yoco_megatron.model.init:default_law",
     init_name="self_attention",
@@ -78,6 +82,7 @@ SLIDING_WINDOW = Mixer(
     recomputed_values=lambda sizes: 0,
     received_bytes=received_bytes,
     tensors=tensors,
+    vectors=lambda sizes: {},
     fused=fused,
     fused_norm="linear_qkv",
     hf_layer_type="sliding_attention",

@@ -22,20 +22,22 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from yoco_megatron.model.init import Law, xavier
+from yoco_megatron.model.layers.head_logits import HeadLogits
 from yoco_megatron.model.layers.norm import rms_norm
 from yoco_megatron.model.layers.projections import input_projection, output_projection, save_original_input
 from yoco_megatron.model.layers.recompute import recompute_in_backward
 from yoco_megatron.model.layers.rotary import rotate
+from yoco_megatron.model.self_decoder.recurrence import recurrence
 from yoco_megatron.model.specs import pre_norm_layer
 from yoco_megatron.model.yoco_config import YOCOConfig
-from yoco_megatron.ops.gated_retention import gated_retention, log_decay_from_logits, resolve_backend
+from yoco_megatron.ops.gated_retention import log_decay_from_logits, resolve_backend
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.parallel.context.state_exchange import StateExchange
 
 
 @dataclass
 class GatedRetentionSubmodules:
-    """The two large projections; that of the decay is so small that it stays out of tensor parallelism and FP8."""
+    """The two large projections; that of the decay is `HeadLogits`."""
 
     linear_qkvg: type
     linear_proj: type
@@ -71,15 +73,7 @@ class GatedRetention(MegatronModule):
         width = config.num_attention_heads * self.head_dim
         self.linear_qkvg = input_projection(submodules.linear_qkvg, config, 4 * width, self.tp_group)
         self.linear_proj = output_projection(submodules.linear_proj, config, width, self.tp_group)
-        # One logit per head: all heads on every rank (a [h, heads] matrix), see `decay_logits`.
-        self.linear_decay = torch.nn.Linear(
-            config.hidden_size,
-            config.num_attention_heads,
-            bias=False,
-            device=torch.cuda.current_device(),
-            dtype=config.params_dtype,
-        )
-        self.linear_decay.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.linear_decay = HeadLogits(config, config.num_attention_heads, self.tp_group)
 
     def forward(
         self,
@@ -93,7 +87,7 @@ class GatedRetention(MegatronModule):
         """hidden_states [s, b, h] (normalised), angles [s, 1, 1, D] or [s, b, 1, D] -> (out [s, b, h], no bias)."""
         shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         qkvg, _ = self.linear_qkvg(hidden_states)
-        logits_SBH = self.decay_logits(hidden_states)
+        logits_SBH = self.linear_decay(hidden_states)
         core = partial(self._core, shard)
         if self.recompute_core and self.training:
             y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, qkvg, logits_SBH, rotary_pos_emb)
@@ -103,21 +97,6 @@ class GatedRetention(MegatronModule):
         if self.config.recompute_elementwise and self.training and torch.is_grad_enabled():
             recompute_in_backward(y, output, recompute_into)
         return output, bias
-
-    def decay_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [s, b, H] of this rank's heads.
-
-        Every rank computes all heads from the tokens that it holds, and only the small result is exchanged: gathering
-        the hidden states a second time would cost as much as the communication of the large projection.
-        """
-        logits = self.linear_decay(hidden_states)
-        if self.tp_group.size() == 1:
-            return logits
-        if not self.config.sequence_parallel:
-            return tensor_parallel.scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
-        _, batch, heads = logits.shape
-        logits = tensor_parallel.all_to_all_sp2hp(logits, group=self.tp_group)
-        return logits.view(-1, batch, heads // self.tp_group.size())
 
     def _core(
         self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
@@ -141,23 +120,15 @@ class GatedRetention(MegatronModule):
             )
             return y, recompute_fns[0]
         q, k, v, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).unbind(3)
-        log_decay = shard.fold(log_decay_from_logits(logits_SBH, self.config.decay_temperature))
-        k, v = shard.fold(rotate(k, rotary_pos_emb, self.config)), shard.fold(v)
-        exchange = StateExchange.start(k, v, log_decay, shard) if shard.ranks > 1 else None
-        q = shard.fold(rotate(q, rotary_pos_emb, self.config))  # while states are exchanged
-        o, final = gated_retention(
-            q,
-            k,
+        o_SBHD = recurrence(
+            lambda: rotate(q, rotary_pos_emb, self.config),
+            rotate(k, rotary_pos_emb, self.config),
             v,
-            log_decay,
-            initial_state=exchange.initial_states() if exchange else None,
-            document_ids=shard.folded_document_ids,
-            chunk_size=self.config.retention_chunk_size,
-            backend=self.backend.name,
+            log_decay_from_logits(logits_SBH, self.config.decay_temperature),
+            shard,
+            self.config,
+            self.backend.name,
         )
-        if exchange:
-            o = exchange.attach_final_state_grad(o, final, q, log_decay)
-        o_SBHD = shard.unfold(o)
 
         def gated() -> Tensor:
             return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)

@@ -3,12 +3,11 @@
 Tensor legend: B batch, T time, C channels, W width of the kernel.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yoco_megatron.ops.recomputed import recomputed
 from yoco_megatron.ops.short_convolution.reference import check_layout
 
 
@@ -27,7 +26,7 @@ def short_convolution(
     """
     check_layout(x, weight, bias, initial_state, document_ids)
     taps = weight.shape[1] - 1
-    y = _Convolution.apply(x, weight, bias, initial_state, document_ids)
+    y = recomputed(_convolve, x, weight, bias, initial_state, document_ids)
     state = _last(_padded(_last(x, taps), initial_state, taps), taps)
     if document_ids is not None:
         # Inputs before the first token belong to its document.
@@ -38,27 +37,6 @@ def short_convolution(
 
 def _last(x: Tensor, tokens: int) -> Tensor:
     return x[:, max(0, x.shape[1] - tokens) :]
-
-
-class _Convolution(torch.autograd.Function):
-    """`_convolve`, computed again in backward."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs)
-        return _convolve(*inputs)
-
-    @staticmethod
-    def backward(ctx, dy):
-        inputs: list[Any] = [
-            x if x is None else x.detach().requires_grad_(needs)
-            for x, needs in zip(ctx.saved_tensors, ctx.needs_input_grad)
-        ]
-        with torch.enable_grad():
-            y = _convolve(*inputs)
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, dy))
-        return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
 
 
 def _padded(x: Tensor, initial_state: Tensor | None, taps: int) -> Tensor:

@@ -39,10 +39,12 @@ class StateExchange:
         self._message, self._work = _start_gather(torch.cat((update.flatten(2), decay[..., None]), -1), shard)
 
     @staticmethod
-    def start(k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard) -> "StateExchange":
-        """The exchange for the op's k, v and log_decay, chunks in the batch dimension; no path for gradients."""
+    def start(
+        k: Tensor, v: Tensor, log_decay: Tensor, shard: SequenceShard, scale: float | None = None
+    ) -> "StateExchange":
+        """The exchange for the op's k, v, log_decay and scale, chunks in the batch dimension; no path for gradients."""
         with torch.no_grad():
-            return StateExchange(*state_update(k, v, log_decay, shard.folded_document_ids), shard)
+            return StateExchange(*state_update(k, v, log_decay, shard.folded_document_ids, scale=scale), shard)
 
     def initial_states(self) -> Tensor:
         """The states that enter the chunks held here, [n b, H, K, V], contiguous, without a path for gradients.
