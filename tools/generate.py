@@ -3,6 +3,7 @@
     tools/generate.py --load RUN/checkpoints --prompt 'def main'
     tools/generate.py --load MODEL --prompt-file prompts.txt --temperature 0      # one prompt a line, as one batch
     cat long.txt | tools/generate.py --load MODEL                                 # all of it as one prompt
+    tools/generate.py --load MODEL --prompt 'def main' --speculative              # drafts by --mtp-num-layers
 
 The text streams to standard output; tokens/s and the size of the cache go to standard error. Several prompts are
 printed at the end.
@@ -75,6 +76,12 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt per forward pass")
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="have the model's layers of multi-token prediction draft tokens, which it checks several at once: the "
+        "same text (but for rounding) in fewer passes, of one prompt",
+    )
     options = parser.parse_args()
     if options.prompt and options.prompt_file:
         parser.error("--prompt and --prompt-file: use only one of them")
@@ -98,18 +105,27 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.convert import tokenizer_files
     from yoco_megatron.inference.generation import Decoder, Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
+    from yoco_megatron.inference.speculative import SpeculativeModel
     from yoco_megatron.inference.uncached import UncachedDecoder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     where, texts = read_prompts(options)
     baseline = is_baseline(options.load)
+    if baseline and options.speculative:
+        raise ValueError(
+            f"--speculative: --load {options.load} is a Transformer baseline, which has no drafts: remove it"
+        )
     model: Any  # Megatron's or transformers'
     with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
         if baseline:
             model, tokenizer, max_length = load_baseline(options.load, options.iteration, options.tokenizer)
         else:
             model, tokenizer = load_for_generation(
-                options.load, options.iteration, runtime.device(), tokenizer=options.tokenizer
+                options.load,
+                options.iteration,
+                runtime.device(),
+                tokenizer=options.tokenizer,
+                speculative=options.speculative,
             )
     if tokenizer is None:
         raise ValueError(
@@ -122,6 +138,8 @@ def run(options: argparse.Namespace) -> None:
     most = new_tokens(options.max_new_tokens, where, prompts, length)
     if baseline:
         decoder: Decoder = UncachedDecoder(model, max_length)
+    elif options.speculative:
+        decoder = SpeculativeModel(model, options.prefill_piece)
     else:
         decoder = decoder_for(model, prompts, most, options.prefill_piece)
     steps = generate(decoder, prompts, most, sampling, end=tokenizer.eos_token_id)
@@ -155,6 +173,8 @@ def run(options: argparse.Namespace) -> None:
         f"cache of {decoder.nbytes():,} bytes",
         file=sys.stderr,
     )
+    if isinstance(decoder, SpeculativeModel):
+        print(f"{decoder.accepted} of {decoder.verified} drafts accepted", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from support.models import plain_name
 from yoco_megatron.convert import config_fields, tensor_names
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.inference.speculative import attach
+from yoco_megatron.model.init import named_parameters
 from yoco_megatron.model.yoco_model import YOCOModel
 
 
@@ -44,14 +46,17 @@ def _stacked(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
-    """A transformers model of the same weights and dtype, in evaluation mode."""
+    """A transformers model of the same weights and dtype, in evaluation mode, with its layers for --speculative."""
     config = twin_config(model, **more)
     state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    state |= {name: value.detach() for name, value in named_parameters(model)}  # layers by their number in the model
     weights = {}
     for entry in tensor_names.megatron(config):
         name = plain_name(entry.name)  # without Transformer Engine
         weights |= entry.split(state[name] if name in state else _stacked(state, name))
-    twin = YocoForCausalLM(config).to(model.config.params_dtype)
+    twin = YocoForCausalLM(config)
+    attach(twin)
+    twin.to(model.config.params_dtype)
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
     twin.tie_weights()

@@ -31,7 +31,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     flags, baseline = ([*model[:at], *model[at + 4 :]] for model in (TINY, TINY_BASELINE))
     named = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     once = ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(base / "run"), "--save-interval", "1"]
-    train(1, *named, *once, base=flags)
+    train(1, *named, *once, "--mtp-num-layers", "1", base=flags)
     once[once.index("--save") + 1] = str(base / "baseline")
     train(1, *named, *once, base=baseline)
     done = start(
@@ -56,6 +56,7 @@ def test_either_format_and_any_prompt(folders, tmp_path):
     assert generated(folders["model"], "--prompt", "the lazy fox", "--prefill-piece", "2") == expected
     assert generated(folders["model"], text="the lazy fox") == expected
     (tmp_path / "prompts.txt").write_text("the lazy fox\nquick\n")
+    assert generated(folders["run"], "--prompt", "the lazy fox", "--speculative", said=" drafts accepted") == expected
     batch = generated(folders["model"], "--prompt-file", str(tmp_path / "prompts.txt"))
     assert batch.startswith(expected) and "\nquick" in batch
 
@@ -63,6 +64,8 @@ def test_either_format_and_any_prompt(folders, tmp_path):
 def test_the_baseline_generates_too(folders):
     text = generated(folders["baseline"], "--prompt", "the lazy fox")
     assert text.startswith("the lazy fox") and len(text) > 14
+    refused = start("generate", "--load", str(folders["baseline"]), "--prompt", "a", "--speculative")
+    assert refused.returncode == 1 and "is a Transformer baseline" in refused.stderr.splitlines()[-1]
     output = str(folders["baseline"].parent / "no")
     flags = ("--from", "megatron", "--input", str(folders["baseline"]), "--to", "hf", "--output", output)
     refused = start("convert_checkpoint", *flags)
@@ -91,6 +94,7 @@ def test_an_output_that_cannot_be_is_one_error(output, folders):
         (["--load", "nowhere", "--prompt", "a"], "--load nowhere: no such folder"),
         (["--prompt", ""], "no token"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be from 0.001"),
+        (["--prompt", "a", "--prompt", "b", "--speculative"], "--speculative continues one prompt, not 2"),
         (["--prompt", "a\udcffb"], r"--prompt 'a\udcffb' is no text"),
         (["--prompt", "a", "--max-new-tokens", "32"], "--max-new-tokens 32: at most 31 fit"),
     ],

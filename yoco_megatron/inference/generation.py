@@ -85,11 +85,12 @@ class CachedModel:
 
     @torch.no_grad()
     def _forward(self, ids: Tensor, last: bool = True) -> Any:
+        return forward(self.model, ids, last, **self._places(ids))
+
+    def _places(self, ids: Tensor) -> dict[str, Any]:
+        """The model's arguments for these tokens, which are counted."""
         start, self.length = self.length, self.length + ids.shape[1]
-        return forward(
-            self.model,
-            ids,
-            last,
+        return dict(
             attention_mask=None if self.mask is None else self.mask[:, : self.length],
             position_ids=torch.arange(start, self.length, device=ids.device)[None],
             past_key_values=self.cache,
@@ -97,12 +98,17 @@ class CachedModel:
 
     def nbytes(self) -> int:
         """Bytes that the cache holds."""
-        tensors: dict[int, Tensor] = {}
-        for layer in self.cache.layers:
-            held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-            held += getattr(layer, "recurrent_states", {}).values()
-            tensors |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return bytes_of(self.cache.layers)
+
+
+def bytes_of(layers: list[Any]) -> int:
+    """Bytes of all tensors in layers of transformers' caches."""
+    tensors: dict[int, Tensor] = {}
+    for layer in layers:
+        held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+        held += getattr(layer, "recurrent_states", {}).values()
+        tensors |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 Decoder = CachedModel | Engine | UncachedDecoder

@@ -9,6 +9,7 @@ from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import open_source
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.inference.speculative import attach
 
 
 def is_baseline(folder: str) -> bool:
@@ -33,6 +34,7 @@ def load_for_generation(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
+    speculative: bool = False,
 ) -> tuple[YocoForCausalLM, Any]:
     """(model in evaluation mode on `device`, its transformers tokenizer or None, which begins texts as training did).
 
@@ -41,19 +43,27 @@ def load_for_generation(
         iteration: which training checkpoint; the latest by default.
         dtype: of the weights; by default as they are stored.
         tokenizer: folder of one to use instead of the model's own.
+        speculative: with its layers of multi-token prediction, for `SpeculativeModel`.
     Raises:
-        ValueError: no model there, or another tokenizer than it was trained with.
+        ValueError: no model there, another tokenizer than it was trained with, or no such layers.
     """
     exported = (Path(folder) / "config.json").exists()
     source = open_source("hf" if exported else "megatron", folder, iteration, flag="--load")
     tokenizer_files.choose(source, tokenizer)
     loaded = source.tokenizer and tokenizer_files.load(source.tokenizer, source.document_start)
+    if speculative and not source.config.mtp_num_layers:
+        raise ValueError(
+            f"--speculative: the model of --load {folder} has no layer of multi-token prediction: leave it out, or "
+            "train with --mtp-num-layers 1"
+        )
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
+        if speculative:
+            attach(model)
     state = {
         name: source.load(name).to(device, None if name.endswith(tensor_names.ALWAYS_FP32) else dtype)
         for name in tensor_names.shapes(source.config)
-        if not name.startswith(tensor_names.MULTI_TOKEN)
+        if speculative or not name.startswith(tensor_names.MULTI_TOKEN)
     }
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()

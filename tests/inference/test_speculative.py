@@ -1,0 +1,93 @@
+"""Layers of multi-token prediction draft what they were trained to, and generation with them gives the same text.
+
+float64 throughout, so that a greedy choice does not depend on how many tokens a pass takes. Against the reference 1e-11
+of the logits' norm: sums in another order.
+"""
+
+import pytest
+import torch
+from inference.test_generation import GREEDY, rows
+from model.test_yoco_model import build_float64, leaves, random_batch, sizes_of
+from support import reference_model
+from support.exported import small_config, twin
+from support.models import SELF_DECODERS, relative_error
+
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.inference import speculative
+from yoco_megatron.inference.generation import CachedModel, Sampling, generate
+from yoco_megatron.inference.load import load_for_generation
+from yoco_megatron.inference.speculative import SpeculativeModel, attach
+
+EXACT = 1e-11
+CASES = {
+    "retention, tied": (True, dict(mtp_num_layers=2)),
+    "windows, two sets of K,V, QK-norm and biases": (
+        False,
+        dict(mtp_num_layers=2, self_decoder="sliding_window", shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("case", CASES)
+def test_drafts_equal_the_reference(case: str, generator: torch.Generator) -> None:
+    tied, overrides = CASES[case]
+    model = build_float64(tied, generator, **overrides)
+    w = reference_model.weights_from_yoco(leaves(model), sizes_of(model.config))
+    exported = twin(model)
+    text = random_batch(generator)[0][:1]
+    logits: list[torch.Tensor] = []
+    exported.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output[0]))
+    decoder = SpeculativeModel(exported, prefill_chunk=10)
+    decoder.prefill(text[:, :-1])
+    decoder.step(text[:, -1])
+    _, *drafts, of_pass = logits
+    # Each layer's input is the token before its draft: the text's last one, then the first draft.
+    following = torch.cat((text[:, 1:], drafts[0].argmax(-1)[None]), dim=1)
+    expected = reference_model.mtp_logits(w, text, following, sizes_of(model.config), 2)
+    for found, of_layer in zip(drafts, expected, strict=True):
+        assert relative_error(found[0], of_layer[0, -2]) < EXACT
+    whole = torch.cat((text, *(one.argmax(-1)[None] for one in drafts)), dim=1)
+    assert relative_error(of_pass, reference_model.logits(w, whole, sizes_of(model.config))[0, -3:]) < EXACT
+
+
+def model_that_drafts(kind: str, layers: int) -> YocoForCausalLM:
+    """Of few tokens and large weights, so that its text varies and random drafts are at times right."""
+    torch.manual_seed(4)
+    config = small_config(kind, vocab_size=3, mtp_num_layers=layers, initializer_range=0.5)
+    model = YocoForCausalLM(config)
+    attach(model)
+    for layer in model.model.mtp_layers:
+        layer.apply(model._init_weights)
+    return model.double().eval()
+
+
+SAMPLINGS = {"greedy": GREEDY, "drawn": Sampling(temperature=0.9, top_p=0.95, seed=7)}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_the_text_is_that_of_one_token_at_a_time(kind: str, layers: int, sampling: str, monkeypatch) -> None:
+    """Guesses are right and wrong, also several times in a row, so that passes begin with tokens that were refused."""
+    model = model_that_drafts(kind, layers)
+    prompt, most = [[1, 2, 0, 1]], 120
+    expected = rows(generate(CachedModel(model), prompt, most, SAMPLINGS[sampling]))
+    for again in (speculative.MOST_AGAIN, 0):
+        monkeypatch.setattr(speculative, "MOST_AGAIN", again)
+        decoder = SpeculativeModel(model, prefill_chunk=3)
+        assert rows(generate(decoder, prompt, most, SAMPLINGS[sampling])) == expected
+        assert decoder.verified > 60 and 0.1 < decoder.accepted / decoder.verified < 0.9
+
+
+def test_what_it_does_not_continue() -> None:
+    decoder = SpeculativeModel(model_that_drafts("sliding_window", 1))
+    with pytest.raises(ValueError, match="--speculative continues one prompt, not 2"):
+        next(generate(decoder, [[1, 2], [2, 1]], 4, GREEDY))
+
+
+def test_a_model_without_such_layers(tmp_path) -> None:
+    YocoForCausalLM(small_config("sliding_window")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--speculative: the model of .* train with --mtp-num-layers 1"):
+        load_for_generation(str(tmp_path), speculative=True)
