@@ -11,7 +11,14 @@ from runs import ROOT, Failure, Run, attempt
 from yoco_megatron.config.yaml_files import load_config_files
 from yoco_megatron.costs.gpu_peak import peak_flops
 
-MODELS = {"GPT": "transformer_{}", "gated_retention": "yoco_{}", "sliding_window": "yoco_{}_swa"}
+MODELS = {
+    "GPT": "transformer_{}",
+    "stock_GPT": "transformer_{}",  # with Megatron's trainer as it is
+    "gated_retention": "yoco_{}",
+    "sliding_window": "yoco_{}_swa",
+}
+GPTS = ("GPT", "stock_GPT")
+SCRIPTS = {"stock_GPT": "benchmarks/stock_gpt.py"}
 PRECISIONS = {
     "bf16": "",
     "delayed": "--fp8-format hybrid --fp8-recipe delayed",
@@ -54,14 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say what is trained."""
     parser.add_argument("--model", default="3b", help="a size of configs/model")
     parser.add_argument("--layers", type=int, help="fewer layers, alike in all models")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    compared = [model for model in MODELS if model not in SCRIPTS]
+    parser.add_argument("--models", nargs="+", choices=compared, default=compared)
     parser.add_argument("--vocab-size", type=int, default=100_350)
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
     parser.add_argument("--loss-chunk-size", type=int, default=8192, help="of YOCO, and of GPT with --chunk-gpt-loss")
     parser.add_argument("--chunk-gpt-loss", action="store_true", help="give GPT our chunked loss, so that it fits")
-    parser.add_argument(
-        "--stock-gpt", action="store_true", help="run GPT with Megatron's trainer as it is (benchmarks/stock_gpt.py)"
-    )
     parser.add_argument("--cuda-graph", action="store_true", help="each step's forward and backward as one CUDA graph")
     parser.add_argument("--tp-comm-overlap", action="store_true", help="on meshes with TP, in all models")
     parser.add_argument(
@@ -85,11 +90,15 @@ def config_of(model: str, options: argparse.Namespace) -> str:
     return f"configs/model/{MODELS[model].format(options.model)}.yaml"
 
 
+def layers_of(options: argparse.Namespace) -> int:
+    """Of each model."""
+    return options.layers or load_config_files([str(ROOT / config_of("GPT", options))])["num-layers"]
+
+
 def gpt_flags(mesh: Mesh, options: argparse.Namespace) -> str:
     """What Megatron's GPT has to be told of a mesh, where a YOCO has its own exchange and its planner."""
-    layers = options.layers or load_config_files([str(ROOT / config_of("GPT", options))])["num-layers"]
     flags = f"--cp-comm-type {options.cp_comm_type}" if mesh.cp > 1 else ""
-    if layers % (mesh.pp * mesh.vp):  # then embedding and head count as a layer each
+    if layers_of(options) % (mesh.pp * mesh.vp):  # then embedding and head count as a layer each
         flags += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
     return flags
 
@@ -101,7 +110,7 @@ def overlap_of(mesh: Mesh, options: argparse.Namespace) -> str:
 
 def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace) -> str:
     """Flags of pretrain_yoco.py for one run."""
-    chunked = options.loss_chunk_size and (model != "GPT" or options.chunk_gpt_loss)
+    chunked = options.loss_chunk_size and (model not in GPTS or options.chunk_gpt_loss)
     return (
         f"--config {config_of(model, options)} configs/recipe/scaling.yaml "
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
@@ -110,20 +119,19 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
         f"{PRECISIONS[precision]} {mesh.flags} {overlap_of(mesh, options)} "
         f"{GRAPH if options.cuda_graph else ''} {options.flags} "
         f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
-        f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model == 'GPT' else options.yoco_flags}"
+        f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model in GPTS else options.yoco_flags}"
     )
 
 
 def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> str:
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
-    how = " with our chunked loss" if model == "GPT" and options.loss_chunk_size and options.chunk_gpt_loss else ""
-    how += " with Megatron's trainer" if model == "GPT" and options.stock_gpt else ""
+    how = " with our chunked loss" if model in GPTS and options.loss_chunk_size and options.chunk_gpt_loss else ""
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
-    more += f" {options.cp_comm_type}" if model == "GPT" and mesh.cp > 1 else ""
+    more += f" {options.cp_comm_type}" if model in GPTS and mesh.cp > 1 else ""
     more += f" {overlap}" if (overlap := overlap_of(mesh, options)) else ""
     more += " CUDA graph" if options.cuda_graph else ""
-    own = options.gpt_flags if model == "GPT" else options.yoco_flags
+    own = options.gpt_flags if model in GPTS else options.yoco_flags
     more += f" {own}" if own else ""
     return f"{options.model}{layers} {model}{how} {length} {precision}{more}"
 
@@ -132,11 +140,13 @@ def largest_that_fits(
     model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace, more: str = ""
 ) -> tuple[int, Run | Failure]:
     """Run with `micro_batch`, halved until it fits the memory: the micro-batch and how its run ended."""
-    script = "benchmarks/stock_gpt.py" if model == "GPT" and options.stock_gpt else "pretrain_yoco.py"
+    script = SCRIPTS.get(model, "pretrain_yoco.py")
     while True:
-        name = f"{title(model, length, precision, mesh, options)}, micro-batch {micro_batch}"
+        name = " ".join([title(model, length, precision, mesh, options), *more.split()])
         flags = f"{flags_of(model, length, precision, micro_batch, mesh, options)} {more}"
-        run = attempt(name, flags, mesh.gpus, options.timeout, verbose=True, script=script)
+        run = attempt(
+            f"{name}, micro-batch {micro_batch}", flags, mesh.gpus, options.timeout, verbose=True, script=script
+        )
         if isinstance(run, Run) or not run.out_of_memory or micro_batch == 1:
             return micro_batch, run
         micro_batch //= 2

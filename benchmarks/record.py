@@ -10,7 +10,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from headlines import draw as draw_headlines
 from headlines import short, table
@@ -48,11 +50,19 @@ def record(
     peer: str | None = None,
     peer_value: float | None = None,
     higher_is_better: bool = True,
+    rounds: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Append one row; `ratio` above 1 means that we are better than the peer."""
-    ratio = None
-    if peer_value:
-        ratio = round(value / peer_value if higher_is_better else peer_value / value, 4)
+    """Append one row; `ratio` above 1 means that we are better than the peer.
+
+    `rounds`: (ours, the peer's) of turns taken one after the other. Their median ratio counts, and `spread` holds the
+    lowest and the highest.
+    """
+
+    def ratio_of(ours: float, theirs: float) -> float:
+        return round(ours / theirs if higher_is_better else theirs / ours, 4)
+
+    ratio = ratio_of(value, peer_value) if peer_value else None
+    ratios = sorted(ratio_of(*values) for values in rounds)
     row = {
         "benchmark": benchmark,
         "case": case,
@@ -61,13 +71,15 @@ def record(
         "value": value,
         "peer": peer,
         "peer_value": peer_value,
-        "ratio": ratio,
+        "ratio": round(median(ratios), 4) if ratios else ratio,
         "device": device,
         "versions": versions(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]).replace(f"{HERE.parent}/", ""),
     }
+    if len(ratios) > 1:
+        row |= {"spread": [ratios[0], ratios[-1]], "rounds": len(ratios)}
     with output.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -101,6 +113,8 @@ def results_page(rows: list[dict]) -> str:
                 continue
             peer_value = "" if row["peer_value"] is None else f"{short(row['peer_value'])} {row['unit']}"
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            if "spread" in row:
+                ratio += " ({:.3f} to {:.3f} in {} turns)".format(*row["spread"], row["rounds"])
             lines.append(
                 f"| {row['case']} | {row['metric']} | {short(row['value'])} {row['unit']} | {row['peer'] or ''} | "
                 f"{peer_value} | {ratio} | {row['device']} | {row['commit']} | {row['date']} |"

@@ -7,7 +7,8 @@
 #   benchmarks/reproduce.sh mesh4 context4 suffix4   # on four
 #
 # OUTPUT: another file for the rows. MICRO, MICRO_FP8, CHUNK_FP8: micro-batches, and tokens in a chunk of the loss with
-# FP8; by default those of an 80 GB card, 2, 2 and 2048; on 141 GB 8, 4 and 8192.
+# FP8; by default those of an 80 GB card, 2, 2 and 2048; on 141 GB 8, 4 and 8192. BEST=1: the fastest flags of GPT and
+# of retention are looked for first, GPT runs with Megatron's own trainer, too, and all take three turns.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
@@ -22,7 +23,7 @@ run() { # script flags...: a run that fails, for want of memory perhaps, does no
     python3 benchmarks/preloaded.py "benchmarks/$1.py" "${@:2}" --output "${OUTPUT:-benchmarks/results.jsonl}" ||
         echo "reproduce.sh: $* ended with $?" >&2
 }
-train() { run training --steps 10 "$@"; }
+train() { run training --steps 10 ${BEST:+--tune GPT gated_retention --stock-gpt --rounds 3} "$@"; }
 many() { train --steps 6 --batch-tokens 65536 --models GPT gated_retention --tp-comm-overlap "$exact" "$@"; }
 mesh4() { many --micro-batches 4 "$@"; }
 fp8() { train --micro-batches "${MICRO_FP8:-2}" --loss-chunk-size "${CHUNK_FP8:-2048}" "$@"; }

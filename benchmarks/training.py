@@ -10,20 +10,29 @@
 A mesh is named by its sizes, in any order: DP and TP (with sequence parallelism), PP (VP2: interleaved, two chunks a
 rank), CP. Its GPUs are the product. The distributed optimizer is in the recipe.
 
-For each length, precision and mesh the models take turns, GPT first, --rounds times; each at its own micro-batches,
-where one that does not fit is halved. The best micro-batch counts. A row is printed and recorded as soon as it is
-known: tokens/s/GPU, TFLOP/s by the model's own causal FLOPs (no recompute, no masked half), MFU against the vendor's
-peak and against a measured matrix product, peak memory, the ratio to GPT on the same mesh, the fraction of the speed
-on one GPU where the call has that, too, and with context parallelism what a rank receives a step, by formula.
+For each length, precision and mesh a trial finds each model's best micro-batch and, with --tune, the flags that make it
+fastest (trial.py): Megatron's GPT at its best is the peer. Then the models take turns, GPT first, --rounds times, the
+trial's run being the first; a row has the median turn and the lowest and highest ratio. --stock-gpt adds the GPT of
+those who use Megatron as it is. A row is printed and recorded after the model's last turn: tokens/s/GPU, TFLOP/s by
+the model's own causal FLOPs (no recompute, no masked half), MFU against the vendor's peak and against a measured matrix
+product, peak memory, the ratio to GPT on the same mesh, the fraction of the speed on one GPU where the call has that,
+too, and with context parallelism what a rank receives a step, by formula.
 Two of these may run on one host at once, each with its own CUDA_VISIBLE_DEVICES.
 """
 
 import argparse
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
 
 from cases import (
+    GPTS,
     MODELS,
     PRECISIONS,
+    SCRIPTS,
     add_arguments,
     flags_of,
     largest_that_fits,
@@ -34,6 +43,7 @@ from cases import (
 from mesh import Mesh
 from record import record
 from runs import Run
+from trial import Choice, fastest, micro_batches, tuned
 
 ONE_GPU, ALONE = Mesh.of("1"), "one GPU"
 HEAD = (
@@ -42,36 +52,9 @@ HEAD = (
 )
 
 
-def micro_batches(items: list[str]) -> dict[str, list[int]]:
-    """`2`, `4` or `GPT=1,2` to {model: micro-batches, largest first}; a model's own items replace those of all."""
-    own: dict[str, list[int]] = {}
-    for item in items:
-        model, _, sizes = item.rpartition("=")
-        if (model and model not in MODELS) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes):
-            raise ValueError(f"--micro-batches {item}: expected N or MODEL=N,N with a model of {', '.join(MODELS)}")
-        own.setdefault(model, []).extend(int(size) for size in sizes.split(","))
-    return {model: sorted(own.get(model, own.get("", [1])), reverse=True) for model in MODELS}
-
-
 def gflop_per_token(run: Run) -> float:
     """Of a training step, as the mathematics needs them; the run's log says it (yoco_megatron/costs/flops.py)."""
     return float(re.search(r"([0-9.]+) GFLOP a token to train", run.log).group(1))
-
-
-def best_run(
-    model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace
-) -> tuple[int, Run] | None:
-    """The fastest of the model's micro-batches, none twice."""
-    best, tried = None, set()
-    most = sequences(length, mesh, options) // mesh.dp
-    for size in micro_batches(options.micro_batches)[model]:
-        if size > most or size in tried:
-            continue
-        fitted, run = largest_that_fits(model, length, precision, size, mesh, options)
-        tried |= {size, fitted}
-        if isinstance(run, Run) and (best is None or run.seconds < best[1].seconds):
-            best = fitted, run
-    return best
 
 
 def received(model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> float | None:
@@ -84,36 +67,91 @@ def received(model: str, length: int, precision: str, mesh: Mesh, options: argpa
     return received_gigabytes(alone, mesh.cp, sequences(length, mesh, options) // mesh.dp, mesh.tp)
 
 
+@dataclass(frozen=True)
+class Result:
+    """What one model reached on a mesh: what the trial chose, and the runs by turn."""
+
+    model: str
+    case: str
+    choice: Choice
+    runs: dict[int, Run]
+    tokens: float
+    """Of a step, on each GPU."""
+
+    @property
+    def rates(self) -> dict[int, float]:
+        """tokens/s/GPU by turn."""
+        return {turn: self.tokens / run.seconds for turn, run in self.runs.items()}
+
+    @property
+    def rate(self) -> float:
+        """Their median."""
+        return median(self.rates.values())
+
+    @property
+    def full_name(self) -> str:
+        """As rows name it."""
+        return f"{self.case}, micro-batch {self.choice.micro_batch}"
+
+    def beside(self, peer: "Result") -> list[tuple[float, float]]:
+        """(own, the peer's) tokens/s/GPU of the turns that both took."""
+        return [(rate, peer.rates[turn]) for turn, rate in self.rates.items() if turn in peer.rates]
+
+
 def report(
-    case: str, size: int, run: Run, tokens: int, device: tuple[str, float, float], peers: dict[str, float],
-    options: argparse.Namespace, received_gb: float | None = None,
-) -> float:  # fmt: skip
-    """Print and record one model's result; the tokens/s/GPU. `peers`: {name: tokens/s/GPU}."""
+    result: Result, device: tuple[str, float, float], peers: list[Result], alone: float | None, output: Path,
+    received_gb: float | None = None,
+) -> None:  # fmt: skip
+    """Print and record one model's result beside its `peers`; `alone`: tokens/s of the model on one GPU."""
     name, stated, measured = device
-    rate = tokens / run.seconds
+    run, rate = result.choice.run, result.rate
     speed = rate * gflop_per_token(run) * 1e9
     shares = [f"{speed / peak:.1%}" if peak else "" for peak in (stated, measured)]
-    ratio = next((f"{rate / value:.3f}" for peer, value in peers.items() if peer != ALONE), "")
-    efficiency = f"{rate / peers[ALONE]:.1%}" if ALONE in peers else ""
+    ratios = " ".join(f"{median(ours / theirs for ours, theirs in result.beside(peer)):.3f}" for peer in peers)
+    efficiency = f"{rate / alone:.1%}" if alone else ""
     print(
-        f"{HEAD}\n{case:<44} {size:>5} {rate:>9,.0f} {speed / 1e12:>7.1f} {shares[0]:>6} {shares[1]:>11} "
-        f"{run.peak_gib or 0:>6.1f} {ratio:>6} {efficiency:>10}"
+        f"{HEAD}\n{result.case:<44} {result.choice.micro_batch:>5} {rate:>9,.0f} {speed / 1e12:>7.1f} {shares[0]:>6} "
+        f"{shares[1]:>11} {run.peak_gib or 0:>6.1f} {ratios:>6} {efficiency:>10}"
         + (f"\n{received_gb:.2f} GB received a step" if received_gb else ""),
         flush=True,
     )
-    common = dict(benchmark="training", case=f"{case}, micro-batch {size}", device=name)
+    common = dict(benchmark="training", case=result.full_name, device=name)
     throughput = dict(metric="throughput", unit="tokens/s/GPU", value=round(rate)) | common
-    for peer, value in peers.items():
-        record(options.output, **throughput, peer=peer, peer_value=round(value))
-    if not peers:
-        record(options.output, **throughput)
+    for peer in reversed(peers):  # the newest row is the one that is quoted: Megatron at its best
+        of = "Megatron" if peer.model == "GPT" else "with its own trainer, Megatron"
+        peer_name = f"{of} {peer.full_name.split(' ', 1)[1]}"
+        record(output, **throughput, peer=peer_name, peer_value=round(peer.rate), rounds=result.beside(peer))
+    if alone:
+        record(output, **throughput, peer=ALONE, peer_value=round(alone))
+    if not peers and not alone:
+        record(output, **throughput)
     if stated:
-        record(options.output, metric="MFU", unit="", value=round(speed / stated, 4), **common)
+        record(output, metric="MFU", unit="", value=round(speed / stated, 4), **common)
     if run.peak_gib:
-        record(options.output, metric="peak memory", unit="GiB", value=round(run.peak_gib, 2), **common)
+        record(output, metric="peak memory", unit="GiB", value=round(run.peak_gib, 2), **common)
     if received_gb:
-        record(options.output, metric="received a step", unit="GB", value=round(received_gb, 2), **common)
-    return rate
+        record(output, metric="received a step", unit="GB", value=round(received_gb, 2), **common)
+
+
+def results(length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> Iterator[Result]:
+    """Of each model that fits, after its last turn; GPT first."""
+    tokens = sequences(length, mesh, options) * length / mesh.gpus
+    found: list[Result] = []
+    for model in [model for model in MODELS if model in options.models]:
+        choose = tuned if model in options.tune else fastest
+        if choice := choose(model, length, precision, mesh, options):
+            case = " ".join([title(model, length, precision, mesh, options), *choice.flags.split()])
+            found.append(Result(model, case, choice, {0: choice.run}, tokens))
+            if options.rounds == 1:
+                yield found[-1]
+    for turn in range(1, options.rounds):
+        for result in found:
+            size, flags = result.choice.micro_batch, result.choice.flags
+            again, run = largest_that_fits(result.model, length, precision, size, mesh, options, flags)
+            if isinstance(run, Run) and again == size:
+                result.runs[turn] = run
+            if turn == options.rounds - 1:
+                yield result
 
 
 def main() -> None:
@@ -128,37 +166,39 @@ def main() -> None:
         "--micro-batches", nargs="+", default=["1"], metavar="[MODEL=]N[,N]", help="to try, of all models or of one"
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, help="turns of each model, for what else goes on in the machine"
+        "--rounds", type=int, default=1, help="turns of each model; rows have the median and the spread"
+    )
+    parser.add_argument(
+        "--tune",
+        nargs="+",
+        default=[],
+        choices=[model for model in MODELS if model not in SCRIPTS],
+        help="models whose fastest flags a trial finds first",
+    )
+    parser.add_argument(
+        "--stock-gpt", action="store_true", help="also GPT with Megatron's trainer as it is (benchmarks/stock_gpt.py)"
     )
     options = parser.parse_args()
+    options.models += ["stock_GPT"] * options.stock_gpt
     try:
         micro_batches(options.micro_batches)
     except ValueError as error:
         parser.error(str(error))
     device = measure_device()
     failed = []
-    for length in options.lengths:
-        for precision in options.precisions:
-            alone: dict[str, float] = {}
-            for mesh in sorted(options.meshes, key=lambda mesh: mesh.gpus):  # one GPU first, others compare with it
-                gpt: tuple[str, float] | None = None
-                for _ in range(options.rounds):
-                    for model in sorted(options.models, key=list(MODELS).index):
-                        case = title(model, length, precision, mesh, options)
-                        best = best_run(model, length, precision, mesh, options)
-                        if best is None:
-                            failed.append(case)
-                            continue
-                        peers = dict([gpt]) if gpt and model != "GPT" else {}
-                        if model in alone and mesh != ONE_GPU:
-                            peers[ALONE] = alone[model]
-                        tokens = sequences(length, mesh, options) * length / mesh.gpus
-                        moved = received(model, length, precision, mesh, options)
-                        rate = report(case, *best, tokens, device, peers, options, moved)
-                        if model == "GPT":
-                            gpt = f"Megatron {case.split(' ', 1)[1]}, micro-batch {best[0]}", rate
-                        if mesh == ONE_GPU:
-                            alone[model] = rate
+    for length, precision in product(options.lengths, options.precisions):
+        alone: dict[str, float] = {}
+        for mesh in sorted(options.meshes, key=lambda mesh: mesh.gpus):  # one GPU first, others compare with it
+            done: dict[str, Result] = {}
+            for result in results(length, precision, mesh, options):
+                model = result.model
+                peers = [done[peer] for peer in GPTS if peer in done and model not in GPTS]
+                moved = received(model, length, precision, mesh, options)
+                report(result, device, peers, alone.get(model), options.output, moved)
+                done[model] = result
+            if mesh == ONE_GPU:
+                alone = {model: result.rate for model, result in done.items()}
+            failed += [title(model, length, precision, mesh, options) for model in options.models if model not in done]
     if failed:
         raise SystemExit(f"no result for {', '.join(failed)}")
 

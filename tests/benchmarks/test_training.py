@@ -7,6 +7,7 @@ from pathlib import Path
 import cases
 import pytest
 import training
+import trial
 from mesh import Mesh
 from runs import MOCK, Failure, Run, last_error
 
@@ -17,18 +18,19 @@ ONE = Mesh.of("1")
 
 
 def test_micro_batches_of_all_and_of_one() -> None:
-    assert training.micro_batches(["2", "4", "GPT=1"]) == {
+    assert trial.micro_batches(["2", "4", "GPT=1"]) == {
         "GPT": [1],
+        "stock_GPT": [4, 2],
         "gated_retention": [4, 2],
         "sliding_window": [4, 2],
     }
-    assert training.micro_batches(["GPT=1,2"])["sliding_window"] == [1]
+    assert trial.micro_batches(["GPT=1,2"])["sliding_window"] == [1]
 
 
 @pytest.mark.parametrize("item", ["0", "LLAMA=1", "GPT=", "two"])
 def test_micro_batches_that_mean_nothing_are_refused(item: str) -> None:
     with pytest.raises(ValueError, match="--micro-batches"):
-        training.micro_batches([item])
+        trial.micro_batches([item])
 
 
 def test_a_lack_of_memory_is_told_from_other_failures() -> None:
@@ -59,20 +61,52 @@ def test_what_does_not_fit_is_halved_and_the_fastest_counts(tmp_path: Path, monk
 
     monkeypatch.setattr(cases, "attempt", attempt)
     options = options_of(tmp_path)
-    size, run = training.best_run("GPT", 4096, "bf16", ONE, options)
-    assert asked == [8, 4, 2] and size == 4
+    choice = trial.fastest("GPT", 4096, "bf16", ONE, options)
+    assert asked == [8, 4, 2] and choice.micro_batch == 4
 
-    rate = training.report("3b GPT 4096 bf16", size, run, 32768, ("H100", 989e12, 700e12), {"peer": 1e5}, options)
+    result = training.Result("gated_retention", "3b gated_retention 4096 bf16", choice, {0: choice.run}, 32768)
+    peer = training.Result("GPT", "3b GPT 4096 bf16 --flag", choice, {0: Run(1.0, None, [], "")}, 32768)
+    training.report(result, ("H100", 989e12, 700e12), [peer], None, options.output)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()]
-    assert rate == 32768 / 0.5
+    assert result.rate == 32768 / 0.5
     assert [row["metric"] for row in rows] == ["throughput", "MFU", "peak memory"]
-    assert rows[0]["ratio"] == pytest.approx(rate / 1e5, abs=1e-4)
-    assert rows[1]["value"] == pytest.approx(rate * 19e9 / 989e12, abs=1e-4)
+    assert (rows[0]["ratio"], rows[0]["peer"]) == (2.0, "Megatron GPT 4096 bf16 --flag, micro-batch 4")
+    assert rows[1]["value"] == pytest.approx(result.rate * 19e9 / 989e12, abs=1e-4)
+
+
+def test_a_trial_keeps_what_is_fastest_and_turns_alternate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def attempt(name: str, flags: str, gpus: int, timeout: int, verbose: bool, script: str) -> Run | Failure:
+        model = "stock" if "stock" in script else "GPT" if "transformer_" in flags else "YOCO"
+        order.append(model)
+        if "full_iteration" in flags:
+            return Failure("CUDA out of memory")
+        # The loss of Transformer Engine makes GPT faster, recompute makes all slower, and so does each turn.
+        seconds = 10 - 2 * ("impl te" in flags) + 5 * ("--recompute" in flags) - 4 * (model == "YOCO")
+        return Run(seconds + order.count(model) / 10, 60.0, [1.0], "19.000 GFLOP a token to train, causal")
+
+    monkeypatch.setattr(cases, "attempt", attempt)
+    options = options_of(tmp_path)
+    options.models, options.tune, options.rounds = ["GPT", "stock_GPT", "sliding_window"], ["GPT"], 3
+    options.micro_batches = ["8"]
+    gpt, stock, yoco = training.results(4096, "bf16", ONE, options)
+    assert order[-6:] == ["GPT", "stock", "YOCO"] * 2
+    assert gpt.choice.flags == "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te" and not stock.choice.flags
+    assert gpt.case == f"3b GPT 4096 bf16 {gpt.choice.flags}"
+    assert gpt.runs[0].seconds == 8.3 and len(yoco.beside(gpt)) == 3
+
+    training.report(yoco, ("CPU", 0.0, 0.0), [gpt, stock], None, options.output)
+    rows = [json.loads(line) for line in options.output.read_text().splitlines() if "throughput" in line]
+    assert ["its own trainer" in row["peer"] for row in rows] == [True, False]  # the newest is the one quoted
+    ratios = sorted(ours / theirs for ours, theirs in yoco.beside(gpt))
+    assert rows[1]["ratio"] == pytest.approx(ratios[1], abs=1e-4) and rows[1]["rounds"] == 3
+    assert rows[1]["spread"] == pytest.approx([ratios[0], ratios[2]], abs=1e-4)
 
 
 def test_other_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "attempt", lambda *_, **__: Failure("ValueError: wrong"))
-    assert training.best_run("gated_retention", 4096, "bf16", ONE, options_of(tmp_path)) is None
+    assert trial.fastest("gated_retention", 4096, "bf16", ONE, options_of(tmp_path)) is None
 
 
 def test_meshes_keep_the_tokens_of_a_gpu(tmp_path: Path) -> None:
@@ -94,6 +128,18 @@ def test_only_where_asked_gpt_gets_our_loss(tmp_path: Path) -> None:
     assert chunk_of("gated_retention", "--loss-chunk-size", "0") == "0"
     both = options_of(tmp_path, "--chunk-gpt-loss")
     assert "our chunked loss" in cases.title("GPT", 4096, "bf16", ONE, both)
+
+
+@pytest.mark.parametrize("mesh", ["1", "TP2xDP2", "CP2"])
+@pytest.mark.parametrize("model", ["GPT", "gated_retention"])
+def test_flags_that_a_trial_tries_are_accepted(model: str, mesh: str, tmp_path: Path) -> None:
+    full = "--flags=--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    for more in ([], [full]):
+        options = options_of(tmp_path, *more)
+        for answer in [one for question in trial.questions(model, "bf16", Mesh.of(mesh), options) for one in question]:
+            flags = cases.flags_of(model, 4096, "bf16", 1, Mesh.of("1"), options)
+            args = arguments.parse([*MOCK.split(), *flags.split(), *answer.split()])
+            assert args.recompute_method != "block" or args.recompute_num_layers in (25, 24, 22, 12, 11, 9)
 
 
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
