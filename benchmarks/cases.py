@@ -14,11 +14,13 @@ from yoco_megatron.costs.gpu_peak import peak_flops
 MODELS = {
     "GPT": "transformer_{}",
     "stock_GPT": "transformer_{}",  # with Megatron's trainer as it is
+    "plain_Llama": "transformer_{}",  # without Megatron
     "gated_retention": "yoco_{}",
     "sliding_window": "yoco_{}_swa",
 }
 GPTS = ("GPT", "stock_GPT")
-SCRIPTS = {"stock_GPT": "benchmarks/stock_gpt.py"}
+PEERS = (*GPTS, "plain_Llama")
+SCRIPTS = {"stock_GPT": "benchmarks/stock_gpt.py", "plain_Llama": "benchmarks/plain_llama.py"}
 PRECISIONS = {
     "bf16": "",
     "delayed": "--fp8-format hybrid --fp8-recipe delayed",
@@ -110,7 +112,7 @@ def overlap_of(mesh: Mesh, options: argparse.Namespace) -> str:
 
 def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Mesh, options: argparse.Namespace) -> str:
     """Flags of pretrain_yoco.py for one run."""
-    chunked = options.loss_chunk_size and (model not in GPTS or options.chunk_gpt_loss)
+    chunked = options.loss_chunk_size and (model not in PEERS or (model in GPTS and options.chunk_gpt_loss))
     return (
         f"--config {config_of(model, options)} configs/recipe/scaling.yaml "
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
@@ -119,7 +121,7 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
         f"{PRECISIONS[precision]} {mesh.flags} {overlap_of(mesh, options)} "
         f"{GRAPH if options.cuda_graph else ''} {options.flags} "
         f"--loss-chunk-size {options.loss_chunk_size if chunked else 0} "
-        f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model in GPTS else options.yoco_flags}"
+        f"{gpt_flags(mesh, options) + ' ' + options.gpt_flags if model in PEERS else options.yoco_flags}"
     )
 
 
@@ -131,7 +133,7 @@ def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse
     more += f" {options.cp_comm_type}" if model in GPTS and mesh.cp > 1 else ""
     more += f" {overlap}" if (overlap := overlap_of(mesh, options)) else ""
     more += " CUDA graph" if options.cuda_graph else ""
-    own = options.gpt_flags if model in GPTS else options.yoco_flags
+    own = options.gpt_flags if model in PEERS else options.yoco_flags
     more += f" {own}" if own else ""
     return f"{options.model}{layers} {model}{how} {length} {precision}{more}"
 

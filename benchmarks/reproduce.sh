@@ -34,6 +34,10 @@ for part in "$@"; do
     bf16) train --micro-batches "$mb" "$exact" ;;
     lean) train --micro-batches "$mb" GPT=1 "$lean" ;;
     stock) train --micro-batches "$mb" "$exact" --stock-gpt; train --micro-batches 1 --models GPT --stock-gpt ;;
+    llama) llama="--models GPT gated_retention --plain-llama --rounds 3"
+        train $llama --micro-batches "$mb" "$exact"
+        train $llama --steps 8 --lengths 32768 --chunk-gpt-loss "--flags=$full --use-precision-aware-optimizer" $keep ;;
+    llama4) many --micro-batches "$mb" --meshes DP4 --plain-llama --rounds 3 ;;
     graph) train --micro-batches "$mb" "$exact" --cuda-graph ;;
     fp8) fp8 --precisions delayed "$exact" ;;
     fp8graph) fp8 --precisions delayed "$exact" --cuda-graph ;;

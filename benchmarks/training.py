@@ -13,10 +13,11 @@ rank), CP. Its GPUs are the product. The distributed optimizer is in the recipe.
 For each length, precision and mesh a trial finds each model's best micro-batch and, with --tune, the flags that make it
 fastest (trial.py): Megatron's GPT at its best is the peer. Then the models take turns, GPT first, --rounds times, the
 trial's run being the first; a row has the median turn and the lowest and highest ratio. --stock-gpt adds the GPT of
-those who use Megatron as it is. A row is printed and recorded after the model's last turn: tokens/s/GPU, TFLOP/s by
-the model's own causal FLOPs (no recompute, no masked half), MFU against the vendor's peak and against a measured matrix
-product, peak memory, the ratio to GPT on the same mesh, the fraction of the speed on one GPU where the call has that,
-too, and with context parallelism what a rank receives a step, by formula.
+those who use Megatron as it is, --plain-llama a Llama of plain PyTorch (plain_llama.py). A row is printed and recorded
+after the model's last turn: tokens/s/GPU, TFLOP/s by the model's own causal FLOPs (no recompute, no masked half), MFU
+against the vendor's peak and against a measured matrix product, peak memory, the ratio to the peers on the same mesh,
+the fraction of the speed on one GPU where the call has that, too, and with context parallelism what a rank receives a
+step, by formula.
 Two of these may run on one host at once, each with its own CUDA_VISIBLE_DEVICES.
 """
 
@@ -29,8 +30,8 @@ from pathlib import Path
 from statistics import median
 
 from cases import (
-    GPTS,
     MODELS,
+    PEERS,
     PRECISIONS,
     SCRIPTS,
     add_arguments,
@@ -45,6 +46,7 @@ from record import record
 from runs import Run
 from trial import Choice, fastest, micro_batches, tuned
 
+PEER_NAMES = {"GPT": "Megatron", "stock_GPT": "with its own trainer, Megatron", "plain_Llama": "plain PyTorch,"}
 ONE_GPU, ALONE = Mesh.of("1"), "one GPU"
 HEAD = (
     f"{'model':<44} {'micro':>5} {'tokens/s':>9} {'TFLOP/s':>7} {'MFU':>6} {'of measured':>11} {'GiB':>6} {'ratio':>6} "
@@ -118,8 +120,7 @@ def report(
     common = dict(benchmark="training", case=result.full_name, device=name)
     throughput = dict(metric="throughput", unit="tokens/s/GPU", value=round(rate)) | common
     for peer in reversed(peers):  # the newest row is the one that is quoted: Megatron at its best
-        of = "Megatron" if peer.model == "GPT" else "with its own trainer, Megatron"
-        peer_name = f"{of} {peer.full_name.split(' ', 1)[1]}"
+        peer_name = f"{PEER_NAMES[peer.model]} {peer.full_name.split(' ', 1)[1]}"
         record(output, **throughput, peer=peer_name, peer_value=round(peer.rate), rounds=result.beside(peer))
     if alone:
         record(output, **throughput, peer=ALONE, peer_value=round(alone))
@@ -178,8 +179,11 @@ def main() -> None:
     parser.add_argument(
         "--stock-gpt", action="store_true", help="also GPT with Megatron's trainer as it is (benchmarks/stock_gpt.py)"
     )
+    parser.add_argument(
+        "--plain-llama", action="store_true", help="also a Llama of plain PyTorch, with no or DP meshes"
+    )
     options = parser.parse_args()
-    options.models += ["stock_GPT"] * options.stock_gpt
+    options.models = [*options.models, *["stock_GPT"] * options.stock_gpt, *["plain_Llama"] * options.plain_llama]
     try:
         micro_batches(options.micro_batches)
     except ValueError as error:
@@ -192,7 +196,7 @@ def main() -> None:
             done: dict[str, Result] = {}
             for result in results(length, precision, mesh, options):
                 model = result.model
-                peers = [done[peer] for peer in GPTS if peer in done and model not in GPTS]
+                peers = [done[peer] for peer in PEERS if peer in done and model not in PEERS]
                 moved = received(model, length, precision, mesh, options)
                 report(result, device, peers, alone.get(model), options.output, moved)
                 done[model] = result

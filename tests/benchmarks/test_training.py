@@ -21,6 +21,7 @@ def test_micro_batches_of_all_and_of_one() -> None:
     assert trial.micro_batches(["2", "4", "GPT=1"]) == {
         "GPT": [1],
         "stock_GPT": [4, 2],
+        "plain_Llama": [4, 2],
         "gated_retention": [4, 2],
         "sliding_window": [4, 2],
     }
@@ -162,3 +163,13 @@ def test_flags_of_cuda_graphs_are_accepted(model: str, tmp_path: Path, monkeypat
         checks.check_machine(args)
     assert args.cuda_graph_warmup_steps < options.steps // 2 and not args.check_for_nan_in_loss_and_grad
     assert "CUDA graph" in cases.title(model, 1024, "bf16", ONE, options)
+
+
+def test_the_plain_llama_trains_on_the_same_flags(tmp_path: Path) -> None:
+    """A run on two processes with FSDP2 is read as any other."""
+    options = options_of(tmp_path, "--model", "tiny", "--vocab-size", "500", "--batch-tokens", "64", "--steps", "4")
+    mesh = Mesh.of("DP2")
+    size, run = cases.largest_that_fits("plain_Llama", 64, "bf16", 1, mesh, options)
+    assert isinstance(run, Run), run.reason
+    assert size == 1 and len(run.losses) == 4 and all(abs(loss - 6.2) < 0.3 for loss in run.losses)
+    assert training.gflop_per_token(run) > 0
