@@ -46,7 +46,7 @@ def chunkwise(
         raise ValueError(f"gated retention needs chunk_size >= 1, got {chunk_size}")
     B, T, H, K = q.shape
     V = v.shape[-1]
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q)
     C = min(chunk_size, T)
     pad = -T % C
 
@@ -68,7 +68,7 @@ def chunkwise(
     ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, pad)], dim=1)
     ids_B1NC = ids.unflatten(1, (-1, C))[:, None]
     before_B1N1 = torch.cat([ids_B1NC[:, :, :1, :1], ids_B1NC[:, :, :-1, -1:]], dim=2)
-    b_BHNC = _cumsum_by_document(chunks(log_decay), ids_B1NC)
+    b_BHNC = cumsum_by_document(chunks(log_decay), ids_B1NC)
     b_last_BHN1 = b_BHNC[..., -1:]
 
     # Inside the chunks: all of them in one batched matmul.
@@ -103,7 +103,7 @@ def step(
     Returns o [B, H, V] in q.dtype and the new state, a new tensor: float32, or float64 if q is float64.
     (The authors decode in bfloat16, where exp(g) above 0.998 rounds to 1 and slow heads never forget.)
     """
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q)
     K = q.shape[-1]
     if state is None:
         state = q.new_zeros(*q.shape, v.shape[-1], dtype=compute)
@@ -114,7 +114,7 @@ def step(
     return o_BHV.to(q.dtype), S_BHKV
 
 
-def _cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
+def cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
     """Inclusive sums within each chunk that restart at each document: log2(C) shifted additions."""
     shift = 1
     while shift < x_BHNC.shape[-1]:
@@ -124,5 +124,5 @@ def _cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
     return x_BHNC
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
+def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
