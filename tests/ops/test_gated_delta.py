@@ -81,14 +81,14 @@ def test_equals_transformers():
 def test_what_a_span_does_to_the_state(ids):
     """The state after it is M S + w; the gradient of S is that of autograd."""
     inputs = make_inputs(13)
-    q, k, v, g, beta, state = inputs.values()
+    *inputs, state = inputs.values()
     state.requires_grad_()
-    o, final = recurrent(**inputs, document_ids=ids)
-    w, M = state_update(gated_delta, k, v, g, beta, ids)
+    o, final = recurrent(*inputs, state, document_ids=ids)
+    w, M = state_update(gated_delta, *inputs[1:], ids)
     torch.testing.assert_close(M @ state + w, final, rtol=1e-10, atol=1e-10)
     do = torch.randn_like(o)
     (want,) = torch.autograd.grad(o, state, do)
-    torch.testing.assert_close(state_gradient(gated_delta, q, do, k, g, beta, ids), want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(state_gradient(gated_delta, do, *inputs, ids), want, rtol=1e-10, atol=1e-10)
 
 
 def test_bad_input():

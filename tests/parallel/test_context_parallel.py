@@ -111,9 +111,20 @@ def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
     check(mesh, model, documents, one_process)
 
 
-@pytest.mark.parametrize("mesh", ["TP2 CP2 SP", "CP2 recompute full", "PP2 CP2 uneven"])
-def test_a_mixer_for_each_layer(mesh: str, one_process) -> None:
-    check(mesh, FLOAT64 | dict(self_decoder="SRRS"), True, one_process)
+@pytest.mark.parametrize(
+    ("mesh", "kind", "documents"),
+    [
+        ("TP2 CP2 SP", "SRRS", True),
+        ("CP2 recompute full", "SRRS", True),
+        ("TP2 CP2 SP", "gated_delta_net", True),
+        ("CP2", "gated_delta_net", False),
+        ("CP4", "gated_delta_net", True),
+        ("PP2 CP2 uneven", "SGRG", True),
+        ("CP4 recompute selective", "gated_delta_net", False),
+    ],
+)
+def test_other_mixers(mesh: str, kind: str, documents: bool, one_process) -> None:
+    check(mesh, FLOAT64 | dict(self_decoder=kind), documents, one_process)
 
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)

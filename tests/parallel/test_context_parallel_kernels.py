@@ -64,7 +64,7 @@ if INTERPRETED:
         sums = triton_ops.decay_sums(log_decay, padded, launch)
         wide = [t.double() for t in (q, k, v, do, log_decay)]
         update, decay = state_update(wide[1], wide[2], masked(wide[4], ids), ids)
-        gradient = state_gradient(wide[0], wide[3], masked(wide[4], ids), ids)
+        gradient = state_gradient(wide[3], wide[0], masked(wide[4], ids), ids)
         got = triton_ops.span_state(k, v, sums, padded, launch, reverse=False, segments=segments)
         torch.testing.assert_close(got.double(), update, rtol=1e-5, atol=1e-5)
         got = triton_ops.span_state(q, do, sums, padded, launch, reverse=True, segments=segments)

@@ -92,9 +92,22 @@ def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
         compare(result, one_process_step(kind, tied, **model))
 
 
-@pytest.mark.parametrize("mesh", ["TP2 SP recompute full", "TP2 SP recompute elementwise", "DP2 distributed optimizer"])
-def test_a_mixer_for_each_layer(mesh: str, one_process_step) -> None:
-    test_equals_one_process(mesh, "RS", one_process_step)
+# Other mixers, and a mixer for each layer, on meshes of each kind.
+OTHERS = {
+    "RS": ("TP2 SP recompute full", "DP2 distributed optimizer"),
+    "gated_delta_net": (
+        "TP2",
+        "TP2 SP recompute elementwise",
+        "TP2 SP recompute selective",
+        "recompute full",
+        "TP2 SP DP2 distributed optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [(kind, mesh) for kind, meshes in OTHERS.items() for mesh in meshes])
+def test_other_mixers(mesh: str, kind: str, one_process_step) -> None:
+    test_equals_one_process(mesh, kind, one_process_step)
 
 
 def test_the_comparison_can_fail(one_process_step) -> None:

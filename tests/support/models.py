@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from yoco_megatron import runtime
-from yoco_megatron.mixers import BUILT_IN
+from yoco_megatron.mixers import GATED_RETENTION, SLIDING_WINDOW
 from yoco_megatron.model.init import initialize, is_of_expert, named_parameters
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
@@ -20,7 +20,7 @@ from yoco_megatron.parallel.pipeline.stages import Stage
 from yoco_megatron.training.batch import labels_later
 
 VOCAB, SEQ = 256, 48
-SELF_DECODERS = tuple(mixer.name for mixer in BUILT_IN)
+SELF_DECODERS = (GATED_RETENTION.name, SLIDING_WINDOW.name)
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 STORED_ATTENTION = FULL_RECOMPUTE | dict(keep_cross_attention=True)
 # Balanced by a loss of each sequence, which no batch that is divided over ranks changes.

@@ -78,6 +78,10 @@ class YOCOFields:
     retention_backend: str = "auto"
     """Implementation of gated retention; tools/doctor.py lists what this machine can run."""
 
+    gated_delta_backend: str = "auto"
+    """Implementation of gated DeltaNet's recurrence: fla, flash-linear-attention's kernels, or torch. auto: the first
+    that can run."""
+
     fp32_kv_transport: bool = False
     """Send the shared K,V, and with them their gradients, between pipeline stages in fp32 instead of bf16."""
 

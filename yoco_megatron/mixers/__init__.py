@@ -8,6 +8,7 @@ functions below read.
 
 from collections.abc import Callable, Sequence
 
+from yoco_megatron.mixers.gated_delta_net import GATED_DELTA_NET
 from yoco_megatron.mixers.gated_retention import GATED_RETENTION
 from yoco_megatron.mixers.record import Mixer, Sizes
 from yoco_megatron.mixers.sliding_window import SLIDING_WINDOW
@@ -15,6 +16,7 @@ from yoco_megatron.utils.errors import nearest, require
 
 __all__ = [
     "BUILT_IN",
+    "GATED_DELTA_NET",
     "GATED_RETENTION",
     "MIXERS",
     "SLIDING_WINDOW",
@@ -30,7 +32,7 @@ __all__ = [
     "register",
 ]
 
-BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW)
+BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW, GATED_DELTA_NET)
 MIXERS: dict[str, Mixer] = {}
 
 

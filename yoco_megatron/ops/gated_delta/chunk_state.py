@@ -33,12 +33,22 @@ def state_update(
 
 
 def state_gradient(
-    op: Op, q: Tensor, do: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, document_ids: Tensor | None = None
+    op: Op,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
-    """What the outputs' gradient do [B, T, H, V] sends to the state before the span, [B, H, K, V], of w's dtype."""
+    """What the outputs' gradient do [B, T, H, V] sends to the state before the span, [B, H, K, V], of w's dtype.
+
+    It does not depend on the values v.
+    """
     B, _, H, K = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.enable_grad():
-        state = q.new_zeros(B, H, K, do.shape[-1], dtype=dtype, requires_grad=True)
-        o, _ = op(q, k, torch.zeros_like(do), log_decay, beta, initial_state=state, document_ids=document_ids)
+        state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype, requires_grad=True)
+        o, _ = op(q, k, torch.zeros_like(v), log_decay, beta, initial_state=state, document_ids=document_ids)
     return torch.autograd.grad(o, state, do)[0]

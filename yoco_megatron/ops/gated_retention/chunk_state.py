@@ -37,7 +37,7 @@ def state_update(
     return _outer(k, v, weights * (k.shape[-1] ** -0.5 if scale is None else scale)), decay
 
 
-def state_gradient(q: Tensor, do: Tensor, log_decay: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def state_gradient(do: Tensor, q: Tensor, log_decay: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """gradient [B, H, K, V], float32, or float64 if q is. Shapes: q [B, T, H, K]; do [B, T, H, V]; others as above."""
     weights = log_decay.to(_wide(q)).cumsum(1).exp()
     if document_ids is not None:
