@@ -203,7 +203,8 @@ def record_runs(
     benchmark: str, found: dict[Case, RunCurves], rows: list[dict[str, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Loss and speed of each run; returns what all rows of this benchmark have in common."""
-    common: dict[str, Any] = dict(benchmark=benchmark, device=device_name(1) if options.gpus else "CPU")
+    device = options.device or (device_name(1) if options.gpus else "CPU")
+    common: dict[str, Any] = dict(benchmark=benchmark, device=device)
     for case, row in zip(found, rows):
         name = f"{options.size}, {comparison.short(case.tokens)} tokens, {case.title()}"
         record(options.output, case=name, metric="validation loss", unit="nats", value=round(row["validation_loss"], 4),
@@ -272,6 +273,7 @@ def make_parser(doc: str, name: str, models: list[str]) -> argparse.ArgumentPars
     parser.add_argument("--evaluations", type=int, default=10, help="of a run, on the whole validation part")
     add_arguments(parser, name)
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
+    parser.add_argument("--device", help="report: what the runs ran on, where it is not this machine")
     parser.add_argument("--picture", type=Path, default=ROOT / f"docs/{name}.svg")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     return parser

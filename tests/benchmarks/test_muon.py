@@ -16,8 +16,8 @@ def test_best_of_each_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[st
     pytest.importorskip("matplotlib")
     options = Namespace(
         folder=tmp_path, models=["retention"], rates=[1e-3, 1e-2], seeds=[1, 2], size="tiny", batch_tokens=128,
-        length=32, tokens=1280, sweep_tokens=640, micro_batch_size=16, evaluations=10, gpus=0, split="80,20,0",
-        flags="", record=True, output=tmp_path / "rows.jsonl", picture=tmp_path / "muon.svg",
+        length=32, tokens=1280, sweep_tokens=640, micro_batch_size=16, evaluations=10, gpus=0, device=None,
+        split="80,20,0", flags="", record=True, output=tmp_path / "rows.jsonl", picture=tmp_path / "muon.svg",
     )  # fmt: skip
     sweep = muon.cases(options, {})
     assert sweep == [Case("retention", variant, rate, 1, 640) for rate in (1e-2, 1e-3) for variant in ("", "muon")]

@@ -20,7 +20,7 @@ def options_of(tmp_path: Path) -> Namespace:
     return Namespace(
         folder=tmp_path, models=list(paper_ordering.CONFIGS), rates=[1e-4, 1e-3, 1e-2], seeds=[1, 2], size="tiny",
         batch_tokens=128, length=32, tokens=2560, sweep_tokens=1280, micro_batch_size=16, evaluations=10, gpus=0,
-        split="80,20,0", flags="", record=True, output=tmp_path / "rows.jsonl",
+        device=None, split="80,20,0", flags="", record=True, output=tmp_path / "rows.jsonl",
         picture=tmp_path / "ordering.svg",
     )  # fmt: skip
 
