@@ -36,6 +36,7 @@ VARIANTS = {
     "megatron-init": ("--init-law", "megatron"),
     "unscaled": ("--no-scale-embedding",),
     "muon": ("--config", "configs/optimizer/muon.yaml"),  # benchmarks/muon.py
+    "mtp": ("--mtp-num-layers", "1"),  # benchmarks/mtp.py
 }
 
 

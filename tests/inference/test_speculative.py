@@ -6,19 +6,19 @@ of the logits' norm: sums in another order.
 
 import pytest
 import torch
-from inference.test_generation import GREEDY, rows
 from model.test_yoco_model import build_float64, leaves, random_batch, sizes_of
 from support import reference_model
-from support.exported import small_config, twin
+from support.exported import model_that_drafts, small_config, twin
 from support.models import SELF_DECODERS, relative_error
 
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.inference import speculative
 from yoco_megatron.inference.generation import CachedModel, Sampling, generate
 from yoco_megatron.inference.load import load_for_generation
-from yoco_megatron.inference.speculative import SpeculativeModel, attach
+from yoco_megatron.inference.speculative import SpeculativeModel
 
 EXACT = 1e-11
+GREEDY = Sampling(temperature=0)
 CASES = {
     "retention, tied": (True, dict(mtp_num_layers=2)),
     "windows, two sets of K,V, QK-norm and biases": (
@@ -52,17 +52,6 @@ def test_drafts_equal_the_reference(case: str, generator: torch.Generator) -> No
     assert relative_error(of_pass, reference_model.logits(w, whole, sizes_of(model.config))[0, -3:]) < EXACT
 
 
-def model_that_drafts(kind: str, layers: int) -> YocoForCausalLM:
-    """Of few tokens and large weights, so that its text varies and random drafts are at times right."""
-    torch.manual_seed(4)
-    config = small_config(kind, vocab_size=3, mtp_num_layers=layers, initializer_range=0.5)
-    model = YocoForCausalLM(config)
-    attach(model)
-    for layer in model.model.mtp_layers:
-        layer.apply(model._init_weights)
-    return model.double().eval()
-
-
 SAMPLINGS = {"greedy": GREEDY, "drawn": Sampling(temperature=0.9, top_p=0.95, seed=7)}
 
 
@@ -73,11 +62,11 @@ def test_the_text_is_that_of_one_token_at_a_time(kind: str, layers: int, samplin
     """Guesses are right and wrong, also several times in a row, so that passes begin with tokens that were refused."""
     model = model_that_drafts(kind, layers)
     prompt, most = [[1, 2, 0, 1]], 120
-    expected = rows(generate(CachedModel(model), prompt, most, SAMPLINGS[sampling]))
+    expected = list(generate(CachedModel(model), prompt, most, SAMPLINGS[sampling]))
     for again in (speculative.MOST_AGAIN, 0):
         monkeypatch.setattr(speculative, "MOST_AGAIN", again)
         decoder = SpeculativeModel(model, prefill_chunk=3)
-        assert rows(generate(decoder, prompt, most, SAMPLINGS[sampling])) == expected
+        assert list(generate(decoder, prompt, most, SAMPLINGS[sampling])) == expected
         assert decoder.verified > 60 and 0.1 < decoder.accepted / decoder.verified < 0.9
 
 

@@ -61,3 +61,14 @@ def twin(model: YOCOModel, **more: Any) -> YocoForCausalLM:
     assert not unexpected and missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
     twin.tie_weights()
     return twin.eval()
+
+
+def model_that_drafts(kind: str, layers: int) -> YocoForCausalLM:
+    """Of few tokens and large weights, so that its text varies and random drafts are at times right."""
+    torch.manual_seed(4)
+    config = small_config(kind, vocab_size=3, mtp_num_layers=layers, initializer_range=0.5)
+    model = YocoForCausalLM(config)
+    attach(model)
+    for layer in model.model.mtp_layers:
+        layer.apply(model._init_weights)
+    return model.double().eval()
