@@ -55,12 +55,13 @@ def test_bytes(model):  # noqa: F811
     engine = Engine(model, 1000, capacity=64)
     engine.prefill(prompts(2, 130))
     config = model.config
-    fixed = {
+    of_mixer = {
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * 64 * config.hidden_size,  # a ring of 8 slots takes a tile of 64
-    }[config.self_decoder]
+    }
+    fixed = sum(of_mixer[mixer] for mixer in config.self_decoder_mixers)
     shared = config.shared_kv_sets * 2 * 192 * config.num_key_value_heads * config.head_dim
-    assert engine.cache.nbytes() == 4 * 2 * (3 * fixed + shared)
+    assert engine.cache.nbytes() == 4 * 2 * (fixed + shared)
 
 
 def test_bad_input(model):  # noqa: F811

@@ -61,11 +61,12 @@ def test_cache_bytes(model):  # noqa: F811
     decoder = CachedModel(model)
     list(generate(decoder, prompts(1).tolist(), 4, GREEDY))
     config, tokens = model.config, PROMPT + 3
-    fixed = {
+    of_mixer = {
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * (config.sliding_window - 1) * config.hidden_size,
-    }[config.self_decoder]
-    elements = 3 * fixed + config.shared_kv_sets * 2 * tokens * config.num_key_value_heads * config.head_dim
+    }
+    fixed = sum(of_mixer[mixer] for mixer in config.self_decoder_mixers)
+    elements = fixed + config.shared_kv_sets * 2 * tokens * config.num_key_value_heads * config.head_dim
     assert decoder.nbytes() == 4 * elements
 
 
