@@ -8,6 +8,8 @@ A stage LENGTH:THETA:TOKENS:RATE trains on sequences of LENGTH with rotary base 
 Of its tokens a share (--retrieval) are documents of its length that ask for what stood in them (retrieval_text.py);
 the rest is the source and documentation of the installed packages (site_text.py). A model is `retention`, or `window:W`
 with a window of W tokens. Evaluated is the last stage of each, with documents that were not trained on as filler.
+Window sizes are compared after the first stage alone, which they share with the models above:
+--models window:64 window:256 window:1024 --stages 4096:10000:200e6:1e-3.
 """
 
 import argparse
@@ -190,7 +192,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    stages = ["4096:10000:200e6:1e-3", "16384:160000:50e6:3e-4", "65536:640000:50e6:1e-4"]
+    stages = ["4096:10000:200e6:1e-3", "65536:640000:50e6:3e-4", "262144:5000000:20e6:1e-4"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prepare", "train", "evaluate"])
     parser.add_argument("--models", nargs="+", default=["retention", "window:1024"], metavar="MODEL")
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--shortest", type=int, default=1000, help="needles in prompts longer than so many tokens")
     add_arguments(parser, "length_extension")
+    parser.set_defaults(size="30m")
     parser.add_argument("--overwrite", action="store_true", help="replace results of another checkpoint")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
