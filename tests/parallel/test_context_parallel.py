@@ -127,6 +127,11 @@ def test_other_mixers(mesh: str, kind: str, documents: bool, one_process) -> Non
     check(mesh, FLOAT64 | dict(self_decoder=kind), documents, one_process)
 
 
+@pytest.mark.parametrize("mesh", ["CP4", "TP2 CP2 SP", "PP2 CP2 uneven"])
+def test_mamba2(mesh: str, one_process) -> None:
+    check(mesh, FLOAT64 | dict(self_decoder="mamba2"), True, one_process)
+
+
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)

@@ -110,6 +110,11 @@ def test_other_mixers(mesh: str, kind: str, one_process_step) -> None:
     test_equals_one_process(mesh, kind, one_process_step)
 
 
+@pytest.mark.parametrize("mesh", ["TP2", "TP4 SP", "TP2 SP recompute selective", "TP2 SP recompute elementwise"])
+def test_mamba2(mesh: str, one_process_step) -> None:
+    test_equals_one_process(mesh, "mamba2", one_process_step)
+
+
 def test_the_comparison_can_fail(one_process_step) -> None:
     """A step with another window is another step."""
     other = run_world(1, train_step, dict(self_decoder="sliding_window", self_decoder_window=6), True)[0]

@@ -25,7 +25,7 @@ QUICK = {
     "PP2 recompute full": ("Ettt|tttttL", 2, 1, FULL_RECOMPUTE),
     "PP2 multi-token prediction": ("Etttt|ttttmL", 2, 1, dict(mtp_num_layers=1)),
     "PP4 two sets of K,V, one of which passes a stage": ("Etttt|t|tt|tL", 4, 1, dict(shared_kv_sets=2)),
-    "PP4 a mixer for each layer": ("Ett|tt|tt|ttL", 4, 1, dict(self_decoder="SRGS")),
+    "PP4 a mixer for each layer": ("Ett|tt|tt|ttL", 4, 1, dict(self_decoder="SMRG")),
 }
 # What changes the model, not only how it is computed.
 OF_THE_MODEL = (

@@ -26,6 +26,7 @@ ROUTING = {  # of experts; with Megatron's defaults
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
 }
+MAMBA = {field.name: field.default for field in fields(ModelShape) if field.name.startswith("mamba_")}
 EXPERTS = {field.name: field.default for field in fields(ModelShape) if re.match("num_experts|moe_", field.name)}
 # Flags that change the function but not the parameter shapes.
 ROPE_SCALING = {"use_rope_scaling": False, "rope_scaling_factor": 8.0}
@@ -38,6 +39,7 @@ ALWAYS_WAS = {
     "mtp_num_layers": 0,
     "self_decoder_head_dim": None,  # followed from two others, see `read`
     **ROPE_SCALING,
+    **MAMBA,
     **ROUTING,
     **EXPERTS,
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.config.rules import OF_MEGATRONS_LOSS, require_divides, require_sizes
+from yoco_megatron.mixers import options_of_others
+from yoco_megatron.mixers.mamba2 import default_heads
 from yoco_megatron.utils.errors import require
 
 LOSS_CHUNK_SIZE = 8192
@@ -51,6 +53,8 @@ def resolve_model(config: Any) -> None:
         heads, fix = config.self_decoder_heads, "change one of them, or set --self-decoder-head-dim"
         require_divides(heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", fix)
         config.self_decoder_head_dim = config.hidden_size // heads
+    if config.mamba_num_heads is None and "mamba_num_heads" not in options_of_others(config.self_decoder):
+        config.mamba_num_heads = default_heads(config.hidden_size, config.mamba_head_dim)
     if getattr(config, "rope_variant", None) == "yoco":
         config.rotary_interleaved = True
 

@@ -41,6 +41,8 @@ SAME = {
     "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The same that are options of mixers, and fields of a model that has one of them.
+OF_MIXERS = {name: name for name in ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")}
 # The same of a model with experts.
 EXPERTS = {
     "num_experts": "num_experts",
@@ -66,7 +68,9 @@ FLAGS = {"layernorm_epsilon": "norm-epsilon", "scale_embedding": None}
 def arguments_of(model: Any) -> dict[str, str]:
     """YocoConfig's field -> Megatron's argument: those that a model, by its YocoConfig or its arguments, has."""
     experts = {} if model.num_experts is None else EXPERTS
-    return SAME | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
+    unused = options_of_others(model.self_decoder)
+    of_mixers = {field: dest for field, dest in OF_MIXERS.items() if dest not in unused}
+    return SAME | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 
 def from_args(args: Namespace, **more: Any) -> YocoConfig:

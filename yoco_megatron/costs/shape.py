@@ -65,6 +65,11 @@ class ModelShape:
     seq_length: int
     tied: bool
     """The output layer is the embedding matrix."""
+    mamba_num_heads: int | None = None
+    """Of Mamba-2; None in a model without it, whose fields below have no meaning."""
+    mamba_head_dim: int = 64
+    mamba_state_dim: int = 128
+    mamba_num_groups: int = 8
     shared_kv_sets: int = 1
     """K,V that groups of cross-decoder layers share; `num_query_groups` and `kv_channels` are those of each."""
     qk_layernorm: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from yoco_megatron.mixers.gated_delta_net import GATED_DELTA_NET
 from yoco_megatron.mixers.gated_retention import GATED_RETENTION
+from yoco_megatron.mixers.mamba2 import MAMBA2
 from yoco_megatron.mixers.record import Mixer, Sizes
 from yoco_megatron.mixers.sliding_window import SLIDING_WINDOW
 from yoco_megatron.utils.errors import nearest, require
@@ -18,6 +19,7 @@ __all__ = [
     "BUILT_IN",
     "GATED_DELTA_NET",
     "GATED_RETENTION",
+    "MAMBA2",
     "MIXERS",
     "SLIDING_WINDOW",
     "Mixer",
@@ -32,7 +34,7 @@ __all__ = [
     "register",
 ]
 
-BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW, GATED_DELTA_NET)
+BUILT_IN = (GATED_RETENTION, SLIDING_WINDOW, GATED_DELTA_NET, MAMBA2)
 MIXERS: dict[str, Mixer] = {}
 
 
