@@ -134,11 +134,13 @@ def test_exported_folder(trained, tmp_path):
         "classification_yoco.py",
         "config.json",
         "configuration_yoco.py",
+        "mamba2_yoco.py",
         "generation_config.json",
         "model.safetensors",
         "mlp_yoco.py",
         "modeling_yoco.py",
         "peft_yoco.py",
+        "recurrence_yoco.py",
     }
     card = (tmp_path / "hf/README.md").read_text()
     assert "library_name: transformers" in card and "| iterations | 1 |" in card and "| tokens seen | 256 |" in card

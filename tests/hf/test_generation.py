@@ -20,7 +20,7 @@ MODELS = {kind: dict(self_decoder=kind, num_hidden_layers=6) for kind in SELF_DE
 MODELS["two sets of K,V"] = dict(
     self_decoder="sliding_window", num_hidden_layers=7, num_self_decoder_layers=3, shared_kv_sets=2
 )
-MODELS["a mixer for each layer"] = dict(self_decoder="RSR", num_hidden_layers=6)
+MODELS["a mixer for each layer"] = dict(self_decoder="RSM", num_hidden_layers=6)
 
 
 @pytest.fixture(params=MODELS)

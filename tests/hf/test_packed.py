@@ -10,9 +10,10 @@ from support.models import SELF_DECODERS, relative_error
 from transformers import DynamicCache
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from yoco_megatron.hf import modeling_yoco
+from yoco_megatron.hf import modeling_yoco, recurrence_yoco
 from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.hf.modeling_yoco import YocoForCausalLM, retention
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.hf.recurrence_yoco import retention
 
 CLOSE = 2e-5
 VOCAB = 97
@@ -150,7 +151,7 @@ def test_retention_under_autocast_is_fp32():
         return retention(*args)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(modeling_yoco, "retention", watched)
+        patch.setattr(recurrence_yoco, "retention", watched)
         model(torch.arange(20)[None])
     assert seen == [False]
 
@@ -162,6 +163,6 @@ def test_kernels_take_the_documents():
     decay, state = -torch.rand(2, 3, 300, generator=generator) / 16, torch.randn(2, 3, 16, 16, generator=generator)
     documents = modeling_yoco.documents_of(packed()[1], 2, 300, None, None)
     for one in (documents, documents[:1].expand(2, -1), None):
-        found = modeling_yoco.retention_by_kernel(q, k, v, decay, state, one)
+        found = recurrence_yoco.retention_by_kernel(q, k, v, decay, state, one)
         for ours, theirs in zip(retention(q, k, v, decay, state, one), found):
             assert relative_error(ours, theirs) < CLOSE

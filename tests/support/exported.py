@@ -24,6 +24,10 @@ def small_config(self_decoder: str, **more: Any) -> YocoConfig:
         num_key_value_heads=2,
         self_decoder_heads=2,
         sliding_window=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        mamba_state_dim=8,
+        mamba_num_groups=2,
         initializer_range=0.2,
     )
     return YocoConfig(self_decoder=self_decoder, **fields | more)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from yoco_megatron import runtime
 from yoco_megatron.convert import tensor_names, tokenizer_files
 from yoco_megatron.convert.readers import Source, open_source
-from yoco_megatron.hf.modeling_yoco import CHUNK, YocoForCausalLM
+from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.hf.recurrence_yoco import CHUNK
 from yoco_megatron.mixers import SLIDING_WINDOW, mixers_in
 
 # The same products in fp32, summed in another order by other layers: some hundred roundings of 6e-8, with room.

@@ -7,9 +7,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 # transformers' cache knows closed names of layer kinds; a retention layer is one with a recurrent state.
-LAYER_TYPES = {"gated_retention": "linear_attention", "sliding_window": "sliding_attention"}
+LAYER_TYPES = {
+    "gated_retention": "linear_attention",
+    "sliding_window": "sliding_attention",
+    "mamba2": "linear_attention",
+}
 # Mixers of the self-decoder by their letters in a pattern.
-LETTERS = {"R": "gated_retention", "S": "sliding_window"}
+LETTERS = {"R": "gated_retention", "S": "sliding_window", "M": "mamba2"}
+# Mixers whose layers tensor parallelism does not cut.
+UNCUT = {"mamba2"}
+MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
 
 # Largest values: far above any model, and low enough that a damaged file cannot make a loader build for hours.
 MOST_LAYERS, MOST_EXPERTS, MOST = 10_000, 1_000_000, 2**31 - 1
@@ -26,6 +33,7 @@ SIZES = (
     "max_position_embeddings",
     "num_hidden_layers",
     "sliding_window",
+    *MAMBA,
     "shared_kv_sets",
     "num_experts",
     "num_experts_per_tok",
@@ -61,6 +69,9 @@ class YocoConfig(PreTrainedConfig):
     self-decoder has `self_decoder_heads` of width `self_decoder_head_dim`, and, with a sliding window,
     `self_decoder_key_value_heads`. `self_decoder` names the mixer of its layers, or has a letter for each (RRSS: gated
     retention, sliding window). `sliding_window` counts the keys that a query sees, itself included.
+
+    Mamba-2 (M, mamba2) has `mamba_num_heads` of width `mamba_head_dim` and a state of `mamba_state_dim` values for each
+    of these; its heads are in `mamba_num_groups` groups.
 
     `qk_norm` normalises the heads of queries and keys before RoPE, `qkv_bias` gives projections to q, k, v biases: in
     softmax attention, which gated retention is not.
@@ -116,6 +127,10 @@ class YocoConfig(PreTrainedConfig):
     self_decoder_head_dim: int | NotGiven = None
     self_decoder_key_value_heads: int | NotGiven = None
     sliding_window: int | None = 1024
+    mamba_num_heads: int | NotGiven = None
+    mamba_head_dim: int | NotGiven = None
+    mamba_state_dim: int | NotGiven = None
+    mamba_num_groups: int | NotGiven = None
     shared_kv_sets: int = 1
     num_experts: int | None = None
     moe_layer_freq: int | list[int] = 1
@@ -176,6 +191,9 @@ class YocoConfig(PreTrainedConfig):
         self._check_shape()
         self._check_experts()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
+        if UNCUT & {*self.self_decoder_mixers}:
+            cut = {name: how for name, how in self.base_model_tp_plan.items() if "self_layers.*.mixer" not in name}
+            vars(self)["base_model_tp_plan"] = cut
         self.layer_types = [LAYER_TYPES[mixer] for mixer in self.self_decoder_mixers] + ["full_attention"] * cross
         super().__post_init__(**kwargs)
 
@@ -259,6 +277,11 @@ class YocoConfig(PreTrainedConfig):
                 f"self_decoder_key_value_heads {self.self_decoder_key_value_heads} must be self_decoder_heads "
                 f"{self.self_decoder_heads}: retention shares no K,V"
             )
+        if "mamba2" in mixers:
+            missing = [name for name in MAMBA if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} missing, which a self_decoder of mamba2 needs")
+            parts["mamba_num_heads"] = ("mamba_num_groups", self.mamba_num_heads, self.mamba_num_groups)
         for whole, (part, number, divisor) in parts.items():
             if number % divisor:
                 raise ValueError(f"{part} {divisor} does not divide {whole} {number}")

@@ -1,6 +1,6 @@
 """YOCO (You Only Cache Once, arXiv 2405.05254) for transformers 5: depends on torch and transformers alone.
 
-    X^0 = sqrt(h) E[tokens] -> self-decoder (gated retention or sliding window) -> one K^,V^ -> cross-decoder -> head
+    X^0 = sqrt(h) E[tokens] -> self-decoder (retention, windows, Mamba-2) -> one K^,V^ -> cross-decoder -> head
 
 The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
 the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1). With
@@ -36,37 +36,12 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yoco import YocoConfig
+from .mamba2_yoco import YocoMamba2
 from .mlp_yoco import YocoExperts, YocoMLP, YocoRouter
 from .peft_yoco import offer_to_peft
-
-try:
-    # The trainer's kernels, where it is installed; the torch code below computes the same.
-    from yoco_megatron.ops import gated_retention as retention_kernels
-except ImportError:
-    retention_kernels = None  # type: ignore[assignment]
-
-CHUNK = 128
+from .recurrence_yoco import YocoRMSNorm, cached_retention, split_heads, widen
 
 offer_to_peft()
-
-
-def widen(x: Tensor) -> Tensor:
-    """16-bit tensors as fp32, others as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-class YocoRMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) in fp32, back to x's dtype, then times the weight (if there is one)."""
-
-    def __init__(self, dim: int, eps: float, affine: bool = True):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return y if self.weight is None else self.weight * y
 
 
 def head_norm(config: YocoConfig, head_dim: int) -> nn.Module:
@@ -129,50 +104,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tenso
         first, second = wide.chunk(2, dim=-1)
         y = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return y.to(x.dtype)
-
-
-def retention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t, in chunks; k is scaled by D^-1/2.
-
-    q, k, v [b, H, s, D]; log_decay [b, H, s] and state [b, H, D, D] in fp32 (fp64); documents [b, s] as `documents_of`
-    returns them: the state does not cross from one to the next. Returns (o in q's dtype, state).
-    """
-    dtype, compute = q.dtype, state.dtype
-    q, k, v = q.to(compute), k.to(compute) * k.shape[-1] ** -0.5, v.to(compute)
-    if q.shape[2] == 1:
-        state = log_decay[..., None].exp() * state + k.transpose(-1, -2) @ v
-        return (q @ state).to(dtype), state
-    if documents is None:
-        documents = torch.zeros(1, q.shape[2], dtype=torch.int32, device=q.device)
-    outputs, before = [], documents[:, None, :1]
-    chunks = zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay, documents[:, None])))
-    for q_, k_, v_, g_, d_ in chunks:
-        b = g_.cumsum(-1)
-        # Masked before exp: above the diagonal the exponent is positive.
-        causal = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
-        visible = causal & (d_[..., :, None] == d_[..., None, :])
-        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~visible, -torch.inf).exp()
-        from_start = b.masked_fill(d_ != before, -torch.inf).exp()[..., None]
-        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * from_start) @ state)
-        before = d_[..., -1:]
-        to_end = (b[..., -1:] - b).masked_fill(d_ != before, -torch.inf).exp()[..., None]
-        state = from_start[..., -1:, :] * state + (k_ * to_end).transpose(-1, -2) @ v_
-    return torch.cat(outputs, dim=2).to(dtype), state
-
-
-def retention_by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, documents: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same by the trainer's kernels, whose layout is [b, s, H, D]."""
-    if q.shape[2] == 1:
-        q, k, v, log_decay = (t.squeeze(2) for t in (q, k, v, log_decay))
-        o, state = retention_kernels.step(q, k, v, log_decay, state, in_place=not torch.is_grad_enabled())
-        return o.unsqueeze(2), state
-    q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
-    o, state = retention_kernels.gated_retention(q, k, v, log_decay, initial_state=state, document_ids=documents)
-    return o.transpose(1, 2), state
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -273,11 +204,6 @@ class YocoAttention(nn.Module):
         return self.o_proj(o.reshape(*o.shape[:2], -1).contiguous()), weights
 
 
-def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[b, s, H D] -> [b, H, s, D]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
 class YocoSlidingAttention(YocoAttention):
     """Sliding-window attention of a self-decoder layer."""
 
@@ -321,20 +247,8 @@ class YocoGatedRetention(nn.Module):
         q, k = rotate(q, rotary, interleaved), rotate(k, rotary, interleaved)
         # The state and the decay never see 16 bits.
         log_decay = F.logsigmoid(widen(self.decay_proj(x))).transpose(1, 2) / self.config.decay_temperature
-        if mask is not None:  # a padding token writes nothing and lets nothing decay
-            log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
-        layer: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if layer is not None and layer.has_previous_state[0]:
-            state = layer.recurrent_states[0]
-        else:
-            state = log_decay.new_zeros(*k.shape[:2], self.head_dim, self.head_dim)
-        by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
-        with torch.autocast(q.device.type, enabled=False):
-            o, state = (retention_by_kernel if by_kernel else retention)(q, k, v, log_decay, state, documents)
-        if layer is not None:
-            layer.update_recurrent_state(state)
-            # transformers marks a layer as filled with its convolution's state, which retention has none of.
-            layer.has_previous_state[0] = True
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        o = cached_retention(q, k, v, log_decay, mask=mask, layer=layer, documents=documents)
         y = self.head_norm(o).transpose(1, 2).flatten(2)
         return self.o_proj(F.silu(self.g_proj(x)) * y), None
 
@@ -421,7 +335,7 @@ class YocoPreTrainedModel(PreTrainedModel):
         if isinstance(module, YocoRotaryEmbedding):
             # Loading builds the model without memory and restores no buffer that is not saved.
             init.copy_(module.inv_freq_bits, module.compute().view(torch.int32))
-        if isinstance(module, YocoRouter):
+        if isinstance(module, YocoRouter | YocoMamba2):
             module.reset()
 
 
@@ -431,7 +345,11 @@ class YocoModel(YocoPreTrainedModel):
     def __init__(self, config: YocoConfig):
         super().__init__(config)
         border = config.num_self_decoder_layers
-        kinds = {"gated_retention": YocoGatedRetention, "sliding_window": YocoSlidingAttention}
+        kinds = {
+            "gated_retention": YocoGatedRetention,
+            "sliding_window": YocoSlidingAttention,
+            "mamba2": YocoMamba2,
+        }
         mixers = [kinds[mixer] for mixer in config.self_decoder_mixers]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i, mixer in enumerate(mixers))

@@ -4,9 +4,10 @@ from .configuration_yoco import YocoConfig
 
 TARGETS = [
     *("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"),
+    *("z_proj", "x_proj", "B_proj", "C_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 ]
-"""All but the head, and the small projection of the retention's decay."""
+"""All but the head, and small projections to logits of heads."""
 
 
 def offer_to_peft() -> None:

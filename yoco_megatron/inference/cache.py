@@ -207,10 +207,12 @@ class WindowKV(KVLayer):
 
 
 class RetentionState:
-    """The recurrent state of a retention layer, one fp32 tensor, with the attributes of transformers' cache layers."""
+    """The recurrent state of a layer, one fp32 tensor, and the last inputs of its convolution, if it has one; with the
+    attributes of transformers' cache layers."""
 
     def __init__(self) -> None:
         self.recurrent_states: dict[int, Tensor | None] = {0: None}
+        self.conv_states: dict[int, Tensor | None] = {0: None}
         self.has_previous_state = {0: False}
 
     @property
@@ -225,9 +227,19 @@ class RetentionState:
         elif self.state is not state:  # else a kernel updated it in place
             self.state.copy_(state)
 
+    def update_conv_state(self, x: Tensor, conv_kernel_size: int) -> Tensor:
+        """x [b, C, s] behind the inputs before it [b, C, conv_kernel_size], zeros at first; keeps the last ones, at one
+        address."""
+        held = self.conv_states[0]
+        if held is None:
+            held = self.conv_states[0] = x.new_zeros(*x.shape[:2], conv_kernel_size)
+        seen = torch.cat((held, x), dim=-1)
+        held.copy_(seen[..., -conv_kernel_size:])
+        return seen
+
     def tensors(self) -> list[Tensor]:
-        """The state, if any."""
-        return [] if self.state is None else [self.state]
+        """The states, if any."""
+        return [state for state in (self.state, self.conv_states[0]) if state is not None]
 
 
 class SharedKVSlot:

@@ -117,7 +117,7 @@ class Engine:
         """Record a step. Warm-up steps write K,V that the real step overwrites; states are restored."""
         self.tokens = tokens.clone()
         layers = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
-        states = [layer.state for layer in layers if layer.state is not None]
+        states = [state for layer in layers for state in layer.tensors()]
         saved, position = [state.clone() for state in states], self.cache.position.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

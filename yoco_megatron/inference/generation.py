@@ -106,7 +106,8 @@ def bytes_of(layers: list[Any]) -> int:
     tensors: dict[int, Tensor] = {}
     for layer in layers:
         held = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        held += getattr(layer, "recurrent_states", {}).values()
+        for states in ("recurrent_states", "conv_states"):
+            held += getattr(layer, states, {}).values()
         tensors |= {id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 

@@ -1,0 +1,157 @@
+"""What mixers of a YOCO's self-decoder with a recurrent state are made of.
+
+Shapes: b batch, s new tokens, H heads, C channels, K and V widths of keys and values.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    # The trainer's kernels, where it is installed; the torch code below computes the same.
+    from yoco_megatron.ops import gated_retention as retention_kernels
+except ImportError:
+    retention_kernels = None  # type: ignore[assignment]
+
+CHUNK = 128
+
+
+def widen(x: Tensor) -> Tensor:
+    """16-bit tensors as fp32, others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class YocoRMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) in fp32, back to x's dtype, then times the weight (if there is one)."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return y if self.weight is None else self.weight * y
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[b, s, H D] -> [b, H, s, D]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + scale k_t^T v_t, o_t = q_t S_t, in chunks; scale is K^-1/2 by default.
+
+    q, k [b, H, s, K]; v [b, H, s, V]; log_decay [b, H, s] and state [b, H, K, V] in fp32 (fp64); documents [b, s] as
+    `documents_of` returns them: the state does not cross from one to the next. Returns (o in q's dtype, state).
+    """
+    dtype, compute = q.dtype, state.dtype
+    q, k, v = q.to(compute), k.to(compute) * (k.shape[-1] ** -0.5 if scale is None else scale), v.to(compute)
+    if q.shape[2] == 1:
+        state = log_decay[..., None].exp() * state + k.transpose(-1, -2) @ v
+        return (q @ state).to(dtype), state
+    if documents is None:
+        documents = torch.zeros(1, q.shape[2], dtype=torch.int32, device=q.device)
+    outputs, before = [], documents[:, None, :1]
+    chunks = zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay, documents[:, None])))
+    for q_, k_, v_, g_, d_ in chunks:
+        b = g_.cumsum(-1)
+        # Masked before exp: above the diagonal the exponent is positive.
+        causal = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
+        visible = causal & (d_[..., :, None] == d_[..., None, :])
+        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~visible, -torch.inf).exp()
+        from_start = b.masked_fill(d_ != before, -torch.inf).exp()[..., None]
+        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * from_start) @ state)
+        before = d_[..., -1:]
+        to_end = (b[..., -1:] - b).masked_fill(d_ != before, -torch.inf).exp()[..., None]
+        state = from_start[..., -1:, :] * state + (k_ * to_end).transpose(-1, -2) @ v_
+    return torch.cat(outputs, dim=2).to(dtype), state
+
+
+def retention_by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same by the trainer's kernels, whose layout is [b, s, H, K]."""
+    if q.shape[2] == 1:
+        q, k, v, log_decay = (t.squeeze(2) for t in (q, k, v, log_decay))
+        in_place = not torch.is_grad_enabled()
+        o, state = retention_kernels.step(q, k, v, log_decay, state, scale=scale, in_place=in_place)
+        return o.unsqueeze(2), state
+    q, k, v, log_decay = (t.transpose(1, 2) for t in (q, k, v, log_decay))
+    o, state = retention_kernels.gated_retention(
+        q, k, v, log_decay, scale=scale, initial_state=state, document_ids=documents
+    )
+    return o.transpose(1, 2), state
+
+
+def cached_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    mask: Tensor | None,
+    layer: Any,
+    documents: Tensor | None,
+    scale: float | None = None,
+) -> Tensor:
+    """The outputs o [b, H, s, V] of `retention`, from the state in a layer of transformers' cache (None: no cache),
+    which the new one replaces. mask [b, s]: 0 for padding."""
+    if mask is not None:  # a padding token writes nothing and lets nothing decay
+        log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
+    state = None if layer is None else layer.recurrent_states[0]
+    if state is None:
+        state = log_decay.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
+    with torch.autocast(q.device.type, enabled=False):
+        run = retention_by_kernel if by_kernel else retention
+        o, state = run(q, k, v, log_decay, state, documents, scale)
+    if layer is not None:
+        layer.update_recurrent_state(state)
+        # transformers marks a layer as filled with its convolution's state, which retention has none of.
+        layer.has_previous_state[0] = True
+    return o
+
+
+def short_convolution(
+    x: Tensor, convolutions: list[nn.Conv1d], mask: Tensor | None, layer: Any, documents: Tensor | None
+) -> Tensor:
+    """silu of the causal convolution of each channel, x [b, s, C] -> [b, s, C].
+
+    `convolutions` have the channels' weights one after another. The inputs before the first token are in the layer of
+    transformers' cache, which then gets the last ones.
+    """
+    weight = torch.cat([convolution.weight for convolution in convolutions]).squeeze(1)
+    biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+    length, taps = x.shape[1], weight.shape[1] - 1
+    if mask is not None:
+        x = x * mask[..., None].to(x.dtype)
+    seen = x
+    if layer is not None:
+        seen = layer.update_conv_state(x.transpose(1, 2), conv_kernel_size=taps).transpose(1, 2)
+    seen = F.pad(seen, (0, 0, length + taps - seen.shape[1], 0))
+    y = widen(torch.cat(biases)) if biases else widen(x.new_zeros(()))
+    for tap, of_channels in enumerate(widen(weight).unbind(1)):
+        inputs = seen[:, tap : tap + length]
+        if documents is not None:
+            ids = F.pad(documents, (taps, 0), value=-1)[:, tap : tap + length]
+            inputs = inputs.masked_fill((ids != documents)[..., None], 0.0)
+        y = y + widen(inputs) * of_channels
+    return F.silu(y).to(x.dtype)
