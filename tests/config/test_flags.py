@@ -141,7 +141,8 @@ def test_options_of_another_mixer(tiny, parser):
             for chosen in MIXERS.values():
                 args = given(tiny, parser, flag)
                 args.self_decoder = chosen.name
-                expected = f"--{flag} has no effect with --self-decoder {chosen.name}: it is an option of {mixer.name}"
+                owners = " and ".join(other.name for other in MIXERS.values() if option in other.options)
+                expected = f"--{flag} has no effect with --self-decoder {chosen.name}: it is an option of {owners}"
                 args.retention_backend = "torch"
                 said = flags.refusals(args, parser, "yoco")
                 assert said == ([] if option in chosen.options else [expected])

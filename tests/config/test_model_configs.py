@@ -30,6 +30,7 @@ BODY = {
     "405b": (398513, 383363, 401649),
 }
 UNTIED = ("3b", "70b", "405b")
+OTHER_MIXERS = {"yoco_tiny_mamba2": "mamba2", "yoco_3b_mamba2": "mamba2"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def parse(parser, *names: str):
 
 def test_every_size_has_its_three_models():
     wanted = {form.format(size) for size in (*BODY, "tiny") for form in ("yoco_{}", "yoco_{}_swa", "transformer_{}")}
-    assert set(MODELS) == wanted | {"yoco_moe_tiny", "yoco_moe_3b"}
+    assert set(MODELS) == wanted | {"yoco_moe_tiny", "yoco_moe_3b", *OTHER_MIXERS}
 
 
 def test_experts_have_as_many_active_parameters_as_the_model_without(parser):
@@ -56,6 +57,12 @@ def test_experts_have_as_many_active_parameters_as_the_model_without(parser):
     routers = 25 * 64 * 3072
     assert active_parameters(shape) == sum(parameter_count(dense).values()) + routers
     assert shape.ffn_width("cross_decoder") == dense.ffn_hidden_size
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_MIXERS if "_3b_" in name])
+def test_other_mixers_have_as_many_parameters(parser, name):
+    shape, retention = (ModelShape.from_args(parse(parser, f"model/{name}")) for name in (name, "yoco_3b"))
+    assert body_parameters(shape) == pytest.approx(body_parameters(retention), rel=0.01)
 
 
 @pytest.mark.parametrize("size", BODY)
@@ -75,10 +82,11 @@ def test_model_file_is_complete_and_consistent(parser, name):
     args = parse(parser, f"model/{name}")
     shape = ModelShape.from_args(args)
     assert shape.architecture == name.partition("_")[0]
-    assert shape.self_decoder == ("sliding_window" if name.endswith("_swa") else "gated_retention")
+    other = "sliding_window" if name.endswith("_swa") else "gated_retention"
+    assert shape.self_decoder == OTHER_MIXERS.get(name, other)
     assert args.max_position_embeddings == args.seq_length
     assert shape.kv_channels * shape.num_attention_heads == shape.hidden_size
-    size = name.removeprefix("yoco_moe_").removeprefix("yoco_").removeprefix("transformer_").removesuffix("_swa")
+    size = name.removeprefix("yoco_moe_").removeprefix("yoco_").removeprefix("transformer_").partition("_")[0]
     assert shape.tied == (size not in UNTIED)
     assert shape.ffn_hidden_size % 64 == 0
     if shape.self_decoder == "gated_retention" and shape.architecture == "yoco":

@@ -34,12 +34,14 @@ UNTIED = ["--untie-embeddings-and-output-weights"]
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--self-decoder-query-groups", "2"]
 MIXED = [*WINDOWS, "--self-decoder-pattern", "SR"]
+MAMBA2 = ["--self-decoder", "mamba2", "--mamba-head-dim", "8", "--mamba-state-dim", "4", "--mamba-num-groups", "4"]
 TWO_SETS = ["--shared-kv-sets", "2"]
 QK_NORM = ["--qk-layernorm", "--add-qkv-bias"]
 # name -> (processes, flags)
 RUNS = {
     "TP1, retention, tied": (1, []),
     "TP2, windows and retention, two sets of K,V, untied": (2, [*TP2, *MIXED, *UNTIED, *TWO_SETS]),
+    "TP2, Mamba-2, untied": (2, [*TP2, *MAMBA2, *UNTIED]),
     "PP2, retention, untied, multi-token prediction": (2, [*PP2, *UNTIED, "--mtp-num-layers", "2"]),
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
@@ -90,7 +92,7 @@ def entries(folder: Path) -> set[str]:
     return {name for name in metadata.state_dict_metadata if not name.startswith(others)}
 
 
-@pytest.mark.parametrize("name", [*list(RUNS)[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[3:])])
+@pytest.mark.parametrize("name", [*list(RUNS)[:4], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[4:])])
 def test_round_trip_is_bitwise(name, trained, tmp_path):
     run = trained(name)
     report = in_fresh_process("megatron", str(run), "hf", str(tmp_path / "hf"), shard_bytes=40_000)
@@ -276,7 +278,7 @@ def test_every_field_has_its_place():
         {f.name for f in dataclass_fields(ModelShape)} | set(SWITCHES) | {f.name for f in dataclass_fields(YOCOFields)}
     )
     of_experts = {name for name in ours if name.startswith("moe_")} | {"num_experts"}  # their models are refused
-    of_model = {*config_fields.SAME.values(), *config_fields.MULTI_TOKEN.values()}
+    of_model = {*config_fields.SAME.values(), *config_fields.OF_MIXERS, *config_fields.MULTI_TOKEN.values()}
     assert ours - of_experts - of_model == set(NOT_THE_FUNCTION)
 
 

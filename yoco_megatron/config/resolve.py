@@ -53,7 +53,9 @@ def resolve_model(config: Any) -> None:
         heads, fix = config.self_decoder_heads, "change one of them, or set --self-decoder-head-dim"
         require_divides(heads, config.hidden_size, "--hidden-size", "--self-decoder-heads", fix)
         config.self_decoder_head_dim = config.hidden_size // heads
-    if config.mamba_num_heads is None and "mamba_num_heads" not in options_of_others(config.self_decoder):
+    if getattr(config, "mamba_num_heads", 0) is None and "mamba_num_heads" not in options_of_others(
+        config.self_decoder
+    ):
         config.mamba_num_heads = default_heads(config.hidden_size, config.mamba_head_dim)
     if getattr(config, "rope_variant", None) == "yoco":
         config.rotary_interleaved = True

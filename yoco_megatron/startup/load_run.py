@@ -17,6 +17,7 @@ from yoco_megatron.checkpoint import architecture, safe_unpickling
 from yoco_megatron.checkpoint.layout import RESOLVED
 from yoco_megatron.config.yaml_files import load_config_file, to_argv
 from yoco_megatron.config.yoco_fields import YOCOFields
+from yoco_megatron.mixers import MIXERS
 from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.parser import build_parser
@@ -31,6 +32,7 @@ class _Rows(TypedDict):
 # Of a run's config only these arguments are taken: which function the weights compute, in which precision, and how text
 # became tokens. The folder may be a stranger's: what else a run reads, writes or executes is not for it to say.
 TAKEN = {field.name for field in dataclasses.fields(YOCOFields)} | {
+    *(option for mixer in MIXERS.values() for option in mixer.options),
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
     *(
         "num_query_groups",
