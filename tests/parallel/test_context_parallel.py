@@ -121,15 +121,13 @@ def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
         ("CP4", "gated_delta_net", True),
         ("PP2 CP2 uneven", "SGRG", True),
         ("CP4 recompute selective", "gated_delta_net", False),
+        ("CP4", "mamba2", True),
+        ("TP2 CP2 SP", "mamba2", False),
+        ("PP2 CP2 uneven", "SMRM", True),
     ],
 )
 def test_other_mixers(mesh: str, kind: str, documents: bool, one_process) -> None:
     check(mesh, FLOAT64 | dict(self_decoder=kind), documents, one_process)
-
-
-@pytest.mark.parametrize("mesh", ["CP4", "TP2 CP2 SP", "PP2 CP2 uneven"])
-def test_mamba2(mesh: str, one_process) -> None:
-    check(mesh, FLOAT64 | dict(self_decoder="mamba2"), True, one_process)
 
 
 @pytest.mark.parametrize("kind", SELF_DECODERS)

@@ -102,17 +102,13 @@ OTHERS = {
         "recompute full",
         "TP2 SP DP2 distributed optimizer",
     ),
+    "mamba2": ("TP2", "TP4 SP", "TP2 SP recompute selective", "TP2 SP recompute elementwise"),
 }
 
 
 @pytest.mark.parametrize(("kind", "mesh"), [(kind, mesh) for kind, meshes in OTHERS.items() for mesh in meshes])
 def test_other_mixers(mesh: str, kind: str, one_process_step) -> None:
     test_equals_one_process(mesh, kind, one_process_step)
-
-
-@pytest.mark.parametrize("mesh", ["TP2", "TP4 SP", "TP2 SP recompute selective", "TP2 SP recompute elementwise"])
-def test_mamba2(mesh: str, one_process_step) -> None:
-    test_equals_one_process(mesh, "mamba2", one_process_step)
 
 
 def test_the_comparison_can_fail(one_process_step) -> None:

@@ -222,8 +222,10 @@ def _save_streaming(source: Source, folder: Path, common: dict[str, Any]) -> Non
 
 def _extra_states(entries: dict[str, tensor_names.Fused]) -> Iterator[str]:
     """Transformer Engine's modules, and Megatron's linear layers in its name, save an (empty) extra state."""
-    without = ("word_embeddings.weight", "linear_decay.weight", "router.weight", "projection.weight")
-    without += ("linear_dt.weight", "self_attention.conv.weight", "self_attention.norm.weight")
+    without = (
+        *("word_embeddings.weight", "linear_decay.weight", "router.weight", "projection.weight"),
+        *("linear_dt.weight", "self_attention.conv.weight", "self_attention.norm.weight"),
+    )
     for name, entry in entries.items():
         if name.endswith(".weight") and not name.endswith(without):
             count = entry.groups if isinstance(entry, tensor_names.Stacked) else 1

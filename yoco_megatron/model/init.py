@@ -46,6 +46,21 @@ def xavier(fan_in: int, fan_out: int, gain: float) -> Law:
     return uniform(gain * math.sqrt(6.0 / (fan_in + fan_out)))
 
 
+def log_of_uniform(low: float, high: float) -> Law:
+    """The logarithm of U(low, high)."""
+    return lambda w, generator: w.uniform_(low, high, generator=generator).log_()
+
+
+def softplus_is_log_uniform(low: float, high: float) -> Law:
+    """What softplus makes log-uniform between low and high."""
+
+    def law(w: Tensor, generator: torch.Generator) -> Tensor:
+        step = w.uniform_(math.log(low), math.log(high), generator=generator).exp_()
+        return w.copy_(step + torch.log(-torch.expm1(-step)))
+
+    return law
+
+
 def default_law(name: str, shape: torch.Size) -> Law | None:
     """The law of a mixer whose matrices are like every other matrix."""
     return None

@@ -50,7 +50,12 @@ def head_norm(norm: type, config: TransformerConfig) -> torch.nn.Module:
     return norm(config=config, hidden_size=config.kv_channels, eps=config.layernorm_epsilon)
 
 
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """16-bit tensors as fp32, others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / RMS(x) over the last dimension, without a weight; arithmetic in fp32 or wider, result in x's dtype."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    wide = widen(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

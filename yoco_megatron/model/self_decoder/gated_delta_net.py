@@ -12,7 +12,6 @@ D head width.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from yoco_megatron.model.init import Law, uniform
+from yoco_megatron.model.init import Law, log_of_uniform, softplus_is_log_uniform, uniform
 from yoco_megatron.model.layers.cut_by_head import CutByHead
 from yoco_megatron.model.layers.head_logits import HeadLogits
-from yoco_megatron.model.layers.norm import RMSNorm, rms_norm
+from yoco_megatron.model.layers.norm import RMSNorm, rms_norm, widen
 from yoco_megatron.model.layers.projections import input_projection, output_projection, save_original_input
 from yoco_megatron.model.layers.recompute import recompute_in_backward
 from yoco_megatron.model.layers.short_convolution import WIDTH, ShortConvolution
@@ -114,8 +113,8 @@ class GatedDeltaNet(CutByHead):
         qkv, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=3)
         qkv = self.conv(qkv.flatten(2), shard)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(3)
-        of_beta, of_decay = _wide(logits).unflatten(-1, (-1, 2)).unbind(-1)
-        log_decay = -_wide(self.A_log).exp() * F.softplus(of_decay + _wide(self.dt_bias))
+        of_beta, of_decay = widen(logits).unflatten(-1, (-1, 2)).unbind(-1)
+        log_decay = -widen(self.A_log).exp() * F.softplus(of_decay + widen(self.dt_bias))
         o = over_chunks(
             self.op,
             partial(state_update, self.op),
@@ -142,21 +141,16 @@ class GatedDeltaNet(CutByHead):
         save_original_input(self.linear_qkvg)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """fp32, or wider."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _of_length_one(x: Tensor) -> Tensor:
     """[s, b, H, D], each head divided by its length; in x's dtype."""
-    wide = _wide(x)
+    wide = widen(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)
 
 
 def _gated_norm(eps: float, o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     """o, gate [s, b, H, D], weight [D] -> RMS(o) weight * silu(gate), [s, b, H*D]."""
     y = rms_norm(o, eps) * weight
-    return (_wide(y) * F.silu(_wide(gate))).to(o.dtype).flatten(2)
+    return (widen(y) * F.silu(widen(gate))).to(o.dtype).flatten(2)
 
 
 def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:
@@ -174,13 +168,4 @@ def init_law(name: str, shape: torch.Size) -> Law | None:
     """Those of the authors' code for what is no matrix; of matrices the law of every other one."""
     if name.startswith("conv."):
         return uniform(WIDTH**-0.5)
-    return {"A_log": _log_decay, "dt_bias": _inverse_softplus_of_step}.get(name)
-
-
-def _log_decay(w: Tensor, generator: torch.Generator) -> Tensor:
-    return w.uniform_(*DECAYS, generator=generator).log_()
-
-
-def _inverse_softplus_of_step(w: Tensor, generator: torch.Generator) -> Tensor:
-    step = w.uniform_(*map(log, STEPS), generator=generator).exp_()
-    return w.copy_(step + torch.log(-torch.expm1(-step)))
+    return {"A_log": log_of_uniform(*DECAYS), "dt_bias": softplus_is_log_uniform(*STEPS)}.get(name)

@@ -12,7 +12,6 @@ Shapes: s sequence, b batch, h hidden; of this tensor-parallel rank G groups, H 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from yoco_megatron.model.init import Law, uniform
+from yoco_megatron.model.init import Law, log_of_uniform, softplus_is_log_uniform, uniform
 from yoco_megatron.model.layers.cut_by_head import CutByHead
 from yoco_megatron.model.layers.head_logits import HeadLogits
-from yoco_megatron.model.layers.norm import rms_norm
+from yoco_megatron.model.layers.norm import rms_norm, widen
 from yoco_megatron.model.layers.projections import input_projection, output_projection, save_original_input
 from yoco_megatron.model.layers.recompute import recompute_in_backward
 from yoco_megatron.model.layers.short_convolution import WIDTH, ShortConvolution
@@ -115,12 +114,12 @@ class Mamba2(CutByHead):
         xBC = self.conv(xBC.flatten(2), shard).unflatten(-1, (-1, sum(self.group_parts)))
         x, B, C = xBC.split(self.group_parts, dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
-        dt = F.softplus(_wide(dt_logits) + _wide(self.dt_bias))
+        dt = F.softplus(widen(dt_logits) + widen(self.dt_bias))
         o = recurrence(
             lambda: C.repeat_interleave(self.group_heads, dim=2),
             B.repeat_interleave(self.group_heads, dim=2),
             (x * dt[..., None]).to(x.dtype),
-            -_wide(self.A_log).exp() * dt,
+            -widen(self.A_log).exp() * dt,
             shard,
             self.config,
             self.backend.name,
@@ -148,15 +147,10 @@ class _NormWeight(CutByHead):
         self.weight = self.parameter(width)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """fp32, or wider."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _gated_norm(eps: float, o: Tensor, x: Tensor, z: Tensor, D: Tensor, weight: Tensor) -> Tensor:
     """o, x [s, b, H, P], z [s, b, G, H/G*P], D [H], weight [H*P] -> RMS((o + D x) * silu(z)) weight, [s, b, H*P]."""
-    y = _wide(o) + _wide(D)[:, None] * x
-    y = y.flatten(2).view(z.shape) * F.silu(_wide(z))
+    y = widen(o) + widen(D)[:, None] * x
+    y = y.flatten(2).view(z.shape) * F.silu(widen(z))
     return rms_norm(y, eps).flatten(2).to(x.dtype) * weight
 
 
@@ -175,13 +169,8 @@ def init_law(name: str, shape: torch.Size) -> Law | None:
     """Those of the authors' code; of matrices that of every other one, which theirs have, too, but W_o."""
     if name.startswith("conv."):
         return uniform(WIDTH**-0.5)
-    return {"A_log": _log_decay, "dt_bias": _inverse_softplus_of_step, "D": lambda w, _: w.fill_(1.0)}.get(name)
-
-
-def _log_decay(w: Tensor, generator: torch.Generator) -> Tensor:
-    return w.uniform_(*DECAYS, generator=generator).log_()
-
-
-def _inverse_softplus_of_step(w: Tensor, generator: torch.Generator) -> Tensor:
-    step = w.uniform_(*map(log, STEPS), generator=generator).exp_()
-    return w.copy_(step + torch.log(-torch.expm1(-step)))
+    return {
+        "A_log": log_of_uniform(*DECAYS),
+        "dt_bias": softplus_is_log_uniform(*STEPS),
+        "D": lambda w, _: w.fill_(1.0),
+    }.get(name)
