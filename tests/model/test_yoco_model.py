@@ -56,6 +56,10 @@ CASES = {
         **SLIDING, self_decoder_query_groups=2, shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True
     ),
     "retention, then windows": dict(self_decoder="RS", self_decoder_query_groups=2),
+    "gated DeltaNet": {"self_decoder": "gated_delta_net"},
+    "gated DeltaNet of other widths, then windows": dict(
+        self_decoder="GS", self_decoder_head_dim=12, self_decoder_query_groups=2, layernorm_epsilon=1e-2
+    ),
     "windows around retention, QK-norm and biases": dict(
         self_decoder="SRS", num_self_decoder_layers=3, self_decoder_query_groups=2, qk_layernorm=True, add_qkv_bias=True
     ),

@@ -109,7 +109,31 @@ def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
     return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T
 
 
-MIXERS = {"gated_retention": retention, "sliding_window": window_attention}
+def gated_delta_net(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
+    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t / sqrt(D), token by token (2412.06464)."""
+    q, k, v = (heads(short_convolution(x @ w[f"{name}.{m}"].T, w[f"{name}.{m}_conv"]), sizes.self_heads) for m in "qkv")
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    b_BTH = torch.sigmoid(x @ w[f"{name}.beta"].T)
+    a_BTH = torch.exp(-w[f"{name}.A_log"].exp() * torch.log1p(torch.exp(x @ w[f"{name}.decay"].T + w[f"{name}.dt"])))
+    S_BHDD, o = torch.zeros(*q.shape[:1], *q.shape[2:], q.shape[-1], dtype=x.dtype), []
+    for t in range(x.shape[1]):
+        erased = torch.einsum("bhk,bhl,bhlv->bhkv", k[:, t], k[:, t], S_BHDD)
+        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        a, b = a_BTH[:, t, :, None, None], b_BTH[:, t, :, None, None]
+        S_BHDD = a * (S_BHDD - b * erased) + b * written
+        o.append(torch.einsum("bhd,bhde->bhe", q[:, t], S_BHDD) / q.shape[-1] ** 0.5)
+    y = (rms(torch.stack(o, dim=1), sizes.eps) * w[f"{name}.o_norm"]).flatten(2)
+    return (y * silu(x @ w[f"{name}.gate"].T)) @ w[f"{name}.out"].T
+
+
+def short_convolution(x_BTC: Tensor, w_CW: Tensor) -> Tensor:
+    """silu of each channel's causal convolution; the last tap is the token's own."""
+    T, W = x_BTC.shape[1], w_CW.shape[1]
+    padded = torch.nn.functional.pad(x_BTC, (0, 0, W - 1, 0))
+    return silu(sum(padded[:, j : j + T] * w_CW[:, j] for j in range(W)))
+
+
+MIXERS = {"gated_delta_net": gated_delta_net, "gated_retention": retention, "sliding_window": window_attention}
 
 
 def ffn(x: Tensor, w: Weights, name: str) -> Tensor:
@@ -229,6 +253,14 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
         elif kind.name == "gated_retention":
             parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
             matrices = dict(zip(("q", "k", "v", "gate"), parts)) | {"decay": state[f"{mixer}linear_decay.weight"]}
+        elif kind.name == "gated_delta_net":
+            parts = split(state[f"{mixer}linear_qkvg.weight"], sizes.self_heads, [1, 1, 1, 1])
+            matrices = dict(zip(("q", "k", "v", "gate"), parts))
+            matrices |= zip(("beta", "decay"), split(state[f"{mixer}linear_ba.weight"], sizes.self_heads, [1, 1]))
+            convolutions = split(state[f"{mixer}conv.weight"].flatten(1), sizes.self_heads, [1, 1, 1])
+            matrices |= zip(("q_conv", "k_conv", "v_conv"), convolutions)
+            of_heads = {"A_log": "A_log", "dt": "dt_bias", "o_norm": "norm.weight"}
+            matrices |= {name: state[f"{mixer}{theirs}"] for name, theirs in of_heads.items()}
         else:
             assert kind.name == "sliding_window", "write the reference of this mixer here"
             queries = sizes.self_heads // sizes.self_groups
