@@ -21,6 +21,7 @@ MODELS["two sets of K,V"] = dict(
     self_decoder="sliding_window", num_hidden_layers=7, num_self_decoder_layers=3, shared_kv_sets=2
 )
 MODELS["a mixer for each layer"] = dict(self_decoder="RSM", num_hidden_layers=6)
+MODELS["gated DeltaNet"] = dict(self_decoder="RGG", num_hidden_layers=6)
 
 
 @pytest.fixture(params=MODELS)

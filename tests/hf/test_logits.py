@@ -31,7 +31,7 @@ def test_equals_the_trainer_and_the_reference(case: str, tied: bool, generator: 
     assert relative_error(logits, expected) < EXACT
 
 
-@pytest.mark.parametrize("kind", [*SELF_DECODERS, "mamba2"])
+@pytest.mark.parametrize("kind", [*SELF_DECODERS, "mamba2", "gated_delta_net"])
 def test_float32_and_bfloat16(kind: str, generator: torch.Generator) -> None:
     tokens, _ = random_batch(generator)
     for dtype, tolerance in ((torch.float32, FP32), (torch.bfloat16, BF16)):
@@ -55,7 +55,7 @@ def test_attention_implementations(kind: str, implementation: str, generator: to
 
 
 @pytest.mark.parametrize(
-    ("kind", "sets"), [*((kind, 1) for kind in SELF_DECODERS), ("sliding_window", 2), ("mamba2", 1)]
+    ("kind", "sets"), [*((kind, 1) for kind in SELF_DECODERS), ("sliding_window", 2), ("mamba2", 1), ("GR", 1)]
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients(kind: str, sets: int, reentrant: bool, generator: torch.Generator) -> None:

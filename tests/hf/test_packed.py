@@ -21,7 +21,7 @@ VOCAB = 97
 LENGTHS = [[10, 1, 150, 139], [100, 200]]
 
 
-@pytest.fixture(params=[*SELF_DECODERS, "mamba2"])
+@pytest.fixture(params=[*SELF_DECODERS, "mamba2", "GR"])
 def model(request) -> YocoForCausalLM:
     torch.manual_seed(5)
     return YocoForCausalLM(small_config(request.param, vocab_size=VOCAB)).eval()

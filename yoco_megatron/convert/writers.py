@@ -224,7 +224,7 @@ def _extra_states(entries: dict[str, tensor_names.Fused]) -> Iterator[str]:
     """Transformer Engine's modules, and Megatron's linear layers in its name, save an (empty) extra state."""
     without = (
         *("word_embeddings.weight", "linear_decay.weight", "router.weight", "projection.weight"),
-        *("linear_dt.weight", "self_attention.conv.weight", "self_attention.norm.weight"),
+        *("linear_dt.weight", "linear_ba.weight", "self_attention.conv.weight", "self_attention.norm.weight"),
     )
     for name, entry in entries.items():
         if name.endswith(".weight") and not name.endswith(without):

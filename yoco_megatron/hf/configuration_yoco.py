@@ -11,11 +11,12 @@ LAYER_TYPES = {
     "gated_retention": "linear_attention",
     "sliding_window": "sliding_attention",
     "mamba2": "linear_attention",
+    "gated_delta_net": "linear_attention",
 }
 # Mixers of the self-decoder by their letters in a pattern.
-LETTERS = {"R": "gated_retention", "S": "sliding_window", "M": "mamba2"}
+LETTERS = {"R": "gated_retention", "S": "sliding_window", "M": "mamba2", "G": "gated_delta_net"}
 # Mixers whose layers tensor parallelism does not cut.
-UNCUT = {"mamba2"}
+UNCUT = {"mamba2", "gated_delta_net"}
 MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")
 
 # Largest values: far above any model, and low enough that a damaged file cannot make a loader build for hours.

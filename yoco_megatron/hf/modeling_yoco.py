@@ -1,6 +1,6 @@
 """YOCO (You Only Cache Once, arXiv 2405.05254) for transformers 5: depends on torch and transformers alone.
 
-    X^0 = sqrt(h) E[tokens] -> self-decoder (retention, windows, Mamba-2) -> one K^,V^ -> cross-decoder -> head
+    X^0 = sqrt(h) E[tokens] -> self-decoder (its mixers: docs/mixers.md) -> one K^,V^ -> cross-decoder -> head
 
 The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
 the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1). With
@@ -36,6 +36,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yoco import YocoConfig
+from .gated_delta_yoco import YocoGatedDeltaNet
 from .mamba2_yoco import YocoMamba2
 from .mlp_yoco import YocoExperts, YocoMLP, YocoRouter
 from .peft_yoco import offer_to_peft
@@ -335,7 +336,7 @@ class YocoPreTrainedModel(PreTrainedModel):
         if isinstance(module, YocoRotaryEmbedding):
             # Loading builds the model without memory and restores no buffer that is not saved.
             init.copy_(module.inv_freq_bits, module.compute().view(torch.int32))
-        if isinstance(module, YocoRouter | YocoMamba2):
+        if isinstance(module, YocoRouter | YocoMamba2 | YocoGatedDeltaNet):
             module.reset()
 
 
@@ -349,6 +350,7 @@ class YocoModel(YocoPreTrainedModel):
             "gated_retention": YocoGatedRetention,
             "sliding_window": YocoSlidingAttention,
             "mamba2": YocoMamba2,
+            "gated_delta_net": YocoGatedDeltaNet,
         }
         mixers = [kinds[mixer] for mixer in config.self_decoder_mixers]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

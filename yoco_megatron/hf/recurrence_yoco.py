@@ -3,6 +3,7 @@
 Shapes: b batch, s new tokens, H heads, C channels, K and V widths of keys and values.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,13 +117,28 @@ def cached_retention(
     which the new one replaces. mask [b, s]: 0 for padding."""
     if mask is not None:  # a padding token writes nothing and lets nothing decay
         log_decay, k = log_decay * mask[:, None], k * mask[:, None, :, None].to(k.dtype)
+    by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
+    run = retention_by_kernel if by_kernel else retention
+    return from_cached_state(run, layer, q, k, v, log_decay, documents=documents, scale=scale)
+
+
+def from_cached_state(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    layer: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *others: Tensor,
+    **options: Any,
+) -> Tensor:
+    """The outputs of `run(q, k, v, log_decay, *others, state=, **options)`, from the state in a layer of transformers'
+    cache (None: no cache), which the new one replaces."""
     state = None if layer is None else layer.recurrent_states[0]
     if state is None:
         state = log_decay.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    by_kernel = retention_kernels is not None and q.is_cuda and not torch.compiler.is_compiling()
     with torch.autocast(q.device.type, enabled=False):
-        run = retention_by_kernel if by_kernel else retention
-        o, state = run(q, k, v, log_decay, state, documents, scale)
+        o, state = run(q, k, v, log_decay, *others, state=state, **options)
     if layer is not None:
         layer.update_recurrent_state(state)
         # transformers marks a layer as filled with its convolution's state, which retention has none of.
