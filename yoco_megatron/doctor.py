@@ -52,7 +52,7 @@ class Package:
 
 
 PACKAGES = [
-    Package("flash-linear-attention", "flash-linear-attention", "only benchmarks compare with it"),
+    Package("flash-linear-attention", "flash-linear-attention", "gated DeltaNet without its GPU kernels"),
     Package("transformers", "transformers", "no Hugging Face tokenizer or export", True, (5,)),
     Package("tokenizers", "tokenizers", "no tokenizer can be trained, data are not preprocessed", True),
     Package("safetensors", "safetensors", "no export to Hugging Face"),
@@ -191,7 +191,7 @@ def choose(torch: Any, components: dict[str, Component]) -> list[Choice]:
         Choice("device", "CUDA, NCCL" if gpu else "CPU, gloo", components["GPU"].version or "torch sees no GPU"),
         Choice("linear layers, norms", "Transformer Engine" if has_engine else "plain torch", why),
         Choice("attention", "Transformer Engine (cuDNN)" if has_engine else "torch SDPA", why),
-        _retention(torch, "cuda" if gpu else "cpu"),
+        *(_recurrence(torch, "cuda" if gpu else "cpu", name) for name in ("gated retention", "gated delta")),
     ]
     if has_engine:
         choices.append(Choice("optimizer", "Transformer Engine's fused Adam", "Megatron's first choice"))
@@ -202,15 +202,15 @@ def choose(torch: Any, components: dict[str, Component]) -> list[Choice]:
     return choices
 
 
-def _retention(torch: Any, device: str) -> Choice:
+def _recurrence(torch: Any, device: str, name: str) -> Choice:
+    """The backend of the op of this name."""
     wanted = {"device": torch.device(device), "dtype": torch.bfloat16, "key_dim": HEAD_DIM, "value_dim": HEAD_DIM}
     try:
-        from yoco_megatron.ops.gated_retention.dispatch import explain, resolve_backend
-
-        refused = "; ".join(f"{name}: {reason}" for name, reason in explain(**wanted).items() if reason)
-        return Choice("gated retention", resolve_backend("auto", **wanted).name, refused or "first of the backends")
+        dispatch = importlib.import_module(f"yoco_megatron.ops.{name.replace(' ', '_')}.dispatch")
+        refused = "; ".join(f"{name}: {reason}" for name, reason in dispatch.explain(**wanted).items() if reason)
+        return Choice(name, dispatch.resolve_backend("auto", **wanted).name, refused or "first of the backends")
     except Exception as error:  # to be reported, not raised
-        return Choice("gated retention", "nothing", f"{type(error).__name__}: {error}")
+        return Choice(name, "nothing", f"{type(error).__name__}: {error}")
 
 
 def examine() -> tuple[list[Component], list[Choice]]:

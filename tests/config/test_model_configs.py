@@ -30,7 +30,11 @@ BODY = {
     "405b": (398513, 383363, 401649),
 }
 UNTIED = ("3b", "70b", "405b")
-OTHER_MIXERS = {"yoco_tiny_mamba2": "mamba2", "yoco_3b_mamba2": "mamba2"}
+OTHER_MIXERS = {
+    f"yoco_{size}_{end}": mixer
+    for size in ("tiny", "3b")
+    for end, mixer in (("mamba2", "mamba2"), ("delta", "gated_delta_net"))
+}
 
 
 @pytest.fixture(scope="module")

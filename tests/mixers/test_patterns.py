@@ -1,7 +1,7 @@
 """--self-decoder-pattern: a mixer for each layer, and what the rest of the system makes of it."""
 
 import pytest
-from support.cli import parsed
+from support.cli import parsed, train
 from support.exported import small_config
 
 from yoco_megatron.config.yaml_files import to_argv
@@ -80,6 +80,17 @@ def test_costs_are_the_mean_of_both() -> None:
         found, *apart = (count(args, ModelShape.from_args(args)) for args in (both, one, other))
         assert apart[0] != apart[1], what
         assert found == pytest.approx(sum(apart) / 2, rel=1e-6), what
+
+
+def test_trains_and_resumes_on_another_mesh(tmp_path) -> None:
+    """To the rounding of sums in another order, over five steps of Adam."""
+    flags = ["--self-decoder-pattern", "GS", "--train-iters", "10", "--save-interval", "5"]
+    whole = train(1, *flags, "--save", str(tmp_path))
+    assert whole.loss(10) < whole.loss(1)
+    flags += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    resumed = train(2, *flags, "--load", str(tmp_path), "--ckpt-step", "5")
+    assert resumed.losses.keys() == set(range(6, 11))
+    assert all(resumed.loss(step) == pytest.approx(whole.loss(step), rel=2e-5) for step in resumed.losses)
 
 
 def test_exported_config() -> None:
