@@ -66,6 +66,39 @@ def test_two_processes(alone: dict[str, dict], tmp_path: Path) -> None:
             assert found == pytest.approx(wanted, rel=2e-6), name
 
 
+@pytest.mark.parametrize("optimizer", [["--bf16", "--use-distributed-optimizer"], []], ids=["distributed", "plain"])
+def test_a_checkpoint_gains_and_loses_layers(optimizer: list[str], tmp_path: Path) -> None:
+    """A new layer of hardly any weight in the loss changes nothing else, optimizer state included. It begins with what
+    it begins with when no optimizer state is loaded, and can be left out again."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    plain = (*TINY, "--micro-batch-size", "1", "--train-iters", "6", *optimizer)
+    faint = ("--mtp-num-layers", "1", "--mtp-loss-scaling-factor", "1e-9")
+    load = ("--load", str(before), "--ckpt-step", str(HALF))
+    runs = Runs(
+        1,
+        {
+            "without": (*plain, "--save", str(before), "--save-interval", str(HALF)),
+            "gains": (*plain, *faint, *load, "--save", str(after), "--save-interval", "5"),
+            "gains, another optimizer state": (*plain, *faint, *load, "--no-load-optim"),
+            "loses": (*plain, "--mtp-num-layers", "0", "--load", str(after), "--ckpt-step", "5"),
+        },
+    )
+    wanted = runs["without"].of_term("lm loss")
+    for name, first in (("gains", 4), ("loses", 6)):
+        found = runs[name].of_term("lm loss")
+        assert min(step for step in found if step > 0) == first
+        assert found == pytest.approx({step: wanted[step] for step in found}, rel=1e-5), name
+    mtp, of_other = (runs[name].of_term(TERMS[1]) for name in ("gains", "gains, another optimizer state"))
+    assert mtp[4] == of_other[4] and mtp[6] < mtp[4]
+    assert f"WARNING: --mtp-num-layers: the checkpoint {before}/iter_0000003 lacks mtp_1: " in runs["gains"].text
+    assert f"{after}/iter_0000005 has mtp_1: they are left out" in runs["loses"].text
+    with pytest.raises(ValueError, match=r"mtp-num-layers is 1 there, 0 here.*--mtp-num-layers 0 goes on without"):
+        arguments.parse([*plain, "--load", str(after)])
+    if not optimizer:
+        with pytest.raises(ValueError, match=r"has 1 fewer, and without --use-distributed-optimizer.*--no-load-optim"):
+            arguments.parse([*plain, *faint, *load, "--bf16"])
+
+
 def test_the_baseline_has_none() -> None:
     with pytest.raises(ValueError, match="--mtp-num-layers is refused on --architecture transformer"):
         arguments.parse([*TINY_BASELINE, "--mtp-num-layers", "1"])

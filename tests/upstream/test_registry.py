@@ -26,6 +26,7 @@ from yoco_megatron.upstream import (  # noqa: F401
     expert_optimizers,
     index_caches,
     matrix_optimizers,
+    new_layers,
     optimizer_state,
     registry,
     relied_on,

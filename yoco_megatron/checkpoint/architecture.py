@@ -81,6 +81,8 @@ def read(folder: str | Path) -> dict[str, Any]:
 def check_loadable(args: Namespace) -> None:
     """Compare the model of the checkpoint that will be loaded with the flags.
 
+    Layers of multi-token prediction may be new, or left out, where the flag says how many there are.
+
     Raises:
         ValueError: every field that differs, with both values. A folder without architecture.json (another program's
         checkpoint) passes; Megatron's own checks then apply.
@@ -99,6 +101,7 @@ def check_loadable(args: Namespace) -> None:
         FREE
         | options_of_others(args.self_decoder)
         | ({"padded_vocab_size"} if wanted["padded_vocab_size"] is None else set())
+        | ({"mtp_num_layers"} if args.mtp_num_layers is not None else set())  # see upstream/new_layers.py
     )
     different = [
         f"{name.replace('_', '-')} is {saved[name]} there, {wanted[name]} here"
@@ -106,9 +109,18 @@ def check_loadable(args: Namespace) -> None:
         if name not in ignored and saved[name] != wanted[name]
     ]
     if different:
+        lost = "mtp_num_layers" not in ignored and saved["mtp_num_layers"] > 0
         raise ValueError(
             f"{flag} {folder} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
+            + (" (--mtp-num-layers 0 goes on without these layers)" if lost else "")
+        )
+    gained = (args.mtp_num_layers or 0) - saved["mtp_num_layers"]
+    loads_optimizer = flag == "--load" and not (args.no_load_optim or args.finetune)
+    if gained > 0 and loads_optimizer and (args.bf16 or args.fp16) and not args.use_distributed_optimizer:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers}: {flag} {folder} has {gained} fewer, and without "
+            "--use-distributed-optimizer its optimizer state cannot be extended: add --no-load-optim to begin it anew"
         )
 
 

@@ -26,6 +26,7 @@ def install(args: Namespace, only: Collection[str] | None = None) -> None:
         between_steps,
         expert_optimizers,
         matrix_optimizers,
+        new_layers,
         optimizer_state,
         resilience_hooks,
         run_without_save,
