@@ -26,6 +26,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 # Blocks of K,V come one by one: without this, the allocator keeps more than was asked for.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -40,6 +41,7 @@ from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.inference.cache import GlobalKV
 from yoco_megatron.inference.engine import Engine
+from yoco_megatron.ops.attention.quantized import SCALE_BYTES, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW, VOCAB = 1024, 100352
@@ -75,7 +77,8 @@ class Row:
     memory: float = float("nan")
     """Peak bytes allocated, weights included; nan if it did not fit."""
     prefill: float = float("nan")
-    """Seconds; nan if it did not fit."""
+    """Seconds, the median of all; nan if it did not fit."""
+    prefills: list[float] = field(default_factory=list)
     batch: int = 0
     decode: float = 0.0
     """Tokens a second of the whole batch."""
@@ -224,7 +227,10 @@ def fill(engine: Engine, length: int) -> None:
     engine.cache.make_room()
     for layer in engine.cache.layers:
         for tensor in layer.tensors() if isinstance(layer, GlobalKV) else []:
-            tensor.normal_()
+            kind = engine.cache.kv_cache_dtype
+            width = tensor.shape[-1] - SCALE_BYTES if kind else tensor.shape[-1]
+            noise = torch.randn(*tensor.shape[:-1], width, device=tensor.device, dtype=engine.model.dtype)
+            tensor.copy_(pack(noise, kind) if kind else noise)
 
 
 def decode(engine: Engine, batch: int, most: int, device: torch.device) -> float:
@@ -264,8 +270,10 @@ def measure(model: torch.nn.Module, row: Row, options: argparse.Namespace) -> Ro
     expected = predict(row.model, row.twin, row.length)[1] / ASSUMED_FLOPS
     numbers = sample(row.length, options.piece, expected, options.prefill_seconds)
     try:
-        one = engine()
-        row.prefill = prefill(one, row.length, numbers, device)
+        for _ in range(options.repeats):
+            one = engine()
+            row.prefills.append(prefill(one, row.length, numbers, device))
+        row.prefill = median(row.prefills)
         decode(one, 1, 8, device)
     except torch.cuda.OutOfMemoryError:
         row.prefill, row.took = float("nan"), time.perf_counter() - begun
@@ -314,6 +322,7 @@ def main() -> None:
     parser.add_argument("--model", default="3b", help="of configs/model; 3b_swa has windows")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--prefill-seconds", type=float, default=10.0, help="sample the pieces of a longer prefill")
+    parser.add_argument("--repeats", type=int, default=1, help="of each prefill; the median counts")
     parser.add_argument("--steps", type=int, default=32, help="decoding steps timed, at most")
     parser.add_argument("--piece", type=int, default=4096, help="tokens of a prompt that run at a time")
     parser.add_argument("--dry-run", action="store_true", help="only say what is to measure")
@@ -391,7 +400,7 @@ def show(row: Row) -> None:
     star = {name: "*" * (name in row.extrapolated) for name in ("memory", "prefill")}
     figures = (
         f"{row.memory / 1e9:.2f} GB{star['memory']} ({row.occupied / 1e9:.2f} occupied), "
-        f"prefill {row.prefill:.2f} s{star['prefill']}, "
+        f"prefill {row.prefill:.2f} s{star['prefill']} ({', '.join(f'{value:.3f}' for value in row.prefills)}), "
         f"decode {row.decode:.1f} tokens/s at batch {row.batch}, with prefill {row.throughput:.2f} tokens/s"
     )
     print(

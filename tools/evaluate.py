@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a Hugging Face tokenizer to use instead of the model's own")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests of each task, to try it")
     parser.add_argument("--tokens-per-batch", type=int, default=32768, help="memory and speed only")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["auto", "int8", "fp8"], default="auto", help="of the shared K,V; auto: the model's"
+    )
     parser.add_argument("--format", choices=["svg", "png"], default="svg", help="of pictures")
     mesh = parser.add_argument_group("mesh", "under torchrun; what processes are left share the requests")
     for name in SIZES:
@@ -79,8 +82,10 @@ def run(options: argparse.Namespace) -> None:
     driver.check(tasks, files.tokenizer, files.max_length)
     mesh: dict[str, Any] = {name: getattr(options, name.replace("-", "_")) for name in (*SIZES, "sequence-parallel")}
     mesh = {name: value for name, value in mesh.items() if value}
+    kv_cache_dtype = None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
     output = options.output or default_output(options, files.identity["iteration"])
-    target = results.Folder(output, files.identity, options.overwrite, options.format)
+    identity = files.identity | ({"kv_cache_dtype": kv_cache_dtype} if kv_cache_dtype else {})
+    target = results.Folder(output, identity, options.overwrite, options.format)
     if is_first():
         target.hold()
         pictures.require_matplotlib()
@@ -88,7 +93,14 @@ def run(options: argparse.Namespace) -> None:
     contents = [one for task in tasks if is_first() and (one := target.finished(task, options.limit))]
     if len(contents) < len(tasks) or os.environ.get("WORLD_SIZE", "1") != "1":
         with contextlib.redirect_stdout(sys.stderr):  # Megatron tells there what it loads; here only the table belongs
-            backend = open_backend(folder, options.iteration, options.tokenizer, mesh or None, options.tokens_per_batch)
+            backend = open_backend(
+                folder,
+                options.iteration,
+                options.tokenizer,
+                mesh or None,
+                options.tokens_per_batch,
+                kv_cache_dtype=kv_cache_dtype,
+            )
         contents = driver.evaluate(tasks, backend, target, str(options.suite), options.limit, is_first())
     else:
         print(f"{output}: all tasks are done already, kept", file=sys.stderr)
@@ -100,10 +112,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def default_output(options: argparse.Namespace, iteration: int | None) -> Path:
-    """In the folder of the run or of the exported model; what --limit left apart from the whole."""
+    """In the folder of the run or of the exported model; what --limit left or --kv-cache-dtype changed apart."""
     from yoco_megatron.evaluation.results import run_folder
 
     suite = options.suite.stem + ("" if options.limit is None else f"_limit_{options.limit}")
+    suite += "" if options.kv_cache_dtype == "auto" else f"_{options.kv_cache_dtype}"
     if iteration is None and Path(options.hf or options.load, "config.json").exists():
         return Path(options.hf or options.load, "evaluation", suite)
     name = "release" if iteration is None else f"iter_{iteration:07d}"

@@ -77,6 +77,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefill-piece", type=int, default=32768, help="tokens of the prompt per forward pass")
     parser.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "int8", "fp8"],
+        default="auto",
+        help="of the shared K,V; auto: the model's. int8 and fp8 (e4m3) have a scale for each token and head",
+    )
+    parser.add_argument(
         "--speculative",
         action="store_true",
         help="have the model's layers of multi-token prediction draft tokens, which it checks several at once: the "
@@ -111,10 +117,15 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     where, texts = read_prompts(options)
     baseline = is_baseline(options.load)
-    if baseline and options.speculative:
-        raise ValueError(
-            f"--speculative: --load {options.load} is a Transformer baseline, which has no drafts: remove it"
-        )
+    kv_cache_dtype = None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    for flag, value, lacks in (
+        ("--speculative", options.speculative, "drafts"),
+        ("--kv-cache-dtype", kv_cache_dtype, "cache"),
+    ):
+        if baseline and value:
+            raise ValueError(
+                f"{flag}: --load {options.load} is a Transformer baseline, which has no {lacks}: remove it"
+            )
     model: Any  # Megatron's or transformers'
     with contextlib.redirect_stdout(sys.stderr):  # Megatron logs there, where only the text belongs
         if baseline:
@@ -139,9 +150,9 @@ def run(options: argparse.Namespace) -> None:
     if baseline:
         decoder: Decoder = UncachedDecoder(model, max_length)
     elif options.speculative:
-        decoder = SpeculativeModel(model, options.prefill_piece)
+        decoder = SpeculativeModel(model, options.prefill_piece, kv_cache_dtype)
     else:
-        decoder = decoder_for(model, prompts, most, options.prefill_piece)
+        decoder = decoder_for(model, prompts, most, options.prefill_piece, kv_cache_dtype)
     steps = generate(decoder, prompts, most, sampling, end=tokenizer.eos_token_id)
     new: list[list[int]] = [[] for _ in prompts]
     shown = ""

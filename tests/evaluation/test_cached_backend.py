@@ -5,6 +5,7 @@ Tolerance: fp32 sums in another order, 2e-5 nats.
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from yoco_megatron.evaluation.backends.cached import CachedBackend
 from yoco_megatron.evaluation.backends.logits import read_logits
 from yoco_megatron.evaluation.requests import Generate, Score, TokenLosses
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.ops.attention.quantized import pack, unpack
 
 VOCAB = 90  # of 97 rows
 BUDGETS = (1, 40, 10_000)
@@ -128,3 +130,26 @@ def test_logits_that_are_no_numbers() -> None:
     logits = torch.tensor([[1.0, math.nan, 3.0], [math.nan] * 3])
     losses, likeliest = read_logits(logits, torch.tensor([0, 0]), torch.tensor([False] * 3))
     assert losses.isnan().all() and likeliest.tolist() == [2, 0]
+
+
+def test_one_byte_a_value(model: YocoForCausalLM, ids: Ids) -> None:
+    """All answers are those of the model whose shared K,V are rounded where they are made.
+
+    Tolerance: a thousandth, as other sums move few values by a step of one byte; the rounding moves losses by more.
+    """
+    rounded = deepcopy(model)
+    rounded.model.shared_kv.register_forward_hook(
+        lambda _, inputs, pairs: [tuple(unpack(pack(t, "fp8"), "fp8", t.dtype) for t in pair) for pair in pairs]
+    )
+    tokens, choice, prompt = ids(50), ids(4), ids(30)
+    backend = CachedBackend(model, None, VOCAB, prefill_chunk=7, kv_cache_dtype="fp8")
+    logs, exact = (log_probabilities(one, tokens) for one in (rounded, model))
+    wanted, plain = (-of[:-1, :].gather(1, torch.tensor(tokens)[1:, None])[:, 0] for of in (logs, exact))
+    (losses,) = backend.token_losses([TokenLosses(np.array(tokens), 1)])
+    assert np.abs(losses - wanted.numpy()).max() < 1e-3 < 5e-3 < (wanted - plain).abs().max()
+    ((likelihood,),) = backend.score([Score(tokens, (choice,))])
+    logs = log_probabilities(rounded, tokens + choice)[len(tokens) - 1 : -1]
+    assert likelihood.log_probability == pytest.approx(
+        logs.gather(1, torch.tensor(choice)[:, None]).sum().item(), abs=1e-3
+    )
+    assert list(backend.generate([Generate(prompt, 6)])) == [continuation(rounded, Generate(prompt, 6))]

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.inference.engine import Engine
+from yoco_megatron.ops.attention.quantized import FORMATS, pack, unpack
 
 pytestmark = pytest.mark.gpu
 SIZES = dict(
@@ -71,6 +72,30 @@ def test_engine_equals_transformers(kind, dtype):
         error = relative_error(torch.stack(found, dim=1), expected)
         print(f"{kind} {dtype} chunks of {chunk}: {error:.1e}")
         assert error < TOLERANCE[dtype]
+        model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("self_decoder", [*SELF_DECODERS, THREE_SETS])
+def test_one_byte_a_value(self_decoder, kind):
+    """The logits of the model whose shared K,V are rounded where they are made, which is far from no rounding."""
+    model = build(self_decoder, torch.float32)
+    tokens = torch.randint(0, 512, (3, 700), generator=torch.Generator().manual_seed(1)).cuda()
+    exact = model(tokens, use_cache=False).logits[:, 599:]
+    hook = model.model.shared_kv.register_forward_hook(
+        lambda _, inputs, pairs: [tuple(unpack(pack(t, kind), kind, t.dtype) for t in pair) for pair in pairs]
+    )
+    expected = model(tokens, use_cache=False).logits[:, 599:]
+    hook.remove()
+    moved = relative_error(expected, exact)
+    for chunk in (1000, 256):
+        engine = Engine(model, 1000, capacity=128, prefill_chunk=chunk, kv_cache_dtype=kind)
+        found = [engine.prefill(tokens[:, :600])]
+        found += [engine.step(tokens[:, 600 + i]).clone() for i in range(100)]
+        error = relative_error(torch.stack(found, dim=1), expected)
+        print(f"{self_decoder} {kind} chunks of {chunk}: {error:.1e}, by one byte a value {moved:.1e}")
+        assert engine.graph is not None and error < moved / 5
         model.set_attn_implementation("sdpa")
 
 

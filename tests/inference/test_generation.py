@@ -1,13 +1,16 @@
 """Our loop generates what transformers' generates, from any cache, batch and chunk of the prompt."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 from hf.test_generation import NEW, PROMPT, greedy, model, prompts  # noqa: F401  (model is a fixture)
+from support.models import relative_error
 
 from yoco_megatron.inference.engine import Engine
 from yoco_megatron.inference.generation import CachedModel, Sampling, decoder_for, generate
+from yoco_megatron.ops.attention.quantized import FORMATS, SCALE_BYTES, pack, unpack
 
 GREEDY = Sampling(temperature=0)
 
@@ -96,3 +99,34 @@ def test_numbers_that_sample_nothing_are_refused(flag, values):
     for value in values:
         with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value}".replace("+", r"\+")):
             Sampling(**{flag: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_byte_a_value(model, kind):  # noqa: F811
+    """Both caches give the logits of the model whose shared K,V are rounded where they are made; and half the bytes."""
+    tokens = prompts(2, PROMPT + NEW)
+    exact = model(tokens, use_cache=False).logits[:, PROMPT - 1 :]
+    rounded = deepcopy(model)
+    rounded.model.shared_kv.register_forward_hook(
+        lambda _, inputs, pairs: [tuple(unpack(pack(t, kind), kind, t.dtype) for t in pair) for pair in pairs]
+    )
+    expected = rounded(tokens, use_cache=False).logits[:, PROMPT - 1 :]
+    moved = relative_error(expected, exact)
+    assert 1e-3 < moved < {"int8": 0.02, "fp8": 0.08}[kind]
+    plain = CachedModel(model)
+    plain.prefill(tokens)
+    for chunk in (1000, 7):
+        engine = Engine(model, 100, capacity=64, prefill_chunk=chunk, kv_cache_dtype=kind)
+        for decoder in (CachedModel(model, chunk, kind), engine):
+            model.set_attn_implementation("yoco_blocks" if decoder is engine else "sdpa")
+            found = [decoder.prefill(tokens[:, :PROMPT])]
+            found += [decoder.step(tokens[:, PROMPT + i]).clone() for i in range(NEW)]
+            # Other sums move a value by 1e-7, and some few across the middle between two steps of one byte.
+            assert relative_error(torch.stack(found, dim=1), expected) < moved / 5
+    model.set_attn_implementation("sdpa")
+    cached = CachedModel(model, 7, kind)
+    cached.prefill(tokens)
+    config = model.config
+    values = config.shared_kv_sets * 2 * tokens.numel() * config.num_key_value_heads
+    assert plain.nbytes() - cached.nbytes() == values * (4 * config.head_dim - (config.head_dim + SCALE_BYTES))

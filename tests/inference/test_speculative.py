@@ -56,16 +56,18 @@ SAMPLINGS = {"greedy": GREEDY, "drawn": Sampling(temperature=0.9, top_p=0.95, se
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("layers", "kv_cache_dtype"), [(1, None), (2, None), (2, "int8")])
 @pytest.mark.parametrize("kind", [*SELF_DECODERS, "RM"])
-def test_the_text_is_that_of_one_token_at_a_time(kind: str, layers: int, sampling: str, monkeypatch) -> None:
+def test_the_text_is_that_of_one_token_at_a_time(
+    kind: str, layers: int, kv_cache_dtype: str | None, sampling: str, monkeypatch
+) -> None:
     """Guesses are right and wrong, also several times in a row, so that passes begin with tokens that were refused."""
     model = model_that_drafts(kind, layers)
     prompt, most = [[1, 2, 0, 1]], 120
-    expected = list(generate(CachedModel(model), prompt, most, SAMPLINGS[sampling]))
+    expected = list(generate(CachedModel(model, kv_cache_dtype=kv_cache_dtype), prompt, most, SAMPLINGS[sampling]))
     for again in (speculative.MOST_AGAIN, 0):
         monkeypatch.setattr(speculative, "MOST_AGAIN", again)
-        decoder = SpeculativeModel(model, prefill_chunk=3)
+        decoder = SpeculativeModel(model, 3, kv_cache_dtype)
         assert list(generate(decoder, prompt, most, SAMPLINGS[sampling])) == expected
         assert decoder.verified > 60 and 0.1 < decoder.accepted / decoder.verified < 0.9
 

@@ -56,6 +56,7 @@ def test_either_format_and_any_prompt(folders, tmp_path):
     assert generated(folders["model"], "--prompt", "the lazy fox", "--prefill-piece", "2") == expected
     assert generated(folders["model"], text="the lazy fox") == expected
     (tmp_path / "prompts.txt").write_text("the lazy fox\nquick\n")
+    assert generated(folders["model"], "--prompt", "the lazy fox", "--kv-cache-dtype", "int8") == expected
     assert generated(folders["run"], "--prompt", "the lazy fox", "--speculative", said=" drafts accepted") == expected
     batch = generated(folders["model"], "--prompt-file", str(tmp_path / "prompts.txt"))
     assert batch.startswith(expected) and "\nquick" in batch
@@ -64,7 +65,7 @@ def test_either_format_and_any_prompt(folders, tmp_path):
 def test_the_baseline_generates_too(folders):
     text = generated(folders["baseline"], "--prompt", "the lazy fox")
     assert text.startswith("the lazy fox") and len(text) > 14
-    refused = start("generate", "--load", str(folders["baseline"]), "--prompt", "a", "--speculative")
+    refused = start("generate", "--load", str(folders["baseline"]), "--prompt", "a", "--kv-cache-dtype", "fp8")
     assert refused.returncode == 1 and "is a Transformer baseline" in refused.stderr.splitlines()[-1]
     output = str(folders["baseline"].parent / "no")
     flags = ("--from", "megatron", "--input", str(folders["baseline"]), "--to", "hf", "--output", output)

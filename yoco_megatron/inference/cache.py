@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from yoco_megatron.ops.attention.decode import TILE, BlockTable, append, decode_attention, offset_of, splits_for
+from yoco_megatron.ops.attention.quantized import pack, unpack
 
 IMPLEMENTATION = "yoco_blocks"
 
@@ -68,11 +69,21 @@ class KVLayer(ABC):
 
 
 class GlobalKV(KVLayer):
-    """All tokens' K,V in blocks of `capacity` tokens [b, G, capacity, D]; causal attention to all of them."""
+    """All tokens' K,V in blocks of `capacity` tokens [b, G, capacity, D]; causal attention to all of them.
+
+    With a `kv_cache_dtype` they are bytes, and D is their width.
+    """
 
     def __init__(self, cache: "BlockCache") -> None:
         super().__init__(cache)
         self.blocks: list[tuple[Tensor, ...]] = []
+
+    def update(self, k: Tensor, v: Tensor) -> tuple["KVLayer", "KVLayer"]:
+        """As `KVLayer.update`."""
+        self.dtype = k.dtype
+        if kind := self.cache.kv_cache_dtype:
+            k, v = pack(k, kind), pack(v, kind)
+        return super().update(k, v)
 
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Allocate the block table on the first call; before decoding, also blocks for the new tokens."""
@@ -81,7 +92,9 @@ class GlobalKV(KVLayer):
             self.offsets = torch.zeros(2, self.cache.max_blocks, dtype=torch.int64, device=k.device)
             # Whatever allocation that lives as long as the cache.
             self.base = k.new_empty(64)
-            self.table = self.cache.table(self.base, *self.offsets, *self.strides())
+            kind = self.cache.kv_cache_dtype
+            keys, values = self.offsets
+            self.table = self.cache.table(self.base, keys, values, self.strides(), kind=kind)
         if not self.cache.decoding:
             self.grow(self.cache.length + k.shape[2])
 
@@ -140,10 +153,7 @@ class GlobalKV(KVLayer):
         if q.shape[2] == 1:  # the last token: no mask is needed
             length = torch.tensor([end], device=q.device)
             return self.cache.attend_one(q, self.table, length, scaling, self._whole)
-        if self.cache.length == 0:
-            k, v = self.new
-        else:
-            k, v = self._whole(end)
+        k, v = self._read(self.new) if self.cache.length == 0 else self._whole(end)
         return causal(q, k, v, scaling, None)
 
     def _whole(self, end: int) -> tuple[Tensor, ...]:
@@ -151,8 +161,13 @@ class GlobalKV(KVLayer):
         if self.cache.reserve:
             first = self.blocks[0]
             shape = (*first[0].shape[:2], end, first[0].shape[3])
-            return tuple(torch.as_strided(t, shape, t.stride(), t.storage_offset()) for t in first)
-        return tuple(torch.cat([block[i] for block in self.blocks], dim=2)[:, :, :end] for i in (0, 1))
+            return self._read(tuple(torch.as_strided(t, shape, t.stride(), t.storage_offset()) for t in first))
+        return self._read(tuple(torch.cat([block[i] for block in self.blocks], dim=2)[:, :, :end] for i in (0, 1)))
+
+    def _read(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As the model has them, of what the cache holds."""
+        kind = self.cache.kv_cache_dtype
+        return tuple(unpack(t, kind, self.dtype) for t in held) if kind else held
 
     def tensors(self) -> list[Tensor]:
         """All K and V blocks."""
@@ -176,7 +191,7 @@ class WindowKV(KVLayer):
             self.ring = (k.new_zeros(shape), k.new_zeros(shape))
             keys, values = (torch.tensor([offset_of(t, self.ring[0])], device=k.device) for t in self.ring)
             strides = (shape[1] * capacity * shape[3], capacity * shape[3])
-            self.table = self.cache.table(self.ring[0], keys, values, *strides, capacity=capacity)
+            self.table = self.cache.table(self.ring[0], keys, values, strides, capacity)
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep the chunk's K,V with the window before it for `attend`; copy the last W tokens into the ring."""
@@ -257,6 +272,7 @@ class BlockCache:
         config: of a YOCO or another transformers decoder.
         max_length: most tokens per sequence.
         capacity: tokens per block, a multiple of 64.
+        kv_cache_dtype: of `ops.attention.quantized.FORMATS`, for global K,V; None for the model's own dtype.
         reserve: allocate each global K,V for max_length tokens at once, instead of growing it. Without it, a prompt
             chunk that attends to earlier ones, as in a Transformer's prefill, copies all blocks.
     Raises:
@@ -266,11 +282,19 @@ class BlockCache:
     position: Tensor
     """int64 [1], of the token that a decoding step takes; from `start_decoding` on."""
 
-    def __init__(self, config: Any, max_length: int, capacity: int = 4096, reserve: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        max_length: int,
+        capacity: int = 4096,
+        reserve: bool = False,
+        kv_cache_dtype: str | None = None,
+    ) -> None:
         if capacity % TILE:
             raise ValueError(f"a block of {capacity} tokens is not a multiple of {TILE}")
         self.capacity, self.max_blocks = capacity, -(-max_length // capacity)
         self.reserve = self.max_blocks * capacity if reserve else None
+        self.kv_cache_dtype = kv_cache_dtype
         self.length, self.decoding = 0, False
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         modes = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
@@ -317,9 +341,17 @@ class BlockCache:
             if isinstance(layer, GlobalKV):
                 layer.grow(self.length + 1)
 
-    def table(self, base: Tensor, keys: Tensor, values: Tensor, *strides: int, capacity: int | None = None):
+    def table(
+        self,
+        base: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        strides: tuple[int, int],
+        capacity: int | None = None,
+        kind: str | None = None,
+    ) -> BlockTable | None:
         """A BlockTable, where there is a kernel to read it."""
-        return BlockTable(base, keys, values, capacity or self.capacity, *strides) if base.is_cuda else None
+        return BlockTable(base, keys, values, capacity or self.capacity, *strides, kind) if base.is_cuda else None
 
     def attend_one(self, q: Tensor, table: Any, length: Tensor, scaling: float, whole: Any) -> Tensor:
         """Attention of q [b, H, 1, D] to the first `length` tokens; on a CPU by torch, over `whole(length)`."""

@@ -48,6 +48,7 @@ class Engine:
         model: a causal language model of transformers', in evaluation mode; its attention implementation is set.
         max_length: tokens of prompt and continuation together.
         capacity, reserve: see BlockCache; set `reserve` for models in which every layer attends to earlier chunks.
+        kv_cache_dtype: see BlockCache.
         prefill_chunk: tokens of the prompt per forward pass.
     """
 
@@ -59,10 +60,11 @@ class Engine:
         capacity: int = 4096,
         reserve: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
+        kv_cache_dtype: str | None = None,
     ) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.cache = BlockCache(model.config, max_length, capacity, reserve)
+        self.cache = BlockCache(model.config, max_length, capacity, reserve, kv_cache_dtype)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from yoco_megatron.inference.engine import PREFILL_CHUNK, Engine, forward, has_kernels
+from yoco_megatron.inference.quantized_cache import dynamic_cache
 from yoco_megatron.inference.uncached import UncachedDecoder
 
 
@@ -58,11 +59,18 @@ def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor,
 
 
 class CachedModel:
-    """A model with transformers' own cache: any device, prompts of different lengths in one batch."""
+    """A model with transformers' own cache: any device, prompts of different lengths in one batch.
 
-    def __init__(self, model: PreTrainedModel, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    Args:
+        prefill_chunk: tokens of each prompt per forward pass.
+        kv_cache_dtype: of the shared K,V, see `dynamic_cache`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prefill_chunk: int = PREFILL_CHUNK, kv_cache_dtype: str | None = None
+    ) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
-        self.cache = DynamicCache(config=model.config)
+        self.cache = dynamic_cache(model.config, kv_cache_dtype)
         self.mask: Tensor | None = None
         self.length = 0
 
@@ -116,13 +124,18 @@ Decoder = CachedModel | Engine | UncachedDecoder
 
 
 def decoder_for(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, prefill_chunk: int = PREFILL_CHUNK
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    prefill_chunk: int = PREFILL_CHUNK,
+    kv_cache_dtype: str | None = None,
 ) -> CachedModel | Engine:
     """The engine where it applies (on a GPU, prompts of one length, supported heads); else transformers' own caches."""
     lengths = set(map(len, prompts))
     if next(model.parameters()).is_cuda and len(lengths) == 1 and has_kernels(model.config):
-        return Engine(model, max(lengths) + max_new_tokens, prefill_chunk=prefill_chunk)
-    return CachedModel(model, prefill_chunk)
+        most = max(lengths) + max_new_tokens
+        return Engine(model, most, prefill_chunk=prefill_chunk, kv_cache_dtype=kv_cache_dtype)
+    return CachedModel(model, prefill_chunk, kv_cache_dtype)
 
 
 def generate(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from yoco_megatron.hf.modeling_yoco import YocoCrossAttention, YocoForCausalLM, YocoLayer, YocoRMSNorm
 from yoco_megatron.inference.engine import PREFILL_CHUNK
 from yoco_megatron.inference.generation import CachedModel, bytes_of
+from yoco_megatron.inference.quantized_cache import read
 
 MOST_AGAIN = 8
 """Tokens that a pass takes again; more than these enter the caches for good, in a pass without the cross-decoder."""
@@ -60,8 +61,10 @@ class SpeculativeModel(CachedModel):
         verified, accepted: drafts that the text has come to, and those of them that are in it.
     """
 
-    def __init__(self, model: PreTrainedModel, prefill_chunk: int = PREFILL_CHUNK) -> None:
-        super().__init__(model, prefill_chunk)
+    def __init__(
+        self, model: PreTrainedModel, prefill_chunk: int = PREFILL_CHUNK, kv_cache_dtype: str | None = None
+    ) -> None:
+        super().__init__(model, prefill_chunk, kv_cache_dtype)
         self.verified = self.accepted = 0
         # What went through the model since the copy: `confirmed` tokens of the text, then drafts.
         self.copied: list[Any] = []
@@ -116,7 +119,7 @@ class SpeculativeModel(CachedModel):
         model, found = self.model.model, [token]
         length = self.length + self._last + 1
         shared = self.cache.layers[model.shared_kv.layer_indices[-1]]
-        k, v = shared.keys[:, :, :length], shared.values[:, :, :length]
+        k, v = read(shared, length, self.hidden.dtype)
         rotary = model.cross_rotary(torch.tensor([[length - 1]], device=k.device))
         hidden = self.hidden[:, self._last, None]
         scale = self.model.config.hidden_size**0.5 if self.model.config.scale_embedding else 1.0

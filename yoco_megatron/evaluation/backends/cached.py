@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from yoco_megatron.evaluation.backends.batching import batches, in_order
 from yoco_megatron.evaluation.backends.logits import ROWS, excluded_ids, read_logits
@@ -23,6 +23,7 @@ from yoco_megatron.evaluation.requests import Generate, Likelihood, Score, Token
 from yoco_megatron.inference.cache import IMPLEMENTATION, BlockCache
 from yoco_megatron.inference.engine import PREFILL_CHUNK
 from yoco_megatron.inference.generation import decoder_for
+from yoco_megatron.inference.quantized_cache import dynamic_cache
 
 SPREAD = 64
 """By how much the prompts of a batch may differ in length: the ends of longer ones are taken token by token."""
@@ -36,6 +37,7 @@ class CachedBackend:
         vocab_size: ids from it on are padding of the vocabulary, and in no continuation; None for none.
         token_budget: tokens of a batch.
         prefill_chunk: tokens of each sequence in one forward pass.
+        kv_cache_dtype: of the shared K,V (`ops.attention.quantized.FORMATS`); None for the model's own.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class CachedBackend:
         name: str = "one process",
         token_budget: int = PREFILL_CHUNK,
         prefill_chunk: int = PREFILL_CHUNK,
+        kv_cache_dtype: str | None = None,
     ) -> None:
+        self.kv_cache_dtype = kv_cache_dtype
         self.model, self.vocab_size, self.name = model, vocab_size, name
         self.tokenizer: Any = tokenizer
         self.max_length: int = model.config.max_position_embeddings
@@ -72,9 +76,8 @@ class CachedBackend:
         assert shortest, "a prompt needs at least one token"
         end = max(len(one.prompt) + one.max_new_tokens for one in requests)
         self.model.set_attn_implementation(self._attention)
-        decoder = decoder_for(
-            self.model, [list(one.prompt[:shortest]) for one in requests], end - shortest, self.prefill_chunk
-        )
+        prompts = [list(one.prompt[:shortest]) for one in requests]
+        decoder = decoder_for(self.model, prompts, end - shortest, self.prefill_chunk, self.kv_cache_dtype)
         excluded = self._excluded(requests[0].banned)
         logits = decoder.prefill(torch.tensor([one.prompt[:shortest] for one in requests], device=self.device))
         new: list[list[int]] = [[] for _ in requests]
@@ -117,7 +120,7 @@ class CachedBackend:
         """Of requests whose contexts have equal lengths."""
         self.model.set_attn_implementation(self._attention)
         *_, last = contexts = torch.tensor([one.context for one in requests], device=self.device).unbind(1)
-        cache = DynamicCache(config=self.model.config)
+        cache = dynamic_cache(self.model.config, self.kv_cache_dtype)
         if len(contexts) > 1:
             self._hidden(torch.stack(contexts[:-1], 1), cache, None)
         choices = [choice for one in requests for choice in one.continuations]
@@ -151,7 +154,7 @@ class CachedBackend:
         self.model.set_attn_implementation(IMPLEMENTATION)
         tokens = self._right_padded([one.tokens for one in requests])
         ids, labels = tokens[:, :-1], tokens[:, 1:]
-        cache = BlockCache(self.model.config, ids.shape[1], reserve=True)
+        cache = BlockCache(self.model.config, ids.shape[1], reserve=True, kv_cache_dtype=self.kv_cache_dtype)
         first = min(one.first for one in requests) - 1
         found = []
         for start in range(0, ids.shape[1], self.prefill_chunk):

@@ -41,6 +41,7 @@ def open_backend(
     mesh: Mapping[str, Any] | None = None,
     token_budget: int = BUDGET,
     dtype: torch.dtype | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Backend:
     """The model in `folder`, ready to answer requests. Under torchrun each process calls this.
 
@@ -51,6 +52,7 @@ def open_backend(
         mesh: flags of `MESH_FLAGS` without dashes; with several processes, {} spreads requests over them. None, in one
             process, for a YOCO's caches.
         dtype: of the weights of a YOCO with caches; by default as they are stored.
+        kv_cache_dtype: of its shared K,V there (`ops.attention.quantized.FORMATS`); None for the weights' own.
     Raises:
         ValueError: no model there, no tokenizer, or a mesh that does not fit.
     """
@@ -64,7 +66,11 @@ def open_backend(
     if exported or (mesh is None and processes == 1 and not is_baseline(folder)):
         model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
         text = _of_text(folder, found, model.config.vocab_size)
-        return CachedBackend(model, text, text.rows, token_budget=token_budget)
+        return CachedBackend(model, text, text.rows, token_budget=token_budget, kv_cache_dtype=kv_cache_dtype)
+    require(
+        kv_cache_dtype is None,
+        f"--kv-cache-dtype {kv_cache_dtype}: a Transformer baseline and a mesh run without a cache: remove it",
+    )
     return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
 
 
