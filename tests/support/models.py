@@ -12,8 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from yoco_megatron import runtime
+from yoco_megatron.gradient_check.whole import gather_whole, reduced_gradient, with_all_experts
 from yoco_megatron.mixers import GATED_RETENTION, SLIDING_WINDOW
-from yoco_megatron.model.init import initialize, is_of_expert, named_parameters
+from yoco_megatron.model.init import initialize, named_parameters
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.pipeline.stages import Stage
@@ -143,19 +144,6 @@ def document_batch(size: int = 4) -> torch.Tensor:
     return starts.cumsum(1).int().to(runtime.device())
 
 
-def gather_whole(name: str, tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """The whole matrix of which this tensor-parallel rank holds a part (gradient or weight)."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    group = groups.expt_tp if is_of_expert(name) else groups.tp
-    if group.size() == 1 or not getattr(param, "tensor_model_parallel", False):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
-    if name.endswith("linear_fc1.weight"):
-        return torch.cat([torch.cat([part.chunk(2)[half] for part in parts]) for half in (0, 1)])
-    return torch.cat(parts, dim=param.partition_dim)
-
-
 def train_step(
     overrides: dict, tied: bool = False, distributed_optimizer: bool = False, documents: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -206,10 +194,7 @@ def train_step(
     result = {"loss": loss.detach()}
     torch.distributed.all_reduce(result["loss"], op=torch.distributed.ReduceOp.AVG, group=mpu.get_data_parallel_group())
     for name, param in names.items():
-        grad = param.main_grad.clone()
-        if distributed_optimizer:  # after its reduce-scatter, each rank has its own part only
-            grad = _whole_from_shards(grad, param, ddp)
-        result[f"grad/{name}"] = gather_whole(name, grad, param).cpu()
+        result[f"grad/{name}"] = gather_whole(name, reduced_gradient(param, ddp), param).cpu()
     optimizer.step()
     for name, param in names.items():
         result[f"weight/{name}"] = gather_whole(name, param.detach(), param).cpu()
@@ -217,27 +202,6 @@ def train_step(
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     result |= {f"weight/{name}": buffer.cpu().clone() for name, buffer in biases.items()}
     return with_all_experts(result)
-
-
-def with_all_experts(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With what other ranks of expert parallelism found of their experts."""
-    group = mpu.get_expert_model_parallel_group()
-    parts = [{}] * group.size()
-    torch.distributed.all_gather_object(parts, result, group=group)
-    return {name: value for part in parts for name, value in part.items()} | result
-
-
-def _whole_from_shards(grad: torch.Tensor, param: torch.Tensor, ddp: DistributedDataParallel) -> torch.Tensor:
-    """Each data-parallel rank's shard of the flat gradient buffer holds the reduced values; the rest is its own."""
-    buffer = next(b for b in ddp.buffers + ddp.expert_parallel_buffers if param in b.param_index_map)
-    bucket = buffer.buckets[buffer.param_index_map[param][2]]
-    group = buffer.data_parallel_group
-    flat = bucket.grad_data.clone()
-    shard = flat.chunk(group.size())[group.rank()].contiguous()
-    parts = [torch.empty_like(shard) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, shard, group=group)
-    start, end, _ = buffer.param_index_map[param]
-    return torch.cat(parts)[start - bucket.offset : end - bucket.offset].view(param.shape)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

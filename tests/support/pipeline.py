@@ -17,12 +17,11 @@ from support.models import (
     batch,
     build,
     document_batch,
-    gather_whole,
     later_labels,
     tiny_config,
-    with_all_experts,
 )
 from yoco_megatron import upstream
+from yoco_megatron.gradient_check.whole import gather_whole, with_all_experts
 from yoco_megatron.model.init import named_parameters
 from yoco_megatron.parallel.context.query_shard import (
     Runs,

@@ -1,0 +1,62 @@
+"""The trainer's first step in this process, one rank of a world, and the whole gradients after it."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.utils import unwrap_model
+from megatron.training import training
+
+from yoco_megatron.gradient_check.whole import gather_whole, reduced_gradient, with_all_experts
+from yoco_megatron.model.init import named_parameters
+from yoco_megatron.startup import checks
+
+Main = Callable[[list[str]], None]
+
+
+class _Finished(BaseException):
+    """The step is done. No Exception, so that nothing on the way out takes it for a crash of training."""
+
+
+def gradients_of_first_step(main: Main, argv: list[str]) -> dict[str, torch.Tensor]:
+    """Run `main(argv)`, pretrain_yoco.py's, for one step, as the rank that the environment says.
+
+    Returns:
+        fp32, whole, by the global names of what this rank and its peers of expert parallelism hold, in the order of the
+        forward pass; "loss" [] on the last pipeline stage.
+    Raises:
+        ValueError: a mistake in `argv`.
+    """
+    set_up, step = training.setup_model_and_optimizer, training.train_step
+    built: list[Any] = []
+    found: dict[str, torch.Tensor] = {}
+
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        result = set_up(*args, **kwargs)
+        built[:] = result[0]
+        return result
+
+    def train_step(*args: Any, **kwargs: Any) -> None:
+        losses = step(*args, **kwargs)[0]
+        if "lm loss" in losses:
+            found["loss"] = losses["lm loss"].detach().float().cpu().reshape(())
+        for chunk in built:
+            for name, parameter in named_parameters(unwrap_model(chunk)):
+                if parameter.requires_grad:
+                    found[name] = gather_whole(name, reduced_gradient(parameter, chunk), parameter).float().cpu()
+        raise _Finished
+
+    def check_machine(args: Namespace) -> None:
+        """Not this one is meant."""
+
+    with (
+        mock.patch.multiple(training, setup_model_and_optimizer=setup_model_and_optimizer, train_step=train_step),
+        mock.patch.object(checks, "check_machine", check_machine),
+    ):
+        try:
+            main(argv)
+        except _Finished:
+            return with_all_experts(found)
+    raise ValueError("the run ended before its first step")
