@@ -19,6 +19,7 @@ from support.worlds import run_world
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from yoco_megatron.convert.config_fields import OF_MIXERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.traffic import cross_attention_bytes, received_bytes
 from yoco_megatron.parallel.context.query_shard import Runs
@@ -196,6 +197,7 @@ def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> Mod
         self_decoder_query_groups=HEADS,
         self_decoder_window=5,
         padded_vocab_size=None,
+        **{name: getattr(CONFIG, name) for name in OF_MIXERS},
         seq_length=SEQ,
         tied=False,
         num_queries=num_queries,
@@ -205,7 +207,8 @@ def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> Mod
 
 def test_the_formulas() -> None:
     """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
-    for kind, kv_sets, recompute in (("gated_retention", 2, {}), ("sliding_window", 1, FULL_RECOMPUTE)):
+    models = ("gated_retention", 2, {}), ("sliding_window", 1, FULL_RECOMPUTE), ("mamba2", 1, {})
+    for kind, kv_sets, recompute in models:
         overrides = dict(self_decoder=kind, self_decoder_window=5, shared_kv_sets=kv_sets)
         results = run_world(4, step32, overrides | recompute, cp=4)
         counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
