@@ -14,6 +14,7 @@ from yoco_megatron.ops.gated_retention import (
     log_decay_from_logits,
     resolve_backend,
 )
+from yoco_megatron.ops.gated_retention.chunk_state import state_update
 from yoco_megatron.ops.gated_retention.reference import parallel, recurrent
 from yoco_megatron.ops.gated_retention.torch import chunkwise, step
 
@@ -21,7 +22,7 @@ NAMES = ("q", "k", "v", "log_decay", "initial_state")
 
 
 def make_inputs(
-    seed: int, B=2, T=64, H=3, K=8, V=12, *, dtype=torch.float64, gate_logit=0.0, state=True
+    seed: int, B=2, T=64, H=3, K=8, V=12, *, shared=None, dtype=torch.float64, gate_logit=0.0, state=True
 ) -> dict[str, Tensor | None]:
     rng = torch.Generator().manual_seed(seed)
 
@@ -29,8 +30,8 @@ def make_inputs(
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
     inputs = {
-        "q": randn(B, T, H, K).to(dtype),
-        "k": randn(B, T, H, K).to(dtype),
+        "q": randn(B, T, shared or H, K).to(dtype),
+        "k": randn(B, T, shared or H, K).to(dtype),
         "v": randn(B, T, H, V).to(dtype),
         "log_decay": log_decay_from_logits(gate_logit + randn(B, T, H)),
         "initial_state": randn(B, H, K, V) if state else None,
@@ -75,6 +76,25 @@ def test_three_forms_agree_in_float64(T, gate_logit):
     want = run(recurrent, inputs)
     assert_close(run(parallel, inputs), want, 1e-10)
     assert_close(run(chunkwise, inputs, chunk_size=64), want, 1e-10)
+
+
+def test_shared_keys_are_those_of_each_head():
+    """Also in one step, and in what the state of a span becomes; heads that share are neighbours."""
+    inputs = make_inputs(3, T=70, H=6, shared=2)
+    ids = document_ids((20, 50), (69, 1))
+    want = run(recurrent, inputs, document_ids=ids)
+    assert_close(run(chunkwise, inputs, chunk_size=16, document_ids=ids), want, 1e-10)
+    each = inputs | {name: inputs[name].repeat_interleave(3, 2) for name in ("q", "k")}
+    assert_close({"o": want["o"]}, {"o": run(recurrent, each, document_ids=ids)["o"]}, 1e-12)
+    v, log_decay, state = (inputs[name] for name in ("v", "log_decay", "initial_state"))
+    of_token = [x[:, 0] for x in (inputs["q"], inputs["k"], v, log_decay)]
+    of_each = [x[:, 0] for x in (each["q"], each["k"], v, log_decay)]
+    for found, expected in zip(step(*of_token, state), step(*of_each, state)):
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(
+        state_update(inputs["k"], v, log_decay, ids), state_update(each["k"], v, log_decay, ids)
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 100, 128, 512])

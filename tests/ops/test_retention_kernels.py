@@ -45,6 +45,7 @@ CASES = {
     "segments": (dict(T=300, H=1, K=16, V=16), 4.0, True, None, 3),
     "documents": (dict(T=200, H=1, K=16, V=16), 0.0, True, (EDGES, SHORT), None),
     "documents and segments": (dict(T=200, H=1, K=16, V=16), 4.0, True, (EDGES, SHORT), 3),
+    "shared keys": (dict(T=130, H=4, shared=2, K=32, V=16), 0.0, True, ((*EDGES[:3], 1), (100, 30)), 2),
     "documents and anchors": (dict(T=1100, B=1, H=1, K=16, V=16), 4.0, True, ((500, 12, 1, 587),), None),
 }
 MIXERS = {"plain": {}, "documents": {"documents": True}, "angles of each sample": {"sample_angles": True}}

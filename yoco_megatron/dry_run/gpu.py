@@ -82,7 +82,7 @@ def _kernels() -> Iterator[Any]:
 
     def plan(q: Tensor, v: Tensor, scale: float | None, ids: Tensor | None, segments: int | None) -> retention.Launch:
         cuda = torch.device("cuda", 0)
-        return retention._plan(q.shape, v.shape[-1], scale, q.dtype, ids is not None, segments, cuda)
+        return retention._plan(q.shape, v.shape[2], v.shape[3], scale, q.dtype, ids is not None, segments, cuda)
 
     yield mock.patch.object(retention, "plan", plan)
     # Fakes have no address.

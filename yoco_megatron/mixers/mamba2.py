@@ -68,8 +68,8 @@ def mixing_flops(sizes: Sizes) -> float:
 
 def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
     """The projection, the convolution's input and output, dt x, the recurrence's output, the normalised and gated one;
-    B and C for each head; an N x P state a head every 512 tokens; fp32 steps and decays."""
-    values = 4 * _width(sizes) + 3 * _channels(sizes) + 2 * _heads(sizes) * sizes.mamba_state_dim
+    an N x P state a head every 512 tokens; fp32 steps and decays."""
+    values = 4 * _width(sizes) + 3 * _channels(sizes)
     return (values + _state(sizes) / 512) * bytes_per_value + 16 * _heads(sizes)
 
 

@@ -70,7 +70,7 @@ class Mamba2(CutByHead):
         self.layer_number = layer_number
         heads, groups, state = config.mamba_num_heads, config.mamba_num_groups, config.mamba_state_dim
         assert heads is not None  # config.resolve
-        self.head_dim, self.group_heads = config.mamba_head_dim, heads // groups
+        self.head_dim = config.mamba_head_dim
         width = heads * self.head_dim
         # Of one group: z, and what goes through the convolution, x, B and C.
         self.group_parts = width // groups, state, state
@@ -116,8 +116,8 @@ class Mamba2(CutByHead):
         x = x.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
         dt = F.softplus(widen(dt_logits) + widen(self.dt_bias))
         o = recurrence(
-            lambda: C.repeat_interleave(self.group_heads, dim=2),
-            B.repeat_interleave(self.group_heads, dim=2),
+            lambda: C,
+            B,
             (x * dt[..., None]).to(x.dtype),
             -widen(self.A_log).exp() * dt,
             shard,

@@ -56,8 +56,8 @@ def recurrence(
 ) -> Tensor:
     """That of gated retention, S_t = exp(g_t) S_{t-1} + scale k_t^T v_t, o_t = q_t S_t.
 
-    Shapes: query() and k [s, b, H, K]; v and the result [s, b, H, V]; log_decay [s, b, H], fp32. `scale` is K^-1/2 by
-    default.
+    Shapes: query() and k [s, b, H, K], or of fewer heads, each for as many of v's; v and the result [s, b, H, V];
+    log_decay [s, b, H], fp32. `scale` is K^-1/2 by default.
     """
 
     def gradient(do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, document_ids: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ With G_t the log decay summed from the start of the span to token t, and T its l
 so that the state after it is decay S + update, and `gradient` is what its outputs send to the state S before it.
 Context parallelism exchanges these before the op runs. A sum from either end is exact where its weights are not tiny.
 
+Queries and keys may be of fewer heads, as in the op.
+
 Tensor legend: B batch, T time, H heads, K key width, V value width.
 """
 
@@ -55,6 +57,7 @@ def _outer(x_BTHK: Tensor, y_BTHV: Tensor, weights_BTH: Tensor) -> Tensor:
     operand = x_BTHK.dtype if half else weights_BTH.dtype
     options: dict[str, Any] = {"out_dtype": weights_BTH.dtype} if half else {}
     y_BTHV = y_BTHV.to(operand) * weights_BTH.to(operand)[..., None]
+    x_BTHK = x_BTHK.repeat_interleave(y_BTHV.shape[2] // x_BTHK.shape[2], 2)
     # One sample at a time: batch and heads of such views do not fold into one dimension without a copy.
     return torch.stack(
         [

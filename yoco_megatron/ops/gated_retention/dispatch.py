@@ -105,11 +105,11 @@ def gated_retention(
 ) -> tuple[Tensor, Tensor]:
     """Gated retention (paper 2405.05254, Eq. 5 and following) over [B, T, H, K] tensors, by the best backend.
 
-    Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] or None; document_ids integers [B, T], equal within a document and non-decreasing along
-    T, or None for one document: no state crosses a document boundary, the initial state continues the first token's
-    document, the final state is that of the last token's. `scale` multiplies k, default K ** -0.5. Strided views are
-    accepted.
+    Shapes: q, k [B, T, H, K], or of fewer heads, each for as many neighbouring ones of v; v [B, T, H, V];
+    log_decay [B, T, H], natural logarithm, finite and <= 0; initial_state [B, H, K, V] or None; document_ids integers
+    [B, T], equal within a document and non-decreasing along T, or None for one document: no state crosses a document
+    boundary, the initial state continues the first token's document, the final state is that of the last token's.
+    `scale` multiplies k, default K ** -0.5. Strided views are accepted.
     Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V], float32 (float64 for float64 inputs).
     Raises ValueError for another layout, or naming `--retention-backend` if that backend cannot run.
     """

@@ -13,6 +13,8 @@ accumulator is ever transposed: Triton 3.4 to 3.7.0 miscompiles that on Hopper (
 
 Packed documents: reads and writes of the state are masked by document, so no value of one reaches another.
 
+Queries and keys may be shared by GROUP heads each: heads i_xy of x and y, i_zw of z and w are then not i_h.
+
 Legend: B batch, T time (TP: rounded up to whole chunks), H heads, DIN and DOUT widths of x, y and of z, out.
 Descriptors show a tensor as [B, H, T, D]. Decay sums b are [B * H, TP], ids [B, TP]; states [B * H, ..., DIN, DOUT].
 """
@@ -66,7 +68,7 @@ def decay_sums(
 @triton.jit
 def _scan(
     X, Y, Z, OUT, W, ANCHORS, SUM_TILES, SUMS, IDS, S0, FINAL, DOTS,
-    i_b, i_h, i_bh, i_slice, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, s0_row, s0_col,
+    i_b, i_h, i_xy, i_zw, i_bh, i_slice, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, s0_row, s0_col,
     DIN: tl.constexpr, DOUT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
     DOCS: tl.constexpr, HAS_S0: tl.constexpr, HAS_FINAL: tl.constexpr, ANCHOR: tl.constexpr, ROW_DOTS: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,16 +119,16 @@ def _scan(
             writes = tl.where(ids == goes, writes, 0.0)
             chunk_decay = tl.where(comes == goes, chunk_decay, 0.0)
 
-        z = Z.load([i_b, i_h, t0, i_slice * BV]).reshape(BT, BV)
+        z = Z.load([i_b, i_zw, t0, i_slice * BV]).reshape(BT, BV)
         zs = (z.to(tl.float32) * writes[:, None]).to(z.dtype)
         S_low = S.to(Z.dtype)
         if ANCHOR > 0 and (t0 + BT if REVERSE else t0) % ANCHOR == 0:
             # The state that enters a block of ANCHOR tokens, for the gradient of the decay.
             anchor = (i_bh * NANCHOR + t0 // ANCHOR).to(tl.int64) * DIN * DOUT
             tl.store(ANCHORS + anchor + rows[:, None] * DOUT + cols[None, :], S_low)
-        x = X.load([i_b, i_h, t0, 0]).reshape(BT, DIN)
+        x = X.load([i_b, i_xy, t0, 0]).reshape(BT, DIN)
         acc = tl.dot(x, S_low, input_precision=PRECISION)
-        y = Y.load([i_b, i_h, t0, 0]).reshape(BT, DIN)
+        y = Y.load([i_b, i_xy, t0, 0]).reshape(BT, DIN)
         S = tl.dot(y.T, zs, S * chunk_decay, input_precision=PRECISION)
         a = tl.dot(x, y.T, input_precision=PRECISION)
         # The mask goes into the exponent, whose unmasked half is positive.
@@ -137,7 +139,7 @@ def _scan(
         acc = tl.fma(acc, tl.broadcast_to(reads[:, None], BT, BV), inner)
         OUT.store([i_b, i_h, t0, i_slice * BV], acc.to(OUT.dtype).reshape(1, 1, BT, BV))
         if ROW_DOTS:
-            w = W.load([i_b, i_h, t0, i_slice * BV]).reshape(BT, BV)
+            w = W.load([i_b, i_zw, t0, i_slice * BV]).reshape(BT, BV)
             tl.store(DOTS + i_bh.to(tl.int64) * TP + t0 + rt, tl.sum(acc * w.to(tl.float32), 1))
     if HAS_FINAL and i_seg == (0 if REVERSE else NSEG - 1):
         p = FINAL + i_bh.to(tl.int64) * DIN * DOUT + rows[:, None] * DOUT + cols[None, :]
@@ -147,14 +149,16 @@ def _scan(
 @triton.jit(do_not_specialize=["log2_scale"])
 def forward(
     Q, K, V_, OUT, ANCHORS, SUM_TILES, SUMS, IDS, S0, FINAL, T, TP, SEG, NSEG, NANCHOR, log2_scale,
-    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, DOCS: tl.constexpr,
-    HAS_S0: tl.constexpr, HAS_FINAL: tl.constexpr, ANCHOR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    DOCS: tl.constexpr, HAS_S0: tl.constexpr, HAS_FINAL: tl.constexpr, ANCHOR: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = scan(q, k, v). Slices of one head are neighbours in the grid, so that they share q and k in L2."""
     i_bh = tl.program_id(2)
     _scan(
         Q, K, V_, OUT, OUT, ANCHORS, SUM_TILES, SUMS, IDS, S0, FINAL, SUMS,
-        i_bh // H, i_bh % H, i_bh, tl.program_id(0), tl.program_id(1), T, TP, SEG, NSEG, NANCHOR, log2_scale, DV, 1,
+        i_bh // H, i_bh % H, i_bh % H // GROUP, i_bh % H, i_bh, tl.program_id(0), tl.program_id(1),
+        T, TP, SEG, NSEG, NANCHOR, log2_scale, DV, 1,
         DK, DV, BT, BV, False, DOCS, HAS_S0, HAS_FINAL, ANCHOR, False, STAGES, PRECISION,
     )  # fmt: skip
 
@@ -163,13 +167,14 @@ def forward(
 def backward(
     Q, K, V_, DO, Q_SLICE, K_SLICE, DO_SLICE, DQ, DK_, DV_, ANCHORS, SUM_TILES, SUMS, IDS, S0, R0, DS0, Q_DOTS, K_DOTS,
     T, TP, SEG, NSEG, NANCHOR, dots_stride, log2_scale,
-    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DOCS: tl.constexpr, HAS_S0: tl.constexpr, HAS_R0: tl.constexpr, HAS_DS0: tl.constexpr, ANCHOR: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, DOCS: tl.constexpr, HAS_S0: tl.constexpr, HAS_R0: tl.constexpr, HAS_DS0: tl.constexpr,
+    ANCHOR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv as one launch; the first grid axis picks role and slice, so all roles of a head run together.
 
-    dq and dk also give the row dots q . dq and k . dk of their columns, from fp32 accumulators.
+    dq and dk are those of each head, also where heads share a query and a key. They come with the row dots q . dq and
+    k . dk of their columns, from fp32 accumulators.
     """
     NK: tl.constexpr = DK // BK
     role = tl.program_id(0)
@@ -177,24 +182,25 @@ def backward(
     i_bh = tl.program_id(2)
     i_b = i_bh // H
     i_h = i_bh % H
+    shared = i_h // GROUP
     if role < NK:
         _scan(
             DO, V_, K_SLICE, DQ, Q_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, S0, DS0,
             Q_DOTS + role.to(tl.int64) * dots_stride,
-            i_b, i_h, i_bh, role, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
+            i_b, i_h, i_h, shared, i_bh, role, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
             DV, DK, BT, BK, False, DOCS, HAS_S0, False, 0, True, STAGES, PRECISION,
         )  # fmt: skip
     elif role < 2 * NK:
         _scan(
             V_, DO, Q_SLICE, DK_, K_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, R0, DS0,
             K_DOTS + (role - NK).to(tl.int64) * dots_stride,
-            i_b, i_h, i_bh, role - NK, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
+            i_b, i_h, i_h, shared, i_bh, role - NK, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, 1, DV,
             DV, DK, BT, BK, True, DOCS, HAS_R0, False, 0, True, STAGES, PRECISION,
         )  # fmt: skip
     else:
         _scan(
             K, Q, DO_SLICE, DV_, DO_SLICE, ANCHORS, SUM_TILES, SUMS, IDS, R0, DS0, K_DOTS,
-            i_b, i_h, i_bh, role - 2 * NK, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, DV, 1,
+            i_b, i_h, shared, i_h, i_bh, role - 2 * NK, i_seg, T, TP, SEG, NSEG, NANCHOR, log2_scale, DV, 1,
             DK, DV, BT, BV, True, DOCS, HAS_R0, HAS_DS0, ANCHOR, False, STAGES, PRECISION,
         )  # fmt: skip
 
@@ -221,8 +227,9 @@ def _relevant_chunks(
 @triton.jit(do_not_specialize=["log2_scale"])
 def segment_states(
     Y, Z, SUMS, IDS, STATES, DECAYS, T, TP, SEG, NSEG, log2_scale,
-    H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state update of one segment alone, fp32, and its decay of the state that comes in.
 
@@ -256,7 +263,7 @@ def segment_states(
             goes = first if REVERSE else last
             writes = tl.where(tl.load(IDS + t0 + rt) == goes, writes, 0.0)
             chunk_decay = tl.where(comes == goes, chunk_decay, 0.0)
-        y = Y.load([i_b, i_bh % H, t0, i_k * BK]).reshape(BT, BK)
+        y = Y.load([i_b, i_bh % H // GROUP, t0, i_k * BK]).reshape(BT, BK)
         z = Z.load([i_b, i_bh % H, t0, i_v * BV]).reshape(BT, BV)
         zs = (z.to(tl.float32) * writes[:, None]).to(z.dtype)
         S = tl.dot(y.T, zs, S * chunk_decay, input_precision=PRECISION)

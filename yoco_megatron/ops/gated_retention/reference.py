@@ -28,8 +28,8 @@ def check_layout(
 ) -> None:
     """Check that tensors have the layout shared by every backend of this op.
 
-    T >= 1; q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H]; initial_state [B, H, K, V] or None;
-    document_ids integers [B, T] or None.
+    T >= 1; q, k [B, T, H, K], or of fewer heads, each for as many of v's; v [B, T, H, V]; log_decay [B, T, H];
+    initial_state [B, H, K, V] or None; document_ids integers [B, T] or None.
     Raises ValueError, because a wrong layout (heads first, say) would often broadcast into a wrong result.
     """
     if q.ndim != 4 or q.shape[1] == 0 or k.shape != q.shape:
@@ -37,10 +37,13 @@ def check_layout(
             "gated retention needs q and k of one shape [B, T, H, K] with T >= 1, "
             f"got {list(q.shape)} and {list(k.shape)}"
         )
-    B, T, H, K = q.shape
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"gated retention needs v of shape [{B}, {T}, {H}, V], got {list(v.shape)}")
-    if log_decay.shape != q.shape[:3]:
+    B, T, shared, K = q.shape
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % shared:
+        raise ValueError(
+            f"gated retention needs v of shape [{B}, {T}, H, V], H a multiple of {shared}, got {list(v.shape)}"
+        )
+    H = v.shape[2]
+    if log_decay.shape != v.shape[:3]:
         raise ValueError(f"gated retention needs log_decay of shape [{B}, {T}, {H}], got {list(log_decay.shape)}")
     state_shape = (B, H, K, v.shape[-1])
     if initial_state is not None and initial_state.shape != state_shape:
@@ -52,6 +55,14 @@ def check_layout(
             f"gated retention needs document_ids as integers of shape [{B}, {T}], "
             f"got {document_ids.dtype} {list(document_ids.shape)}"
         )
+
+
+def for_each_head(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """q and k [..., H, K] of all heads, from those of fewer, each for neighbouring heads."""
+    if q.shape[-2] == heads:
+        return q, k
+    group = heads // q.shape[-2]
+    return q.repeat_interleave(group, -2), k.repeat_interleave(group, -2)
 
 
 def recurrent(
@@ -66,9 +77,9 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The definition, one token at a time (the paper's recurrent representation).
 
-    Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] (zeros if None); document_ids [B, T], equal within a document and non-decreasing
-    along T (None: one document). `scale` multiplies k, default K ** -0.5.
+    Shapes: q, k [B, T, H, K] (or of fewer heads, see `check_layout`); v [B, T, H, V]; log_decay [B, T, H], natural
+    logarithm, finite and <= 0; initial_state [B, H, K, V] (zeros if None); document_ids [B, T], equal within a document
+    and non-decreasing along T (None: one document). `scale` multiplies k, default K ** -0.5.
     Returns o [B, T, H, V] and the final state [B, H, K, V], both float64.
     Raises ValueError for another layout.
     """
@@ -120,6 +131,7 @@ def parallel(
 
 def _to_float64(q, k, v, log_decay, initial_state, scale, document_ids):
     check_layout(q, k, v, log_decay, initial_state, document_ids)
+    q, k = for_each_head(q, k, v.shape[2])
     B, _, H, K = q.shape
     if initial_state is None:
         initial_state = q.new_zeros(B, H, K, v.shape[-1], dtype=torch.float64)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yoco_megatron.ops.gated_retention.reference import check_layout
+from yoco_megatron.ops.gated_retention.reference import check_layout, for_each_head
 
 
 def chunkwise(
@@ -33,10 +33,10 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Gated retention of a whole sequence, differentiable in q, k, v, log_decay and initial_state.
 
-    Shapes: q, k [B, T, H, K]; v [B, T, H, V]; log_decay [B, T, H], natural logarithm, finite and <= 0;
-    initial_state [B, H, K, V] (zeros if None); document_ids integers [B, T], see reference.py (None: one
-    document). Any T >= 1, any strides. `scale` multiplies k, default K ** -0.5. `chunk_size` changes the cost and
-    the rounding, not the result.
+    Shapes: q, k [B, T, H, K], or of fewer heads, each for as many of v's; v [B, T, H, V]; log_decay [B, T, H], natural
+    logarithm, finite and <= 0; initial_state [B, H, K, V] (zeros if None); document_ids integers [B, T], see
+    reference.py (None: one document). Any T >= 1, any strides. `scale` multiplies k, default K ** -0.5. `chunk_size`
+    changes the cost and the rounding, not the result.
     Returns o [B, T, H, V] in q.dtype and the final state [B, H, K, V]. The arithmetic and the final state are
     float32, or float64 if q is float64.
     Raises ValueError for another layout or a chunk size below 1.
@@ -44,6 +44,7 @@ def chunkwise(
     check_layout(q, k, v, log_decay, initial_state, document_ids)
     if chunk_size < 1:
         raise ValueError(f"gated retention needs chunk_size >= 1, got {chunk_size}")
+    q, k = for_each_head(q, k, v.shape[2])
     B, T, H, K = q.shape
     V = v.shape[-1]
     compute = compute_dtype(q)
@@ -105,6 +106,7 @@ def step(
     """
     compute = compute_dtype(q)
     K = q.shape[-1]
+    q, k = for_each_head(q, k, v.shape[1])
     if state is None:
         state = q.new_zeros(*q.shape, v.shape[-1], dtype=compute)
     k_BHK = k.to(compute) * (K**-0.5 if scale is None else scale)

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yoco_megatron.ops.gated_retention import kernels
-from yoco_megatron.ops.gated_retention.reference import check_layout
+from yoco_megatron.ops.gated_retention.reference import check_layout, for_each_head
 from yoco_megatron.ops.gated_retention.tuning import CHUNK, config_for, num_segments, span_segments
 from yoco_megatron.ops.integers import cdiv, next_power_of_2
 
@@ -51,6 +51,9 @@ class Launch:
     B: int
     T: int
     H: int
+    """Heads of v."""
+    group: int
+    """How many of them share a query and a key."""
     K: int
     V: int
     scale: float
@@ -78,20 +81,20 @@ class Launch:
         """Keyword arguments of all kernels."""
         # Three tf32 products keep float32's accuracy; bf16 operands ignore it.
         precision = "tf32x3" if self.dtype == torch.float32 else "tf32"
-        return dict(H=self.H, DOCS=self.docs, BT=CHUNK, PRECISION=precision)
+        return dict(H=self.H, GROUP=self.group, DOCS=self.docs, BT=CHUNK, PRECISION=precision)
 
 
 def plan(q: Tensor, v: Tensor, scale: float | None, document_ids: Tensor | None, segments: int | None) -> Launch:
-    """Choose how to launch for q [B, T, H, K] and v [B, T, H, V]; `segments` None lets the size decide."""
-    return _plan(q.shape, v.shape[-1], scale, q.dtype, document_ids is not None, segments, q.device)
+    """Choose how to launch for q [B, T, H / group, K] and v [B, T, H, V]; `segments` None lets the size decide."""
+    return _plan(q.shape, v.shape[2], v.shape[3], scale, q.dtype, document_ids is not None, segments, q.device)
 
 
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: torch.Size, V: int, scale: float | None, dtype: torch.dtype, docs: bool, segments: int | None,
+    shape: torch.Size, H: int, V: int, scale: float | None, dtype: torch.dtype, docs: bool, segments: int | None,
     device: torch.device,
 ) -> Launch:  # fmt: skip
-    B, T, H, K = shape
+    B, T, shared, K = shape
     scale = K**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"the retention kernel needs scale > 0, got {scale}: it works with its logarithm")
@@ -101,7 +104,7 @@ def _plan(
         programs = ahead.slices(V), 2 * back.slices(K) + back.slices(V)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         segments = num_segments(B * H, chunks, programs, states.tiles(K, V), sms)
-    return Launch(B, T, H, K, V, scale, _filled(segments or 1, chunks), dtype, docs)
+    return Launch(B, T, H, H // shared, K, V, scale, _filled(segments or 1, chunks), dtype, docs)
 
 
 def _filled(segments: int, chunks: int) -> int:
@@ -257,7 +260,7 @@ def run_backward(
     anchors: Tensor, final: Tensor | None, dfinal: Tensor | None, gate: Tensor, launch: Launch,
     *, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor, need_dstart: bool, tau: float | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Write dq, dk, dv (shaped like q, k, v) and dgate [B, T, H]; return the gradient of the initial state."""
+    """Write dq, dk [B, T, H, K], dv and dgate [B, T, H]; return the gradient of the initial state."""
     config = config_for("backward", max(launch.K, launch.V), launch.dtype)
     bk, bv = min(launch.K, config.columns), min(launch.V, config.columns)
     slices = launch.K // bk
@@ -312,12 +315,15 @@ class _GatedRetention(torch.autograd.Function):
         q, k, v, log_decay, sums, ids, entering, anchors, final = ctx.saved_tensors
         launch = ctx.launch
         do = torch.zeros_like(v) if do is None else loadable(do.to(v.dtype))
-        dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+        dq, dk = (q.new_empty(*v.shape[:3], launch.K) for _ in range(2))
+        dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
         dgate = torch.empty(launch.B, launch.T, launch.H, device=q.device, dtype=torch.float32)
         dstart = run_backward(
             q, k, v, do, sums, ids, entering, anchors, final, None if dfinal is None else dfinal.float().contiguous(),
             log_decay, launch, dq=dq, dk=dk, dv=dv, dgate=dgate, need_dstart=ctx.needs_input_grad[4],
         )  # fmt: skip
+        if launch.group > 1:
+            dq, dk = (x.unflatten(2, (-1, launch.group)).sum(3) for x in (dq, dk))
         return dq, dk, dv, dgate.to(log_decay.dtype), dstart, None, None, None
 
 
@@ -358,8 +364,9 @@ def step(
     With `in_place` the float32 state [B, H, K, V] is overwritten and returned: one read and one write of it is all the
     traffic there is.
     """
-    B, H, K = q.shape
-    V = v.shape[-1]
+    B, H, V = v.shape
+    K = q.shape[-1]
+    q, k = for_each_head(q, k, H)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if state is not None:
         state = state.float().contiguous()
