@@ -17,6 +17,9 @@ MODELS = {
     "plain_Llama": "transformer_{}",  # without Megatron
     "gated_retention": "yoco_{}",
     "sliding_window": "yoco_{}_swa",
+    "gated_delta_net": "yoco_{}_delta",
+    "mamba2": "yoco_{}_mamba2",
+    "samba": "yoco_{}_samba",
 }
 GPTS = ("GPT", "stock_GPT")
 PEERS = (*GPTS, "plain_Llama")
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="3b", help="a size of configs/model")
     parser.add_argument("--layers", type=int, help="fewer layers, alike in all models")
     compared = [model for model in MODELS if model not in SCRIPTS]
-    parser.add_argument("--models", nargs="+", choices=compared, default=compared)
+    parser.add_argument("--models", nargs="+", choices=compared, default=compared[:3])
     parser.add_argument("--vocab-size", type=int, default=100_350)
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens a step and GPU, at least one sequence")
     parser.add_argument("--loss-chunk-size", type=int, default=8192, help="of YOCO, and of GPT with --chunk-gpt-loss")

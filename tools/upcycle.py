@@ -13,8 +13,7 @@ import logging
 import os
 import sys
 
-from yoco_megatron.mixers import BUILT_IN
-from yoco_megatron.upcycling import SHARED_KV_FROM
+from yoco_megatron.upcycling import MIXERS, SHARED_KV_FROM
 
 # The models are compared in fp32, which Transformer Engine would round to TF32, and need not fit into a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,8 +24,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="folder of the Transformer (safetensors)")
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--to", default="hf", choices=("hf", "megatron"), help="format of the output (default hf)")
-    mixers = [mixer.name for mixer in BUILT_IN]
-    parser.add_argument("--self-decoder", required=True, choices=mixers, help="mixer of the lower layers")
+    parser.add_argument("--self-decoder", required=True, choices=MIXERS, help="mixer of the lower layers")
     parser.add_argument("--self-decoder-window", type=int, help="keys that a window query sees (default 1024)")
     parser.add_argument("--num-self-decoder-layers", type=int, help="lower layers (default half, rounded down)")
     parser.add_argument("--shared-kv-sets", type=int, default=1, help="K,V sets of the upper layers (default 1)")

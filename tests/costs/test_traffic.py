@@ -207,7 +207,13 @@ def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> Mod
 
 def test_the_formulas() -> None:
     """What the planner's figures say for bf16 is what is counted for float32, but for the size of a value."""
-    models = ("gated_retention", 2, {}), ("sliding_window", 1, FULL_RECOMPUTE), ("mamba2", 1, {})
+    models = (
+        ("gated_retention", 2, {}),
+        ("sliding_window", 1, FULL_RECOMPUTE),
+        ("mamba2", 1, {}),
+        ("gated_delta_net", 1, {}),
+        ("GS", 1, FULL_RECOMPUTE),
+    )
     for kind, kv_sets, recompute in models:
         overrides = dict(self_decoder=kind, self_decoder_window=5, shared_kv_sets=kv_sets)
         results = run_world(4, step32, overrides | recompute, cp=4)

@@ -47,8 +47,8 @@ def run(form, inputs: dict[str, Tensor | None], **options) -> dict[str, Tensor]:
     leaves = {n: None if x is None else x.detach().clone().requires_grad_() for n, x in inputs.items()}
     o, final = form(**leaves, **options)
     rng = torch.Generator().manual_seed(99)
-    do = torch.randn(o.shape, generator=rng, dtype=torch.float64)
-    dS = torch.randn(final.shape, generator=rng, dtype=torch.float64)
+    do = torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o.device)
+    dS = torch.randn(final.shape, generator=rng, dtype=torch.float64).to(o.device)
     ((o.double() * do).sum() + (final.double() * dS).sum()).backward()
     results = {"o": o.detach(), "final_state": final.detach()}
     return results | {"d" + n: x.grad for n, x in leaves.items() if x is not None}

@@ -107,6 +107,10 @@ def test_config(changes, why, teacher):
         ({"num_self_decoder_layers": 6}, "--num-self-decoder-layers 6 must lie between 0 and 5"),
         ({"window": 0}, "--self-decoder-window 0 must be at least 1"),
         ({"self_decoder": "gated_retention"}, "--self-decoder-window is for --self-decoder sliding_window"),
+        (
+            {"self_decoder": "gated_delta_net"},
+            "--self-decoder gated_delta_net cannot be made of a Transformer.s attention",
+        ),
         ({"tokenizer": "nowhere"}, "--tokenizer nowhere: no such folder"),
     ],
 )

@@ -25,6 +25,7 @@ from yoco_megatron.convert import tensor_names
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.hf.configuration_yoco import YocoConfig
 from yoco_megatron.mixers import GATED_RETENTION
+from yoco_megatron.upcycling import MIXERS
 from yoco_megatron.upcycling.teacher import Teacher
 from yoco_megatron.utils.errors import require
 
@@ -47,6 +48,10 @@ def student_config(
     Raises:
         ValueError: sizes that do not fit one another.
     """
+    require(
+        self_decoder in MIXERS,
+        f"--self-decoder {self_decoder} cannot be made of a Transformer's attention: use one of {', '.join(MIXERS)}",
+    )
     config = teacher.config
     layers = config.num_hidden_layers
     own = layers // 2 if num_self_decoder_layers is None else num_self_decoder_layers
