@@ -116,6 +116,13 @@ def test_norms_of_queries_and_keys_and_biases():
     assert spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 2))[0].problems == []
 
 
+def test_packed_documents():
+    more = [*TINY_WINDOWS, "--context-parallel-size", "2", "--dataloader-inter-document-masking"]
+    found = spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 4))[0]
+    assert found.problems == []
+    assert any(call.name.startswith("alltoall") for call in found.records[0].calls)  # halos, as far as documents reach
+
+
 @pytest.fixture(scope="module")
 def of_travelling_queries() -> Confirmed:
     """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""

@@ -67,10 +67,6 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
         f"--context-parallel-size {args.context_parallel_size}: confirm does not know the attention of a Transformer "
         "over several GPUs, which is Transformer Engine's",
     )
-    require(
-        not args.dataloader_inter_document_masking,
-        "--dataloader-inter-document-masking: a dry run has no documents; leave it out",
-    )
     without = leave_out_flags_of_gpus(args)
     shape, mesh = ModelShape.from_args(args), Mesh.from_args(args)
     stages = plan.parts() if plan else even_stages(args, shape)

@@ -31,10 +31,13 @@ from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.gpu_layers import Linear
 from yoco_megatron.dry_run.ledger import Call, Ledger
 from yoco_megatron.ops.attention import torch as attention
-from yoco_megatron.parallel.context import query_shard
+from yoco_megatron.parallel.context import query_shard, sequence_shard
 from yoco_megatron.startup import checks
+from yoco_megatron.training import batch
 
 STEP, CHECKPOINT = "the step", "a checkpoint"
+DOCUMENT = 1000
+"""Tokens of a packed document. With a loss everywhere memory does not depend on it, but for lists of their ends."""
 # Flags that need a GPU, and the value that leaves each out: (destination, flag, value).
 OF_GPUS = (
     ("fp8_param_gather", "--fp8-param-gather", False),
@@ -208,10 +211,20 @@ def _stand_ins(ledger: Ledger, built: list[Any]) -> Iterator[Any]:
     yield mock.patch.object(timers.Timers, "_get_global_min_max_time", return_value={})
     # Which rank sends which query: lengths depend on numbers, which are made of none but those of the run.
     yield mock.patch.object(query_shard, "_route", _with_numbers(query_shard._route))
+    # Where documents begin decides sizes as well.
+    yield mock.patch.object(batch, "document_ids", _with_numbers(_document_ids))
+    shard = sequence_shard.SequenceShard
+    yield mock.patch.object(shard, "__init__", _with_numbers(shard.__init__))
 
 
 def _inner_optimizers(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _document_ids(_: torch.Tensor | None, length: int) -> torch.Tensor:
+    """Documents of equal length, three in a short sequence."""
+    document = min(DOCUMENT, -(-length // 3))
+    return (torch.arange(length) // document).int().repeat(get_args().micro_batch_size, 1)
 
 
 def _with_numbers(function: Callable) -> Callable:
@@ -246,9 +259,14 @@ def _iterators(provider: Any) -> tuple[Iterator[dict[str, torch.Tensor]], None, 
 
     def samples() -> Iterator[dict[str, torch.Tensor]]:
         shape = args.micro_batch_size, args.seq_length
+        names = ("tokens", "labels", "position_ids")
         while True:
-            names = ("tokens", "labels", "position_ids")
-            yield {name: torch.zeros(shape, dtype=torch.int64) for name in names} | {"loss_mask": torch.ones(shape)}
+            sample = {name: torch.zeros(shape, dtype=torch.int64) for name in names} | {"loss_mask": torch.ones(shape)}
+            if args.dataloader_inter_document_masking:
+                # Others learn their number from what is broadcast, and see none: the list of ends stays here.
+                sample["cu_seqlens"] = torch.zeros(args.micro_batch_size, 0, dtype=torch.int32)
+                sample["max_seqlen"] = torch.zeros(args.micro_batch_size, dtype=torch.int32)
+            yield sample
 
     return RerunDataIterator(samples()), None, None
 
