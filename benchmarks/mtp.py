@@ -6,8 +6,8 @@
 
 The runs are those of paper_ordering.py with --mtp-num-layers 1 (--folder runs/paper_ordering goes on with its text): a
 small YOCO of each self-decoder, the first of --rates and --seeds, for --tokens. Then both continue --prompts documents
-of the validation part, greedily and drawn, each time with drafts and without, by the same caches (in bf16 on a GPU); a
-GPU's engine, which has no drafts, stands beside. On a CPU, as a test of some minutes: --size tiny --length 256
+of the validation part, greedily and drawn, each time with drafts and without, by the same caches (on a GPU in bf16, by
+transformers' and by the engine). On a CPU, as a test of some minutes: --size tiny --length 256
 --batch-tokens 4096 --tokens 4e5 --rates 1e-3 --seeds 1 --split 99.9,0.02,0 --gpus 0 --prompts 2 --new 60.
 """
 
@@ -29,11 +29,12 @@ from yoco_megatron.evaluation import comparison
 from yoco_megatron.inference.engine import Engine
 from yoco_megatron.inference.generation import CachedModel, Decoder, Sampling, generate
 from yoco_megatron.inference.load import load_for_generation
-from yoco_megatron.inference.speculative import SpeculativeModel
+from yoco_megatron.inference.speculative import Speculation, SpeculativeEngine, SpeculativeModel
 from yoco_megatron.startup.prepare import prepare
 
 PROMPT = 128
 """Tokens of a document that are given."""
+WARM = 32
 TEMPERATURES = (0.0, 0.8)
 
 
@@ -60,17 +61,16 @@ def prompts_of(options: argparse.Namespace, encode: Callable[[str], list[int]]) 
 
 
 def measure(decoder_of: Callable[[], Decoder], prompts: list[list[int]], new: int, sampling: Sampling) -> Speed:
-    """Speed behind each prompt."""
-    list(generate(decoder_of(), prompts[:1], 8, sampling))  # compiles
+    """Speed behind each prompt and the first WARM tokens, in which kernels are compiled and graphs recorded."""
     seconds, tokens, verified, accepted = 0.0, 0, 0, 0
     for prompt in prompts:
         decoder = decoder_of()
         steps = generate(decoder, [prompt], new, sampling)
-        next(steps)
+        list(islice(steps, WARM))
         started = time.perf_counter()
         tokens += sum(1 for _ in steps)
         seconds += time.perf_counter() - started
-        if isinstance(decoder, SpeculativeModel):
+        if isinstance(decoder, Speculation):
             verified, accepted = verified + decoder.verified, accepted + decoder.accepted
     return Speed(tokens / seconds, accepted / verified if verified else None)
 
@@ -78,44 +78,39 @@ def measure(decoder_of: Callable[[], Decoder], prompts: list[list[int]], new: in
 def report(options: argparse.Namespace) -> None:
     """Print a line a measurement; with --record, append rows to --output."""
     prepare()
-    common: dict[str, Any] = dict(benchmark="multi-token prediction", device=device_name(1) if options.gpus else "CPU")
-    device, dtype = ("cuda", torch.bfloat16) if options.gpus else ("cpu", torch.float32)
     for case in cases(options, {}):
         job = job_of(case, options)
-        if not job.done():
+        if job.done():
+            report_case(case, str(job.folder / "checkpoints"), options)
+        else:
             print(f"{job.name} is to be trained")
-            continue
-        model, tokenizer = load_for_generation(
-            str(job.folder / "checkpoints"), device=device, dtype=dtype, speculative=True
-        )
-        prompts = prompts_of(options, partial(tokenizer_files.ids, tokenizer))
-        decoders: dict[str, Callable[[], Decoder]] = {
-            "one token a pass": partial(CachedModel, model),
-            "with drafts": partial(SpeculativeModel, model),
-        }
-        if options.gpus:  # last: it gives the model another attention
-            decoders["engine"] = partial(Engine, model, PROMPT + options.new)
-        speeds = {
-            (name, temperature): measure(
-                decoder_of,
-                prompts,
-                options.new,
-                Sampling(temperature, seed=1, vocab_size=tokenizer_files.rows(tokenizer)),
-            )
-            for name, decoder_of in decoders.items()
-            for temperature in TEMPERATURES
-        }
+
+
+def report_case(case: Case, checkpoints: str, options: argparse.Namespace) -> None:
+    """The same of one model."""
+    common: dict[str, Any] = dict(benchmark="multi-token prediction", device=device_name(1) if options.gpus else "CPU")
+    device, dtype = ("cuda", torch.bfloat16) if options.gpus else ("cpu", torch.float32)
+    model, tokenizer = load_for_generation(checkpoints, device=device, dtype=dtype, speculative=True)
+    prompts = prompts_of(options, partial(tokenizer_files.ids, tokenizer))
+    pairs: dict[str, tuple[Callable[[], Decoder], Callable[[], Decoder]]] = {
+        "transformers' caches": (partial(CachedModel, model), partial(SpeculativeModel, model))
+    }
+    if options.gpus:  # last: it gives the model another attention
+        room = PROMPT + options.new + 1
+        pairs["engine"] = (partial(Engine, model, room), partial(SpeculativeEngine, model, room))
+    for caches, pair in pairs.items():
         for temperature in TEMPERATURES:
-            slow, fast = speeds["one token a pass", temperature], speeds["with drafts", temperature]
-            how = f"temperature {temperature:g}"
-            name = f"{options.size}, {comparison.short(case.tokens)} tokens, {TITLES[case.model]}, {how}"
-            print(f"{name}: {fast.accepted:.1%} of drafts accepted")
-            for decoder in decoders:
-                print(f"  {decoder}: {speeds[decoder, temperature].tokens_per_second:.1f} tokens/s")
+            sampling = Sampling(temperature, seed=1, vocab_size=tokenizer_files.rows(tokenizer))
+            slow, fast = (measure(decoder_of, prompts, options.new, sampling) for decoder_of in pair)
+            size = f"{options.size}, {comparison.short(case.tokens)} tokens, {TITLES[case.model]}"
+            name = f"{size}, temperature {temperature:g}, {caches}"
+            assert fast.accepted is not None
+            print(f"{name}: {slow.tokens_per_second:.1f} tokens/s, with drafts {fast.tokens_per_second:.1f}, "
+                  f"{fast.accepted:.1%} of which are accepted", flush=True)  # fmt: skip
             if options.record:
                 record(options.output, case=name, metric="drafts accepted", unit="%",
                        value=round(100 * fast.accepted, 1), **common)  # fmt: skip
-                record(options.output, case=name, metric="generation", unit="tokens/s",
+                record(options.output, case=name, metric="generation with drafts", unit="tokens/s",
                        value=round(fast.tokens_per_second, 1), peer="one token a pass, the same caches",
                        peer_value=round(slow.tokens_per_second, 1), **common)  # fmt: skip
 

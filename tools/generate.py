@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.convert import tokenizer_files
     from yoco_megatron.inference.generation import Decoder, Sampling, decoder_for, generate
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
-    from yoco_megatron.inference.speculative import SpeculativeModel
+    from yoco_megatron.inference.speculative import Speculation, speculative_decoder
     from yoco_megatron.inference.uncached import UncachedDecoder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
@@ -150,7 +150,8 @@ def run(options: argparse.Namespace) -> None:
     if baseline:
         decoder: Decoder = UncachedDecoder(model, max_length)
     elif options.speculative:
-        decoder = SpeculativeModel(model, options.prefill_piece, kv_cache_dtype)
+        most_tokens = max(map(len, prompts)) + most
+        decoder = speculative_decoder(model, most_tokens, options.prefill_piece, kv_cache_dtype)
     else:
         decoder = decoder_for(model, prompts, most, options.prefill_piece, kv_cache_dtype)
     steps = generate(decoder, prompts, most, sampling, end=tokenizer.eos_token_id)
@@ -184,7 +185,7 @@ def run(options: argparse.Namespace) -> None:
         f"cache of {decoder.nbytes():,} bytes",
         file=sys.stderr,
     )
-    if isinstance(decoder, SpeculativeModel):
+    if isinstance(decoder, Speculation):
         print(f"{decoder.accepted} of {decoder.verified} drafts accepted", file=sys.stderr)
 
 

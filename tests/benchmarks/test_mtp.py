@@ -35,6 +35,6 @@ def test_continues_documents_of_the_validation_part(tmp_path: Path) -> None:
 
 def test_counts_all_prompts() -> None:
     model, prompts = model_that_drafts("gated_retention", 1), [[1, 2, 0], [2, 2, 1]]
-    assert mtp.measure(partial(CachedModel, model), prompts, 9, Sampling(0.0)).accepted is None
-    speed = mtp.measure(partial(SpeculativeModel, model), prompts, 9, Sampling(0.0))
+    assert mtp.measure(partial(CachedModel, model), prompts, 40, Sampling(0.0)).accepted is None
+    speed = mtp.measure(partial(SpeculativeModel, model), prompts, 40, Sampling(0.0))
     assert speed.tokens_per_second > 0 and 0 <= speed.accepted <= 1

@@ -12,10 +12,9 @@ from support.exported import model_that_drafts, small_config, twin
 from support.models import SELF_DECODERS, relative_error
 
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
-from yoco_megatron.inference import speculative
 from yoco_megatron.inference.generation import CachedModel, Sampling, generate
 from yoco_megatron.inference.load import load_for_generation
-from yoco_megatron.inference.speculative import SpeculativeModel
+from yoco_megatron.inference.speculative import SpeculativeEngine, SpeculativeModel
 
 EXACT = 1e-11
 GREEDY = Sampling(temperature=0)
@@ -52,24 +51,30 @@ def test_drafts_equal_the_reference(case: str, generator: torch.Generator) -> No
     assert relative_error(of_pass, reference_model.logits(w, whole, sizes_of(model.config))[0, -3:]) < EXACT
 
 
-SAMPLINGS = {"greedy": GREEDY, "drawn": Sampling(temperature=0.9, top_p=0.95, seed=7)}
+DRAWN = Sampling(temperature=0.9, top_p=0.95, seed=7)
+DECODERS = {
+    SpeculativeModel: dict(prefill_chunk=3),
+    SpeculativeEngine: dict(prefill_chunk=3, max_length=100, capacity=64),
+}
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize(("layers", "kv_cache_dtype"), [(1, None), (2, None), (2, "int8")])
+@pytest.mark.parametrize(
+    ("layers", "kv_cache_dtype", "sampling"), [(1, None, GREEDY), (2, None, DRAWN), (2, "int8", GREEDY)], ids=str
+)
 @pytest.mark.parametrize("kind", [*SELF_DECODERS, "RM"])
 def test_the_text_is_that_of_one_token_at_a_time(
-    kind: str, layers: int, kv_cache_dtype: str | None, sampling: str, monkeypatch
+    kind: str, layers: int, kv_cache_dtype: str | None, sampling: Sampling
 ) -> None:
-    """Guesses are right and wrong, also several times in a row, so that passes begin with tokens that were refused."""
+    """Drafts are right and wrong, also several times in a row, so that passes begin with tokens of the one before."""
     model = model_that_drafts(kind, layers)
-    prompt, most = [[1, 2, 0, 1]], 120
-    expected = list(generate(CachedModel(model, kv_cache_dtype=kv_cache_dtype), prompt, most, SAMPLINGS[sampling]))
-    for again in (speculative.MOST_AGAIN, 0):
-        monkeypatch.setattr(speculative, "MOST_AGAIN", again)
-        decoder = SpeculativeModel(model, 3, kv_cache_dtype)
-        assert list(generate(decoder, prompt, most, SAMPLINGS[sampling])) == expected
-        assert decoder.verified > 60 and 0.1 < decoder.accepted / decoder.verified < 0.9
+    prompt, most = [[1, 2, 0, 1]], 70
+    expected = list(generate(CachedModel(model, kv_cache_dtype=kv_cache_dtype), prompt, most, sampling))
+    for make, options in DECODERS.items():
+        for again in (0, 1 if make is SpeculativeEngine else 9):
+            decoder = make(model, kv_cache_dtype=kv_cache_dtype, **options)
+            decoder.most_again = again
+            assert list(generate(decoder, prompt, most, sampling)) == expected, (make, again)
+            assert decoder.verified > 30 and 0.1 < decoder.accepted / decoder.verified < 0.9
 
 
 def test_what_it_does_not_continue() -> None:

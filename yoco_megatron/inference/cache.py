@@ -12,6 +12,7 @@ that the step can be a CUDA graph (engine.py).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class KVLayer(ABC):
 
     @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write the K,V [b, G, 1, D] of a decoding step."""
+        """Write the K,V [b, G, s, D] of a decoding step, at the latest when it attends."""
 
     @abstractmethod
     def attend(self, q: Tensor, scaling: float) -> Tensor:
@@ -60,10 +61,10 @@ class KVLayer(ABC):
     def update(self, k: Tensor, v: Tensor) -> tuple["KVLayer", "KVLayer"]:
         """Store the K,V [b, G, s, D] of new tokens; returns (self, self) in place of K,V."""
         self.prepare(k, v)
+        self.new = (k, v)
         if self.cache.decoding:
             self.append(k, v)
         else:
-            self.new = (k, v)
             self.store(k, v)
         return self, self
 
@@ -137,24 +138,31 @@ class GlobalKV(KVLayer):
             done += count
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write K,V [b, G, 1, D] of a decoding step at the cache's position."""
-        if k.is_cuda:
-            append(k[:, :, 0], v[:, :, 0], self.table, self.cache.position)
-        else:
-            number, at = divmod(int(self.cache.position), self.cache.capacity)
-            for block, new in zip(self.blocks[number], (k, v)):
-                block[:, :, at] = new[:, :, 0]
+        """Write K,V [b, G, s, D] of a decoding step from the cache's position on."""
+        for i in range(k.shape[2]):
+            position = self.cache.position_of(i)
+            if k.is_cuda:
+                append(k[:, :, i], v[:, :, i], self.table, position)
+            else:
+                number, at = divmod(int(position), self.cache.capacity)
+                for block, new in zip(self.blocks[number], (k, v)):
+                    block[:, :, at] = new[:, :, i]
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         """Causal attention of the last n tokens, q [b, H, n, D] -> [b, H, n, D]."""
         if self.cache.decoding:
-            return self.cache.attend_one(q, self.table, self.cache.position + 1, scaling, self._whole)
+            after_first = self.cache.position + self.new[0].shape[2] - q.shape[2] + 1
+            return one_by_one(q, lambda i, one: self.first(after_first + i).attend(one, scaling))
         end = self.cache.length + self.new[0].shape[2]
         if q.shape[2] == 1:  # the last token: no mask is needed
             length = torch.tensor([end], device=q.device)
             return self.cache.attend_one(q, self.table, length, scaling, self._whole)
         k, v = self._read(self.new) if self.cache.length == 0 else self._whole(end)
         return causal(q, k, v, scaling, None)
+
+    def first(self, length: Tensor) -> "FirstTokens":
+        """The first tokens, as many as `length` (int64 [1] on the device) says, for one query."""
+        return FirstTokens(self, length)
 
     def _whole(self, end: int) -> tuple[Tensor, ...]:
         """K and V of the first `end` tokens: views of a reserved region, else copies of the blocks."""
@@ -172,6 +180,17 @@ class GlobalKV(KVLayer):
     def tensors(self) -> list[Tensor]:
         """All K and V blocks."""
         return [t for block in self.blocks for t in block]
+
+
+class FirstTokens:
+    """Some of the first tokens' K,V, which one query attends to."""
+
+    def __init__(self, kv: GlobalKV, length: Tensor) -> None:
+        self.kv, self.length = kv, length
+
+    def attend(self, q: Tensor, scaling: float) -> Tensor:
+        """Attention of q [b, H, 1, D] to all of them."""
+        return self.kv.cache.attend_one(q, self.kv.table, self.length, scaling, self.kv._whole)
 
 
 class WindowKV(KVLayer):
@@ -203,18 +222,22 @@ class WindowKV(KVLayer):
             t[:, :, window_rows % self.window] = new[:, :, window_rows - start]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write K,V [b, G, 1, D] of a decoding step into its slot of the ring."""
-        slot = self.cache.position % self.window
-        for t, new in zip(self.ring, (k, v)):
-            t.index_copy_(2, slot, new)
+        """Nothing yet: a token takes the slot of one that the queries before it see."""
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         """Window attention of the last n tokens, q [b, H, n, D] -> [b, H, n, D]."""
         if self.cache.decoding:
-            length = (self.cache.position + 1).clamp(max=self.window)
-            return self.cache.attend_one(q, self.table, length, scaling, lambda end: [t[:, :, :end] for t in self.ring])
+            return one_by_one(q, lambda i, one: self._attend_next(i, one, scaling))
         (k, v), self.visible = self.visible, ()
         return causal(q, k, v, scaling, self.window)
+
+    def _attend_next(self, i: int, q: Tensor, scaling: float) -> Tensor:
+        """Write the K,V of token i of a decoding step into their slot; window attention of its q [b, H, 1, D]."""
+        position = self.cache.position_of(i)
+        for t, new in zip(self.ring, self.new):
+            t.index_copy_(2, position % self.window, new[:, :, i : i + 1])
+        length = (position + 1).clamp(max=self.window)
+        return self.cache.attend_one(q, self.table, length, scaling, lambda end: [t[:, :, :end] for t in self.ring])
 
     def tensors(self) -> list[Tensor]:
         """K and V of the ring."""
@@ -328,18 +351,22 @@ class BlockCache:
         self.length += tokens
 
     def start_decoding(self, device: torch.device) -> None:
-        """Switch to decoding: each call is one token, at a position stored on the device."""
+        """Switch to decoding: each call is a token or a few, from a position on that is stored on the device."""
         self.decoding = True
         self.position = torch.tensor([self.length], device=device)
         for layer in self.layers:
             if isinstance(layer, KVLayer):
                 layer.new = ()
 
-    def make_room(self) -> None:
-        """Allocate room for one more token."""
+    def make_room(self, tokens: int = 1) -> None:
+        """Allocate room for so many more tokens."""
         for layer in self.layers:
             if isinstance(layer, GlobalKV):
-                layer.grow(self.length + 1)
+                layer.grow(self.length + tokens)
+
+    def position_of(self, i: int) -> Tensor:
+        """int64 [1], of token i of a decoding step."""
+        return self.position + i if i else self.position
 
     def table(
         self,
@@ -370,6 +397,12 @@ class BlockCache:
             for t in layer.tensors()
         }
         return sum(held.values())
+
+
+def one_by_one(q: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """attend(i, query i) of each query of q [b, H, n, D], in order."""
+    parts = [attend(i, one) for i, one in enumerate(q.split(1, dim=2))]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:

@@ -9,6 +9,7 @@ A mixture of experts decides by each token which of them run: its steps are no g
 Works for YocoForCausalLM and for transformers' decoder-only models; on a CPU without the graph.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,22 +117,26 @@ class Engine:
         return logits
 
     def _capture(self, tokens: Tensor) -> torch.cuda.CUDAGraph:
-        """Record a step. Warm-up steps write K,V that the real step overwrites; states are restored."""
+        """Record a step. Warm-up steps write K,V that the real step overwrites."""
         self.tokens = tokens.clone()
         layers = [layer for layer in self.cache.layers if isinstance(layer, RetentionState)]
         states = [state for layer in layers for state in layer.tensors()]
-        saved, position = [state.clone() for state in states], self.cache.position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, allocates workspaces
-                self._one(self.tokens)
-                self.cache.position.copy_(position)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self._one(self.tokens)
-        for state, before in zip(states, saved):
-            state.copy_(before)
-        self.cache.position.copy_(position)
+        graph, self.logits = record(lambda: self._one(self.tokens), [*states, self.cache.position])
         return graph
+
+
+def record(run: Callable[[], Any], held: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(a CUDA graph of `run`, its results, which each replay writes). Warm-up runs leave `held` as it was."""
+    saved = [tensor.clone() for tensor in held]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels, allocates workspaces
+            run()
+            for tensor, before in zip(held, saved):
+                tensor.copy_(before)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
