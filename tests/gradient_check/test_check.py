@@ -17,7 +17,7 @@ from yoco_megatron.gradient_check.report import report
 from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.startup.parser import build_parser, parse_flags
 
-CONFIGS = ["yoco_3b", "yoco_70b_swa", "yoco_moe_3b", "transformer_13b"]
+CONFIGS = ["yoco_3b", "yoco_3b_mamba2", "yoco_70b_swa", "yoco_moe_3b", "transformer_13b"]
 MESHES = ["TP2 SP CP2", "PP2 DP2", "TP4 SP"]
 
 

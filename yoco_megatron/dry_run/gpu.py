@@ -33,6 +33,7 @@ from yoco_megatron.dry_run.gpu_layers import Layers, NormLinear
 from yoco_megatron.dry_run.ledger import count_flops
 from yoco_megatron.model import builder, specs
 from yoco_megatron.model.layers import recompute as layer_recompute
+from yoco_megatron.ops import recomputed
 from yoco_megatron.ops.gated_retention import dispatch
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.linear_cross_entropy import torch as cross_entropy
@@ -101,6 +102,7 @@ def _kernels() -> Iterator[Any]:
         swiglu=lambda wide: wide.new_empty(*wide.shape[:-1], wide.shape[-1] // 2),
         swiglu_back=lambda dy, wide: torch.empty_like(wide),
     )
+    yield mock.patch.object(recomputed, "_compiled", lambda function: function)
     yield mock.patch.multiple(
         cross_entropy,
         _summarize=summarize,

@@ -7,6 +7,8 @@ are multiples of its ranks. All is in fp32, where two orders of a sum differ by 
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from yoco_megatron.mixers import options_of_others
+
 GROUPS = ("transformer configuration", "network size", "moe", "YOCO")
 """Of the parser: flags of models are in these."""
 MODEL_ELSEWHERE = {"dataloader-inter-document-masking"}
@@ -98,6 +100,8 @@ def _sizes(args: Namespace, kept: dict[str, Any]) -> dict[str, Any]:
         "moe-ffn-hidden-size": 8 * (args.expert_tensor_parallel_size or tp),
         "moe-shared-expert-intermediate-size": 8 * tp,
     }
+    if "mamba_num_heads" not in options_of_others(args.self_decoder):
+        found |= {"mamba-num-heads": 2 * tp, "mamba-head-dim": WIDTH, "mamba-state-dim": 24, "mamba-num-groups": tp}
     return found | {name: value for name, value in own.items() if name in kept}
 
 

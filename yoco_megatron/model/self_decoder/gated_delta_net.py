@@ -34,7 +34,7 @@ from yoco_megatron.model.specs import pre_norm_layer
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.ops.gated_delta import gated_delta, resolve_backend
 from yoco_megatron.ops.gated_delta.chunk_state import state_gradient, state_update
-from yoco_megatron.ops.recomputed import recomputed
+from yoco_megatron.ops.recomputed import fused, recomputed
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 LENGTH_EPS = 1e-6
@@ -127,9 +127,9 @@ class GatedDeltaNet(CutByHead):
             of_beta.sigmoid(),
         )
         weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.norm.weight, group=self.tp_group)
-        gated = partial(_gated_norm, self.config.layernorm_epsilon)
-        inputs = o, gate.squeeze(3), weight
-        return recomputed(gated, *inputs), lambda out: out.copy_(gated(*inputs))
+        inputs, eps = (o, gate.squeeze(3), weight), self.config.layernorm_epsilon
+        y = recomputed(_gated_norm, *inputs, eps=eps)
+        return y, lambda out: out.copy_(fused(_gated_norm, out.is_cuda)(*inputs, eps=eps))
 
     def backward_dw(self) -> None:
         """Compute the delayed weight gradients (called by Megatron's schedules)."""
@@ -147,7 +147,7 @@ def _of_length_one(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + LENGTH_EPS)).to(x.dtype)
 
 
-def _gated_norm(eps: float, o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+def _gated_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """o, gate [s, b, H, D], weight [D] -> RMS(o) weight * silu(gate), [s, b, H*D]."""
     y = rms_norm(o, eps) * weight
     return (widen(y) * F.silu(widen(gate))).to(o.dtype).flatten(2)

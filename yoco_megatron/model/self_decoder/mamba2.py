@@ -33,7 +33,7 @@ from yoco_megatron.model.self_decoder.recurrence import recurrence
 from yoco_megatron.model.specs import pre_norm_layer
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.ops.gated_retention import resolve_backend
-from yoco_megatron.ops.recomputed import recomputed
+from yoco_megatron.ops.recomputed import fused, recomputed
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 
 DECAYS = 1.0, 16.0
@@ -113,21 +113,21 @@ class Mamba2(CutByHead):
         z, xBC = of_groups.split((self.group_parts[0], sum(self.group_parts)), dim=-1)
         xBC = self.conv(xBC.flatten(2), shard).unflatten(-1, (-1, sum(self.group_parts)))
         x, B, C = xBC.split(self.group_parts, dim=-1)
-        x = x.unflatten(-1, (-1, self.head_dim)).flatten(2, 3)
+        x = x.unflatten(-1, (-1, self.head_dim))  # with its groups, as heads of all groups would be a copy
         dt = F.softplus(widen(dt_logits) + widen(self.dt_bias))
         o = recurrence(
             lambda: C,
             B,
-            (x * dt[..., None]).to(x.dtype),
+            recomputed(_times, x, dt),
             -widen(self.A_log).exp() * dt,
             shard,
             self.config,
             self.backend.name,
             scale=1.0,
         )
-        gated = partial(_gated_norm, self.config.layernorm_epsilon)
-        inputs = o, x, z, self.D, self.norm.weight
-        return recomputed(gated, *inputs), lambda out: out.copy_(gated(*inputs))
+        inputs, eps = (o, x, z, self.D, self.norm.weight), self.config.layernorm_epsilon
+        y = recomputed(_gated_norm, *inputs, eps=eps)
+        return y, lambda out: out.copy_(fused(_gated_norm, out.is_cuda)(*inputs, eps=eps))
 
     def backward_dw(self) -> None:
         """Compute the delayed weight gradients (called by Megatron's schedules)."""
@@ -147,9 +147,15 @@ class _NormWeight(CutByHead):
         self.weight = self.parameter(width)
 
 
-def _gated_norm(eps: float, o: Tensor, x: Tensor, z: Tensor, D: Tensor, weight: Tensor) -> Tensor:
-    """o, x [s, b, H, P], z [s, b, G, H/G*P], D [H], weight [H*P] -> RMS((o + D x) * silu(z)) weight, [s, b, H*P]."""
-    y = widen(o) + widen(D)[:, None] * x
+def _times(x: Tensor, dt: Tensor) -> Tensor:
+    """x [s, b, G, H/G, P] times fp32 steps [s, b, H] -> [s, b, H, P], in x's dtype."""
+    return (x.flatten(2, 3) * dt[..., None]).to(x.dtype)
+
+
+def _gated_norm(o: Tensor, x: Tensor, z: Tensor, D: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """o [s, b, H, P], x [s, b, G, H/G, P], z [s, b, G, H/G*P], D [H], weight [H*P] -> RMS((o + D x) * silu(z)) weight,
+    [s, b, H*P]."""
+    y = widen(o) + widen(D)[:, None] * x.flatten(2, 3)
     y = y.flatten(2).view(z.shape) * F.silu(widen(z))
     return rms_norm(y, eps).flatten(2).to(x.dtype) * weight
 
