@@ -65,6 +65,7 @@ def measure_device() -> tuple[str, float, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say what is trained."""
     parser.add_argument("--model", default="3b", help="a size of configs/model")
+    parser.add_argument("--with-config", type=Path, help="one more config file for all models, named in results")
     parser.add_argument("--layers", type=int, help="fewer layers, alike in all models")
     compared = [model for model in MODELS if model not in SCRIPTS]
     parser.add_argument("--models", nargs="+", choices=compared, default=compared[:3])
@@ -117,7 +118,7 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
     """Flags of pretrain_yoco.py for one run."""
     chunked = options.loss_chunk_size and (model not in PEERS or (model in GPTS and options.chunk_gpt_loss))
     return (
-        f"--config {config_of(model, options)} configs/recipe/scaling.yaml "
+        f"--config {config_of(model, options)} configs/recipe/scaling.yaml {options.with_config or ''} "
         f"--seq-length {length} --max-position-embeddings {length} --vocab-size {options.vocab_size} "
         f"--micro-batch-size {micro_batch} --global-batch-size {sequences(length, mesh, options)} "
         f"--exit-interval {options.steps} {f'--num-layers {options.layers}' if options.layers else ''} "
@@ -131,6 +132,7 @@ def flags_of(model: str, length: int, precision: str, micro_batch: int, mesh: Me
 def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse.Namespace) -> str:
     """The case, as results name it."""
     layers = f" {options.layers} layers" if options.layers else ""
+    parts = f" {options.with_config.stem}" if options.with_config else ""
     how = " with our chunked loss" if model in GPTS and options.loss_chunk_size and options.chunk_gpt_loss else ""
     more = f" {mesh.name}" if mesh.gpus > 1 else ""
     more += f" {options.cp_comm_type}" if model in GPTS and mesh.cp > 1 else ""
@@ -138,7 +140,7 @@ def title(model: str, length: int, precision: str, mesh: Mesh, options: argparse
     more += " CUDA graph" if options.cuda_graph else ""
     own = options.gpt_flags if model in PEERS else options.yoco_flags
     more += f" {own}" if own else ""
-    return f"{options.model}{layers} {model}{how} {length} {precision}{more}"
+    return f"{options.model}{parts}{layers} {model}{how} {length} {precision}{more}"
 
 
 def largest_that_fits(

@@ -26,6 +26,12 @@ run() { # script flags...: a run that fails, for want of memory perhaps, does no
 train() { run training --steps 10 ${BEST:+--tune GPT gated_retention --stock-gpt --rounds 3} "$@"; }
 many() { train --steps 6 --batch-tokens 65536 --models GPT gated_retention --tp-comm-overlap "$exact" "$@"; }
 mesh4() { many --micro-batches 4 "$@"; }
+experts() { # meshes...
+    for sizes in "4096 --micro-batches 4" "32768 --micro-batches 1 --chunk-gpt-loss"; do
+        train --model 1.4b --layers 12 --with-config benchmarks/experts.yaml --models GPT gated_retention --rounds 3 \
+            --lengths $sizes --meshes "$@"
+    done
+}
 fp8() { train --micro-batches "${MICRO_FP8:-2}" --loss-chunk-size "${CHUNK_FP8:-2048}" "$@"; }
 
 for part in "$@"; do
@@ -46,6 +52,9 @@ for part in "$@"; do
     long) train --steps 8 --lengths 32768 --chunk-gpt-loss "--flags=$full --use-precision-aware-optimizer" $keep ;;
     longfp8) train --steps 8 --lengths 32768 --precisions delayed "--flags=$full --use-precision-aware-optimizer" $keep ;;
     longer) train --steps 5 --layers 8 --lengths 131072 --chunk-gpt-loss "--flags=$full" $keep ;;
+    experts) experts 1 ;;
+    experts2) experts EP2 ;;
+    experts4) experts EP4 TP2xEP2 ;;
     1.4b) train --model 1.4b --micro-batches 4 --loss-chunk-size 16384 ;;
     1.4bgraph) train --model 1.4b --micro-batches 4 --loss-chunk-size 16384 --cuda-graph ;;
     small) for more in "" --cuda-graph; do train --model 160m --lengths 1024 --batch-tokens 8192 --micro-batches 8 $more; done ;;

@@ -6,9 +6,11 @@
     python benchmarks/training.py --model 160m --lengths 1024 --batch-tokens 8192 --cuda-graph   # and without it
     python benchmarks/training.py --meshes 1 DP8 TP2xDP4 PP2xTP2xDP2 "PP2xTP2xDP2 VP2" --models GPT gated_retention
     python benchmarks/training.py --meshes CP8 --lengths 131072 --micro-batches 1
+    python benchmarks/training.py --model 1.4b --layers 12 --with-config benchmarks/experts.yaml --meshes EP4 TP2xEP2
 
 A mesh is named by its sizes, in any order: DP and TP (with sequence parallelism), PP (VP2: interleaved, two chunks a
-rank), CP. Its GPUs are the product. The distributed optimizer is in the recipe.
+rank), CP, EP (data parallelism whose ranks divide the experts of --with-config). Its GPUs are the product. The
+distributed optimizer is in the recipe.
 
 For each length, precision and mesh a trial finds each model's best micro-batch and, with --tune, the flags that make it
 fastest (trial.py): Megatron's GPT at its best is the peer. Then the models take turns, GPT first, --rounds times, the

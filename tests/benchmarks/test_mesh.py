@@ -31,6 +31,7 @@ def test_names() -> None:
     assert Mesh.of("CP16").cp == Mesh.of("CP16").gpus == 16
     assert Mesh.of("1").gpus == 1 and Mesh.of("1").flags == ""
     assert Mesh.of("PP2xTP2xDP2 VP2").gpus == 8
+    assert Mesh.of("TP2xDP2xEP4") == Mesh("TP2xDP2xEP4", tp=2, dp=8, ep=4)
 
 
 def test_overlap_where_there_is_tensor_parallelism() -> None:
@@ -74,6 +75,21 @@ def test_flags_are_accepted(size: str, name: str, model: str, monkeypatch: pytes
     ends = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     assert model != "GPT" or (args.num_layers + ends) % stages == 0
     assert args.global_batch_size % (mesh.dp * mesh.pp) == 0 or mesh.cp > 1  # an interleaved pipeline's micro-batches
+
+
+@pytest.mark.parametrize("model", ["GPT", "gated_retention"])
+@pytest.mark.parametrize(("name", "ep", "etp"), [("1", 1, 1), ("EP2", 2, 1), ("EP4", 4, 1), ("TP2xEP2", 2, 2)])
+def test_experts_of_both_models(name: str, ep: int, etp: int, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = Mesh.of(name)
+    options = options_of("--model", "1.4b", "--layers", "12", "--with-config", "benchmarks/experts.yaml")
+    monkeypatch.setenv("WORLD_SIZE", str(mesh.gpus))
+    monkeypatch.setattr(runtime, "has_transformer_engine", lambda: True)
+    args = arguments.parse([*MOCK.split(), *cases.flags_of(model, 4096, "bf16", 4, mesh, options).split()])
+    validate_args(args)
+    assert (args.expert_model_parallel_size, args.expert_tensor_parallel_size) == (ep, etp)
+    assert args.data_parallel_size == mesh.dp
+    assert (args.num_experts, args.moe_router_topk, args.moe_ffn_hidden_size) == (16, 4, 1024)
+    assert cases.title(model, 4096, "bf16", mesh, options).startswith(f"1.4b experts 12 layers {model} 4096 bf16")
 
 
 def test_rows_of_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -65,8 +65,8 @@ def test_flags_of_all_parts(tmp_path: Path) -> None:
     assert len(PARTS) > 15 and done.returncode == 0 and not re.search("error|ended with", done.stderr), done.stderr
     assert spawn(parse_all, 1, (calls,)) == [{}]
     assert (
-        len(calls) == len(PARTS) + 7
-    )  # `small`, `stock`, `llama`, `chunks` and `mesh2fp8` run twice, `suffix` three times
+        len(calls) == len(PARTS) + 10
+    )  # `small`, `stock`, `llama`, `chunks`, `mesh2fp8` and those of experts run twice, `suffix` three times
 
 
 def test_a_part_that_there_is_not(tmp_path: Path) -> None:
