@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464): a state that replaces what a key held, behind a short convolution.
 
-d hidden, H heads of width D; H D need not be d. W the convolution's kernel.
+d hidden, H heads of width D; H D need not be d. W is the width of the convolution's kernel.
 
 FLOPs of the recurrence are counted in chunks of C = 64 tokens, as those of gated retention and 4 C D + 2 D^2 a head
 more for what replaces the values: k k^T (2 C D), a triangular system with two right sides of width D (C D each), and
@@ -8,10 +8,8 @@ what the state holds under these keys (2 D^2).
 """
 
 from yoco_megatron.mixers.gated_retention import RETENTION_CHUNK
+from yoco_megatron.mixers.mamba2 import WIDTH
 from yoco_megatron.mixers.record import FusedMatrix, Mixer, Shape, Sizes
-
-WIDTH = 4
-"""Of the convolution's kernel."""
 
 
 def _width(sizes: Sizes) -> int:
@@ -35,10 +33,10 @@ def mixing_flops(sizes: Sizes) -> float:
 
 
 def stored_bytes(sizes: Sizes, bytes_per_value: int) -> float:
-    """The projection, the convolution's output, q and k of length one, the output, the normalised and gated one, and
-    what the op keeps: C values a head of the inverse; a D x D state a head every C tokens; fp32 decays and betas."""
-    values = _width(sizes) * (4 + 3 + 2 + 2) + sizes.self_decoder_heads * RETENTION_CHUNK
-    return (values + _state(sizes) / RETENTION_CHUNK) * bytes_per_value + 16 * sizes.self_decoder_heads
+    """Inputs and outputs of the convolution, the gate; of flash-linear-attention's kernels q, k, v and C values a head,
+    fp32 decays and betas; the output, the normalised and gated one."""
+    values = 12 * _width(sizes) + RETENTION_CHUNK * sizes.self_decoder_heads
+    return values * bytes_per_value + 16 * sizes.self_decoder_heads
 
 
 def received_bytes(sizes: Sizes, ranks: int, sequences: int, bytes_per_value: int, forward_passes: int) -> float:

@@ -111,7 +111,7 @@ class GatedDeltaNet(CutByHead):
     def _core(self, shard: SequenceShard, qkvg: Tensor, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, H*4*D], [s, b, 2*H] -> (gated, normalised y [s, b, H*D], a function that writes y)."""
         qkv, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=3)
-        qkv = self.conv(qkv.flatten(2), shard)
+        qkv, gate = self.conv(qkv.flatten(2), shard), gate.squeeze(3).contiguous()  # the projection's output can go
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(3)
         of_beta, of_decay = widen(logits).unflatten(-1, (-1, 2)).unbind(-1)
         log_decay = -widen(self.A_log).exp() * F.softplus(of_decay + widen(self.dt_bias))
@@ -127,7 +127,7 @@ class GatedDeltaNet(CutByHead):
             of_beta.sigmoid(),
         )
         weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.norm.weight, group=self.tp_group)
-        inputs, eps = (o, gate.squeeze(3), weight), self.config.layernorm_epsilon
+        inputs, eps = (o, gate, weight), self.config.layernorm_epsilon
         y = recomputed(_gated_norm, *inputs, eps=eps)
         return y, lambda out: out.copy_(fused(_gated_norm, out.is_cuda)(*inputs, eps=eps))
 
