@@ -18,7 +18,11 @@ FLAGS = (
 TRAIN = "--mock-data --tokenizer-type NullTokenizer --eval-iters 0 --exit-interval 3 --log-interval 1"
 
 
-@pytest.mark.parametrize("more", ["", "--fp8-format hybrid --fp8-recipe delayed"], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "more",
+    ["", "--fp8-format hybrid --fp8-recipe delayed", "--dataloader-inter-document-masking"],
+    ids=["bf16", "fp8", "documents"],
+)
 def test_the_peak_of_a_rank_that_does_not_exist(more: str) -> None:
     """Within 1%, of about 15 GiB."""
     log = log_of(f"{FLAGS} {TRAIN} {more}")
