@@ -4,6 +4,7 @@ The layer is Megatron's. Routing has to be causal: a token's experts depend on t
 depend on later tokens, sinkhorn and dropping what exceeds an expert's capacity, is refused (flags.yaml).
 """
 
+import ast
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from yoco_megatron.config.resolve import queries_vary
 from yoco_megatron.config.rules import require_divides
 from yoco_megatron.utils.errors import require
+
+MOST_LAYERS = 10_000  # of a pattern; a typing error must not fill the memory
 
 
 def layers_with_experts(num_experts: int | None, moe_layer_freq: int | Sequence[int], num_layers: int) -> list[bool]:
@@ -24,6 +27,36 @@ def layers_with_experts(num_experts: int | None, moe_layer_freq: int | Sequence[
     if isinstance(moe_layer_freq, int):
         return [index % moe_layer_freq == 0 for index in range(num_layers)]
     return [bool(has) for has in moe_layer_freq]
+
+
+def layer_freq(text: str) -> int | list[int]:
+    """--moe-layer-freq as it is written: a number, or a pattern such as [0]+[1]*25. Raises ValueError."""
+    try:
+        found = _pattern(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError):
+        found = None
+    require(found is not None, f"--moe-layer-freq {text!r:.60} is no number, and no pattern such as [0]+[1]*25")
+    assert found is not None
+    return found
+
+
+def _pattern(node: ast.expr) -> int | list[int] | None:
+    """A number, a list, lists that are added, a list and a number that are multiplied; None for all else."""
+    if isinstance(node, ast.Constant):
+        return node.value if type(node.value) is int else None
+    if isinstance(node, ast.List):
+        found = [_pattern(one) for one in node.elts]
+        return [one for one in found if isinstance(one, int)] if all(isinstance(one, int) for one in found) else None
+    if not isinstance(node, ast.BinOp):
+        return None
+    left, right = _pattern(node.left), _pattern(node.right)
+    if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+        return left + right
+    if isinstance(node.op, ast.Mult) and isinstance(left, int) and isinstance(right, list):
+        left, right = right, left
+    if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+        return left * right if len(left) * right <= MOST_LAYERS else None
+    return None
 
 
 def are_balanced(config: Any) -> bool:

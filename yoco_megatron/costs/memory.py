@@ -28,8 +28,15 @@ from operator import mul
 from typing import Any
 
 from yoco_megatron.costs.optimizer import bytes_of_a_parameter, is_distributed
-from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters, routed_parameters
-from yoco_megatron.costs.stage_time import Parts, kv_sets_read, of_rank, recomputed_layers, stage_parameters
+from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters
+from yoco_megatron.costs.stage_time import (
+    Parts,
+    held_parameters,
+    kv_sets_read,
+    of_rank,
+    recomputed_layers,
+    stage_parameters,
+)
 from yoco_megatron.costs.teacher import TeacherMemory, teacher_shape
 from yoco_megatron.costs.traffic import travelling
 
@@ -254,14 +261,12 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     """Kept between steps."""
     tp = args.tensor_model_parallel_size
     parts = of_rank(chunks)
-    of_experts = sum(parts.get(kind, 0) * routed_parameters(shape, kind) for kind in layer_matmul_parameters(shape))
-    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if of_experts else tp
-    whole = stage_parameters(parts, shape)
-    held = (whole - of_experts) / tp + of_experts / expert_ranks
+    dense, routed = held_parameters(args, shape, parts)
+    held = dense + routed
     in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
     shards = data_parallel_size(args) * args.context_parallel_size if is_distributed(args) else 1
     # All ranks of a stage together hold it once, however experts are divided.
-    optimizer_held = whole / tp if is_distributed(args) else held
+    optimizer_held = stage_parameters(parts, shape) / tp if is_distributed(args) else held
     low = _bytes_of_a_value(args) == 2
     trained = _trained_share(args, shape, parts)
     optimizer = bytes_of_a_parameter(args, shape, parts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
-from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count
+from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count, routed_parameters
 from yoco_megatron.mixers import Mixer
 
 Parts = Mapping[str, int]
@@ -45,6 +45,9 @@ class Rates:
 PLANNER_RATES = Rates(linear=700e12, attention=400e12, output_layer=700e12, elementwise=5e-12)
 EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
 RECOMPUTE_FACTOR = 4 / 3  # of what is recomputed in backward: four products where three would do
+
+
+NO_EXPERTS = ("embedding", "shared_kv", "mtp", "output_layer")
 
 
 def part_seconds(
@@ -162,6 +165,14 @@ def stage_parameters(parts: Parts, shape: ModelShape) -> int:
         copied = (shape.tied or parts.get("mtp")) and not parts.get("embedding")
         count += parameters["final_norm"] + (parameters["embedding"] if copied else 0)
     return count
+
+
+def held_parameters(args: Namespace, shape: ModelShape, parts: Parts) -> tuple[float, float]:
+    """(all but routed experts, routed experts) that a rank of a stage holds."""
+    tp = args.tensor_model_parallel_size
+    routed = sum(count * routed_parameters(shape, kind) for kind, count in parts.items() if kind not in NO_EXPERTS)
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if routed else tp
+    return (stage_parameters(parts, shape) - routed) / tp, routed / expert_ranks
 
 
 def stage_gflop(parts: Parts, shape: ModelShape) -> float:

@@ -24,6 +24,7 @@ from yoco_megatron.costs.stage_time import (
     RECOMPUTE_FACTOR,
     Parts,
     Rates,
+    held_parameters,
     kv_sets_read,
     loss_chunks,
     of_rank,
@@ -32,7 +33,7 @@ from yoco_megatron.costs.stage_time import (
     stage_parameters,
 )
 from yoco_megatron.costs.teacher import teacher_parts, teacher_shape
-from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, travelling
+from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes_of_run, routed_bytes, travelling
 
 BYTES = 2  # a value on its way: bf16
 # All-gathers and reduce-scatters of a layer's hidden states: two of each forward and backward, two gathers once more.
@@ -42,6 +43,10 @@ FP8_EXCHANGES = 0.7  # of the bytes: the six gathers are of FP8 values, the four
 EXPOSED_WITH_OVERLAP = 0.85  # of them, with --tp-comm-overlap: 3B TP2
 EXPOSED_RING = 0.5  # of a Transformer's ring attention
 EXPOSED_SENDS = 0.3  # of the sends between interleaved chunks
+# Of experts, until runs are measured: rows of a product at which it has half of the rate of large ones, and launches
+# of an expert that runs after the others, or of all in one grouped product, as a share of a layer's.
+HALF_RATE_ROWS = 256
+LAUNCHES_OF_AN_EXPERT, LAUNCHES_OF_A_GROUP = 0.15, 0.5
 LAYERS = ("self_decoder", "cross_decoder", "decoder")
 Layers = Mapping[bool, Mapping[str, Mapping[str, float]]]  # {is it recomputed: {kind: {part: seconds}}}
 
@@ -51,10 +56,10 @@ class StepTime:
     """Seconds of a step."""
 
     parts: Mapping[str, float]
-    """{what: seconds} of the slowest pipeline rank: compute, host, tensor, context, the forward pass of a teacher if
-    there is one, bubble, pipeline, data, optimizer."""
+    """{what: seconds} of the slowest pipeline rank: compute, host, tensor, context, the exchange of experts and the
+    forward pass of a teacher if there are any, bubble, pipeline, data, optimizer."""
     stages: tuple[Mapping[str, float], ...]
-    """{compute, host, tensor, context, teacher: seconds} of a micro-batch on each stage."""
+    """{compute, host, tensor, context, experts, teacher: seconds} of a micro-batch on each stage."""
 
     @property
     def seconds(self) -> float:
@@ -122,11 +127,10 @@ def step_time(
     of_ranks = [of_rank(stages[rank::pp]) for rank in range(pp)]
     held = max(stage_parameters(parts, shape) for parts in of_ranks) / tp
     shards = dp * cp
-    reduced = 0.0
-    if shards > 1:
-        # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
-        reduced = held * 6 * (shards - 1) / shards / card.link(args.world_size).bytes_per_second
-        reduced = max(0.05 * reduced, reduced - totals[slowest])
+    # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
+    sent = max(_reduced_parameters(args, shape, parts, shards) for parts in of_ranks) * 6
+    reduced = sent / card.link(args.world_size).bytes_per_second
+    reduced = max(0.05 * reduced, reduced - totals[slowest])
     # Ranks of tensor parallelism each make the whole of Muon's updates (--muon-tp-mode duplicated).
     of_muon = max(newton_schulz_flops(args, shape, parts) for parts in of_ranks)
     optimizer = card.optimizer_ps * 1e-12 * held + of_muon / (card.linear_tflops * 1e12)
@@ -134,6 +138,15 @@ def step_time(
     optimizer += (card.step_ms + card.step_layer_ms * shape.num_layers / pp) * 1e-3
     parts = {part: count * seconds for part, seconds in ranks[slowest].items()}
     return StepTime(parts | {"bubble": bubble, "pipeline": sends, "data": reduced, "optimizer": optimizer}, per_stage)
+
+
+def _reduced_parameters(args: Namespace, shape: ModelShape, parts: Parts, shards: int) -> float:
+    """Of a rank that holds `parts`, those that it sends to others of its data parallelism; experts have less of it."""
+    tp = args.tensor_model_parallel_size
+    dense, routed = held_parameters(args, shape, parts)
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    expert_shards = shards * tp / expert_ranks
+    return dense * (1 - 1 / shards) + routed * (1 - 1 / expert_shards if routed else 0)
 
 
 def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> dict[str, dict[str, float]]:
@@ -149,6 +162,8 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
     found = {}
     for kind, third in seconds.items():
         parts = {"compute": 3 * third * tokens / tp, "host": 0.0, "tensor": 0.0, "context": 0.0}
+        if shape.num_experts:
+            parts["experts"] = 0.0
         if kind in LAYERS:
             share = shape.query_share if kind == "cross_decoder" else 1.0
             if args.attention_transfer:
@@ -164,7 +179,15 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
             if cp > 1:
                 received = _received_by_layer(args, shape, kind, recompute)
                 parts["context"] = context.seconds(received / tp) + 5 * context.latency
-            parts["host"] = card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
+            launches = 1.0
+            if shape.experts_share(kind):
+                again = RECOMPUTE_FACTOR if recompute else 1
+                parts["compute"] += 3 * again * _small_products(args, shape, kind, card.rates(args))
+                link = card.link(args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp))
+                if received := routed_bytes(args, shape, kind, 3 if recompute else 2):
+                    parts["experts"] = link.seconds(received) + (6 if recompute else 4) * link.latency
+                launches += shape.experts_share(kind) * _launches_of_experts(args, shape)
+            parts["host"] = launches * card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
         elif args.attention_transfer:
             parts["compute"] = 0.0
         found[kind] = parts
@@ -175,6 +198,28 @@ def _ffn_seconds(shape: ModelShape, kind: str, rates: Rates) -> float:
     """Of a token, forward, in a layer of attention transfer, which leaves them out."""
     weights = layer_matmul_parameters(shape, active=True)[kind] - attention_parameters(shape)[kind]
     return 2 * weights / rates.linear + rates.elementwise * shape.ffn_width(kind)
+
+
+def _small_products(args: Namespace, shape: ModelShape, kind: str, rates: Rates) -> float:
+    """Seconds of a micro-batch, forward, that products of few rows take longer than large ones, in a layer in the mean.
+
+    An expert has the tokens that its ranks send it, as many as any other.
+    """
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
+    share = shape.query_share if kind == "cross_decoder" else 1.0
+    tokens = args.micro_batch_size * args.seq_length * share / (args.context_parallel_size * tp)
+    experts = (shape.num_experts or 1) / ep
+    rows = tokens * shape.moe_router_topk * etp / experts
+    flops = 2 * 3 * shape.hidden_size * (shape.moe_ffn_hidden_size or 0) / etp * rows * experts
+    return shape.experts_share(kind) * flops / rates.linear * HALF_RATE_ROWS / rows
+
+
+def _launches_of_experts(args: Namespace, shape: ModelShape) -> float:
+    """As a share of those of a layer."""
+    if args.moe_grouped_gemm:
+        return LAUNCHES_OF_A_GROUP
+    return LAUNCHES_OF_AN_EXPERT * (shape.num_experts or 0) / args.expert_model_parallel_size
 
 
 def _teacher_seconds(args: Namespace, shape: ModelShape, teacher: ModelShape, card: Card, stage: Parts) -> float:
@@ -201,7 +246,7 @@ def _stage(
     args: Namespace, shape: ModelShape, card: Card, stage: Parts, kv_sets: int, layers: Layers
 ) -> dict[str, float]:
     """Seconds of a micro-batch by part; the stage reads so many sets of K,V."""
-    total = dict.fromkeys(("compute", "host", "tensor", "context"), 0.0)
+    total = dict.fromkeys(("compute", "host", "tensor", "context", *(("experts",) if shape.num_experts else ())), 0.0)
     ends = 0.0
     for kind, count in stage.items():
         again = recomputed_layers(args, count) if kind in LAYERS else 0

@@ -15,6 +15,11 @@ The cross-decoder needs all keys in one place, or all queries in all places (--c
     queries, a layer, backward        (C-1) / C  m b H (4 D e + 4)          (queries, outputs with log-sum-exp and their
                                                                             gradients; gradients of queries)
 
+Experts: a token's hidden state of d values goes to each of the k experts that it is routed to, and comes back; with T
+tokens on a rank behind sequence parallelism, and E ranks of expert parallelism, each of ETP ranks that share an expert:
+
+    experts, a layer and direction    2 T k d e ((E-1) / E + ETP - 1)       (balanced; forward, and again backward)
+
 A Transformer with ring or all-gather attention receives in every layer the K,V, (C-1) / C s b 2 G D e, forward and
 again backward, and their gradients, as much once more. Full recompute repeats what layers do in forward, but not cross
 attention with --keep-cross-attention; it does not gather the shared K,V again.
@@ -83,6 +88,20 @@ def cross_attention_bytes_of_run(args: Namespace, shape: ModelShape) -> dict[str
 def queries_are_less(received: Mapping[str, float]) -> bool:
     """What --cp-cross-attention auto decides by, where queries can travel at all."""
     return received["queries"] < received["keys"]
+
+
+def routed_bytes(args: Namespace, shape: ModelShape, kind: str, passes: int) -> float:
+    """Received by a rank for the experts of a layer of a kind, in the mean over its layers, in a micro-batch.
+
+    Args:
+        passes: forward and backward are two; full recompute is one more.
+    """
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
+    share = shape.query_share if kind == "cross_decoder" else 1.0
+    tokens = args.micro_batch_size * args.seq_length * share / (args.context_parallel_size * tp)
+    rows = tokens * shape.moe_router_topk * shape.hidden_size * 2
+    return shape.experts_share(kind) * 2 * passes * rows * ((ep - 1) / ep + etp - 1)
 
 
 def travelling(args: Namespace, shape: ModelShape) -> str:

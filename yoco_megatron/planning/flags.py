@@ -26,6 +26,23 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "ffn-hidden-size": (int, None),
     "num-attention-heads": (int, None),
     "num-experts": (int, None),
+    "moe-layer-freq": (str, 1),
+    "moe-ffn-hidden-size": (int, None),
+    "moe-router-topk": (int, 2),
+    "moe-shared-expert-intermediate-size": (int, None),
+    "moe-shared-expert-gate": (bool, False),
+    "moe-router-load-balancing-type": (list, "aux_loss"),
+    "moe-aux-loss-coeff": (list, 0.0),
+    "moe-z-loss-coeff": (float, None),
+    "moe-token-dispatcher-type": (("allgather", "alltoall", "flex"), "allgather"),
+    "moe-grouped-gemm": (bool, False),
+    "expert-model-parallel-size": (int, 1),
+    "expert-tensor-parallel-size": (int, None),
+    "calculate-per-token-loss": (bool, False),
+    "mamba-num-heads": (int, None),
+    "mamba-head-dim": (int, 64),
+    "mamba-state-dim": (int, 128),
+    "mamba-num-groups": (int, 8),
     "mtp-num-layers": (int, None),
     "mtp-loss-scaling-factor": (float, 0.1),
     "group-query-attention": (bool, False),
@@ -136,7 +153,10 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     args = parser.parse_args([*configs, *rest])
     numbers.check(args, parser)
     own = vars(_without_defaults(parser).parse_args(rest))
-    experts.refuse(args, "the planner")
+    if isinstance(args.moe_layer_freq, str):
+        args.moe_layer_freq = experts.layer_freq(args.moe_layer_freq)
+    if isinstance(args.moe_aux_loss_coeff, list):
+        args.moe_aux_loss_coeff = [float(weight) for weight in args.moe_aux_loss_coeff]
     require(
         args.architecture == "yoco" or not args.mtp_num_layers,
         f"--mtp-num-layers {args.mtp_num_layers} is refused on --architecture {args.architecture}: remove it",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 
-from yoco_megatron.config import multi_token
+from yoco_megatron.config import experts, multi_token
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_mesh, check_model, check_optimizer, check_stages
 from yoco_megatron.costs.card import Card
@@ -50,8 +50,10 @@ class Plan:
         check_mesh(args)
         check_optimizer(args)
         check_teacher(args, shape)
+        experts.check_run(args)
         if args.architecture == "yoco":
             check_model(resolved(args))
+            experts.check_model(resolved(args))
             multi_token.check_model(args)
             multi_token.check_run(args)
             check_stages(args)
@@ -101,9 +103,14 @@ class Plan:
             "PP": self.args.pipeline_model_parallel_size,
             "VP": len(self.stages) // self.args.pipeline_model_parallel_size,
             "CP": self.args.context_parallel_size,
+            "EP": self.args.expert_model_parallel_size,
             "DP": data_parallel_size(self.args),
         }
-        return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+        names = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        etp = self.args.expert_tensor_parallel_size
+        if etp not in (None, self.args.tensor_model_parallel_size):
+            names.append(f"ETP{etp}")
+        return " ".join(names) or "one GPU"
 
     @property
     def crosses_nodes(self) -> bool:

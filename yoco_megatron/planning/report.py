@@ -6,7 +6,7 @@ from typing import Any
 
 from yoco_megatron.costs.memory import GIB
 from yoco_megatron.costs.shape import parameter_count
-from yoco_megatron.costs.stage_time import stage_parameters
+from yoco_megatron.costs.stage_time import held_parameters
 from yoco_megatron.planning.mesh import FILL, Plan
 from yoco_megatron.planning.run import DAY, RunPlan, Site, restart_budget
 from yoco_megatron.planning.search import ERROR, Found
@@ -33,7 +33,8 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
     """The plans, why others are none, and the flags of the best."""
     best = found.best
     shown = [best, *[plan for plan in found.plans if plan is not best][: top - 1]]
-    heads = ("mesh", "micro-batch", "recompute", "GiB", "step s", "tokens/s/GPU", "MFU", "bubble", *SENT)
+    sent = (*SENT, "experts") if best.shape.num_experts else SENT
+    heads = ("mesh", "micro-batch", "recompute", "GiB", "step s", "tokens/s/GPU", "MFU", "bubble", *sent)
     rows = [
         (
             plan.mesh + (" *" if plan.crosses_nodes else ""),
@@ -43,7 +44,7 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
             f"{plan.time.seconds:.3g}",
             f"{plan.tokens_per_second / plan.args.world_size:,.0f}",
             f"{plan.mfu:.1%}",
-            *(f"{plan.time.share(part):.1%}" for part in ("bubble", *SENT)),
+            *(f"{plan.time.share(part):.1%}" for part in ("bubble", *sent)),
         )
         for plan in shown
     ]
@@ -55,9 +56,11 @@ def search_report(found: Found, settings: dict[str, Any], top: int) -> str:
         "",
         f"First the simplest of {len(found.equal)} within {ERROR:.0%} of the fastest, which the model cannot tell "
         "apart; then by speed.",
-        f"GiB of {best.card.memory_gib:.1f}, of which a plan fills {FILL:.0%} at most; tensor, context, pipeline, "
-        "data: communication that nothing hides.",
+        f"GiB of {best.card.memory_gib:.1f}, of which a plan fills {FILL:.0%} at most; {', '.join(sent)}: "
+        "communication that nothing hides.",
     ]
+    if best.shape.num_experts:
+        lines.append("Speed and exchange of experts are assumed: no run with experts has been measured.")
     if any(plan.crosses_nodes for plan in shown):
         lines.append(f"* {NOT_MEASURED}")
     lines += ["", aligned([("discarded", "meshes"), *discarded])] if discarded else []
@@ -100,7 +103,7 @@ def explain_report(plan: Plan) -> str:
             str(stage.get("self_decoder", stage.get("decoder", 0))),
             str(stage.get("cross_decoder", 0)),
             _ends(stage),
-            f"{stage_parameters(stage, plan.shape) / 1e6 / args.tensor_model_parallel_size:,.0f}",
+            f"{sum(held_parameters(args, plan.shape, stage)) / 1e6:,.0f}",
             *(f"{seconds[part] * 1e3:.2f}" for part in parts),
             f"{sum(seconds.values()) * 1e3:.2f}",
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB, data_parallel_size, num_microbatches
-from yoco_megatron.costs.shape import ModelShape, parameter_count
+from yoco_megatron.costs.shape import ModelShape, parameter_count, routed_parameters
 from yoco_megatron.costs.teacher import divides, teacher_shape
 from yoco_megatron.planning.flags import set_padded_vocab_size
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
@@ -39,6 +39,8 @@ DECIDED = {
     "num_virtual_stages_per_pipeline_rank": None,
     "pipeline_model_parallel_layout": None,
     "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
     "micro_batch_size": None,
     "use_distributed_optimizer": False,
     "use_precision_aware_optimizer": False,
@@ -51,6 +53,7 @@ FIXES = {
     "tensor parallelism over nodes": "use a smaller --tensor-model-parallel-size",
     "heads or widths do not divide": "use a smaller --tensor-model-parallel-size",
     "stages hold the same layers of teacher and student": "train without a pipeline, on more GPUs if states do not fit",
+    "experts do not divide": "use a smaller --expert-model-parallel-size",
     "sequence does not divide": "use another --seq-length",
     "batch does not divide": "use another --global-batch-size, or another number of GPUs",
     "more stages than layers": "use fewer stages",
@@ -96,6 +99,8 @@ def search(args: Namespace, own: dict[str, Any], card: Card, precisions: tuple[s
     discarded: Counter[str] = Counter()
     plans: list[Plan] = []
     shape = ModelShape.from_args(args)
+    in_fp8 = args.fp8 or "fp8" in precisions
+    require(not (shape.num_experts and in_fp8), "--fp8-format is not built for --num-experts: remove one of them")
     for mesh in _meshes(args, own):
         reason = _breaks(mesh, shape, card)
         if reason:
@@ -131,7 +136,8 @@ def _complexity(plan: Plan) -> tuple[int, ...]:
     """What no run has measured, kinds of parallelism, recompute, then their sizes."""
     args = plan.args
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
-    kinds = sum(size > 1 for size in (*sizes, len(plan.stages) // sizes[1]))
+    kinds = sum(size > 1 for size in (*sizes, len(plan.stages) // sizes[1], args.expert_model_parallel_size))
+    kinds += args.expert_tensor_parallel_size not in (None, sizes[0])
     recompute = {None: int(args.recompute_elementwise), "selective": 2, "full": 3}[args.recompute_granularity]
     product_of_sizes, chunks = sizes[0] * sizes[1] * sizes[2], len(plan.stages) // sizes[1]
     return int(plan.crosses_nodes), kinds, recompute, product_of_sizes, chunks, -args.micro_batch_size
@@ -146,17 +152,25 @@ def _meshes(args: Namespace, own: dict[str, Any]) -> Iterator[Namespace]:
     divisors = tuple(
         size for size in range(1, min(args.num_layers, args.world_size) + 1) if args.world_size % size == 0
     )
-    for tp, pp, cp, micro_batch in product(
+    for tp, pp, cp, micro_batch, ep, whole in product(
         sizes("tensor_model_parallel_size", SIZES[:4]),
         sizes("pipeline_model_parallel_size", divisors),
         sizes("context_parallel_size", SIZES[:6]),
         sizes("micro_batch_size", SIZES[:4]),
+        sizes("expert_model_parallel_size", SIZES if args.num_experts else (1,)),
+        (True, False) if args.num_experts else (False,),
     ):
+        if args.num_experts and whole == (tp == 1 or "expert_tensor_parallel_size" in own):
+            continue  # experts are whole, or as the user says, in any case
+        if not whole and tp > 1 and ep < (args.num_experts or 1) and "expert_tensor_parallel_size" not in own:
+            continue  # ranks that share an expert send more than those that have other ones
         virtual = (1, 2, 3, 4, 5, 6) if pp > 1 else (1,)
         for chunks in sizes("num_virtual_stages_per_pipeline_rank", virtual):
             mesh = Namespace(**vars(args))
             mesh.tensor_model_parallel_size, mesh.pipeline_model_parallel_size = tp, pp
             mesh.context_parallel_size, mesh.micro_batch_size = cp, micro_batch
+            mesh.expert_model_parallel_size = ep
+            mesh.expert_tensor_parallel_size = own.get("expert_tensor_parallel_size", 1 if whole else None)
             mesh.num_virtual_stages_per_pipeline_rank = chunks if (chunks or 1) > 1 else None
             mesh.sequence_parallel = tp > 1
             mesh.use_distributed_optimizer = True
@@ -188,6 +202,10 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
     if any(size % tp for size in (*split, shape.self_decoder_heads, shape.self_decoder_query_groups)):
         return "heads or widths do not divide"
+    ep, etp = mesh.expert_model_parallel_size, mesh.expert_tensor_parallel_size or tp
+    widths = (shape.moe_ffn_hidden_size or etp) % etp or (shape.moe_shared_expert_intermediate_size or tp) % tp
+    if shape.num_experts and (shape.num_experts % ep or widths or mesh.world_size % (pp * ep * etp)):
+        return "experts do not divide"
     teacher = teacher_shape(mesh, shape)
     if teacher and not divides(tp, teacher):
         return "heads or widths do not divide"
@@ -211,9 +229,13 @@ def _with_least_recompute(
     limit = FILL * card.memory_gib * GIB
     sharded = 10 if mesh.use_precision_aware_optimizer else 12 if mesh.optimizer == "adam" else 8
     shards = data_parallel_size(mesh) * mesh.context_parallel_size
-    model_parallel = mesh.tensor_model_parallel_size * mesh.pipeline_model_parallel_size
-    each = 2 if mesh.attention_transfer else 6 + sharded / shards  # at least: it trains few of them
-    if sum(parameter_count(shape).values()) / model_parallel * each > limit:  # in the mean
+    tp, pp = mesh.tensor_model_parallel_size, mesh.pipeline_model_parallel_size
+    whole, routed = sum(parameter_count(shape).values()), routed_parameters(shape)
+    expert_ranks = mesh.expert_model_parallel_size * (mesh.expert_tensor_parallel_size or tp)
+    held = ((whole - routed) / tp + routed / expert_ranks) / pp  # in the mean
+    # At least: attention transfer trains few of them.
+    states = 2 * held if mesh.attention_transfer else 6 * held + sharded * whole / (tp * pp * shards)
+    if states > limit:
         discarded["states do not fit"] += 1
         return None
 
@@ -221,12 +243,13 @@ def _with_least_recompute(
         args = Namespace(**vars(mesh) | recompute)
         return Plan(args, shape, card, nearly_best_stages(args, shape), roughly=True)
 
-    held = own.keys() & NO_RECOMPUTE.keys() or mesh.attention_transfer
-    for recompute in ({},) if held else (NO_RECOMPUTE,) if mesh.fp8 else (NO_RECOMPUTE, ELEMENTWISE):
+    decided = own.keys() & NO_RECOMPUTE.keys() or mesh.attention_transfer
+    plain = (NO_RECOMPUTE,) if mesh.fp8 or shape.num_experts else (NO_RECOMPUTE, ELEMENTWISE)
+    for recompute in ({},) if decided else plain:
         plan = plan_of(recompute)
         if plan.fits:
             return plan
-    if not held:
+    if not decided:
         plans = [plan_of(SELECTIVE), *(_fewest_layers(plan_of, keep) for keep in (True, False))]
         fitting = [plan for plan in plans if plan.fits]
         if fitting:
