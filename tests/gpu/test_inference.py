@@ -48,6 +48,10 @@ def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
             self_decoder=kind,
             self_decoder_heads=2,
             sliding_window=100,
+            mamba_num_heads=8,
+            mamba_head_dim=64,
+            mamba_state_dim=128,
+            mamba_num_groups=2,
             shared_kv_sets=sets,
             qk_norm=sets > 1,
             qkv_bias=sets > 1,
@@ -59,7 +63,7 @@ def build(kind: str, dtype: torch.dtype) -> torch.nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", [*SELF_DECODERS, THREE_SETS, "llama"])
+@pytest.mark.parametrize("kind", [*SELF_DECODERS, "MSR", THREE_SETS, "llama"])
 def test_engine_equals_transformers(kind, dtype):
     model = build(kind, dtype)
     tokens = torch.randint(0, 512, (3, 700), generator=torch.Generator().manual_seed(1)).cuda()
