@@ -84,7 +84,8 @@ def test_costs_are_the_mean_of_both() -> None:
 
 def test_trains_and_resumes_on_another_mesh(tmp_path) -> None:
     """To the rounding of sums in another order, over five steps of Adam."""
-    flags = ["--self-decoder-pattern", "GS", "--train-iters", "10", "--save-interval", "5"]
+    flags = ["--self-decoder-pattern", "GM", "--train-iters", "10", "--save-interval", "5"]
+    flags += ["--mamba-head-dim", "8", "--mamba-state-dim", "16", "--mamba-num-groups", "2"]
     whole = train(1, *flags, "--save", str(tmp_path))
     assert whole.loss(10) < whole.loss(1)
     flags += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]

@@ -92,6 +92,17 @@ def test_equals_transformers(one_process) -> None:
         assert relative_error(gradient, theirs.get_parameter(name).grad) < 2e-5, name
 
 
+def test_initial_decays_and_steps(one_process) -> None:
+    """-A uniform from 1 to 16 and dt log-uniform from 0.001 to 0.1, as in the authors' code; D is 1."""
+    made = build(tiny_config(self_decoder="mamba2", mamba_num_heads=800, mamba_num_groups=4))
+    own = made.decoder.layers[0].self_attention
+    decays, steps = own.A_log.exp(), F.softplus(own.dt_bias)
+    for values, low, high in ((decays, 1.0, 16.0), (steps.log10(), -3.0, -1.0)):
+        assert values.min() >= low - 1e-4 and values.max() <= high + 1e-4
+        assert abs(values.mean() - (low + high) / 2) < 4 * (high - low) / (12 * 800) ** 0.5  # standard deviations
+    assert torch.equal(own.D, torch.ones_like(own.D)) and own.conv.weight.abs().max() <= 0.5
+
+
 class Equations(nn.Module):
     """The docstring of model/self_decoder/mamba2.py, token by token."""
 
