@@ -35,8 +35,8 @@ class YocoMamba2(nn.Module):
     def __init__(self, config: YocoConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        heads, self.groups = config.mamba_num_heads, config.mamba_num_groups
-        width, keys, hidden = heads * config.mamba_head_dim, self.groups * config.mamba_state_dim, config.hidden_size
+        heads, groups = config.mamba_num_heads, config.mamba_num_groups
+        width, keys, hidden = heads * config.mamba_head_dim, groups * config.mamba_state_dim, config.hidden_size
         self.z_proj = nn.Linear(hidden, width, bias=False)
         self.x_proj = nn.Linear(hidden, width, bias=False)
         self.B_proj = nn.Linear(hidden, keys, bias=False)
@@ -46,7 +46,7 @@ class YocoMamba2(nn.Module):
             nn.Conv1d(channels, channels, WIDTH, groups=channels) for channels in (width, keys, keys)
         )
         self.A_log, self.dt_bias, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
-        self.norm = YocoGatedNorm(width, self.groups, config.rms_norm_eps)
+        self.norm = YocoGatedNorm(width, groups, config.rms_norm_eps)
         self.o_proj = nn.Linear(width, hidden, bias=False)
 
     def reset(self) -> None:
@@ -72,8 +72,7 @@ class YocoMamba2(nn.Module):
         convolved = short_convolution(torch.cat(projected, -1), convolutions, mask, layer, documents)
         x, B, C = convolved.split(widths, -1)
         x = split_heads(x, self.config.mamba_head_dim)
-        of_group = self.config.mamba_num_heads // self.groups
-        B, C = (split_heads(t, self.config.mamba_state_dim).repeat_interleave(of_group, dim=1) for t in (B, C))
+        B, C = (split_heads(t, self.config.mamba_state_dim) for t in (B, C))  # each for the heads of a group
         # The state, steps and decays never see 16 bits.
         dt = F.softplus(widen(dt) + widen(self.dt_bias)).transpose(1, 2)
         log_decay = -widen(self.A_log).exp()[:, None] * dt

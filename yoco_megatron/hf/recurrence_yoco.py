@@ -54,10 +54,13 @@ def retention(
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(g_t) S_{t-1} + scale k_t^T v_t, o_t = q_t S_t, in chunks; scale is K^-1/2 by default.
 
-    q, k [b, H, s, K]; v [b, H, s, V]; log_decay [b, H, s] and state [b, H, K, V] in fp32 (fp64); documents [b, s] as
-    `documents_of` returns them: the state does not cross from one to the next. Returns (o in q's dtype, state).
+    q, k [b, H, s, K], or of fewer heads, each for as many of v's; v [b, H, s, V]; log_decay [b, H, s] and state
+    [b, H, K, V] in fp32 (fp64); documents [b, s] as `documents_of` returns them: the state does not cross from one to
+    the next. Returns (o in q's dtype, state).
     """
-    dtype, compute = q.dtype, state.dtype
+    dtype, compute, group = q.dtype, state.dtype, v.shape[1] // q.shape[1]
+    if group > 1:
+        q, k = q.repeat_interleave(group, dim=1), k.repeat_interleave(group, dim=1)
     q, k, v = q.to(compute), k.to(compute) * (k.shape[-1] ** -0.5 if scale is None else scale), v.to(compute)
     if q.shape[2] == 1:
         state = log_decay[..., None].exp() * state + k.transpose(-1, -2) @ v
@@ -136,7 +139,7 @@ def from_cached_state(
     cache (None: no cache), which the new one replaces."""
     state = None if layer is None else layer.recurrent_states[0]
     if state is None:
-        state = log_decay.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+        state = log_decay.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         o, state = run(q, k, v, log_decay, *others, state=state, **options)
     if layer is not None:
