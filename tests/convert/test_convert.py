@@ -376,6 +376,14 @@ def test_fla_and_back(trained, tmp_path):
     before = {name: value for name, value in before.items() if not name.startswith("mtp_")}  # it has none
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+    delta = YocoConfig(self_decoder="gated_delta_net", self_decoder_heads=4, self_decoder_head_dim=64, head_dim=128)
+    written = config_fields.to_fla(delta)
+    assert config_fields.from_fla(written).to_dict() == delta.to_dict()
+    assert len({tensor_names.fla(name) for name in tensor_names.shapes(delta)}) == len(tensor_names.shapes(delta))
+    assert tensor_names.fla("model.self_layers.0.mixer.q_conv.weight") == "model.self_layers.0.attn.q_conv1d.weight"
+    written["self_decoder_attn"]["expand_v"] = 2.0
+    with pytest.raises(ValueError, match=r"self_decoder_attn\.expand_v 2\.0 has no counterpart"):
+        config_fields.from_fla(written)
     for other, what in (
         ({"self_decoder": "sliding_window"}, "self-decoder of the kind sliding_window"),
         ({"num_hidden_layers": 4, "shared_kv_sets": 2}, "second set of shared K,V"),

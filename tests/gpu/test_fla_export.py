@@ -32,11 +32,12 @@ def small(**more) -> YocoConfig:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["gated_retention", "gated_delta_net"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_fla_loads_our_export(tied, tmp_path):
+def test_fla_loads_our_export(tied, kind, tmp_path):
     yoco = pytest.importorskip("fla.models.yoco")
     torch.manual_seed(0)
-    config = small(tie_word_embeddings=tied, rope_theta=640000.0)
+    config = small(self_decoder=kind, tie_word_embeddings=tied, rope_theta=640000.0)
     ours = YocoForCausalLM(config).cuda().eval()
     state = {name: tensor.cpu() for name, tensor in ours.state_dict().items()}
     source = Source("hf", tmp_path, config, dict.fromkeys(state, torch.float32), state.__getitem__)

@@ -10,7 +10,7 @@ from typing import Any
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.hf.configuration_yoco import YocoConfig
-from yoco_megatron.mixers import GATED_RETENTION, MIXERS, SLIDING_WINDOW, mixers_in, options_of_others
+from yoco_megatron.mixers import GATED_DELTA_NET, GATED_RETENTION, MIXERS, SLIDING_WINDOW, mixers_in, options_of_others
 from yoco_megatron.utils.errors import require
 
 # YocoConfig's field -> Megatron's argument; the flag is its name with dashes.
@@ -61,6 +61,8 @@ EXPERTS = {
 }
 # The same of a model with layers of multi-token prediction.
 MULTI_TOKEN = {"mtp_num_layers": "mtp_num_layers"}
+# What fla's gated DeltaNet leaves open, as ours has it. Its own defaults are others: fla writes them out in its config.
+FLA_GATED_DELTA = {"use_gate": True, "use_short_conv": True, "allow_neg_eigval": False, "conv_size": 4, "expand_v": 1.0}
 # Arguments whose flag has another name, or says the opposite.
 FLAGS = {"layernorm_epsilon": "norm-epsilon", "scale_embedding": None}
 
@@ -169,7 +171,7 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
     """config.json of flash-linear-attention's YOCOForCausalLM.
 
     Raises:
-        ValueError: a variant that is no YOCO of the paper (gated delta net, biases, norms on queries, ...).
+        ValueError: a variant that is no YOCO of this project's (windows, biases, norms on queries, ...).
     """
     own, cross = config["self_decoder_attn"], config["cross_decoder_attn"]
     width = config["hidden_size"]
@@ -184,6 +186,9 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         "different rope_inv_freq of the two halves": own.get("rope_inv_freq") != cross.get("rope_inv_freq"),
         "different rope_theta of the two halves": own.get("rope_theta") != cross.get("rope_theta"),
     }
+    if is_delta := own["type"] == GATED_DELTA_NET.fla_type:
+        ours = FLA_GATED_DELTA | {"num_v_heads": own["num_heads"]}
+        no |= {f"self_decoder_attn.{name} {own.get(name)}": own.get(name) != value for name, value in ours.items()}
     for what, found in no.items():
         require(not found, f"{what} has no counterpart in this project's YOCO")
     ffn = config.get("intermediate_size")
@@ -199,6 +204,7 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         num_attention_heads=cross["num_heads"],
         num_key_value_heads=cross.get("num_kv_heads"),
         self_decoder_heads=own["num_heads"],
+        self_decoder_head_dim=own["head_dim"] if is_delta else None,
         decay_temperature=own.get("gate_logit_normalizer", 16.0),
         rope_theta=own.get("rope_theta", 10000.0),
         rope_variant="yoco" if own.get("rope_inv_freq") == "yoco" else "standard",
@@ -218,6 +224,9 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         ValueError: what its YOCO does not have.
     """
     mixer, *others = mixers_in(config.self_decoder)
+    delta: dict[str, Any] = {}
+    if mixer is GATED_DELTA_NET:
+        delta = {"head_dim": config.self_decoder_head_dim, "num_v_heads": config.self_decoder_heads} | FLA_GATED_DELTA
     no = {
         f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
         "second mixer of the self-decoder": bool(others),
@@ -232,7 +241,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
             heads * width != config.hidden_size
             for heads, width in (
                 (config.num_attention_heads, config.head_dim),
-                (config.self_decoder_heads, config.self_decoder_head_dim),
+                *([] if delta else [(config.self_decoder_heads, config.self_decoder_head_dim)]),
             )
         ),
     }
@@ -256,6 +265,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
             "num_heads": config.self_decoder_heads,
             "gate_logit_normalizer": config.decay_temperature,
             **rope,
+            **delta,
         },
         "cross_decoder_attn": {
             "num_heads": config.num_attention_heads,

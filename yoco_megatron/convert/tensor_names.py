@@ -230,6 +230,8 @@ FLA = {
     "model.shared_kv.norm.": "model.shared_kv_builder.kv_norm.",
     "model.shared_kv.": "model.shared_kv_builder.",
     ".mixer.decay_proj.": ".attn.gk_proj.",
+    ".mixer.norm.": ".attn.o_norm.",
+    **{f".mixer.{name}_conv.": f".attn.{name}_conv1d." for name in "qkv"},
     ".mixer.": ".attn.",
     ".input_layernorm.": ".attn_norm.",
     ".post_attention_layernorm.": ".mlp_norm.",
