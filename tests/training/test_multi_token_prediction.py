@@ -4,6 +4,7 @@ Runs share their processes (`support.cli.Runs`). Tolerance: fp32 sums in another
 1e-5 where a checkpoint lies between (test_meshes.py).
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,8 @@ def test_a_checkpoint_gains_and_loses_layers(optimizer: list[str], tmp_path: Pat
     assert mtp[4] == of_other[4] and mtp[6] < mtp[4]
     assert f"WARNING: --mtp-num-layers: the checkpoint {before}/iter_0000003 lacks mtp_1: " in runs["gains"].text
     assert f"{after}/iter_0000005 has mtp_1: they are left out" in runs["loses"].text
+    shutil.copytree(before / "iter_0000003", after / "iter_0000003")  # as if it had been saved there
+    assert [open_source("megatron", str(after), step).config.mtp_num_layers for step in (3, 5)] == [0, 1]
     with pytest.raises(ValueError, match=r"mtp-num-layers is 1 there, 0 here.*--mtp-num-layers 0 goes on without"):
         arguments.parse([*plain, "--load", str(after)])
     if not optimizer:

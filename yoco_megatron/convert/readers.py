@@ -217,6 +217,8 @@ def _megatron(folder: Path, iteration: int | None) -> Source:
     if embedding is None:
         raise BadFile(f"{folder}: no embedding.word_embeddings.weight there: not a model of this project")
     args.padded_vocab_size = embedding[0][0]
+    # A run gains and loses these on its way.
+    args.mtp_num_layers = len({name.partition(".")[0] for name in found if name.startswith("mtp_")})
     config = config_fields.from_args(args)
     entries = tensor_names.megatron(config)
     shapes = tensor_names.shapes(config)

@@ -113,6 +113,8 @@ def load_model_chunks(
         ValueError: no checkpoint of pretrain_yoco.py there.
     """
     rows = read_json(Path(folder) / architecture.FILE_NAME, _Rows)["padded_vocab_size"]
+    if architecture.read(folder).get("mtp_num_layers"):
+        more["mtp-num-layers"] = 0  # they are for training, and a run may have gained them after this checkpoint
     tokenizer = {"tokenizer-type": "NullTokenizer", "tokenizer-model": None, "vocab-size": rows}
     args = parse_run(folder, iteration, **{"padded-vocab-size": rows, **tokenizer, **more})
     set_environment_of_one_process()
