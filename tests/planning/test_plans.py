@@ -305,6 +305,16 @@ def test_multi_token_prediction_is_in_every_plan(ranks):
     assert "MTP head" in report.explain_report(plan)
 
 
+def test_multi_token_prediction_sends_as_layers_of_the_cross_decoder_do():
+    more = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2"]
+    shares = []
+    for layers in ("0", "2"):
+        plan = Plan.of(parsed(*more, "--mtp-num-layers", layers)[0], H100)
+        shares.append({part: plan.time.stages[0][part] for part in ("tensor", "compute")})
+    assert shares[1]["tensor"] == pytest.approx(shares[0]["tensor"] * 42 / 40)  # of 40 layers
+    assert shares[1]["compute"] > shares[0]["compute"] * 42 / 40  # and projections, and two heads more
+
+
 def test_runs_that_cannot_be(found):
     args, _ = parsed(gpus=8)
     with pytest.raises(ValueError, match=r"DP8 needs .* GiB of a GPU's 79.1: find a mesh by search"):

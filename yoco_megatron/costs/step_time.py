@@ -159,7 +159,7 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
     exchanges /= 2 if args.attention_transfer else 1  # no FFN
     exposed = EXPOSED_WITH_OVERLAP if args.tp_comm_overlap else 1.0
     context = card.link(tp * cp)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for kind, third in seconds.items():
         parts = {"compute": 3 * third * tokens / tp, "host": 0.0, "tensor": 0.0, "context": 0.0}
         if shape.num_experts:
@@ -188,6 +188,9 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
                     parts["experts"] = link.seconds(received) + (6 if recompute else 4) * link.latency
                 launches += shape.experts_share(kind) * _launches_of_experts(args, shape)
             parts["host"] = launches * card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
+        elif kind == "mtp":  # layers of the cross-decoder, of which it has the products already
+            of_layer = found["cross_decoder"]
+            parts |= {part: shape.mtp_num_layers * of_layer[part] for part in ("host", "tensor", "context")}
         elif args.attention_transfer:
             parts["compute"] = 0.0
         found[kind] = parts
@@ -249,12 +252,12 @@ def _stage(
     total = dict.fromkeys(("compute", "host", "tensor", "context", *(("experts",) if shape.num_experts else ())), 0.0)
     ends = 0.0
     for kind, count in stage.items():
-        again = recomputed_layers(args, count) if kind in LAYERS else 0
+        again = recomputed_layers(args, count) if kind in (*LAYERS, "mtp") else 0
         for recompute, number in ((False, count - again), (True, again)):
             if number:
                 for part, seconds in layers[recompute][kind].items():
                     total[part] += number * seconds
-        if kind not in LAYERS:
+        if kind not in (*LAYERS, "mtp"):
             ends += count * layers[False][kind]["compute"]
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     if cp > 1 and kv_sets and travelling(args, shape) == "keys":
