@@ -30,8 +30,8 @@ def check(sizes: Sizes) -> None:
     heads, groups = _heads(sizes), sizes.mamba_num_groups
     require(
         heads % groups == 0,
-        f"--mamba-num-heads {heads} is not a multiple of --mamba-num-groups {groups}: each group's B and C serve as "
-        "many heads",
+        f"--mamba-num-heads {heads} is not a multiple of --mamba-num-groups {groups}: change one, each group's B and C "
+        "serve as many heads",
     )
 
 
