@@ -51,9 +51,11 @@ def record(
     peer_value: float | None = None,
     higher_is_better: bool = True,
     rounds: Sequence[tuple[float, float]] = (),
+    flags: str = "",
 ) -> None:
     """Append one row; `ratio` above 1 means that we are better than the peer.
 
+    `flags`: what a trial chose besides the case's own.
     `rounds`: (ours, the peer's) of turns taken one after the other. Their median ratio counts, and `spread` holds the
     lowest and the highest.
     """
@@ -80,6 +82,8 @@ def record(
     }
     if len(ratios) > 1:
         row |= {"spread": [ratios[0], ratios[-1]], "rounds": len(ratios)}
+    if flags:
+        row["flags"] = flags
     with output.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -115,8 +119,9 @@ def results_page(rows: list[dict]) -> str:
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
             if "spread" in row:
                 ratio += " ({:.3f} to {:.3f} in {} turns)".format(*row["spread"], row["rounds"])
+            case = " with ".join(filter(None, (row["case"], row.get("flags"))))
             lines.append(
-                f"| {row['case']} | {row['metric']} | {short(row['value'])} {row['unit']} | {row['peer'] or ''} | "
+                f"| {case} | {row['metric']} | {short(row['value'])} {row['unit']} | {row['peer'] or ''} | "
                 f"{peer_value} | {ratio} | {row['device']} | {row['commit']} | {row['date']} |"
             )
         lines.append("")

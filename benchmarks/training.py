@@ -93,9 +93,10 @@ class Result:
         return median(self.rates.values())
 
     @property
-    def full_name(self) -> str:
-        """As rows name it."""
-        return f"{self.case}, micro-batch {self.choice.micro_batch}"
+    def peer_name(self) -> str:
+        """As rows of others name it."""
+        case = " ".join([*self.case.split()[1:], *self.choice.flags.split()])
+        return f"{PEER_NAMES[self.model]} {case}, micro-batch {self.choice.micro_batch}"
 
     def beside(self, peer: "Result") -> list[tuple[float, float]]:
         """(own, the peer's) tokens/s/GPU of the turns that both took."""
@@ -116,14 +117,15 @@ def report(
     print(
         f"{HEAD}\n{result.case:<44} {result.choice.micro_batch:>5} {rate:>9,.0f} {speed / 1e12:>7.1f} {shares[0]:>6} "
         f"{shares[1]:>11} {run.peak_gib or 0:>6.1f} {ratios:>6} {efficiency:>10}"
+        + (f"\nwith {result.choice.flags}" if result.choice.flags else "")
         + (f"\n{received_gb:.2f} GB received a step" if received_gb else ""),
         flush=True,
     )
-    common = dict(benchmark="training", case=result.full_name, device=name)
+    case = f"{result.case}, micro-batch {result.choice.micro_batch}"
+    common = dict(benchmark="training", case=case, flags=result.choice.flags, device=name)
     throughput = dict(metric="throughput", unit="tokens/s/GPU", value=round(rate)) | common
     for peer in reversed(peers):  # the newest row is the one that is quoted: Megatron at its best
-        peer_name = f"{PEER_NAMES[peer.model]} {peer.full_name.split(' ', 1)[1]}"
-        record(output, **throughput, peer=peer_name, peer_value=round(peer.rate), rounds=result.beside(peer))
+        record(output, **throughput, peer=peer.peer_name, peer_value=round(peer.rate), rounds=result.beside(peer))
     if alone:
         record(output, **throughput, peer=ALONE, peer_value=round(alone))
     if not peers and not alone:
@@ -143,8 +145,7 @@ def results(length: int, precision: str, mesh: Mesh, options: argparse.Namespace
     for model in [model for model in MODELS if model in options.models]:
         choose = tuned if model in options.tune else fastest
         if choice := choose(model, length, precision, mesh, options):
-            case = " ".join([title(model, length, precision, mesh, options), *choice.flags.split()])
-            found.append(Result(model, case, choice, {0: choice.run}, tokens))
+            found.append(Result(model, title(model, length, precision, mesh, options), choice, {0: choice.run}, tokens))
             if options.rounds == 1:
                 yield found[-1]
     for turn in range(1, options.rounds):
