@@ -49,6 +49,12 @@ def test_all_sizes_of_a_model_are_read():
     assert sizes - made <= {action.dest for action in flags.build_parser()._actions}
 
 
+def test_a_pattern_of_mixers_is_read_as_in_training():
+    assert flags.parse([*MODEL, "--self-decoder-pattern", "RS"], gpus=1)[0].self_decoder == "RS"
+    args, own = flags.parse([*MODEL, "--self-decoder", "gated_retention", "sliding_window"], gpus=1)
+    assert args.self_decoder == own["self_decoder"] == "RS"
+
+
 def test_config_then_command_line(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("bf16: true\nmicro-batch-size: 4\nrecompute-granularity: full\n")

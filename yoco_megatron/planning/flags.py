@@ -6,7 +6,7 @@ table of flags is taken and has no effect here; one that the table lacks is an e
 
 import argparse
 import math
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from yoco_megatron.config import experts, numbers
@@ -129,6 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{flag}", dest=dest, type=str, choices=kind, default=default)
         else:
             parser.add_argument(f"--{flag}", dest=dest, type=kind, default=default)
+    for field in _read_as_told():
+        told = field.metadata["argparse_meta"]
+        parser.add_argument(
+            *told["arg_names"], dest=field.name, action=told["action"], nargs=told["nargs"], default=field.default
+        )
     for entry in table.table():
         for flag in entry.flags:
             if f"--{flag}" not in parser._option_string_actions and flag != "config":
@@ -187,11 +192,18 @@ def _without_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
+def _read_as_told() -> list[Field]:
+    """The fields of a YOCO that say themselves how they are read."""
+    return [field for field in fields(YOCOFields) if "argparse_meta" in field.metadata]
+
+
 def _of_yoco() -> dict[str, tuple[Kind, Any]]:
     """The fields of a YOCO, in the form of MEGATRONS."""
     hints = get_type_hints(YOCOFields)
     found: dict[str, tuple[Kind, Any]] = {}
     for field in fields(YOCOFields):
+        if field in _read_as_told():
+            continue
         flag = field.name.replace("_", "-")
         if hints[field.name] is bool:
             found[f"no-{flag}" if field.default else flag] = (bool, field.default)
