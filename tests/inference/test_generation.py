@@ -67,6 +67,7 @@ def test_cache_bytes(model):  # noqa: F811
     of_mixer = {
         "gated_retention": config.hidden_size * config.self_decoder_head_dim,
         "sliding_window": 2 * (config.sliding_window - 1) * config.hidden_size,
+        "gated_delta_net": config.hidden_size * (config.self_decoder_head_dim + 3 * 3),
         "mamba2": 4 * 16 * 8 + 3 * (4 * 16 + 2 * 2 * 8),  # states of heads; three inputs of the convolution
     }
     fixed = sum(of_mixer[mixer] for mixer in config.self_decoder_mixers)
