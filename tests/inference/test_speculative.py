@@ -4,6 +4,9 @@ float64 throughout, so that a greedy choice does not depend on how many tokens a
 of the logits' norm: sums in another order.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from model.test_yoco_model import build_float64, leaves, random_batch, sizes_of
@@ -12,6 +15,7 @@ from support.exported import model_that_drafts, small_config, twin
 from support.models import SELF_DECODERS, relative_error
 
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
+from yoco_megatron.inference import speculative
 from yoco_megatron.inference.generation import CachedModel, Sampling, generate
 from yoco_megatron.inference.load import load_for_generation
 from yoco_megatron.inference.speculative import SpeculativeEngine, SpeculativeModel
@@ -75,6 +79,41 @@ def test_the_text_is_that_of_one_token_at_a_time(
             decoder.most_again = again
             assert list(generate(decoder, prompt, most, sampling)) == expected, (make, again)
             assert decoder.verified > 30 and 0.1 < decoder.accepted / decoder.verified < 0.9
+
+
+class Recording:
+    """In the place of a CUDA graph: replaying writes the results where they were when it was recorded."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run, self.results = run, [torch.empty_like(result) for result in results_of(run())]
+
+    def replay(self) -> None:
+        for place, result in zip(self.results, results_of(self.run()), strict=True):
+            place.copy_(result)
+
+
+def results_of(found: Any) -> list[torch.Tensor]:
+    return [found] if torch.is_tensor(found) else list(found) if isinstance(found, tuple) else []
+
+
+def record(run: Callable[[], Any], held: list[torch.Tensor]) -> tuple[Recording, Any]:
+    before = [tensor.clone() for tensor in held]
+    recording = Recording(run)
+    for tensor, old in zip(held, before):
+        tensor.copy_(old)
+    return recording, recording.results[0] if len(recording.results) == 1 else tuple(recording.results)
+
+
+@pytest.mark.parametrize("kind", SELF_DECODERS)
+def test_what_is_recorded_reads_and_writes_its_own_memory(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(speculative, "record", record)
+    model = model_that_drafts(kind, 1)
+    expected = list(generate(CachedModel(model), [[1, 2, 0, 1]], 70, GREEDY))
+    decoder = SpeculativeEngine(model, 100, capacity=64)
+    decoder.uses_graphs = True
+    assert list(generate(decoder, [[1, 2, 0, 1]], 70, GREEDY)) == expected
+    # A token and a draft, behind one that is run again too; two that are run again; and what drafts.
+    assert decoder.recorded.keys() == {(2, 2), (3, 2), (2, 0), "draft"}
 
 
 def test_what_it_does_not_continue() -> None:

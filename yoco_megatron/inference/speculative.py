@@ -211,6 +211,7 @@ class SpeculativeEngine(Speculation, Engine):
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        self.uses_graphs = next(model.parameters()).is_cuda
         self.recorded: dict[Any, tuple[torch.cuda.CUDAGraph, Any, list[Tensor]]] = {}
 
     def _small(self) -> list[Tensor]:
@@ -247,7 +248,7 @@ class SpeculativeEngine(Speculation, Engine):
 
     def _replay(self, kind: Any, run: Callable, *inputs: Tensor) -> Any:
         """run(*inputs), from a graph of that kind on a GPU."""
-        if not inputs[0].is_cuda:
+        if not self.uses_graphs:
             return run(*inputs)
         if kind not in self.recorded:
             own = [t.clone() for t in inputs]
