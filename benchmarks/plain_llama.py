@@ -102,8 +102,8 @@ def build(args: Any, shape: ModelShape, device: torch.device) -> nn.Module:
         config = Float8LinearConfig(enable_fsdp_float8_all_gather=several)
         convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name.startswith("layers."))
     for layer in model.layers:
-        layer.compile()
-    model.loss = torch.compile(model.loss)
+        layer.compile(fullgraph=True)
+    model.loss = torch.compile(model.loss, fullgraph=True)
     for part in (*model.layers, model) if several else ():
         fully_shard(part, reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     return model
@@ -126,14 +126,14 @@ def main(argv: list[str]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas, args.adam_eps, args.weight_decay, fused=True)
     size, count = args.micro_batch_size, args.global_batch_size // args.micro_batch_size // world
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=world == 1)
-    torch.manual_seed(rank)
     for step in range(1, args.exit_interval + 1):
         batch = torch.randint(args.vocab_size, (count, size, args.seq_length + 1), device=device)
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for tokens in batch:
-            with autocast, sdpa_kernel(BACKENDS, set_priority=True):
-                loss = model(tokens[:, :-1], tokens[:, 1:]) / count
-            loss.backward()
+            with sdpa_kernel(BACKENDS, set_priority=True):  # for what backward recomputes, too
+                with autocast:
+                    loss = model(tokens[:, :-1], tokens[:, 1:]) / count
+                loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
