@@ -12,7 +12,7 @@ from support.cli import TINY, Runs, train
 
 from yoco_megatron.convert import config_fields
 from yoco_megatron.convert.readers import open_source
-from yoco_megatron.planning import flags as planning_flags
+from yoco_megatron.dry_run.confirm import confirm
 from yoco_megatron.startup import arguments
 
 EXPERTS = (
@@ -132,5 +132,5 @@ def test_experts_alone_have_flags_of_experts() -> None:
 
 
 def test_what_does_not_know_experts_says_so() -> None:
-    with pytest.raises(ValueError, match="--num-experts 8: the planner is not built"):
-        planning_flags.parse(["--config", "configs/model/yoco_moe_tiny.yaml"], 1)
+    with pytest.raises(ValueError, match="--num-experts 4: a dry run is not built"):
+        confirm(lambda: None, [*TINY, *EXPERTS, "--expert-model-parallel-size", "2", "--global-batch-size", "8"], 2)
