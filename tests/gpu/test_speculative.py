@@ -1,6 +1,8 @@
 """Self-speculative generation on a GPU: the engine's passes of several tokens, and its CUDA graphs, behind a fixed text
 that accepts some drafts. Tolerances as in test_inference.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from gpu.test_inference import SIZES, TOLERANCE
@@ -19,6 +21,7 @@ def build(kind: str, layers: int, dtype: torch.dtype) -> YocoForCausalLM:
     """Of few tokens, so that drafts are at times right."""
     torch.manual_seed(0)
     sizes = SIZES | dict(vocab_size=4, self_decoder_heads=2, sliding_window=100)
+    sizes |= dict(mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=128, mamba_num_groups=2)
     model = YocoForCausalLM(YocoConfig(**sizes, self_decoder=kind, mtp_num_layers=layers))
     attach(model)
     for layer in model.model.mtp_layers:
@@ -34,7 +37,8 @@ def test_logits_are_those_of_one_forward(kind: str, layers: int, dtype: torch.dt
     model = build(kind, layers, dtype)
     tokens = torch.randint(0, 4, (1, 300), generator=torch.Generator().manual_seed(1)).cuda()
     expected = model(tokens, use_cache=False).logits[0, 149:]
-    for decoder in (SpeculativeModel(model), SpeculativeEngine(model, 400, capacity=128)):
+    for make in (SpeculativeModel, partial(SpeculativeEngine, max_length=400, capacity=128)):
+        decoder = make(model)
         found = [decoder.prefill(tokens[:, :150])]
         found += [decoder.step(tokens[:, at]).clone() for at in range(150, 300)]
         error = relative_error(torch.cat(found), expected)
