@@ -59,6 +59,7 @@ for part in "$@"; do
     1.4bgraph) train --model 1.4b --micro-batches 4 --loss-chunk-size 16384 --cuda-graph ;;
     small) for more in "" --cuda-graph; do train --model 160m --lengths 1024 --batch-tokens 8192 --micro-batches 8 $more; done ;;
     loss) python3 benchmarks/linear_cross_entropy.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
+    decoding) python3 benchmarks/decoding.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
     elementwise) python3 benchmarks/elementwise.py --output "${OUTPUT:-benchmarks/results.jsonl}" ;;
     chunks) for more in "" "--window 1024"; do
         python3 benchmarks/chunk_attention.py $more --output "${OUTPUT:-benchmarks/results.jsonl}"; done ;;
