@@ -123,6 +123,11 @@ def test_packed_documents():
     assert any(call.name.startswith("alltoall") for call in found.records[0].calls)  # halos, as far as documents reach
 
 
+def test_a_mixer_for_each_layer():
+    more = ["--self-decoder-pattern", "GS", "--context-parallel-size", "2"]
+    assert spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 4))[0].problems == []
+
+
 @pytest.fixture(scope="module")
 def of_travelling_queries() -> Confirmed:
     """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""

@@ -34,6 +34,8 @@ from yoco_megatron.dry_run.ledger import count_flops
 from yoco_megatron.model import builder, specs
 from yoco_megatron.model.layers import recompute as layer_recompute
 from yoco_megatron.ops import recomputed
+from yoco_megatron.ops.gated_delta import dispatch as gated_delta_dispatch
+from yoco_megatron.ops.gated_delta.torch import CHUNK
 from yoco_megatron.ops.gated_retention import dispatch
 from yoco_megatron.ops.gated_retention import triton as retention
 from yoco_megatron.ops.linear_cross_entropy import torch as cross_entropy
@@ -80,6 +82,9 @@ def _kernels() -> Iterator[Any]:
     yield mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch)
     has_kernels = replace(dispatch.BACKENDS[0], why_not=lambda *args: None)
     yield mock.patch.object(dispatch, "BACKENDS", [has_kernels, *dispatch.BACKENDS[1:]])
+
+    fla = replace(gated_delta_dispatch.BACKENDS[0], why_not=lambda *args: None, run=gated_delta)
+    yield mock.patch.object(gated_delta_dispatch, "BACKENDS", [fla])
 
     def plan(q: Tensor, v: Tensor, scale: float | None, ids: Tensor | None, segments: int | None) -> retention.Launch:
         cuda = torch.device("cuda", 0)
@@ -135,6 +140,30 @@ def _layers(flags: Namespace) -> Iterator[Any]:
 
     yield mock.patch.object(recompute, "te_checkpoint", checkpoint, create=True)
     yield mock.patch.object(layer_recompute, "_without_fp8", nullcontext)
+
+
+def gated_delta(*inputs: Tensor, initial_state: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    """By flash-linear-attention's kernels: arguments and shapes are those of ops/gated_delta."""
+    return _GatedDelta.apply(*inputs, initial_state)
+
+
+class _GatedDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
+        inverse = q.new_empty(*q.shape[:3], CHUNK)  # of each chunk's triangular system
+        sums = torch.empty_like(log_decay)
+        ctx.save_for_backward(*(x.contiguous() for x in (q, k, v)), sums, beta, inverse, state)
+        B, _, H, K = q.shape
+        return _fresh(v), q.new_empty(B, H, K, v.shape[-1], dtype=log_decay.dtype)
+
+    @staticmethod
+    def backward(ctx, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sums, beta, _, state = ctx.saved_tensors
+        return *(_fresh(x) for x in (q, k, v, sums, beta)), None if state is None else _fresh(state)
+
+
+def _fresh(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
