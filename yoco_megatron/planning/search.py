@@ -11,6 +11,7 @@ from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import GIB, data_parallel_size, num_microbatches
 from yoco_megatron.costs.shape import ModelShape, parameter_count, routed_parameters
 from yoco_megatron.costs.teacher import divides, teacher_shape
+from yoco_megatron.mixers import mixers_in
 from yoco_megatron.planning.flags import set_padded_vocab_size
 from yoco_megatron.planning.mesh import FILL, Plan, nearly_best_stages
 from yoco_megatron.utils.errors import require
@@ -200,7 +201,8 @@ def _breaks(mesh: Namespace, shape: ModelShape, card: Card) -> str | None:
     if tp > card.gpus_per_node:
         return "tensor parallelism over nodes"
     split = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
-    if any(size % tp for size in (*split, shape.self_decoder_heads, shape.self_decoder_query_groups)):
+    of_mixers = (size for mixer in mixers_in(shape.self_decoder) for size in mixer.divided(shape).values())
+    if any(size % tp for size in (*split, *of_mixers)):
         return "heads or widths do not divide"
     ep, etp = mesh.expert_model_parallel_size, mesh.expert_tensor_parallel_size or tp
     widths = (shape.moe_ffn_hidden_size or etp) % etp or (shape.moe_shared_expert_intermediate_size or tp) % tp
