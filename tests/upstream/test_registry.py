@@ -22,6 +22,7 @@ from yoco_megatron import runtime
 from yoco_megatron.upstream import (  # noqa: F401
     background_writer,
     between_steps,
+    compiled_extension,
     core_fixes,
     expert_optimizers,
     index_caches,

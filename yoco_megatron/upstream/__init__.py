@@ -9,7 +9,13 @@ from yoco_megatron.upstream import registry
 def repair() -> None:
     """Install what every process needs, tools and checkpoint writers too. May be the first to import megatron."""
     # An import enters a file's entries.
-    from yoco_megatron.upstream import background_writer, core_fixes, index_caches, safe_loading  # noqa: F401
+    from yoco_megatron.upstream import (  # noqa: F401
+        background_writer,
+        compiled_extension,
+        core_fixes,
+        index_caches,
+        safe_loading,
+    )
 
     registry.install(True, Namespace())
     safe_loading.restrain_weights_only()

@@ -54,6 +54,24 @@ def sharded_state_dict(self, model_sharded_state_dict, is_loading=False, **kwarg
 
 
 @repairs(
+    "megatron.core.optimizer.optimizer",
+    "Float16OptimizerWithFloat16Params.sharded_state_dict",
+    digest="5f9166a42c892427",
+    why="in a save while the scale of fp16's loss has skipped every step it leaves out the moments, which a load "
+    "asks for",
+)
+def float16_sharded_state_dict(self, model_sharded_state_dict, is_loading=False, metadata=None):
+    if is_loading or self.optimizer.state or self.init_state_fn is None:
+        return float16_sharded_state_dict.original(self, model_sharded_state_dict, is_loading, metadata)
+    self.init_state_fn(self.optimizer, self.config)
+    found = float16_sharded_state_dict.original(self, model_sharded_state_dict, is_loading, metadata)
+    if _has_torch_adam(Namespace()):
+        found["optimizer"]["state"]["common_step"] = torch.tensor(0.0)
+    self.optimizer.state.clear()  # torch's AdamW would miss the step in it
+    return found
+
+
+@repairs(
     OPTIMIZER,
     "DistributedOptimizer.load_state_dict",
     digest="064a16b31c6dc1af",
