@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
             backend = open_backend(
                 folder,
                 options.iteration,
-                options.tokenizer,
+                files.tokenizer,
                 mesh or None,
                 options.tokens_per_batch,
                 kv_cache_dtype=kv_cache_dtype,

@@ -53,8 +53,9 @@ class YocoLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.add_bos_token = add_bos_token
-        self.tokenizer = look(load, iteration, tokenizer).tokenizer.wrapped
-        self.answers = cast(Any, open_backend(load, iteration, tokenizer, token_budget=tokens_per_batch))
+        text = look(load, iteration, tokenizer).tokenizer
+        self.tokenizer = text.wrapped
+        self.answers = cast(Any, open_backend(load, iteration, text, token_budget=tokens_per_batch))
         self.max_length: int = self.answers.max_length
         self.answers.vocab_size = None  # padding of the vocabulary counts
         self.answers.max_length += 1  # a sequence's last token is predicted, and no position of the model

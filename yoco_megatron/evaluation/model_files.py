@@ -9,6 +9,7 @@ from yoco_megatron.config.yaml_files import load_config_file
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.data import carried_tokenizer
 from yoco_megatron.data.tokenizer import tokenizer_files as files_of_tokenizer
+from yoco_megatron.data.tokenizer import tokenizer_sha256
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
 from yoco_megatron.utils import files
 from yoco_megatron.utils.errors import require
@@ -42,8 +43,9 @@ def look(folder: str, iteration: int | None = None, tokenizer: str | None = None
     if (path / "config.json").exists():
         require(iteration is None, f"--iteration {iteration}: {folder} is an exported model, which has no iterations")
         max_length = read_json(path / "config.json", _Config)["max_position_embeddings"]
-        own = path if files_of_tokenizer(path) else None
-        found = Path(tokenizer) if tokenizer is not None else own
+        found = path if files_of_tokenizer(path) else None
+        if tokenizer is not None:
+            found = carried_tokenizer.named(tokenizer, tokenizer_sha256(str(found)) if found else None)
         start, weights = None, path
     else:
         require(

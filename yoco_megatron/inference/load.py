@@ -7,7 +7,7 @@ import torch
 
 from yoco_megatron.checkpoint import architecture
 from yoco_megatron.convert import tensor_names, tokenizer_files
-from yoco_megatron.convert.readers import open_source
+from yoco_megatron.convert.readers import Source, open_source
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 from yoco_megatron.inference.speculative import attach
 
@@ -47,14 +47,29 @@ def load_for_generation(
     Raises:
         ValueError: no model there, another tokenizer than it was trained with, or no such layers.
     """
-    exported = (Path(folder) / "config.json").exists()
-    source = open_source("hf" if exported else "megatron", folder, iteration, flag="--load")
+    source = find_source(folder, iteration)
     tokenizer_files.choose(source, tokenizer)
     loaded = source.tokenizer and tokenizer_files.load(source.tokenizer, source.document_start)
+    return load_weights(source, device, dtype, speculative), loaded
+
+
+def find_source(folder: str, iteration: int | None = None) -> Source:
+    """A run's --save, or the folder of an exported model, for `load_weights`."""
+    exported = (Path(folder) / "config.json").exists()
+    return open_source("hf" if exported else "megatron", folder, iteration, flag="--load")
+
+
+def load_weights(
+    source: Source,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    speculative: bool = False,
+) -> YocoForCausalLM:
+    """As `load_for_generation`, the model alone."""
     if speculative and not source.config.mtp_num_layers:
         raise ValueError(
-            f"--speculative: the model of --load {folder} has no layer of multi-token prediction: leave it out, or "
-            "train with --mtp-num-layers 1"
+            f"--speculative: the model of --load {source.folder} has no layer of multi-token prediction: leave it out, "
+            "or train with --mtp-num-layers 1"
         )
     with torch.device("meta"):
         model = YocoForCausalLM(source.config)
@@ -70,4 +85,4 @@ def load_for_generation(
     for rotary in (model.model.self_rotary, model.model.cross_rotary):
         rotary.reset(torch.device(device))
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval(), loaded
+    return model.eval()

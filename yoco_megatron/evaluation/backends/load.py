@@ -12,12 +12,12 @@ from megatron.training import training
 
 from yoco_megatron import runtime, upstream
 from yoco_megatron.checkpoint import architecture
-from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.evaluation.backends.cached import CachedBackend
 from yoco_megatron.evaluation.backends.mesh import MeshBackend
+from yoco_megatron.evaluation.model_files import look
 from yoco_megatron.evaluation.requests import Backend
 from yoco_megatron.evaluation.tokenizer import TextTokenizer
-from yoco_megatron.inference.load import is_baseline, load_for_generation
+from yoco_megatron.inference.load import find_source, is_baseline, load_weights
 from yoco_megatron.startup.load_run import load_model_chunks
 from yoco_megatron.utils.errors import require
 
@@ -37,7 +37,7 @@ BUDGET = 32768
 def open_backend(
     folder: str,
     iteration: int | None = None,
-    tokenizer: str | None = None,
+    text: TextTokenizer | None = None,
     mesh: Mapping[str, Any] | None = None,
     token_budget: int = BUDGET,
     dtype: torch.dtype | None = None,
@@ -48,7 +48,7 @@ def open_backend(
     Args:
         folder: a run's --save, or the folder of an exported model.
         iteration: which training checkpoint; the latest by default.
-        tokenizer: folder of one to use instead of the model's own.
+        text: the tokenizer, if it is loaded already; by default the model's own.
         mesh: flags of `MESH_FLAGS` without dashes; with several processes, {} spreads requests over them. None, in one
             process, for a YOCO's caches.
         dtype: of the weights of a YOCO with caches; by default as they are stored.
@@ -63,15 +63,16 @@ def open_backend(
         not exported or (not mesh and processes == 1),
         f"{folder} is an exported model, which one process evaluates: give the run's checkpoints for a mesh",
     )
+    text = text or look(folder, iteration).tokenizer
     if exported or (mesh is None and processes == 1 and not is_baseline(folder)):
-        model, found = load_for_generation(folder, iteration, runtime.device(), dtype, tokenizer)
-        text = _of_text(folder, found, model.config.vocab_size)
+        model = load_weights(find_source(folder, iteration), runtime.device(), dtype)
+        check_rows(folder, text, model.config.vocab_size)
         return CachedBackend(model, text, text.rows, token_budget=token_budget, kv_cache_dtype=kv_cache_dtype)
     require(
         kv_cache_dtype is None,
         f"--kv-cache-dtype {kv_cache_dtype}: a Transformer baseline and a mesh run without a cache: remove it",
     )
-    return _on_mesh(folder, iteration, tokenizer, mesh or {}, processes, token_budget)
+    return _on_mesh(folder, iteration, text, mesh or {}, processes, token_budget)
 
 
 def close() -> None:
@@ -83,12 +84,11 @@ def close() -> None:
 
 
 def _on_mesh(
-    folder: str, iteration: int | None, tokenizer: str | None, mesh: Mapping[str, Any], processes: int, budget: int
+    folder: str, iteration: int | None, text: TextTokenizer, mesh: Mapping[str, Any], processes: int, budget: int
 ) -> MeshBackend:
     unknown = sorted(mesh.keys() - set(MESH_FLAGS))
     require(not unknown, f"--{'-'.join(unknown[:1])} is no flag of a mesh")
-    rows = int(architecture.read(folder)["padded_vocab_size"])
-    text = _of_text(folder, tokenizer_files.load_of_run(Path(folder), tokenizer), rows)
+    check_rows(folder, text, int(architecture.read(folder)["padded_vocab_size"]))
     sizes = [int(mesh.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "pipeline-model", "context")]
     model_processes = sizes[0] * sizes[1] * sizes[2]
     require(
@@ -103,11 +103,9 @@ def _on_mesh(
     return MeshBackend(chunks, text, args.max_position_embeddings, budget, text.rows, name)
 
 
-def _of_text(folder: str, tokenizer: Any, rows: int) -> TextTokenizer:
-    """The tokenizer as tasks see it, of a model with so many rows of an embedding."""
-    text = TextTokenizer.of_model(folder, tokenizer)
+def check_rows(folder: str, text: TextTokenizer, rows: int) -> None:
+    """Raise ValueError where the tokenizer has more ids than the model's embedding has rows."""
     require(
         text.rows <= rows,
         f"{folder}: the tokenizer has {text.rows:,} ids, the model {rows:,} rows for them: it is another model's",
     )
-    return text
