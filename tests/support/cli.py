@@ -141,7 +141,7 @@ def _main_of_each(runs: dict[Any, list[str]], ports: list[int], log: str) -> dic
         try:
             with restored():  # a run without --save, for one, replaces what saves
                 pretrain_yoco.main(flags)
-        except Exception:
+        except (Exception, SystemExit):  # a run that fails may end the process
             failures[name] = traceback.format_exc()
         sys.stdout.flush()
         _forget_graph()
