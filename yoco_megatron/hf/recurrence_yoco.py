@@ -16,7 +16,7 @@ try:
 except ImportError:
     retention_kernels = None  # type: ignore[assignment]
 
-CHUNK = 128
+CHUNK, PIECE = 128, 4096
 
 
 def widen(x: Tensor) -> Tensor:
@@ -67,20 +67,48 @@ def retention(
         return (q @ state).to(dtype), state
     if documents is None:
         documents = torch.zeros(1, q.shape[2], dtype=torch.int32, device=q.device)
-    outputs, before = [], documents[:, None, :1]
-    chunks = zip(*(t.split(CHUNK, dim=2) for t in (q, k, v, log_decay, documents[:, None])))
-    for q_, k_, v_, g_, d_ in chunks:
-        b = g_.cumsum(-1)
-        # Masked before exp: above the diagonal the exponent is positive.
-        causal = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
-        visible = causal & (d_[..., :, None] == d_[..., None, :])
-        decay = (b[..., :, None] - b[..., None, :]).masked_fill(~visible, -torch.inf).exp()
-        from_start = b.masked_fill(d_ != before, -torch.inf).exp()[..., None]
-        outputs.append((q_ @ k_.transpose(-1, -2) * decay) @ v_ + (q_ * from_start) @ state)
-        before = d_[..., -1:]
-        to_end = (b[..., -1:] - b).masked_fill(d_ != before, -torch.inf).exp()[..., None]
-        state = from_start[..., -1:, :] * state + (k_ * to_end).transpose(-1, -2) @ v_
+    outputs, before = [], documents[:, :1]
+    for *piece, own in zip(*(t.split(PIECE, 2) for t in (q, k, v, log_decay)), documents.split(PIECE, 1)):
+        o, state = retention_of_piece(*piece, state, own, before)
+        outputs.append(o)
+        before = own[:, -1:]
     return torch.cat(outputs, dim=2).to(dtype), state
+
+
+def retention_of_piece(q, k, v, log_decay, state, documents, before) -> tuple[Tensor, Tensor]:
+    """`retention` of chunks that are computed at once: of a loop, torch.compile would compile each turn.
+
+    before [b or 1, 1]: the document of the state.
+    """
+    length = q.shape[2]
+    chunk = min(CHUNK, length)
+    padding = -length % chunk  # of tokens that neither write nor decay
+    q, k, v = (F.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, chunk)) for t in (q, k, v))
+    from_start = F.pad(log_decay, (0, padding)).unflatten(2, (-1, chunk)).cumsum(-1)
+    documents = torch.cat((documents, documents[:, -1:].expand(-1, padding)), 1).unflatten(1, (-1, chunk))[:, None]
+    at_end = torch.cat((before[:, None], documents[..., -1]), -1)  # of the state, and of each chunk's last token
+
+    to_end = from_start[..., -1:] - from_start
+    to_end = to_end.masked_fill(documents != at_end[..., 1:, None], -torch.inf).exp()[..., None]
+    written = (k * to_end).transpose(-1, -2) @ v
+    # Each sum of chunks by itself: as differences of sums over the whole piece they would be less precise.
+    later = torch.ones(written.shape[2] + 1, written.shape[2] + 1, dtype=torch.bool, device=q.device).tril(-1)
+    of_chunks = F.pad(from_start[..., -1], (1, 0))[..., None].masked_fill(~later, 0.0).cumsum(-2)
+    states = decays(of_chunks, at_end) @ torch.cat((state.unsqueeze(2), written), 2).flatten(3)
+    states = states.unflatten(3, written.shape[3:])  # before each chunk, and after the last
+
+    in_chunks = decays(from_start[..., :, None] - from_start[..., None, :], documents)
+    from_start = from_start.masked_fill(documents != at_end[..., :-1, None], -torch.inf).exp()[..., None]
+    o = (q @ k.transpose(-1, -2) * in_chunks) @ v + (q * from_start) @ states[:, :, :-1]
+    return o.flatten(2, 3)[:, :, :length], states[:, :, -1]
+
+
+def decays(sums: Tensor, documents: Tensor) -> Tensor:
+    """exp(sums) [..., n, n] from each j to each i >= j of its document, else 0; documents [..., n]."""
+    causal = torch.ones(sums.shape[-2:], dtype=torch.bool, device=sums.device).tril()
+    visible = causal & (documents[..., :, None] == documents[..., None, :])
+    # Masked before exp: above the diagonal the exponent is positive.
+    return sums.masked_fill(~visible, -torch.inf).exp()
 
 
 def retention_by_kernel(
