@@ -68,10 +68,11 @@ def retention(
     if documents is None:
         documents = torch.zeros(1, q.shape[2], dtype=torch.int32, device=q.device)
     outputs, before = [], documents[:, :1]
-    for *piece, own in zip(*(t.split(PIECE, 2) for t in (q, k, v, log_decay)), documents.split(PIECE, 1)):
-        o, state = retention_of_piece(*piece, state, own, before)
+    pieces = zip(*(t.split(PIECE, dim=2) for t in (q, k, v, log_decay)), documents.split(PIECE, dim=1))
+    for q_, k_, v_, g_, d_ in pieces:
+        o, state = retention_of_piece(q_, k_, v_, g_, state, d_, before)
         outputs.append(o)
-        before = own[:, -1:]
+        before = d_[:, -1:]
     return torch.cat(outputs, dim=2).to(dtype), state
 
 
