@@ -146,9 +146,9 @@ def test_retention_under_autocast_is_fp32():
                                        num_attention_heads=2))  # fmt: skip
     seen = []
 
-    def watched(*args):
+    def watched(*args, **options):
         seen.append(torch.is_autocast_enabled("cpu"))
-        return retention(*args)
+        return retention(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(recurrence_yoco, "retention", watched)
@@ -166,3 +166,28 @@ def test_kernels_take_the_documents():
         found = recurrence_yoco.retention_by_kernel(q, k, v, decay, state, one)
         for ours, theirs in zip(retention(q, k, v, decay, state, one), found):
             assert relative_error(ours, theirs) < CLOSE
+
+
+@pytest.mark.parametrize("piece", [64, 4096])
+@pytest.mark.parametrize("tokens", [37, 150])
+def test_retention_at_once_is_token_by_token(monkeypatch, generator, piece, tokens):
+    """Over the ends of documents, chunks and pieces; float64, gradients too."""
+    monkeypatch.setattr(recurrence_yoco, "CHUNK", 16)
+    monkeypatch.setattr(recurrence_yoco, "PIECE", piece)
+    q, k, v = torch.randn(3, 2, 3, tokens, 8, generator=generator, dtype=torch.float64)
+    decay = -torch.rand(2, 3, tokens, generator=generator, dtype=torch.float64)
+    state = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (q, k, v, decay, state)]
+    documents = (torch.rand(2, tokens, generator=generator) < 0.05).cumsum(-1)
+    found = retention(*inputs, documents)
+    outputs, now = [], state
+    for t in range(tokens):
+        same = documents[:, t] == documents[:, max(t - 1, 0)]
+        one = (x[:, :, t : t + 1] for x in (q, k, v, decay))
+        o, now = retention(*one, now * same[:, None, None, None])
+        outputs.append(o)
+    expected = torch.cat(outputs, 2), now
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in expected]
+    gradients = [torch.autograd.grad([*pair], inputs, weights) for pair in (found, expected)]
+    for one, other in zip([*found, *gradients[0]], [*expected, *gradients[1]]):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
