@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from record import record
@@ -35,7 +36,7 @@ from yoco_megatron.model.init import initialize
 from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.model.yoco_model import YOCOModel
 from yoco_megatron.parallel.context.query_shard import Runs, suffix_run
-from yoco_megatron.parallel.pipeline.stages import Stage
+from yoco_megatron.parallel.pipeline.stages import StagePlan
 
 GIB = 2**30
 VOCABULARY, MLP_CHUNKS, WARM_UP = 8192, 16, 4096
@@ -110,7 +111,7 @@ def worker(options: argparse.Namespace) -> None:
     parallel_state.initialize_model_parallel(context_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)
     config = config_of(options, ranks)
-    stage = Stage(0, options.layers, post_process=False)
+    stage = replace(StagePlan.of(config, [options.layers]).stage(0), post_process=False)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = YOCOModel(config, VOCABULARY, options.length, 8e7, stage=stage, pg_collection=groups)
     initialize(model, config, 1, "yoco", groups)

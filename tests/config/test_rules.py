@@ -74,6 +74,15 @@ MISTAKES = {
         {"num-layers": 6, "shared-kv-sets": 2},
         ["cross-decoder layers 3", "shared-kv-sets 2"],
     ),
+    "a source of K,V in the cross-decoder": (
+        {"shared-kv-sources": "1 3"},
+        ["shared-kv-sources 1 3", "num-self-decoder-layers 2"],
+    ),
+    "sources of K,V in another order": ({"shared-kv-sources": "2 1"}, ["shared-kv-sources 2 1", "ascending"]),
+    "sources of unequal sets of K,V": (
+        {"shared-kv-sources": "1 2", "shared-kv-sets": 1},
+        ["shared-kv-sets 1", "shared-kv-sources 2"],
+    ),
     "no K,V": ({"shared-kv-sets": 0}, ["shared-kv-sets 0", "at least 1"]),
     "groups of retention": (
         {**RETENTION, "self-decoder-query-groups": 2},
@@ -198,6 +207,7 @@ IN_PYTHON = {
     "--self-decoder-heads": {"self_decoder_heads": 12},
     "--num-query-groups": {"num_query_groups": 3},
     "--shared-kv-sets": {"shared_kv_sets": 3},
+    "--shared-kv-sources": {"shared_kv_sources": [0, 1]},
     "--self-decoder-window": {"self_decoder_window": 0},
     "--loss-chunk-size": {"loss_chunk_size": -1},
     "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},

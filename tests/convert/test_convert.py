@@ -36,6 +36,7 @@ WINDOWS = ["--self-decoder", "sliding_window", "--self-decoder-heads", "4", "--s
 MIXED = [*WINDOWS, "--self-decoder-pattern", "SR"]
 MAMBA2 = ["--self-decoder", "mamba2", "--mamba-head-dim", "8", "--mamba-state-dim", "4", "--mamba-num-groups", "4"]
 TWO_SETS = ["--shared-kv-sets", "2"]
+TWO_SOURCES = ["--shared-kv-sources", "1", "2"]
 QK_NORM = ["--qk-layernorm", "--add-qkv-bias"]
 # name -> (processes, flags)
 RUNS = {
@@ -46,7 +47,7 @@ RUNS = {
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
     "TP1, windows, untied, fp32": (1, [*WINDOWS, *UNTIED]),
-    "TP2, windows, two sets of K,V, QK-norm and biases": (2, [*TP2, *WINDOWS, *TWO_SETS, *QK_NORM]),
+    "TP2, windows, K,V of two sources, QK-norm and biases": (2, [*TP2, *WINDOWS, *TWO_SOURCES, *QK_NORM]),
     "TP1, retention, QK-norm and biases": (1, QK_NORM),
     "PP2 of two chunks each, retention, tied": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "CP2, windows, tied": (2, ["--context-parallel-size", "2", *WINDOWS]),
@@ -294,6 +295,7 @@ UNUSUAL = {
     "num-query-groups": 3,
     "kv-channels": 10,
     "shared-kv-sets": 2,
+    "shared-kv-sources": [1, 2],
     "qk-layernorm": True,
     "add-qkv-bias": True,
     "self-decoder": "sliding_window",
@@ -343,7 +345,7 @@ def test_every_field_survives(changed, tmp_path):
     flags = config_fields.to_flags(again)
     flags.pop("seq-length")
     twice = config_fields.from_args(arguments(flags))
-    for name in [*config_fields.SAME, "tie_word_embeddings"]:
+    for name in [*config_fields.SAME, "shared_kv_sources", "tie_word_embeddings"]:
         assert getattr(config, name) == getattr(again, name) == getattr(twice, name), name
 
 

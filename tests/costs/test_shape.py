@@ -86,7 +86,8 @@ def test_parameters_are_those_of_a_model_that_is_built(one_process):
     for kind in ("gated_retention", "sliding_window"):
         sizes = dict(self_decoder=kind, shared_kv_sets=2, self_decoder_heads=4, kv_channels=12, self_decoder_head_dim=6)
         norms, biases = {"qk_layernorm": True}, {"add_qkv_bias": True}
-        for more in ({}, norms, biases, norms | biases, {"mtp_num_layers": 2}):
+        sources = {"shared_kv_sources": (1, 2)}
+        for more in ({}, norms, biases, norms | biases, {"mtp_num_layers": 2}, norms | sources):
             model = build(tiny_config(**sizes, **more))
             c = model.config
             names = [field.name for field in fields(ModelShape) if hasattr(c, field.name)]

@@ -159,21 +159,25 @@ def test_no_rank_waits_for_one_that_has_nothing_to_give(ranks: int, kind: str) -
     assert results == whole
 
 
-def pipelined(kv_sets: int, layout: str, num_microbatches: int) -> dict:
+def pipelined(of_kv: dict, layout: str, num_microbatches: int) -> dict:
     """Traffic of a whole pipeline schedule."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         traffic = Traffic(monkeypatch)
-        model = dict(self_decoder="sliding_window", shared_kv_sets=kv_sets)
+        model = dict(self_decoder="sliding_window", **of_kv)
         pipeline_step(model, layout, False, num_microbatches)
         return dict(traffic.calls)
 
 
-@pytest.mark.parametrize(("kv_sets", "read"), [(1, [1, 1, 1]), (4, [1, 1, 2])])
-def test_once_for_each_set_stage_and_micro_batch(kv_sets: int, read: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("of_kv", "read"),
+    [({}, [1, 1, 1]), (dict(shared_kv_sets=4), [1, 1, 2]), (dict(shared_kv_sources=(1, 4)), [1, 1, 1])],
+    ids=["one set", "four sets", "two sources"],
+)
+def test_once_for_each_set_stage_and_micro_batch(of_kv: dict, read: list[int]) -> None:
     """Stages: self-decoder; the rest of it and a cross-decoder layer; one more; two more. float32."""
     number = 3
     shared_kv = SEQ // 2 * MICRO_BATCH * 2 * CROSS_GROUPS * CROSS_WIDTH * 4
-    results = run_world(8, pipelined, kv_sets, "Ett|ttt|t|ttL", number, pp=4, cp=2)
+    results = run_world(8, pipelined, of_kv, "Ett|ttt|t|ttL", number, pp=4, cp=2)
     gathers = [sum(calls.get(("all_gather_into_tensor", "forward"), [])) for calls in results]
     scatters = [sum(calls.get(("reduce_scatter_tensor", "forward"), [])) for calls in results]
     wanted = [number * sets * shared_kv for sets in (0, *read) for _ in range(2)]  # two ranks for each stage

@@ -68,7 +68,7 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
         if layer < 2:
             output = mixer(x, w, str(layer), sizes)
         else:
-            border = rms(entering[2], sizes.eps) * w["kv.norm"]
+            border = rms(entering[2], sizes.eps) * w["kv.0.norm"]
             k, v = (heads(border @ w[f"kv.{layer - 2}.{m}"].T, sizes.groups) for m in "kv")
             q = rope(heads(x @ w[f"{layer}.q"].T, sizes.heads), sizes)
             output = reference_model.attention(q, rope(k, sizes), v, window=None) @ w[f"{layer}.out"].T

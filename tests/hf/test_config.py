@@ -31,6 +31,10 @@ WRONG = [
     ("mtp_num_layers", 1.0),
     ("shared_kv_sets", 3),  # of two cross-decoder layers
     ("shared_kv_sets", None),
+    ("shared_kv_sources", [1, 2]),  # of one set
+    ("shared_kv_sources", [3]),
+    ("shared_kv_sources", []),
+    ("shared_kv_sources", [1.0]),
     ("sliding_window", -1),
     ("sliding_window", 0),
     ("sliding_window", None),

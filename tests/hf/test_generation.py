@@ -20,6 +20,13 @@ MODELS = {kind: dict(self_decoder=kind, num_hidden_layers=6) for kind in SELF_DE
 MODELS["two sets of K,V"] = dict(
     self_decoder="sliding_window", num_hidden_layers=7, num_self_decoder_layers=3, shared_kv_sets=2
 )
+MODELS["K,V of two sources"] = dict(
+    self_decoder="sliding_window",
+    num_hidden_layers=7,
+    num_self_decoder_layers=3,
+    shared_kv_sets=2,
+    shared_kv_sources=[1, 3],
+)
 MODELS["a mixer for each layer"] = dict(self_decoder="RSM", num_hidden_layers=6)
 MODELS["gated DeltaNet"] = dict(self_decoder="RGG", num_hidden_layers=6)
 

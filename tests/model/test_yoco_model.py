@@ -50,6 +50,10 @@ CASES = {
     "another eps": {"layernorm_epsilon": 1e-2},
     "two sets of K,V": {"num_self_decoder_layers": 0, "shared_kv_sets": 2},
     "a set of K,V for each layer": dict(**SLIDING, shared_kv_sets=2),
+    "K,V of two sources": {"shared_kv_sources": [1, 2]},
+    "two sets of K,V of an earlier layer, QK-norm and biases": dict(
+        **SLIDING, shared_kv_sources=[1], shared_kv_sets=2, qk_layernorm=True, add_qkv_bias=True
+    ),
     "QK-norm, retention": {"qk_layernorm": True},
     "QK-norm, biases, sliding window": dict(**SLIDING, qk_layernorm=True, add_qkv_bias=True),
     "QK-norm, biases, two sets of K,V": dict(
@@ -83,6 +87,7 @@ def sizes_of(config: YOCOConfig) -> Sizes:
         scale_embedding=config.scale_embedding,
         eps=config.layernorm_epsilon,
         kv_sets=config.shared_kv_sets,
+        kv_sources=tuple(config.shared_kv_sources or ()),
     )
 
 

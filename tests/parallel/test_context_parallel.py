@@ -22,6 +22,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
 SP = dict(sequence_parallel=True)
 QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
+SOURCES = dict(shared_kv_sources=(2, 3))
 PP1 = "EttttttttL"
 
 # name -> (layout of 8 layers, cross-decoder from layer 4 on, pipeline ranks, tensor parallel, context parallel, config)
@@ -33,6 +34,7 @@ QUICK = {
     "CP2 recompute full": (PP1, 1, 1, 2, FULL_RECOMPUTE),
     "CP2 recompute all but attention": (PP1, 1, 1, 2, STORED_ATTENTION),
     "PP2 CP2 two sets of K,V": ("Ettttt|tttL", 2, 1, 2, dict(shared_kv_sets=2)),
+    "PP2 CP2 K,V of two sources": ("Ett|ttttttL", 2, 1, 2, SOURCES),
 }
 FULL = {
     "TP2 CP2": (PP1, 1, 2, 2, {}),
@@ -92,7 +94,9 @@ def check(mesh: str, model: dict, documents: bool, one_process) -> None:
         cp=cp,
         vp=vp if vp > 1 else None,
     )
-    model = model | {name: value for name, value in overrides.items() if name in ("shared_kv_sets", *QK_NORM, *MTP)}
+    model = model | {
+        name: value for name, value in overrides.items() if name in ("shared_kv_sets", *SOURCES, *QK_NORM, *MTP)
+    }
     compare(results, one_process(model, documents), TOLERANCE[model.get("params_dtype", torch.float32)])
 
 
@@ -104,7 +108,7 @@ def test_retention(mesh: str, documents: bool, one_process) -> None:
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize(
-    ("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest", "short", "long"])]
+    ("mesh", "window"), [*zip(QUICK, ["short", "long", "short", "long", "longest", "short", "long", "short"])]
 )
 def test_windows(mesh: str, window: str, documents: bool, one_process) -> None:
     model = FLOAT64 | dict(self_decoder="sliding_window", self_decoder_window=WINDOWS[window])

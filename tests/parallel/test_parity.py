@@ -15,8 +15,9 @@ SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_att
 QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
 Z_LOSS = dict(loss_chunk_size=17, z_loss_coeff=0.5)
 MTP = dict(mtp_num_layers=1)
+SOURCES = dict(shared_kv_sources=(1, 2))
 # Another function, not another way to compute it.
-OF_THE_MODEL = (*QK_NORM, *MTP, "z_loss_coeff")
+OF_THE_MODEL = (*QK_NORM, *MTP, *SOURCES, "z_loss_coeff")
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
@@ -56,6 +57,9 @@ MESHES = {
         dict(sequence_parallel=True, **MTP, **FULL_RECOMPUTE),
     ),
     "DP2 distributed optimizer, multi-token prediction": (2, 1, True, MTP),
+    "recompute full, K,V of two sources": (1, 1, False, SOURCES | FULL_RECOMPUTE),
+    "TP2 SP K,V of two sources": (2, 2, False, dict(sequence_parallel=True, **SOURCES)),
+    "DP2 distributed optimizer, K,V of two sources": (2, 1, True, SOURCES),
 }
 
 

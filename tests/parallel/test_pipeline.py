@@ -25,6 +25,12 @@ QUICK = {
     "PP2 recompute full": ("Ettt|tttttL", 2, 1, FULL_RECOMPUTE),
     "PP2 multi-token prediction": ("Etttt|ttttmL", 2, 1, dict(mtp_num_layers=1)),
     "PP4 two sets of K,V, one of which passes a stage": ("Etttt|t|tt|tL", 4, 1, dict(shared_kv_sets=2)),
+    "PP4 K,V of two sources, of which one passes a self-decoder stage": (
+        "Ett|tt|tt|ttL",
+        4,
+        1,
+        dict(shared_kv_sources=(1, 4)),
+    ),
     "PP4 a mixer for each layer": ("Ett|tt|tt|ttL", 4, 1, dict(self_decoder="SMRG")),
 }
 # What changes the model, not only how it is computed.
@@ -32,6 +38,7 @@ OF_THE_MODEL = (
     "self_decoder",
     "num_self_decoder_layers",
     "shared_kv_sets",
+    "shared_kv_sources",
     "qk_layernorm",
     "add_qkv_bias",
     "mtp_num_layers",
@@ -50,6 +57,13 @@ FULL = {
     "PP2 no self-decoder": ("Etttt|ttttL", 2, 1, dict(num_self_decoder_layers=0)),
     "PP4 split 3:1": ("Ett|tt|tt|ttL", 4, 1, dict(num_self_decoder_layers=6)),
     "PP2 VP4 a set of K,V for each layer": ("Et|t|t|t|t|t|t|tL", 2, 1, dict(shared_kv_sets=4)),
+    "PP2 VP4 K,V of each layer": ("Et|t|t|t|t|t|t|tL", 2, 1, dict(shared_kv_sources=(1, 2, 3, 4))),
+    "TP2 PP2 SP K,V of two earlier layers, recompute full": (
+        "Ettt|tttttL",
+        2,
+        2,
+        dict(sequence_parallel=True, shared_kv_sources=(2, 3), shared_kv_sets=4, **FULL_RECOMPUTE),
+    ),
     "TP2 PP2 SP two sets of K,V": ("Ett|ttttttL", 2, 2, dict(sequence_parallel=True, shared_kv_sets=2)),
     "TP2 PP2 SP VP2 two layers of multi-token prediction, alone with the head": (
         "Ett|tt|tttt|mmL",

@@ -13,6 +13,7 @@ from yoco_megatron.costs.shape import ModelShape, parameter_count
 from yoco_megatron.costs.stage_time import (
     PLANNER_RATES,
     Seconds,
+    kv_sets_arriving,
     kv_sets_read,
     part_seconds,
     part_seconds_of_run,
@@ -117,22 +118,37 @@ def test_table_adds_up(tied: bool) -> None:
 
 def test_where_the_shared_kv_are() -> None:
     cuts = plan([2, 3, 3, 0], 4)  # the split inside stage 1, the head alone on the last stage
-    assert cuts.producer == 1
-    assert [cuts.kv_arriving(g) for g in range(4)] == [0, 0, 1, 0]
+    assert [cuts.stage(g).kv_sources for g in range(4)] == [(), (4,), (), ()]
+    assert [len(cuts.kv_arriving(g)) for g in range(4)] == [0, 0, 1, 0]
     assert cuts.kv_reads == 2
-    assert plan([0, 4, 4], 0).producer == 0
-    assert plan([4, 4], 4).stage(0).kv_out == 1
+    assert plan([0, 4, 4], 0).stage(0).kv_sources == (0,)
+    assert len(plan([4, 4], 4).stage(0).kv_out) == 1
 
 
 def test_where_several_sets_are() -> None:
     """They travel as far as a layer reads them; cross-decoder layers 4, 5 | 6, 7, or each its own."""
     cuts = plan([4, 1, 2, 1, 0], 4, kv_sets=2)
-    assert [cuts.kv_arriving(g) for g in range(5)] == [0, 2, 2, 1, 0]
-    assert [cuts.stage(g).kv_out for g in range(5)] == [2, 2, 1, 0, 0]
+    assert [len(cuts.kv_arriving(g)) for g in range(5)] == [0, 2, 2, 1, 0]
+    assert [len(cuts.stage(g).kv_out) for g in range(5)] == [2, 2, 1, 0, 0]
     read = kv_sets_read(cuts.parts(), shape(shared_kv_sets=2))
     assert [len(sets) for sets in read] == [0, 1, 2, 1, 0] and cuts.kv_reads == 1 + 2 + 1
-    assert [plan([3, 3, 2], 4, kv_sets=4).kv_arriving(g) for g in range(3)] == [0, 0, 2]
+    assert [len(plan([3, 3, 2], 4, kv_sets=4).kv_arriving(g)) for g in range(3)] == [0, 0, 2]
     assert plan([3, 3, 2], 4, kv_sets=4).kv_reads == 4
+
+
+def test_where_sets_of_several_sources_are() -> None:
+    """Each begins behind its source, and ends with its last reader; layer 4 reads the first source's, 5 the next."""
+    model = shape(shared_kv_sets=4, shared_kv_sources=(1, 3))
+    cuts = StagePlan.of(model, [1, 1, 2, 1, 2, 1])
+    assert [cuts.stage(g).kv_sources for g in range(6)] == [(1,), (), (3,), (), (), ()]
+    arriving = [range(0), range(0, 2), range(0, 2), range(0, 4), range(1, 4), range(3, 4)]
+    assert [cuts.stage(g).kv_in for g in range(6)] == kv_sets_arriving(cuts.parts(), model) == arriving
+    assert [cuts.stage(g).kv_out for g in range(6)] == [*arriving[1:], range(0)]
+    count, seconds = parameter_count(model), part_seconds(model)
+    assert sum(stage_parameters(parts, model) for parts in cuts.parts()) == sum(count.values())
+    assert count["shared_kv"] == 2 * (256 + 2 * 256 * model.kv_width)  # a norm and two sets each
+    times = planner.layer_seconds(8, 4, seconds, (1, 3))
+    assert times[2] - times[1] == pytest.approx(seconds["shared_kv"])
 
 
 def flags(**changes) -> Namespace:

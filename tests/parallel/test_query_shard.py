@@ -43,6 +43,7 @@ MESHES = {
     "PP2": ("Ett|ttttttL", 2, 1, 1, {}),
     "PP2 VP2": ("Ett|tt|tt|ttL", 2, 1, 1, {}),
     "TP2 PP2 SP": ("Etttttt|ttL", 2, 2, 1, SP),
+    "TP2 PP2 SP early split": ("Ettt|tttttL", 2, 2, 1, SP),
     "PP2 CP2": ("Ettt|tttttL", 2, 1, 2, KEYS),
     "CP2 queries travel": (PP1, 1, 1, 2, QUERIES),
     "CP2 queries travel, recompute full": (PP1, 1, 1, 2, QUERIES | FULL_RECOMPUTE),
@@ -81,7 +82,7 @@ CASES = [
     ("TP2 CP2 SP queries travel", RETENTION, "answers", False),
     ("PP2 CP2 queries travel", WINDOW, "random", False),
 ]
-# The same with several sets of K,V, for the four layers of the cross-decoder.
+# The same with several sets of K,V, for the four layers of the cross-decoder, or with K,V of these sources.
 SEVERAL_SETS = [
     (2, "recompute full", RETENTION, "answers", True),
     (2, "TP2 SP", RETENTION, "answers", True),
@@ -92,6 +93,8 @@ SEVERAL_SETS = [
     (4, "CP2 queries travel", WINDOW, "random", False),
     (4, "PP2 CP2", WINDOW, "random", False),
     (4, "TP2 PP2 SP", WINDOW, "random", False),
+    ((1, 4), "PP2 VP2", RETENTION, "answers", True),
+    ((1, 2), "TP2 PP2 SP early split", RETENTION, "answers", True),
 ]
 
 
@@ -108,10 +111,13 @@ def masks() -> dict[str, torch.Tensor]:
     return found
 
 
-def step(kv_sets: int, mesh: str, kind: str, where: str, documents: bool, only_queries: bool) -> list[dict]:
+def step(
+    kv_sets: int | tuple[int, ...], mesh: str, kind: str, where: str, documents: bool, only_queries: bool
+) -> list[dict]:
     layout, pp, tp, cp, overrides = MESHES[mesh]
     vp = (layout.count("|") + 1) // pp
-    model = FLOAT64 | dict(self_decoder=kind, shared_kv_sets=kv_sets) | overrides
+    of_kv = dict(shared_kv_sets=kv_sets) if isinstance(kv_sets, int) else dict(shared_kv_sources=kv_sets)
+    model = FLOAT64 | dict(self_decoder=kind) | of_kv | overrides
     given = model, layout, False, MICROBATCHES, False, documents, masks()[where], only_queries
     return run_world(tp * pp * cp, pipeline_step, *given, tp=tp, pp=pp, cp=cp, vp=vp if vp > 1 else None)
 
@@ -121,7 +127,7 @@ def everywhere():
     """The reference: one process computes all positions and masks the loss."""
     done: dict = {}
 
-    def found(kv_sets: int, *case) -> dict[str, torch.Tensor]:
+    def found(kv_sets: int | tuple[int, ...], *case) -> dict[str, torch.Tensor]:
         if (kv_sets, *case) not in done:
             done[kv_sets, *case] = step(kv_sets, "one process", *case, only_queries=False)[0]
         return done[kv_sets, *case]
@@ -133,7 +139,7 @@ def everywhere():
     ("kv_sets", "mesh", "kind", "where", "documents"), [*((1, *case) for case in CASES), *SEVERAL_SETS]
 )
 def test_equals_the_whole_computation(
-    kv_sets: int, mesh: str, kind: str, where: str, documents: bool, everywhere
+    kv_sets: int | tuple[int, ...], mesh: str, kind: str, where: str, documents: bool, everywhere
 ) -> None:
     reference = everywhere(kv_sets, kind, where, documents)
     results = step(kv_sets, mesh, kind, where, documents, only_queries=True)

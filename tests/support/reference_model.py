@@ -3,7 +3,8 @@
 Source: arXiv 2405.05254 sections 2 and 3, and the authors' code where the paper is silent (embedding scale, key scale,
 tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the right: y = x W^T with W [out, in].
 
-Of several sets of K,V (`kv_sets`) each is read by an equal group of neighbouring layers.
+Of several sets of K,V (`kv_sets`) each is read by an equal group of neighbouring layers; `kv_sources` says behind how
+many layers they are projected, equally many each.
 
 Legend: B batch, T tokens, d hidden, H query heads, G K,V heads, D head width. Rotary angles, their sines and cosines
 are fp32 as in the authors' code, everything else is float64.
@@ -39,6 +40,12 @@ class Sizes:
     scale_embedding: bool = True
     eps: float = 1e-5
     kv_sets: int = 1
+    kv_sources: tuple[int, ...] = ()
+
+    @property
+    def source_of_set(self) -> list[int]:
+        sources = self.kv_sources or (self.num_self_decoder_layers,)
+        return [source for source in sources for _ in range(self.kv_sets // len(sources))]
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -179,14 +186,17 @@ def cross_layer(x: Tensor, w: Weights, layer: str, k: Tensor, v: Tensor, sizes: 
 def states(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Hidden states before the final norm, and the last K,V."""
     x = embedded_BTd * (embedded_BTd.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0)
+    behind = {0: x}
     for layer in range(sizes.num_self_decoder_layers):
         mixer = MIXERS[mixer_of_layer(sizes.self_decoder, layer).name]
         x = x + mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
-    normed = rms(x, sizes.eps) * w["kv.norm"]
+        behind[layer + 1] = x
     readers = (sizes.num_layers - sizes.num_self_decoder_layers) // sizes.kv_sets
     for layer in range(sizes.num_self_decoder_layers, sizes.num_layers):
         of = (layer - sizes.num_self_decoder_layers) // readers
+        source = sizes.source_of_set[of]
+        normed = rms(behind[source], sizes.eps) * w[f"kv.{of}.norm"]
         k, v = (projected(normed, w, f"kv.{of}.{m}", sizes.groups, sizes) for m in "kv")
         k = rope(k, sizes)
         x = cross_layer(x, w, f"{layer}", k, v, sizes)
@@ -227,11 +237,14 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
     w = {"embedding": state["embedding.word_embeddings.weight"], "final_norm": state["final_layernorm.weight"]}
     if "output_layer.weight" in state:
         w["head"] = state["output_layer.weight"]
-    w["kv.norm"] = state["decoder.shared_kv.layernorm.weight"]
-    names = [f"kv.{of}.{m}" for of in range(sizes.kv_sets) for m in "kv"]
-    w |= attention_weights("decoder.shared_kv.linear_kv", names, sizes.groups, [1, 1] * sizes.kv_sets)
-    for of in range(sizes.kv_sets):
-        w |= norm_weight(f"decoder.shared_kv.k_layernorm.{of}", f"kv.{of}.k")
+    for source in dict.fromkeys(sizes.source_of_set):
+        sets = [of for of in range(sizes.kv_sets) if sizes.source_of_set[of] == source]
+        module = f"decoder.shared_kv{f'_{source}' if source != sizes.source_of_set[-1] else ''}"
+        w |= {f"kv.{of}.norm": state[f"{module}.layernorm.weight"] for of in sets}
+        names = [f"kv.{of}.{m}" for of in sets for m in "kv"]
+        w |= attention_weights(f"{module}.linear_kv", names, sizes.groups, [1, 1] * len(sets))
+        for number, of in enumerate(sets):
+            w |= norm_weight(f"{module}.k_layernorm.{number}", f"kv.{of}.k")
     places = {str(layer): f"decoder.layers.{layer}." for layer in range(sizes.num_layers)}
     for depth in range(sum(name.endswith(".projection.weight") for name in state)):
         places[f"mtp{depth}"] = f"mtp_{depth}.block.layers.{sizes.num_layers + depth}."

@@ -34,6 +34,7 @@ SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "de
 # What older versions did not write, and how it was.
 ALWAYS_WAS = {
     "shared_kv_sets": 1,
+    "shared_kv_sources": None,
     "qk_layernorm": False,
     "add_qkv_bias": False,
     "mtp_num_layers": 0,

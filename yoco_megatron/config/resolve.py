@@ -24,6 +24,8 @@ def resolve_model(config: Any) -> None:
         ValueError: a size that cannot be derived, naming the flag.
     """
     require_sizes(config)
+    if getattr(config, "shared_kv_sets", 1) is None:
+        config.shared_kv_sets = len(config.shared_kv_sources or [None])
     if config.num_query_groups is None:
         config.num_query_groups = config.num_attention_heads
     if config.kv_channels is None:
@@ -45,6 +47,8 @@ def resolve_model(config: Any) -> None:
             "split",
         )
         config.num_self_decoder_layers = config.num_layers // 2
+    if list(getattr(config, "shared_kv_sources", None) or ()) == [config.num_self_decoder_layers]:
+        config.shared_kv_sources = None
     if config.self_decoder_heads is None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:

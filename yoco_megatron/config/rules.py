@@ -5,6 +5,7 @@ build models from Python.
 """
 
 from argparse import ArgumentParser, Namespace
+from itertools import pairwise
 from typing import Any
 
 from yoco_megatron.mixers import check_pattern, mixers_in, options_of_others
@@ -67,6 +68,7 @@ def check_sizes(config: Any) -> None:
         "--shared-kv-sets",
         "groups of as many layers read one K,V each",
     )
+    _check_sources(config)
     self_groups, fix = config.self_decoder_query_groups, "each K,V head serves a whole group"
     require_divides(self_groups, self_heads, "--self-decoder-heads", "--self-decoder-query-groups", fix)
     head_dims = {"--num-attention-heads or --kv-channels": config.kv_channels}
@@ -84,6 +86,21 @@ def check_sizes(config: Any) -> None:
         require(
             head_dim % 2 == 0, f"{flags} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"
         )
+
+
+def _check_sources(config: Any) -> None:
+    """Rules of --shared-kv-sources."""
+    given = getattr(config, "shared_kv_sources", None)
+    if given is None:
+        return
+    told, n_self = f"--shared-kv-sources {' '.join(map(str, given))}", config.num_self_decoder_layers
+    ascending = all(first < second for first, second in pairwise(given))
+    require(
+        bool(given) and ascending and given[0] >= 1 and given[-1] <= n_self,
+        f"{told} must be layers of the self-decoder in ascending order, from 1 to --num-self-decoder-layers {n_self}",
+    )
+    fix = f"each of the {len(given)} projects to as many sets"
+    require_divides(len(given), config.shared_kv_sets, "--shared-kv-sets", "the number of --shared-kv-sources", fix)
 
 
 def check_model(config: Any) -> None:

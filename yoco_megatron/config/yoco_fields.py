@@ -61,9 +61,19 @@ class YOCOFields:
     decay_temperature: float = 16.0
     """tau of gated retention: decay = sigmoid(x w)^(1/tau) (paper equation 5)."""
 
-    shared_kv_sets: int = 1
+    shared_kv_sets: int | None = None
     """Sets of K,V that the self-decoder's output is projected to; each is read by an equal group of neighbouring
-    cross-decoder layers. The paper has one. The cache grows with their number."""
+    cross-decoder layers. The paper has one. The cache grows with their number. Default: one for each of
+    --shared-kv-sources."""
+
+    shared_kv_sources: list[int] | None = field(
+        default=None,
+        metadata={
+            "argparse_meta": {"arg_names": ["--shared-kv-sources"], "type": int, "nargs": "+", "metavar": "LAYER"}
+        },
+    )
+    """Layers of the self-decoder, counted from 1 and ascending, whose outputs are projected to K,V, each to as many
+    sets. Default: its last layer alone, as in the paper."""
 
     rope_variant: Literal["yoco", "standard"] = "yoco"
     """yoco: frequencies theta^-linspace(0,1), interleaved pairs (the authors' code). standard: theta^(-2j/d), with the

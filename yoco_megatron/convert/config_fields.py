@@ -72,7 +72,8 @@ def arguments_of(model: Any) -> dict[str, str]:
     experts = {} if model.num_experts is None else EXPERTS
     unused = options_of_others(model.self_decoder)
     of_mixers = {field: dest for field, dest in OF_MIXERS.items() if dest not in unused}
-    return SAME | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
+    sources = {"shared_kv_sources": "shared_kv_sources"} if getattr(model, "shared_kv_sources", None) else {}
+    return SAME | sources | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 
 def from_args(args: Namespace, **more: Any) -> YocoConfig:
@@ -101,6 +102,8 @@ def sizes(config: YocoConfig) -> ModelShape:
     read = {theirs: getattr(config, ours) for ours, theirs in arguments_of(config).items()}
     if isinstance(config.moe_layer_freq, list):
         read["moe_layer_freq"] = tuple(config.moe_layer_freq)
+    if config.shared_kv_sources:
+        read["shared_kv_sources"] = tuple(config.shared_kv_sources)
     names = {field.name for field in dataclasses.fields(ModelShape)} & read.keys()
     return ModelShape(
         architecture="yoco",
@@ -232,6 +235,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "second mixer of the self-decoder": bool(others),
         "mixture of experts": config.num_experts is not None,
         "second set of shared K,V": config.shared_kv_sets > 1,
+        "shared K,V of an earlier layer": config.shared_kv_sources is not None,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
         "scaled RoPE": config.use_rope_scaling,

@@ -65,7 +65,8 @@ def model_card(source: Source, dtype: str) -> str:
         "self-decoder heads": f"{config.self_decoder_heads} of width {config.self_decoder_head_dim}",
         "cross-decoder heads": f"{config.num_attention_heads} of width {config.head_dim} over "
         f"{config.num_key_value_heads} K,V heads",
-        "shared K,V sets": str(config.shared_kv_sets),
+        "shared K,V sets": str(config.shared_kv_sets)
+        + (f", of layers {', '.join(map(str, config.kv_names))}" if config.shared_kv_sources else ""),
         **({"queries and keys": "RMSNorm of each head before RoPE, in softmax attention"} if config.qk_norm else {}),
         **({"biases": "of queries, keys and values, in softmax attention"} if config.qkv_bias else {}),
         "vocabulary": f"{config.vocab_size:,} rows",

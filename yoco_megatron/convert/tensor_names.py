@@ -26,15 +26,14 @@ def shapes(config: Any) -> dict[str, Shape]:
     A tied head is the embedding, and has no entry.
     """
     h, ffn, split_layer = config.hidden_size, config.intermediate_size, config.num_self_decoder_layers
-    q, kv = config.num_attention_heads * config.head_dim, _kv_heads_of_all_sets(config) * config.head_dim
+    q, kv = config.num_attention_heads * config.head_dim, _kv_heads_of_source(config) * config.head_dim
     cross_tensors = _of_attention(config, {"q_proj": (q, h), "o_proj": (h, q)}, {"q_norm": config.head_dim})
     found: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, h)}
     for index in range(config.num_hidden_layers + config.mtp_num_layers):
-        if index == split_layer:
-            found["model.shared_kv.norm.weight"] = (h,)
-            norms = {f"k_norm.{number}": config.head_dim for number in range(config.shared_kv_sets)}
-            of_kv = _of_attention(config, {"k_proj": (kv, h), "v_proj": (kv, h)}, norms)
-            found |= {f"model.shared_kv.{name}": shape for name, shape in of_kv.items()}
+        if kv_name := config.kv_names.get(index):
+            norms = {f"k_norm.{number}": config.head_dim for number in range(_sets_of_source(config))}
+            of_kv = {"norm.weight": (h,)} | _of_attention(config, {"k_proj": (kv, h), "v_proj": (kv, h)}, norms)
+            found |= {f"model.{kv_name}.{name}": shape for name, shape in of_kv.items()}
         layer: dict[str, Shape] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
         tensors = cross_tensors
         if index < split_layer:
@@ -92,9 +91,14 @@ def _of_attention(config: Any, matrices: dict[str, Shape], norms: dict[str, int]
     return found
 
 
-def _kv_heads_of_all_sets(config: Any) -> int:
-    """Of the shared K,V: rows of their projections are ordered by head, and for one head by set."""
-    return config.num_key_value_heads * config.shared_kv_sets
+def _sets_of_source(config: Any) -> int:
+    """Sets of shared K,V that one layer's output is projected to."""
+    return config.shared_kv_sets // len(config.kv_names)
+
+
+def _kv_heads_of_source(config: Any) -> int:
+    """Of shared K,V: rows of their projections are ordered by head, and for one head by set."""
+    return config.num_key_value_heads * _sets_of_source(config)
 
 
 def layer_name(config: Any, index: int) -> str:
@@ -191,13 +195,14 @@ def megatron(config: Any) -> list[Fused]:
         add("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm")
         add("mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj", parts=(1, 1))
         add("mlp.linear_fc2.weight", "mlp.down_proj")
-    ours, theirs = "model.shared_kv.", "decoder.shared_kv."
-    entries.append(Fused(f"{theirs}linear_kv.layer_norm_weight", (f"{ours}norm.weight",)))
-    for end in ("weight", "bias") if config.qkv_bias else ("weight",):
-        kv = (f"{ours}k_proj.{end}", f"{ours}v_proj.{end}")
-        entries.append(Fused(f"{theirs}linear_kv.{end}", kv, _kv_heads_of_all_sets(config), (1, 1)))
-    for number in range(config.shared_kv_sets if config.qk_norm else 0):
-        entries.append(Fused(f"{theirs}k_layernorm.{number}.weight", (f"{ours}k_norm.{number}.weight",)))
+    for kv_name in config.kv_names.values():
+        ours, theirs = f"model.{kv_name}.", f"decoder.{kv_name}."
+        entries.append(Fused(f"{theirs}linear_kv.layer_norm_weight", (f"{ours}norm.weight",)))
+        for end in ("weight", "bias") if config.qkv_bias else ("weight",):
+            kv = (f"{ours}k_proj.{end}", f"{ours}v_proj.{end}")
+            entries.append(Fused(f"{theirs}linear_kv.{end}", kv, _kv_heads_of_source(config), (1, 1)))
+        for number in range(_sets_of_source(config) if config.qk_norm else 0):
+            entries.append(Fused(f"{theirs}k_layernorm.{number}.weight", (f"{ours}k_norm.{number}.weight",)))
     entries.append(Fused("final_layernorm.weight", ("model.norm.weight",)))
     if not config.tie_word_embeddings:
         entries.append(Fused("output_layer.weight", ("lm_head.weight",)))

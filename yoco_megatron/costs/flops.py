@@ -17,6 +17,7 @@ The backward pass costs twice the forward: each product has two gradients of its
 
 from dataclasses import dataclass
 
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.costs.shape import ModelShape, layer_matmul_parameters
 from yoco_megatron.mixers.sliding_window import mean_visible_keys
 
@@ -73,12 +74,13 @@ def forward_flops_per_token(shape: ModelShape, queries: Queries | None = None) -
         "self_decoder": shape.num_self_decoder_layers,
         "cross_decoder": shape.num_cross_decoder_layers,
         "mtp": 1,
+        "shared_kv": len(sources_of(shape)),
     }
     queries = queries or Queries.of(shape)
     flops: dict[str, float] = {}
     for kind, parts in layer_flops_per_token(shape, queries).items():
         if kind == "shared_kv":
-            flops[kind] = parts["linear"]
+            flops[kind] = layers[kind] * parts["linear"]
         else:
             flops |= {f"{kind}_{part}": layers[kind] * value for part, value in parts.items()}
     heads = 1 + shape.mtp_num_layers  # one head, as often as tokens are predicted

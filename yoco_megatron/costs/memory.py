@@ -27,11 +27,13 @@ from itertools import pairwise
 from operator import mul
 from typing import Any
 
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.costs.optimizer import bytes_of_a_parameter, is_distributed
 from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters
 from yoco_megatron.costs.stage_time import (
     Parts,
     held_parameters,
+    kv_sets_arriving,
     kv_sets_read,
     of_rank,
     recomputed_layers,
@@ -77,12 +79,12 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
 
 def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> Memory:
     """The same of a known shape; of ranks that hold the same the first one has the most in flight."""
-    pp, read = args.pipeline_model_parallel_size, kv_sets_read(stages, shape)
+    pp, sets = args.pipeline_model_parallel_size, _kv_sets(stages, shape)
     distinct: dict[Any, int] = {}
     for rank in range(pp):
-        distinct.setdefault((*(tuple(stage.items()) for stage in stages[rank::pp]), *read[rank::pp]), rank)
+        distinct.setdefault((*(tuple(stage.items()) for stage in stages[rank::pp]), *sets[rank::pp]), rank)
     memories = (
-        _memory(args, shape, stages[rank::pp], read[rank::pp], in_flight(args, rank, len(stages) // pp))
+        _memory(args, shape, stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
         for rank in distinct.values()
     )
     return max(memories, key=lambda memory: memory.total)
@@ -90,11 +92,16 @@ def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) 
 
 def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
     """Memory of each pipeline rank."""
-    pp, read = args.pipeline_model_parallel_size, kv_sets_read(stages, shape)
+    pp, sets = args.pipeline_model_parallel_size, _kv_sets(stages, shape)
     return [
-        _memory(args, shape, stages[rank::pp], read[rank::pp], in_flight(args, rank, len(stages) // pp))
+        _memory(args, shape, stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
         for rank in range(pp)
     ]
+
+
+def _kv_sets(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[range, range]]:
+    """Of each stage the sets of K,V that it reads, and those that enter it."""
+    return list(zip(kv_sets_read(stages, shape), kv_sets_arriving(stages, shape)))
 
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
@@ -152,7 +159,7 @@ def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
     before, behind = args.account_for_embedding_in_pipeline_split, args.account_for_loss_in_pipeline_split
     places = shape.num_layers + before + behind  # the embedding and the loss may count as a layer each
     cuts = [min(max(places * stage // count - before, 0), shape.num_layers) for stage in range(count + 1)]
-    split = max(1, shape.num_self_decoder_layers)  # the K,V are made where the last layer before it is
+    sources = [max(1, source) for source in sources_of(shape)]  # K,V are made where the last layer before is
     stages: list[Parts] = []
     for first, stop in pairwise(cuts):
         self_layers = max(0, min(stop, shape.num_self_decoder_layers) - first)
@@ -160,7 +167,7 @@ def even_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
             held = {"decoder": stop - first}
         else:
             held = {"self_decoder": self_layers, "cross_decoder": stop - first - self_layers}
-            held["shared_kv"] = int(first < split <= stop)
+            held["shared_kv"] = sum(first < source <= stop for source in sources)
         stages.append(held | {"embedding": int(first == 0), "output_layer": int(stop == shape.num_layers)})
     if shape.mtp_num_layers:
         stages[-1] = {**stages[-1], "mtp": 1}
@@ -171,10 +178,10 @@ def _memory(
     args: Namespace,
     shape: ModelShape,
     chunks: Sequence[Parts],
-    read: Sequence[range],
+    sets: Sequence[tuple[range, range]],
     moments: Sequence[tuple[Sequence[int], int]],
 ) -> Memory:
-    """Of a rank that holds `chunks`, which read these sets of K,V, at the fullest of the `in_flight` moments."""
+    """Of a rank that holds `chunks`, with the `_kv_sets` of each, at the fullest of the `in_flight` moments."""
     tp, cp, e = args.tensor_model_parallel_size, args.context_parallel_size, _bytes_of_a_value(args)
     tokens = args.seq_length * args.micro_batch_size / cp
     rows = tokens * shape.query_share  # behind the shared K,V
@@ -187,7 +194,7 @@ def _memory(
     plain = {kind: positions[kind] * _stored_whole(args, shape, kind, split) for kind in kinds}
     again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
-    normed_k = shape.shared_kv_sets * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
+    normed_k = shape.sets_of_source * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
     of_teacher = teacher_shape(args, shape)
     teacher = of_teacher and TeacherMemory(args, shape, of_teacher, e)
@@ -202,9 +209,9 @@ def _memory(
         each = layer["cross_decoder"] + 6 * e * rows * shape.hidden_size / split + own_kv
         return {"mtp": shape.mtp_num_layers * each}
 
-    def of_chunk(chunk: Parts, sets: range) -> dict[str, float]:
+    def of_chunk(chunk: Parts, read: range, arriving: range) -> dict[str, float]:
         """Stored for one micro-batch."""
-        arrived = shape.shared_kv_sets - sets.start if sets else 0
+        arrived = shape.shared_kv_sets - read.start if read else len(arriving)
         layers = {}
         for kind in kinds:
             count = chunk.get(kind, 0)
@@ -212,13 +219,13 @@ def _memory(
             layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
         return layers | {
             "shared K,V": tokens * (2 * e * shape.hidden_size / split + normed_k / tp) * chunk.get("shared_kv", 0)
-            + e * (len(sets) * read_kv + arrived * arrived_kv),
+            + e * (len(read) * read_kv + arrived * arrived_kv),
             **mtp(chunk.get("mtp", 0)),
             "head": heads * 2 * e * rows * shape.hidden_size / split * chunk.get("output_layer", 0),
             **({"teacher's hidden states": teacher.stored(chunk, tokens, rows, split)} if teacher else {}),
         }
 
-    each = [of_chunk(chunk, sets) for chunk, sets in zip(chunks, read)]
+    each = [of_chunk(chunk, *of_kv) for chunk, of_kv in zip(chunks, sets)]
 
     def added(chunk: Parts, sizes: Mapping[str, float]) -> float:
         """Beside what is stored, while the backward pass of one micro-batch goes through a chunk."""
@@ -251,8 +258,8 @@ def _memory(
         parts["teacher"] = teacher.weights(chunks)
     for name in dict.fromkeys(name for sizes in each for name in sizes):
         parts[name] = sum(count * sizes.get(name, 0.0) for count, sizes in zip(begun, each))
-    sets = shape.shared_kv_sets if shape.architecture == "yoco" else 0
-    crossing = e * (tokens * shape.hidden_size / split + sets * arrived_kv) if len(chunks) > 1 else 0.0
+    most = shape.shared_kv_sets if shape.architecture == "yoco" else 0
+    crossing = e * (tokens * shape.hidden_size / split + most * arrived_kv) if len(chunks) > 1 else 0.0
     crossing += teacher.crossing(tokens, split) if teacher and crossing else 0.0
     return Memory(parts | {"loss and layer in backward": extra[active], "crossing stages": EXCHANGED * crossing})
 

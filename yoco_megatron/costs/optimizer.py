@@ -64,7 +64,7 @@ def layer_matrices(shape: ModelShape) -> dict[str, Matrices]:
     mtp = _sum([(d, 2 * d)], cross)
     return {
         "self_decoder": own,
-        "shared_kv": {(kv, d): 2.0 * shape.shared_kv_sets},
+        "shared_kv": {(kv, d): 2.0 * shape.sets_of_source},
         "cross_decoder": cross,
         "mtp": {size: shape.mtp_num_layers * count for size, count in mtp.items()},
     }

@@ -5,7 +5,8 @@ Planner, FLOP counter and tests read sizes from here, so that they agree with ea
 K,V heads of width D, V vocabulary):
 
     self layer    its mixer's (`mixers`) + 3 d F + 2 d
-    shared K,V    n 2 d g D + d                    (two projections for each of n sets, one in a YOCO, and one norm)
+    shared K,V    n 2 d g D + m d                  (two projections for each of n sets, one in a YOCO, and a norm for
+                                                    each of their m sources, one in a YOCO)
     cross layer   2 d h D + 3 d F + 2 d            (queries and output only)
     multi-token   2 d^2 + 2 d + a cross layer, for each (--mtp-num-layers)
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
@@ -29,6 +30,7 @@ from math import prod
 from typing import Any, Literal, Self
 
 from yoco_megatron.config import experts
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
 from yoco_megatron.mixers import Mixer, mean_over_layers
@@ -72,6 +74,8 @@ class ModelShape:
     mamba_num_groups: int = 8
     shared_kv_sets: int = 1
     """K,V that groups of cross-decoder layers share; `num_query_groups` and `kv_channels` are those of each."""
+    shared_kv_sources: tuple[int, ...] | None = None
+    """Layers of the self-decoder that they are projected from, from 1; None for its last."""
     qk_layernorm: bool = False
     """Softmax attention has a norm of its queries and one of its keys, over the width of a head."""
     add_qkv_bias: bool = False
@@ -106,6 +110,11 @@ class ModelShape:
     def kv_width(self) -> int:
         """Values of one token's keys and values: of one set of the shared K,V (transformer: one layer's)."""
         return 2 * self.num_query_groups * self.kv_channels
+
+    @property
+    def sets_of_source(self) -> int:
+        """Sets of K,V that the output of one source is projected to."""
+        return self.shared_kv_sets // len(sources_of(self))
 
     @property
     def computed_queries(self) -> int:
@@ -161,6 +170,8 @@ class ModelShape:
         elif isinstance(sizes["moe_layer_freq"], list):
             sizes["moe_layer_freq"] = tuple(sizes["moe_layer_freq"])
         sizes["mtp_num_layers"] = sizes.get("mtp_num_layers") or 0
+        if sizes.get("shared_kv_sources"):
+            sizes["shared_kv_sources"] = tuple(sizes["shared_kv_sources"])
         # The flags of an older run lack newer sizes, which have defaults.
         named = [field.name for field in fields(cls) if field.name in sizes or field.default is MISSING]
         read: dict[str, Any] = {name: sizes.get(name) for name in named}
@@ -184,7 +195,7 @@ def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> Mapping[
     cross = q_and_out + _ffn_parameters(shape, "cross_decoder", active)
     return {
         "self_decoder": mixer + _ffn_parameters(shape, "self_decoder", active),
-        "shared_kv": shape.shared_kv_sets * k_and_v,
+        "shared_kv": shape.sets_of_source * k_and_v,
         "cross_decoder": cross,
         **_mtp(shape, 2 * d * d + cross),
     }
@@ -266,7 +277,7 @@ def layer_vectors(shape: ModelShape) -> Mapping[str, float]:
 
     return {
         "self_decoder": 2 * d + shape.mean(of_mixer),
-        "shared_kv": d + shape.shared_kv_sets * of_attention(0, shape.kv_width, width),
+        "shared_kv": d + shape.sets_of_source * of_attention(0, shape.kv_width, width),
         "cross_decoder": 2 * d + of_attention(queries, 0, width),
         **_mtp(shape, 4 * d + of_attention(queries, 0, width)),
     }
@@ -289,7 +300,7 @@ def parameter_count(shape: ModelShape) -> Mapping[str, int]:
         own, cross = shape.num_self_decoder_layers, shape.num_cross_decoder_layers
         counts = {
             "self_decoder": own,
-            "shared_kv": 1,
+            "shared_kv": len(sources_of(shape)),
             "cross_decoder": cross,
             **({"mtp": 1} if shape.mtp_num_layers else {}),
         }

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from yoco_megatron.config.kv_sets import layers_of_sets, sets_arriving, sources_of
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count, routed_parameters
 from yoco_megatron.mixers import Mixer
 
 Parts = Mapping[str, int]
-"""How many of each part a stage holds: embedding, self_decoder (layers), shared_kv, cross_decoder (layers),
+"""How many of each part a stage holds: embedding, self_decoder (layers), shared_kv (sources), cross_decoder (layers),
 mtp (all layers of multi-token prediction), output_layer (a Transformer: embedding, decoder, output_layer). A missing
 one is 0."""
 Seconds = Mapping[str, float]
@@ -92,7 +93,7 @@ def part_seconds(
     cross = layer_seconds("cross_decoder", layers["cross_decoder"]["mixing"] / rates.attention)
     return ends | {
         "self_decoder": layer_seconds("self_decoder", shape.mean(own_mixing)),
-        "shared_kv": whole["shared_kv"] / rates.linear,
+        "shared_kv": layers["shared_kv"]["linear"] / rates.linear,
         "cross_decoder": cross,
         **({"mtp": shape.mtp_num_layers * cross + projections} if shape.mtp_num_layers else {}),
     }
@@ -143,6 +144,16 @@ def kv_sets_read(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
     return read
 
 
+def kv_sets_arriving(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
+    """The sets of K,V that enter each stage from the one before."""
+    if shape.architecture == "transformer":
+        return [range(0)] * len(stages)
+    layers = (stage.get("self_decoder", 0) + stage.get("cross_decoder", 0) for stage in stages)
+    cuts, split_layer = [*accumulate(layers, initial=0)], shape.num_self_decoder_layers
+    readers = layers_of_sets(shape.num_layers, split_layer, shape.shared_kv_sets, shape.mtp_num_layers)
+    return [sets_arriving(cuts, sources_of(shape), readers, g) for g in range(len(stages))]
+
+
 def of_rank(chunks: Sequence[Parts]) -> Parts:
     """What a pipeline rank holds in all its model chunks."""
     if len(chunks) == 1:
@@ -159,7 +170,7 @@ def stage_parameters(parts: Parts, shape: ModelShape) -> int:
     prediction."""
     parameters = parameter_count(shape)
     layers = {"self_decoder": shape.num_self_decoder_layers, "cross_decoder": shape.num_cross_decoder_layers}
-    layers |= {"decoder": shape.num_layers}
+    layers |= {"decoder": shape.num_layers, "shared_kv": len(sources_of(shape))}
     count = sum(parameters[part] // max(1, layers.get(part, 1)) * held for part, held in parts.items())
     if parts.get("output_layer"):
         copied = (shape.tied or parts.get("mtp")) and not parts.get("embedding")

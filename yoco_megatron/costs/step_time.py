@@ -25,6 +25,7 @@ from yoco_megatron.costs.stage_time import (
     Parts,
     Rates,
     held_parameters,
+    kv_sets_arriving,
     kv_sets_read,
     loss_chunks,
     of_rank,
@@ -115,8 +116,7 @@ def step_time(
     sends = 0.0
     if pp > 1:
         # The boundary that most sets of K,V cross holds up the others.
-        behind = [sets for stage, sets in zip(stages, read) if sets and not stage.get("shared_kv")]
-        kv_sets = max((shape.shared_kv_sets - sets.start for sets in behind), default=0)
+        kv_sets = max(map(len, kv_sets_arriving(stages, shape)))
         size = boundary_bytes(shape, 1, BYTES, kv_sets) * tokens / tp
         if teacher and not args.attention_transfer:
             size += BYTES * teacher.hidden_size * tokens / tp

@@ -102,8 +102,8 @@ def build(
     """The part of the teacher beside `student`, with its weights: the same layers of as many, and both ends."""
     length = student.max_sequence_length
     config = teacher_config(student.config, teacher, min(length, teacher.window or length))
-    stage = replace(student.stage, makes_kv=False, kv_in=False, kv_out=False)
-    if stage == Stage(0, student.config.num_layers, makes_kv=False):  # alone it may have another number of layers
+    stage = replace(student.stage, kv_sources=(), kv_in=range(0), kv_out=range(0))
+    if stage == Stage(0, student.config.num_layers):  # alone it may have another number of layers
         stage = replace(stage, last=config.num_layers)
     model = TeacherModel(
         config,

@@ -32,7 +32,7 @@ from yoco_megatron.parallel.pipeline.boundary import from_bits, kv_values, to_bi
 
 def is_trained(name: str) -> bool:
     """Whether attention transfer trains the parameter of a YOCOModel with this name."""
-    return ("self_attention." in name or "shared_kv." in name) and "norm" not in name
+    return ("self_attention." in name or "shared_kv" in name) and "norm" not in name
 
 
 class TransferBlock(YOCOBlock):

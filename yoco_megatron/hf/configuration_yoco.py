@@ -77,7 +77,9 @@ class YocoConfig(PreTrainedConfig):
     `qk_norm` normalises the heads of queries and keys before RoPE, `qkv_bias` gives projections to q, k, v biases: in
     softmax attention, which gated retention is not.
 
-    Of `shared_kv_sets` K,V each is read by equally many neighbouring cross-decoder layers; the paper has one.
+    Of `shared_kv_sets` K,V each is read by equally many neighbouring cross-decoder layers; the paper has one. They are
+    projected from the output of the self-decoder's last layer, or equally many from each of the layers
+    `shared_kv_sources`, ascending from 1.
 
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
@@ -105,6 +107,8 @@ class YocoConfig(PreTrainedConfig):
         "self_layers.*.mixer.o_proj": "rowwise",
         "shared_kv.k_proj": "colwise",
         "shared_kv.v_proj": "colwise",
+        "shared_kv_*.k_proj": "colwise",
+        "shared_kv_*.v_proj": "colwise",
         "cross_layers.*.mixer.q_proj": "colwise",
         "cross_layers.*.mixer.o_proj": "rowwise",
         "self_layers.*.mlp.gate_proj": "colwise",
@@ -133,6 +137,7 @@ class YocoConfig(PreTrainedConfig):
     mamba_state_dim: int | NotGiven = None
     mamba_num_groups: int | NotGiven = None
     shared_kv_sets: int = 1
+    shared_kv_sources: list[int] | None = None
     num_experts: int | None = None
     moe_layer_freq: int | list[int] = 1
     moe_intermediate_size: int | NotGiven = None
@@ -293,6 +298,13 @@ class YocoConfig(PreTrainedConfig):
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         if cross % self.shared_kv_sets:
             raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
+        sources, last = self.shared_kv_sources, self.num_self_decoder_layers
+        if sources is None:
+            return
+        if not sources or sources != sorted({*sources}) or not 1 <= sources[0] <= sources[-1] <= last:
+            raise ValueError(f"shared_kv_sources {sources!r:.80} must be layers from 1 to {last}, ascending")
+        if self.shared_kv_sets % len(sources):
+            raise ValueError(f"shared_kv_sets {self.shared_kv_sets} is no multiple of {len(sources)} shared_kv_sources")
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
@@ -336,6 +348,12 @@ class YocoConfig(PreTrainedConfig):
         if isinstance(self.moe_layer_freq, int):
             return [index % self.moe_layer_freq == 0 for index in range(self.num_hidden_layers)]
         return [bool(has) for has in self.moe_layer_freq]
+
+    @property
+    def kv_names(self) -> dict[int, str]:
+        """Of each projection to shared K,V the layers before it, and its module; that of the last is `shared_kv`."""
+        *others, last = self.shared_kv_sources or [self.num_self_decoder_layers]
+        return {source: f"shared_kv_{source}" for source in others} | {last: "shared_kv"}
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:

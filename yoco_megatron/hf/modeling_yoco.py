@@ -4,7 +4,8 @@
 
 The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
 the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1). With
-`shared_kv_sets` above 1 there are so many K^,V^, each for a group of cross layers.
+`shared_kv_sets` above 1 there are so many K^,V^, each for a group of cross layers, and with `shared_kv_sources` they
+come from the outputs of several layers.
 
 Shapes: b batch, s new tokens, h hidden, H heads, D head width; attention and retention work on [b, H, s, D].
 """
@@ -255,17 +256,20 @@ class YocoGatedRetention(nn.Module):
 
 
 class YocoSharedKV(nn.Module):
-    """The sets of K^,V^ of the model, projected from the self-decoder's output; also its global cache entries.
+    """The sets of K^,V^ projected from the output of one source, the self-decoder's layer number `source`; also their
+    global cache entries.
 
     Rows of the projections are ordered by head, and for one head by set: tensor parallelism cuts between heads.
     """
 
-    def __init__(self, config: YocoConfig):
+    def __init__(self, config: YocoConfig, source: int):
         super().__init__()
         self.config, self.head_dim = config, config.head_dim
         # Each set's place in the cache: that of the first layer that reads it.
-        self.layer_indices = [i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store"]
-        width = config.num_key_value_heads * config.shared_kv_sets * self.head_dim
+        of_all, names = [i for i, mode in enumerate(config.kv_sharing_modes) if mode == "store"], [*config.kv_names]
+        sets, place = len(of_all) // len(names), names.index(source)
+        self.layer_indices = of_all[place * sets :][:sets]
+        width = config.num_key_value_heads * sets * self.head_dim
         self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
@@ -343,6 +347,8 @@ class YocoPreTrainedModel(PreTrainedModel):
 class YocoModel(YocoPreTrainedModel):
     """The decoder without its head."""
 
+    shared_kv: YocoSharedKV  # that of the last source
+
     def __init__(self, config: YocoConfig):
         super().__init__(config)
         border = config.num_self_decoder_layers
@@ -355,7 +361,8 @@ class YocoModel(YocoPreTrainedModel):
         mixers = [kinds[mixer] for mixer in config.self_decoder_mixers]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i, mixer in enumerate(mixers))
-        self.shared_kv = YocoSharedKV(config)
+        for source, name in config.kv_names.items():
+            self.add_module(name, YocoSharedKV(config, source))
         self.cross_layers = nn.ModuleList(
             YocoLayer(config, YocoCrossAttention(config, i), i) for i in range(border, config.num_hidden_layers)
         )
@@ -410,12 +417,12 @@ class YocoModel(YocoPreTrainedModel):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
 
-        rotary = self.self_rotary(position_ids)
-        for layer, kind in zip(self.self_layers, self.config.layer_types):
+        own_rotary, rotary = self.self_rotary(position_ids), self.cross_rotary(position_ids)
+        sets = self._project(0, x, rotary, past_key_values)
+        for index, (layer, kind) in enumerate(zip(self.self_layers, self.config.layer_types), 1):
             own = {"mask": self_masks[kind], "past_key_values": past_key_values, "documents": documents}
-            x = layer(x, rotary=rotary, **own, **kwargs)
-        rotary = self.cross_rotary(position_ids)
-        sets = self.shared_kv(x, rotary, past_key_values)
+            x = layer(x, rotary=own_rotary, **own, **kwargs)
+            sets += self._project(index, x, rotary, past_key_values)
         x, rotary = x[:, length - kept :], tuple(t[:, length - kept :] for t in rotary)
         for index, layer in enumerate(self.cross_layers if kept else ()):
             k, v = sets[index * len(sets) // len(self.cross_layers)]
@@ -423,6 +430,11 @@ class YocoModel(YocoPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x[:, kept - last :]), past_key_values=past_key_values
         )
+
+    def _project(self, source: int, x, rotary, past_key_values) -> list[tuple]:
+        """The sets of K^,V^ that are projected behind so many layers."""
+        name = self.config.kv_names.get(source)
+        return getattr(self, name)(x, rotary, past_key_values) if name else []
 
     def _masks(self, x, attention_mask, past_key_values, position_ids, kept, documents):
         """(those of the self-decoder by kind of layer, that of the cross-decoder's last `kept` queries)."""

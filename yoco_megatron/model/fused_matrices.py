@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.mixers import mixers_in
 from yoco_megatron.mixers.record import FusedMatrix
 
@@ -27,7 +28,8 @@ def fused_matrices(config: Any) -> dict[str, FusedMatrix]:
     if not sets:
         qkv = ("q_proj", "k_proj", "v_proj")
         return _by_name([*matrices, FusedMatrix("linear_qkv", qkv, kv_heads, (heads // kv_heads, 1, 1))])
-    kv = tuple(f"{name}.{number}" for number in range(sets) for name in ("k_proj", "v_proj"))
+    of_source = range(sets // len(sources_of(config)))
+    kv = tuple(f"{name}.{number}" for number in of_source for name in ("k_proj", "v_proj"))
     matrices += [FusedMatrix("linear_kv", kv, kv_heads, (1,) * len(kv))]
     if config.num_self_decoder_layers:
         for mixer in mixers_in(config.self_decoder):  # whose matrices have names of their own

@@ -51,8 +51,8 @@ class MultiTokenPrediction(MegatronModule):
 
         self.hidden_norm, self.embedding_norm = of_input(), of_input()
         self.projection = RowLinear(config, 2 * config.hidden_size, config.hidden_size)
-        first = config.num_layers + depth
-        stage = Stage(first, first + 1, pre_process=False, post_process=False, makes_kv=False, kv_in=1)
+        first, sets = config.num_layers + depth, config.shared_kv_sets
+        stage = Stage(first, first + 1, pre_process=False, post_process=False, kv_in=range(sets - 1, sets))
         self.block = block(config, stage, groups)
 
     def forward(self, hidden_states: Tensor, embeddings: Tensor, kv: Tensor, *places: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """The layers of a YOCO, or of one pipeline stage of it: self-decoder, shared K,V, cross-decoder.
 
 The block returns hidden states and the shared K,V that a later stage reads. Of several sets of K,V
-(--shared-kv-sets) each has a group of cross-decoder layers, which run one after the other.
+(--shared-kv-sets) each has a group of cross-decoder layers, which run one after the other; each is projected where the
+self-decoder reaches its source (--shared-kv-sources).
 
 Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
 need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
@@ -33,7 +34,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from yoco_megatron.config.experts import layers_with_experts
-from yoco_megatron.config.kv_sets import layers_of_sets
+from yoco_megatron.config.kv_sets import layers_of_sets, source_name, sources_of
 from yoco_megatron.mixers import mixer_of_layer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
@@ -83,10 +84,11 @@ class YOCOBlock(MegatronModule):
         self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
         self.num_self, self.num_cross = stage.split(split_layer)
         self.stage = stage
-        self.shared_kv = None
-        if stage.makes_kv:
+        sources = sources_of(config)
+        self.kv_names = {source: source_name(source, sources) for source in stage.kv_sources}
+        for name in self.kv_names.values():
             with get_fp8_context(config, is_init=True) if config.fp8 else nullcontext():
-                self.shared_kv = SharedKV(config, specs.shared_kv(backend), pg_collection)
+                self.add_module(name, SharedKV(config, specs.shared_kv(backend), pg_collection))
 
     def forward(
         self,
@@ -102,28 +104,31 @@ class YOCOBlock(MegatronModule):
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            kv_sets: the shared K,V [s, b, G, 2, D] of the tokens held here, from an earlier stage: the last
-                `stage.kv_in` sets; none if this block makes them, or if a later one does.
+            kv_sets: the shared K,V [s, b, G, 2, D] of the tokens held here, from earlier stages: `stage.kv_in`.
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
             queries: the positions that are computed behind the shared K,V; `shard` for all.
             query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`; `cross_angles` for all.
         Returns:
-            hidden states, shaped as they came in, behind the shared K,V those of `queries` [m, b, h], and the last
-            `stage.kv_out` sets of K,V, in fp32 if they are sent so; before multi-token prediction the last set.
+            hidden states, shaped as they came in, behind the self-decoder those of `queries` [m, b, h], and the sets
+            `stage.kv_out` of K,V, in fp32 if they are sent so; before multi-token prediction the last set.
         """
-        assert len(kv_sets) == self.stage.kv_in, "the shared K,V and the stage do not fit"
-        config = self.config
+        config, stage, split_layer = self.config, self.stage, self.config.num_self_decoder_layers
+        assert len(kv_sets) == len(stage.kv_in), "the shared K,V and the stage do not fit"
+        sets = list(kv_sets)
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
         with rng, get_fp8_context(config) if delayed else nullcontext():
-            hidden_states = self._run(self.layers[: self.num_self], hidden_states, None, self_angles, shard)
-            if self.shared_kv is not None:
-                with self._layer_fp8(config.num_self_decoder_layers):
-                    kv_sets = self.shared_kv(hidden_states, cross_angles)
-                if isinstance(queries, QueryShard):
-                    hidden_states = queries.take(hidden_states)
-            return self._cross_decoder(hidden_states, kv_sets, query_angles, shard, queries)
+            first = 0
+            for last in dict.fromkeys((*(source - stage.first for source in self.kv_names), self.num_self)):
+                hidden_states = self._run(self.layers[first:last], hidden_states, None, self_angles, shard, first)
+                first = last
+                if name := self.kv_names.get(stage.first + last):
+                    with self._layer_fp8(stage.first + last):
+                        sets += self.get_submodule(name)(hidden_states, cross_angles)
+            if isinstance(queries, QueryShard) and not stage.is_behind(split_layer) and stage.last >= split_layer:
+                hidden_states = queries.take(hidden_states)
+            return self._cross_decoder(hidden_states, sets, query_angles, shard, queries)
 
     def _cross_decoder(
         self,
@@ -147,7 +152,7 @@ class YOCOBlock(MegatronModule):
         )
         kv_out_dtype = torch.float32 if config.sends_fp32_kv else config.params_dtype
         kv_out = []
-        for kv, group in zip(kv_sets, groups[config.shared_kv_sets - len(kv_sets) :]):
+        for kv, group in zip(kv_sets, groups[stage.kv_in.start :]):
             if group.start >= stage.last:
                 kv_out.append(kv.to(kv_out_dtype))
                 continue
@@ -221,9 +226,9 @@ class YOCOBlock(MegatronModule):
             part = layer.sharded_state_dict(local, (), metadata)
             replace_prefix_for_sharding(part, local, of_model)
             state.update(part)
-        if self.shared_kv is not None:
-            name = f"{prefix}shared_kv."
-            state.update(sharded_state_dict_default(self.shared_kv, name, (), metadata, tp_group=self.tp_group))
+        for name in self.kv_names.values():
+            module, key = self.get_submodule(name), f"{prefix}{name}."
+            state.update(sharded_state_dict_default(module, key, (), metadata, tp_group=self.tp_group))
         return state
 
 

@@ -29,6 +29,7 @@ class YOCOConfig(YOCOFields, TransformerConfig):
     self_decoder_head_dim: int = cast(int, None)
     self_decoder_query_groups: int = cast(int, None)
     loss_chunk_size: int = cast(int, None)
+    shared_kv_sets: int = cast(int, None)
 
     # Megatron's flags, which its TransformerConfig does not have.
     use_rope_scaling: bool = False

@@ -25,7 +25,7 @@ from yoco_megatron.model.yoco_config import YOCOConfig
 from yoco_megatron.parallel.context.query_shard import QueryShard, Runs, count
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.parallel.pipeline.boundary import join_boundary_tensor, kv_values, split_boundary_tensor
-from yoco_megatron.parallel.pipeline.stages import Stage
+from yoco_megatron.parallel.pipeline.stages import Stage, StagePlan
 
 
 class YOCOModel(LanguageModule):
@@ -56,7 +56,7 @@ class YOCOModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.stage = stage = stage or Stage(0, config.num_layers, mtp_layers=config.mtp_num_layers or 0)
+        self.stage = stage = stage or StagePlan.of(config, [config.num_layers]).stage(0)
         self.pre_process, self.post_process = stage.pre_process, stage.post_process
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
@@ -152,7 +152,7 @@ class YOCOModel(LanguageModule):
         if self.stage.kv_in:
             hidden_shape, kv_shape = self._arriving_shapes(hidden_states, query_runs)
             hidden_states, kv_sets = split_boundary_tensor(
-                hidden_states, hidden_shape, kv_shape, self.stage.kv_in, config.sends_fp32_kv
+                hidden_states, hidden_shape, kv_shape, len(self.stage.kv_in), config.sends_fp32_kv
             )
         length = kv_sets[0].shape[0] if kv_sets else hidden_states.shape[0] * self.tokens_per_row
         group = self.cp_group if ranks > 1 else None
@@ -202,8 +202,10 @@ class YOCOModel(LanguageModule):
         tokens = length // self.cp_group.size()
         if not stage.kv_in:
             return tokens // self.tokens_per_row, micro_batch_size, self.config.hidden_size
-        rows = (length if queries is None else queries) // self.cp_group.size() // self.tokens_per_row
-        return 1, micro_batch_size, rows * self.config.hidden_size + stage.kv_in * tokens * self._kv_values_per_token
+        behind = stage.is_behind(self.config.num_self_decoder_layers)
+        rows = (queries if behind and queries is not None else length) // self.cp_group.size() // self.tokens_per_row
+        kv = len(stage.kv_in) * tokens * self._kv_values_per_token
+        return 1, micro_batch_size, rows * self.config.hidden_size + kv
 
     @property
     def _kv_values_per_token(self) -> int:
@@ -215,8 +217,8 @@ class YOCOModel(LanguageModule):
     ) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
         """Of hidden states and each set of K,V in it. The number of tokens follows from its size."""
         _, batch, values = boundary_tensor.shape
-        width, kv = self.config.hidden_size, self.stage.kv_in * self._kv_values_per_token
-        if query_runs is None:
+        width, kv = self.config.hidden_size, len(self.stage.kv_in) * self._kv_values_per_token
+        if query_runs is None or not self.stage.is_behind(self.config.num_self_decoder_layers):
             tokens = values * self.tokens_per_row // (width + kv * self.tokens_per_row)
             rows = tokens // self.tokens_per_row
         else:

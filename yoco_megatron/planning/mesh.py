@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from itertools import accumulate
 
 from yoco_megatron.config import experts, multi_token
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_mesh, check_model, check_optimizer, check_stages
 from yoco_megatron.costs.card import Card
@@ -152,11 +153,9 @@ def stages_of(args: Namespace, shape: ModelShape) -> list[Parts]:
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         seconds = part_seconds_of_run(shape, args)
-        counts = plan_cuts(shape.num_layers, shape.num_self_decoder_layers, ranks, chunks, seconds)
-    plan = StagePlan(
-        (0, *accumulate(counts)), shape.num_self_decoder_layers, shape.shared_kv_sets, shape.mtp_num_layers
-    )
-    return list(plan.parts())
+        split_layer, sources = shape.num_self_decoder_layers, sources_of(shape)
+        counts = plan_cuts(shape.num_layers, split_layer, ranks, chunks, seconds, sources)
+    return list(StagePlan.of(shape, counts).parts())
 
 
 def _counts(layout: str, num_layers: int, ranks: int) -> list[int]:
@@ -183,12 +182,15 @@ def nearly_best_stages(args: Namespace, shape: ModelShape) -> list[Parts]:
         round(seconds[part] / seconds["cross_decoder"], 2) for part in ("self_decoder", "shared_kv", "output_layer")
     )
     mtp = round(seconds.get("mtp", 0.0) / seconds["cross_decoder"], 2)
-    return _filled_stages(shape.num_layers, shape.num_self_decoder_layers, count, *ratios, mtp, shape.mtp_num_layers)
+    return _filled_stages(
+        shape.num_layers, sources_of(shape), shape.num_self_decoder_layers, count, *ratios, mtp, shape.mtp_num_layers
+    )
 
 
 @cache
 def _filled_stages(
     num_layers: int,
+    kv_sources: tuple[int, ...],
     split_layer: int,
     stages: int,
     self_decoder: float,
@@ -201,5 +203,6 @@ def _filled_stages(
     require(stages <= num_layers, f"{stages} stages are more than --num-layers {num_layers}")
     seconds = {"embedding": 0.0, "self_decoder": self_decoder, "shared_kv": shared_kv}
     seconds |= {"cross_decoder": 1.0, "output_layer": output_layer, "mtp": mtp}
-    counts = filled_cuts(layer_seconds(num_layers, split_layer, seconds), stages)
-    return list(StagePlan((0, *accumulate(counts)), split_layer, mtp_layers=mtp_layers).parts())
+    counts = filled_cuts(layer_seconds(num_layers, split_layer, seconds, kv_sources), stages)
+    plan = StagePlan((0, *accumulate(counts)), split_layer, mtp_layers=mtp_layers, kv_sources=kv_sources)
+    return list(plan.parts())

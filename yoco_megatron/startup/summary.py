@@ -82,6 +82,8 @@ def _layers(args: Namespace, shape: ModelShape) -> str:
     if args.architecture == "transformer":
         return f"Transformer, {shape.num_layers} layers, width {shape.hidden_size:,}"
     sets = f" over {shape.shared_kv_sets} sets of K,V" if shape.shared_kv_sets > 1 else ""
+    if shape.shared_kv_sources:
+        sets += f" of layers {', '.join(map(str, shape.shared_kv_sources))}"
     mixers = " and ".join(mixer.name.replace("_", " ") for mixer in mixers_in(shape.self_decoder))
     return (
         f"YOCO, {shape.num_self_decoder_layers} layers of {mixers} and "

@@ -1,8 +1,9 @@
 """The one K,V of the whole model (paper equation 2), or several sets of them (--shared-kv-sets).
 
-K^ = RoPE(RMSNorm_kv(X) W_K),  V^ = RMSNorm_kv(X) W_V, from the self-decoder's output X, with a norm of its own.
-Every cross-decoder layer reads the same tensor, or every layer of a group; the sets differ in W alone, and with
---qk-layernorm, which normalises the heads of K before RoPE, in the weight of that norm.
+K^ = RoPE(RMSNorm_kv(X) W_K),  V^ = RMSNorm_kv(X) W_V, from the self-decoder's output X, or that of one of its layers
+(--shared-kv-sources), with a norm of its own. Every cross-decoder layer reads the same tensor, or every layer of a
+group; the sets of one source differ in W alone, and with --qk-layernorm, which normalises the heads of K before RoPE,
+in the weight of that norm.
 
 Shapes: s sequence, b batch, h hidden, N sets, G K,V heads of this tensor-parallel rank, D head width.
 """
@@ -17,6 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.model.layers.norm import head_norm
 from yoco_megatron.model.layers.projections import input_projection
 from yoco_megatron.model.layers.rotary import rotate
@@ -33,7 +35,7 @@ class SharedKVSubmodules:
 
 
 class SharedKV(MegatronModule):
-    """Projects the self-decoder's output [s, b, h] to N sets of shared K,V [s, b, G, 2, D], all in one product.
+    """Projects the output of one source [s, b, h] to N sets of shared K,V [s, b, G, 2, D], all in one product.
 
     The rows of W [G * N * 2 * D, h] are ordered by head, inside one head by set, K before V inside one set, so that
     tensor parallelism cuts between heads and a checkpoint fits every mesh. With sequence parallelism the input is
@@ -48,7 +50,8 @@ class SharedKV(MegatronModule):
         self.layernorm = submodules.layernorm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        self.parts = 2 * config.shared_kv_sets
+        sets = config.shared_kv_sets // len(sources_of(config))
+        self.parts = 2 * sets
         self.linear_kv = input_projection(
             submodules.linear_kv,
             config,
@@ -56,7 +59,7 @@ class SharedKV(MegatronModule):
             pg_collection.tp,
             bias=config.add_qkv_bias,
         )
-        self.k_layernorm = nn.ModuleList(head_norm(submodules.k_norm, config) for _ in range(config.shared_kv_sets))
+        self.k_layernorm = nn.ModuleList(head_norm(submodules.k_norm, config) for _ in range(sets))
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> list[Tensor]:
         """hidden_states [s, b, h], angles [s, 1 or b, 1, D] -> each set's K,V [s, b, G, 2, D], K rotated."""

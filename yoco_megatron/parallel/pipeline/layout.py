@@ -5,11 +5,12 @@ number of ranks), the answer is `--pipeline-model-parallel-layout`; where nothin
 """
 
 from argparse import Namespace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from yoco_megatron.config.kv_sets import sources_of
 from yoco_megatron.config.rules import check_stages
 from yoco_megatron.costs.memory import data_parallel_size
 from yoco_megatron.costs.shape import ModelShape
@@ -38,8 +39,9 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
         counts = _uneven_ends(args, shape.num_layers, ranks)
     else:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
-        counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, part_seconds_of_run(shape, args))
-    return StagePlan((0, *accumulate(counts)), split_layer, shape.shared_kv_sets, shape.mtp_num_layers)
+        seconds = part_seconds_of_run(shape, args)
+        counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, seconds, sources_of(shape))
+    return StagePlan.of(shape, counts)
 
 
 def set_layout(args: Namespace, plan: StagePlan) -> None:

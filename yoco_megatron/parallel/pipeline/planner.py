@@ -15,7 +15,14 @@ from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.utils.errors import require
 
 
-def plan_cuts(num_layers: int, split_layer: int, ranks: int, model_chunks: int, seconds: Seconds) -> list[int]:
+def plan_cuts(
+    num_layers: int,
+    split_layer: int,
+    ranks: int,
+    model_chunks: int,
+    seconds: Seconds,
+    kv_sources: Sequence[int] = (),
+) -> list[int]:
     """Layers per stage: contiguous, at least one each; minimises the busiest rank's time, then the longest stage's.
 
     With one chunk a rank this is exact. With several, layers move between neighbouring stages while that helps the
@@ -32,7 +39,8 @@ def plan_cuts(num_layers: int, split_layer: int, ranks: int, model_chunks: int, 
         "--pipeline-model-parallel-size or fewer virtual stages",
     )
 
-    sums = [0.0, *accumulate(layer_seconds(num_layers, split_layer, seconds))]
+    of_layers = layer_seconds(num_layers, split_layer, seconds, kv_sources)
+    sums = [0.0, *accumulate(of_layers)]
 
     def stage_time(first: int, last: int) -> float:
         return sums[last] - sums[first]
@@ -54,15 +62,17 @@ def plan_cuts(num_layers: int, split_layer: int, ranks: int, model_chunks: int, 
     if model_chunks == 1:
         return shortest
     even = [num_layers * (g + 1) // stages - num_layers * g // stages for g in range(stages)]
-    filled = filled_cuts(layer_seconds(num_layers, split_layer, seconds), stages)
+    filled = filled_cuts(of_layers, stages)
     return _balance_ranks([shortest, filled, even], ranks, stage_time)
 
 
-def layer_seconds(num_layers: int, split_layer: int, seconds: Seconds) -> list[float]:
-    """Of each layer, with what stands before the first, between the halves and behind the last."""
+def layer_seconds(num_layers: int, split_layer: int, seconds: Seconds, kv_sources: Sequence[int] = ()) -> list[float]:
+    """Of each layer, with what stands before the first, behind the sources of K,V (of none, between the halves) and
+    behind the last."""
     of_layers = [seconds["self_decoder" if layer < split_layer else "cross_decoder"] for layer in range(num_layers)]
     of_layers[0] += seconds["embedding"]
-    of_layers[max(0, split_layer - 1)] += seconds["shared_kv"]
+    for source in kv_sources or (split_layer,):
+        of_layers[max(0, source - 1)] += seconds["shared_kv"]
     of_layers[-1] += seconds["output_layer"] + seconds.get("mtp", 0.0)
     return of_layers
 
@@ -148,7 +158,8 @@ def table(
 
     def megabytes(g: int) -> float:
         """Of the tensor that enters stage g."""
-        return boundary_bytes(shape, tokens, bytes_per_value, plan.kv_arriving(g)) / 1e6 if 0 < g < plan.count else 0.0
+        sets = len(plan.kv_arriving(g))
+        return boundary_bytes(shape, tokens, bytes_per_value, sets) / 1e6 if 0 < g < plan.count else 0.0
 
     lines = [
         f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "
@@ -159,7 +170,7 @@ def table(
     for g in range(plan.count):
         stage = plan.stage(g)
         n_self, n_cross = stage.split(plan.split_layer)
-        held = {"embed": stage.pre_process, "K,V": stage.makes_kv, "head": stage.post_process}
+        held = {"embed": stage.pre_process, "K,V": bool(stage.kv_sources), "head": stage.post_process}
         also = " ".join(name for name, here in held.items() if here)
         lines.append(
             f"{g:>5} {g % ranks:>4} {n_self:>4} {n_cross:>5} {also:<14} "

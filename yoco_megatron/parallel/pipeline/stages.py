@@ -4,11 +4,12 @@ Stages are counted in the order that a micro-batch visits them: stage g is model
 Stages may be uneven, and empty at the ends, the split between self- and cross-decoder anywhere.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from yoco_megatron.config.kv_sets import layers_of_sets
+from yoco_megatron.config.kv_sets import layers_of_sets, sets_arriving, source_stages, sources_of
 from yoco_megatron.utils.errors import require
 
 
@@ -17,17 +18,18 @@ class Stage:
     """Layers [first, last) of the model, counted from 0, and what stands before and after them.
 
     pre_process: holds the embedding; post_process: holds the head.
-    makes_kv: projects the shared K,V; kv_in: how many sets of them arrive with the hidden states, always the last ones;
-    kv_out: how many leave with them. mtp_layers: of multi-token prediction, behind the head's hidden states.
+    kv_sources: of each projection to shared K,V that is held here, the layers of the model before it. kv_in: the sets
+    of K,V that arrive with the hidden states; kv_out: those that leave with them. mtp_layers: of multi-token
+    prediction, behind the head's hidden states.
     """
 
     first: int
     last: int
     pre_process: bool = True
     post_process: bool = True
-    makes_kv: bool = True
-    kv_in: int = 0
-    kv_out: int = 0
+    kv_sources: tuple[int, ...] = ()
+    kv_in: range = range(0)
+    kv_out: range = range(0)
     mtp_layers: int = 0
 
     def split(self, split_layer: int) -> tuple[int, int]:
@@ -35,13 +37,17 @@ class Stage:
         n_self = max(0, min(self.last, split_layer) - self.first)
         return n_self, self.last - self.first - n_self
 
+    def is_behind(self, split_layer: int) -> bool:
+        """Whether what arrives has passed the self-decoder."""
+        return self.first >= split_layer and not self.pre_process
+
     def parts(self, split_layer: int) -> dict[str, int]:
         """How many of each part of the model it holds, as `costs.stage_time` counts them."""
         n_self, n_cross = self.split(split_layer)
         return {
             "embedding": int(self.pre_process),
             "self_decoder": n_self,
-            "shared_kv": int(self.makes_kv),
+            "shared_kv": len(self.kv_sources),
             "cross_decoder": n_cross,
             "output_layer": int(self.post_process),
         } | ({"mtp": 1} if self.mtp_layers else {})
@@ -50,12 +56,24 @@ class Stage:
 @dataclass(frozen=True)
 class StagePlan:
     """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer, and
-    equal groups of them read one of `kv_sets` each, the last one `mtp_layers` of multi-token prediction, too."""
+    equal groups of them read one of `kv_sets` each, the last one `mtp_layers` of multi-token prediction, too.
+    `kv_sources`: as `config.kv_sets.sources_of` gives them; of none the split."""
 
     cuts: tuple[int, ...]
     split_layer: int
     kv_sets: int = 1
     mtp_layers: int = 0
+    kv_sources: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_sources", self.kv_sources or (self.split_layer,))
+
+    @staticmethod
+    def of(config: Any, counts: Iterable[int]) -> "StagePlan":
+        """Stages of so many layers each, of the model of a YOCOConfig or a ModelShape."""
+        sources, mtp_layers = sources_of(config), config.mtp_num_layers or 0
+        cuts = (0, *accumulate(counts))
+        return StagePlan(cuts, config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers, sources)
 
     @property
     def count(self) -> int:
@@ -68,21 +86,14 @@ class StagePlan:
         return self.cuts[-1]
 
     @property
-    def producer(self) -> int:
-        """The stage that makes the shared K,V: it holds the last self-decoder layer (stage 0 if there is none)."""
-        return next(g for g in range(self.count) if self.cuts[g + 1] >= self.split_layer)
-
-    @property
     def kv_reads(self) -> int:
         """Sets of K,V that each stage reads, all stages together."""
         stages = [*pairwise(self.cuts), *[(self.num_layers, self.num_layers + 1)] * self.mtp_layers]  # each reads anew
         return sum(max(of.start, first) < min(of.stop, last) for of in self._layers_of_sets for first, last in stages)
 
-    def kv_arriving(self, g: int) -> int:
+    def kv_arriving(self, g: int) -> range:
         """Sets of K,V in the tensor that enters stage g: those that exist and that a layer from g on reads."""
-        if not self.producer < g < self.count:
-            return 0
-        return sum(layers.stop > self.cuts[g] for layers in self._layers_of_sets)
+        return sets_arriving(self.cuts, self.kv_sources, self._layers_of_sets, g)
 
     @property
     def _layers_of_sets(self) -> list[range]:
@@ -95,7 +106,11 @@ class StagePlan:
             last=self.cuts[g + 1],
             pre_process=g == 0,
             post_process=g == self.count - 1,
-            makes_kv=g == self.producer,
+            kv_sources=tuple(
+                source
+                for source, stage in zip(self.kv_sources, source_stages(self.cuts, self.kv_sources))
+                if stage == g
+            ),
             kv_in=self.kv_arriving(g),
             kv_out=self.kv_arriving(g + 1),
             mtp_layers=self.mtp_layers if g == self.count - 1 else 0,
@@ -112,21 +127,20 @@ class StagePlan:
         from megatron.core.transformer.enums import LayerType
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-        layout, mtp_layers = config.pipeline_model_parallel_layout, config.mtp_num_layers or 0
+        layout = config.pipeline_model_parallel_layout
         if layout is None:
             require(
                 config.pipeline_model_parallel_size == 1,
                 "--pipeline-model-parallel-size needs cuts: set --pipeline-model-parallel-layout, for example "
                 "by yoco_megatron.parallel.pipeline.planner",
             )
-            return StagePlan((0, config.num_layers), config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers)
+            return StagePlan.of(config, [config.num_layers])
         if isinstance(layout, PipelineParallelLayerLayout):
             ranks, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
             rows = [layout.layout[rank][chunk] for chunk in range(chunks) for rank in range(ranks)]
         else:
             rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
-        counts = [row.count(LayerType.decoder) for row in rows]
-        return StagePlan((0, *accumulate(counts)), config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers)
+        return StagePlan.of(config, [row.count(LayerType.decoder) for row in rows])
 
 
 def layout_string(counts: list[int], mtp_layers: int = 0) -> str:
