@@ -281,7 +281,12 @@ def test_every_field_has_its_place():
         {f.name for f in dataclass_fields(ModelShape)} | set(SWITCHES) | {f.name for f in dataclass_fields(YOCOFields)}
     )
     of_experts = {name for name in ours if name.startswith("moe_")} | {"num_experts"}  # their models are refused
-    of_model = {*config_fields.SAME.values(), *config_fields.OF_MIXERS, *config_fields.MULTI_TOKEN.values()}
+    of_model = {
+        *config_fields.SAME.values(),
+        *config_fields.SOURCES,
+        *config_fields.OF_MIXERS,
+        *config_fields.MULTI_TOKEN,
+    }
     assert ours - of_experts - of_model == set(NOT_THE_FUNCTION)
 
 

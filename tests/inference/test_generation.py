@@ -109,9 +109,10 @@ def test_one_byte_a_value(model, kind):  # noqa: F811
     tokens = prompts(2, PROMPT + NEW)
     exact = model(tokens, use_cache=False).logits[:, PROMPT - 1 :]
     rounded = deepcopy(model)
-    rounded.model.shared_kv.register_forward_hook(
-        lambda _, inputs, pairs: [tuple(unpack(pack(t, kind), kind, t.dtype) for t in pair) for pair in pairs]
-    )
+    for name in model.config.kv_names.values():
+        rounded.model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, pairs: [tuple(unpack(pack(t, kind), kind, t.dtype) for t in pair) for pair in pairs]
+        )
     expected = rounded(tokens, use_cache=False).logits[:, PROMPT - 1 :]
     moved = relative_error(expected, exact)
     assert 1e-3 < moved < {"int8": 0.02, "fp8": 0.08}[kind]

@@ -41,6 +41,8 @@ SAME = {
     "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The same of a model with K,V of other layers than the self-decoder's last.
+SOURCES = {"shared_kv_sources": "shared_kv_sources"}
 # The same that are options of mixers, and fields of a model that has one of them.
 OF_MIXERS = {name: name for name in ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")}
 # The same of a model with experts.
@@ -72,7 +74,7 @@ def arguments_of(model: Any) -> dict[str, str]:
     experts = {} if model.num_experts is None else EXPERTS
     unused = options_of_others(model.self_decoder)
     of_mixers = {field: dest for field, dest in OF_MIXERS.items() if dest not in unused}
-    sources = {"shared_kv_sources": "shared_kv_sources"} if getattr(model, "shared_kv_sources", None) else {}
+    sources = SOURCES if getattr(model, "shared_kv_sources", None) else {}
     return SAME | sources | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 

@@ -113,7 +113,7 @@ class YOCOBlock(MegatronModule):
             hidden states, shaped as they came in, behind the self-decoder those of `queries` [m, b, h], and the sets
             `stage.kv_out` of K,V, in fp32 if they are sent so; before multi-token prediction the last set.
         """
-        config, stage, split_layer = self.config, self.stage, self.config.num_self_decoder_layers
+        config, stage = self.config, self.stage
         assert len(kv_sets) == len(stage.kv_in), "the shared K,V and the stage do not fit"
         sets = list(kv_sets)
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
@@ -126,8 +126,6 @@ class YOCOBlock(MegatronModule):
                 if name := self.kv_names.get(stage.first + last):
                     with self._layer_fp8(stage.first + last):
                         sets += self.get_submodule(name)(hidden_states, cross_angles)
-            if isinstance(queries, QueryShard) and not stage.is_behind(split_layer) and stage.last >= split_layer:
-                hidden_states = queries.take(hidden_states)
             return self._cross_decoder(hidden_states, sets, query_angles, shard, queries)
 
     def _cross_decoder(
@@ -138,8 +136,11 @@ class YOCOBlock(MegatronModule):
         shard: SequenceShard,
         queries: SequenceShard | QueryShard,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Each set's group of layers, of those held here. Arguments and result are those of `forward`."""
-        config, stage = self.config, self.stage
+        """Where the self-decoder ends, its queries; each set's group of layers, of those held here. Arguments and result
+        are those of `forward`."""
+        config, stage, split_layer = self.config, self.stage, self.config.num_self_decoder_layers
+        if isinstance(queries, QueryShard) and stage.last >= split_layer and not stage.is_behind(split_layer):
+            hidden_states = queries.take(hidden_states)
         attended: SequenceShard | QueryShard | TravellingQueries = queries
         gather = documents = None
         if self.num_cross and shard.document_ids is not None:
