@@ -136,7 +136,7 @@ class YOCOBlock(MegatronModule):
         shard: SequenceShard,
         queries: SequenceShard | QueryShard,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Where the self-decoder ends, its queries; each set's group of layers, of those held here. Arguments and result
+        """Where the self-decoder ends, its queries; then each set's group of layers held here. Arguments and result
         are those of `forward`."""
         config, stage, split_layer = self.config, self.stage, self.config.num_self_decoder_layers
         if isinstance(queries, QueryShard) and stage.last >= split_layer and not stage.is_behind(split_layer):

@@ -130,10 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(f"--{flag}", dest=dest, type=kind, default=default)
     for field in _read_as_told():
-        told = field.metadata["argparse_meta"]
-        parser.add_argument(
-            *told["arg_names"], dest=field.name, action=told["action"], nargs=told["nargs"], default=field.default
-        )
+        told = dict(field.metadata["argparse_meta"])
+        parser.add_argument(*told.pop("arg_names"), dest=field.name, default=field.default, **told)
     for entry in table.table():
         for flag in entry.flags:
             if f"--{flag}" not in parser._option_string_actions and flag != "config":
