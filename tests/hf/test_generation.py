@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.exported import small_config
 from support.models import SELF_DECODERS, relative_error
-from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from yoco_megatron.hf.modeling_yoco import YocoForCausalLM
 
@@ -176,18 +176,6 @@ def test_early_exit_skips_the_cross_decoder(model):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_cached_is_uncached(model, beams, options):
     assert_same(model, prompts(), {"num_beams": beams, **options}, {"num_beams": beams, "use_cache": False})
-
-
-@pytest.mark.parametrize("chunks", [{}, CHUNKS], ids=["at once", "in chunks"])
-def test_compiled_is_not_compiled(model, chunks):
-    """generate() compiles steps with a static cache on a GPU, and chunks of the prompt; here it is made to on a CPU."""
-    mask = torch.ones(2, PROMPT, dtype=torch.long)
-    mask[0, :5] = 0
-    compiled = CompileConfig(fullgraph=True, mode=None, backend="eager")
-    compiled._compile_all_devices = True
-    static = {"cache_implementation": "static", "compile_config": compiled, "attention_mask": mask}
-    assert_same(model, prompts(), static | chunks, {"attention_mask": mask})
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
