@@ -28,10 +28,9 @@ tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$run/tokeniz
 "$python" tools/preprocess_data.py --input "$run/corpus.jsonl" "${tokenizer[@]}" --append-eod --overwrite \
     --output-prefix "$run/data"
 
-# Two processes, data-parallel, as one would start eight GPUs. Without the two thresholds glibc gives the memory of every
-# larger tensor back to the kernel, which clears it for the next one: a fifth of the time.
+# Two processes, data-parallel, as one would start eight GPUs.
 pretrain() {
-    MALLOC_MMAP_THRESHOLD_=$((1 << 25)) MALLOC_TRIM_THRESHOLD_=$((1 << 30)) OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py \
+    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py \
         --config configs/model/yoco_tiny.yaml configs/recipe/demo.yaml \
         --data-path "$run/data_text_document" --split 98,2,0 "${tokenizer[@]}" \
         --save "$run/checkpoints" --load "$run/checkpoints" --tensorboard-dir "$run/tensorboard" "$@" \
