@@ -226,3 +226,20 @@ def test_flags_of_files_are_refused():
         confirm(_main, FLAGS, 4, jobs=0)
     with pytest.raises(ValueError, match="--save: a dry run reads and writes no files"):
         confirm(_main, [*TINY, "--save", "somewhere"], 2)
+
+
+# A hidden state is 7% of a layer. Two tensor-parallel ranks store about one of theirs more than the formula.
+@pytest.mark.parametrize(("mesh", "tolerance"), [([], 0.02), (TP, 0.08)])
+def test_layer_of_multi_token_prediction_stores_what_its_formula_says(mesh, tolerance):
+    sizes = ["--hidden-size", "512", "--ffn-hidden-size", "512", "--seq-length", "2048", "--loss-chunk-size", "512"]
+    one, two = (
+        spawn(_confirm, 1, (_main, [*FLAGS, *sizes, *mesh, "--mtp-num-layers", layers], 2))[0] for layers in ("1", "2")
+    )
+    assert one.problems == two.problems == []
+
+    def stored(confirmed: Confirmed) -> int:
+        record = confirmed.records[0]
+        return record.peak_bytes - sum(record.state_bytes.values())
+
+    formula = two.memories[0].activations - one.memories[0].activations
+    assert formula == pytest.approx(stored(two) - stored(one), rel=tolerance)

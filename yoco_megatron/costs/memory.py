@@ -201,12 +201,12 @@ def _memory(
     heads = 0 if args.attention_transfer else 1 + shape.mtp_num_layers
 
     def mtp(held: int) -> dict[str, float]:
-        """Its layers, each with four inputs and outputs of norms, and K,V laid out anew."""
+        """Its layers, each with an embedding, both norms' outputs, and K,V laid out anew."""
         if not held:
             return {}
         layer = again if recomputed_layers(args, 1) else plain
         own_kv = e * read_kv if args.context_parallel_size > 1 or _lays_out(args) else 0.0
-        each = layer["cross_decoder"] + 6 * e * rows * shape.hidden_size / split + own_kv
+        each = layer["cross_decoder"] + 3 * e * rows * shape.hidden_size / split + own_kv
         return {"mtp": shape.mtp_num_layers * each}
 
     def of_chunk(chunk: Parts, read: range, arriving: range) -> dict[str, float]:
@@ -273,7 +273,8 @@ def _states(args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict
     in_layers = sum(parts.get(kind, 0) * count for kind, count in layer_matmul_parameters(shape).items()) / tp
     shards = data_parallel_size(args) * args.context_parallel_size if is_distributed(args) else 1
     # All ranks of a stage together hold it once, however experts are divided.
-    optimizer_held = stage_parameters(parts, shape) / tp if is_distributed(args) else held
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    optimizer_held = dense + routed * expert_ranks / tp if is_distributed(args) else held
     low = _bytes_of_a_value(args) == 2
     trained = _trained_share(args, shape, parts)
     optimizer = bytes_of_a_parameter(args, shape, parts)

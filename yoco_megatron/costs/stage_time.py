@@ -183,7 +183,9 @@ def held_parameters(args: Namespace, shape: ModelShape, parts: Parts) -> tuple[f
     tp = args.tensor_model_parallel_size
     routed = sum(count * routed_parameters(shape, kind) for kind, count in parts.items() if kind not in NO_EXPERTS)
     expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if routed else tp
-    return (stage_parameters(parts, shape) - routed) / tp, routed / expert_ranks
+    # Each rank multiplies its own rows by the whole of these (model/multi_token_prediction.py).
+    projections = 2 * shape.mtp_num_layers * shape.hidden_size**2 if parts.get("mtp") else 0
+    return (stage_parameters(parts, shape) - routed - projections) / tp + projections, routed / expert_ranks
 
 
 def stage_gflop(parts: Parts, shape: ModelShape) -> float:
