@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.evaluation.backends.load import close, open_backend
     from yoco_megatron.evaluation.model_files import look
     from yoco_megatron.evaluation.suite import read_suite
+    from yoco_megatron.ops.attention import quantized
 
     tasks = read_suite(options.suite)
     folder = options.hf or options.load
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
     mesh: dict[str, Any] = {name: getattr(options, name.replace("-", "_")) for name in (*SIZES, "sequence-parallel")}
     mesh = {name: value for name, value in mesh.items() if value}
     kv_cache_dtype = None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    quantized.check(kv_cache_dtype)
     output = options.output or default_output(options, files.identity["iteration"])
     identity = files.identity | ({"kv_cache_dtype": kv_cache_dtype} if kv_cache_dtype else {})
     target = results.Folder(output, identity, options.overwrite, options.format)

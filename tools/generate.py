@@ -113,11 +113,13 @@ def run(options: argparse.Namespace) -> None:
     from yoco_megatron.inference.load import is_baseline, load_baseline, load_for_generation
     from yoco_megatron.inference.speculative import Speculation, speculative_decoder
     from yoco_megatron.inference.uncached import UncachedDecoder
+    from yoco_megatron.ops.attention import quantized
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     where, texts = read_prompts(options)
     baseline = is_baseline(options.load)
     kv_cache_dtype = None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    quantized.check(kv_cache_dtype)
     for flag, value, lacks in (
         ("--speculative", options.speculative, "drafts"),
         ("--kv-cache-dtype", kv_cache_dtype, "cache"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import relative_error
 
-from yoco_megatron.ops.attention.quantized import FORMATS, SCALE_BYTES, pack, unpack
+from yoco_megatron.ops.attention.quantized import FORMATS, SCALE_BYTES, check, pack, unpack
 
 # Half a step of max / 127; three bits behind the first one, or half of the smallest number of FP8, max / 448 / 2^9.
 BOUNDS = {
@@ -28,6 +28,15 @@ def test_errors(kind: str, dtype: torch.dtype, generator: torch.Generator) -> No
     assert MEAN_ERROR[kind] / 1.2 < relative_error(back, x) < MEAN_ERROR[kind]
     some = unpack(packed[:, 1:3, 7:9], kind, dtype)
     assert some.dtype is dtype and torch.equal(some, back[:, 1:3, 7:9].to(dtype)), "tokens and heads are cut freely"
+
+
+def test_a_gpu_that_cannot_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    check("int8")
+    check(None)
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 needs .* this one has 8\.0: use int8"):
+        check("fp8")
 
 
 @pytest.mark.parametrize("kind", FORMATS)

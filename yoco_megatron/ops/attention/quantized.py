@@ -14,6 +14,16 @@ FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 SCALE_BYTES = 4
 
 
+def check(kind: str | None) -> None:
+    """Raises ValueError for a format that the kernels cannot read on this machine's GPU."""
+    if kind == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        major, minor = torch.cuda.get_device_capability()
+        raise ValueError(
+            f"--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or later, and this one has {major}.{minor}: "
+            "use int8"
+        )
+
+
 def pack(x: Tensor, kind: str) -> Tensor:
     """Floating point [..., D] -> uint8 [..., D + 4], as one of `FORMATS`."""
     dtype, largest = FORMATS[kind]
