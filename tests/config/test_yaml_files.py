@@ -96,6 +96,16 @@ def test_missing_file_and_folder_are_named(tmp_path):
             load_config_files([str(path)])
 
 
+def test_of_two_names_of_one_flag_the_last_file_holds(write):
+    config = write("samba.yaml", "self-decoder-pattern: MS\nnum-layers: 4\n")
+    assert load_config_files([config, "self_decoder=sliding_window"])["self-decoder"] == "sliding_window"
+    again = write("again.yaml", "include: samba.yaml\nself-decoder: gated_retention\n")
+    assert load_config_files([again]) == {"self-decoder": "gated_retention", "num-layers": 4}
+    both = write("both.yaml", "self-decoder: gated_retention\nself_decoder_pattern: MS\n")
+    with pytest.raises(ValueError, match="are two names of one flag: use one of them"):
+        load_config_files([both])
+
+
 def test_a_zero_byte_is_refused(write):
     with pytest.raises(ValueError, match=r"a\.yaml: 'save' holds a zero byte"):
         load_config_files([write("a.yaml", 'save: "a\\0b"\n')])

@@ -259,6 +259,14 @@ def test_wrong_layouts(changes: dict, message: str) -> None:
         plan_stages(flags(**changes), shape())
 
 
+def test_a_head_alone_has_a_loss_everywhere() -> None:
+    """Hidden states of fewer tokens would arrive than the stage expects."""
+    args = flags(pipeline_model_parallel_layout="Etttttttt|L")
+    assert plan_stages(args, shape()).count == 2
+    with pytest.raises(ValueError, match="give it a layer by --pipeline-model-parallel-layout"):
+        plan_stages(args, shape(num_queries=16))
+
+
 def test_filled_stages_are_a_start_of_their_own():
     """70B on eight ranks with six chunks each: from the other two starts alone ranks idle for 8.1% of the time."""
     root = Path(__file__).parents[2]

@@ -110,7 +110,7 @@ def check_loadable(args: Namespace) -> None:
         if name not in ignored and saved[name] != wanted[name]
     ]
     if different:
-        lost = "mtp_num_layers" not in ignored and saved["mtp_num_layers"] > 0
+        lost = "mtp_num_layers" not in ignored and bool(saved["mtp_num_layers"])
         raise ValueError(
             f"{flag} {folder} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"

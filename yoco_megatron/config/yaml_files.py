@@ -16,6 +16,8 @@ from yoco_megatron.utils.errors import nearest
 from yoco_megatron.utils.small_files import BadFile, read_text
 
 INCLUDE = "include"
+ALIASES = {"self-decoder-pattern": "self-decoder"}
+"""Names of flags that have two, so that of several files the last one holds."""
 LIMIT = 1 << 20  # bytes of a config; YAML of that size takes some seconds
 
 
@@ -107,7 +109,13 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
             raise BadFile(f"{where}: {str(key)[:80]!r} must have a plain value, a list of them, or a mapping to them")
         if any("\0" in str(one) for one in values):
             raise BadFile(f"{where}: {key[:80]!r} holds a zero byte, which no flag can")
-    return {key.replace("_", "-"): value for key, value in content.items()}
+    names = {key: key.replace("_", "-") for key in content}
+    names = {key: ALIASES.get(name, name) for key, name in names.items()}
+    for name in ALIASES.values():
+        both = [key for key in names if names[key] == name]
+        if len(both) > 1:
+            raise BadFile(f"{where}: {' and '.join(both)} are two names of one flag: use one of them")
+    return {names[key]: value for key, value in content.items()}
 
 
 def to_argv(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

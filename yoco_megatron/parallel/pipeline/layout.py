@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from yoco_megatron.config.kv_sets import sources_of
+from yoco_megatron.config.resolve import queries_vary
 from yoco_megatron.config.rules import check_stages
 from yoco_megatron.costs.memory import data_parallel_size
 from yoco_megatron.costs.shape import ModelShape
@@ -41,6 +42,12 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         seconds = part_seconds_of_run(shape, args)
         counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, seconds, sources_of(shape))
+    some = shape.num_queries is not None or (getattr(args, "has_loss_masks", False) and queries_vary(args))
+    require(
+        counts[-1] > 0 or shape.mtp_num_layers > 0 or not some,
+        f"stages '{layout_string(counts)}' have the head alone on the last one, which does not go with a loss at some "
+        "positions: give it a layer by --pipeline-model-parallel-layout, or set --cross-decoder-positions all",
+    )
     return StagePlan.of(shape, counts)
 
 
