@@ -88,8 +88,15 @@ def test_every_kind_of_model_has_tiny_flags(config: str, mesh: str) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="--mesh TP: use TP2, PP2"):
-        mesh_flags(["TP"])
+    for words, message in (
+        ("TP", "--mesh TP: use TP2, PP2"),
+        ("TP0", "--mesh TP0: use TP2"),
+        ("DP0", "--mesh DP0: use"),
+        ("PP3 PP2", "--mesh PP3 PP2: PP stands there twice"),
+        ("SP DP2", "SP is a part of tensor parallelism"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mesh_flags(words.split())
     parser = build_parser()
     with pytest.raises(ValueError, match="--teacher: gradients are compared without it"):
         tiny.flags(parse_flags(["--teacher", "folder"], parser), parser, 1)

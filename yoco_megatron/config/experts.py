@@ -33,7 +33,7 @@ def layer_freq(text: str) -> int | list[int]:
     """--moe-layer-freq as it is written: a number, or a pattern such as [0]+[1]*25. Raises ValueError."""
     try:
         found = _pattern(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, RecursionError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # of a text so long or so deep, or no text
         found = None
     require(found is not None, f"--moe-layer-freq {text!r:.60} is no number, and no pattern such as [0]+[1]*25")
     assert found is not None
@@ -51,7 +51,7 @@ def _pattern(node: ast.expr) -> int | list[int] | None:
         return None
     left, right = _pattern(node.left), _pattern(node.right)
     if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-        return left + right
+        return left + right if len(left) + len(right) <= MOST_LAYERS else None
     if isinstance(node.op, ast.Mult) and isinstance(left, int) and isinstance(right, list):
         left, right = right, left
     if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
@@ -83,8 +83,8 @@ def check_sizes(config: Any) -> None:
     else:
         require(
             len(each) == config.num_layers and any(each) and set(each) <= {0, 1},
-            f"--moe-layer-freq {list(each)} must be 0 or 1 for each of --num-layers {config.num_layers}, and 1 for one "
-            "at least",
+            f"--moe-layer-freq {list(each)!s:.80} must be 0 or 1 for each of --num-layers {config.num_layers}, and 1 for "
+            "one at least",
         )
 
 

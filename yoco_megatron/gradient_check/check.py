@@ -61,6 +61,8 @@ def check(
     """
     parser = build_parser()
     args = parse_flags(list(argv), parser)
+    if without := tiny.left_out(args, parser):
+        print(f"left out: {', '.join(without)}", file=sys.stderr, flush=True)
     data_parallel = data_parallel or _smallest_data_parallel(args)
     world_size = data_parallel * _model_parallel(args) * args.pipeline_model_parallel_size
     on_mesh, alone = tiny.flags(args, parser, data_parallel)

@@ -26,6 +26,9 @@ MESH = {
     *("overlap-grad-reduce", "overlap-param-gather", "recompute-granularity", "recompute-method"),
     *("recompute-num-layers", "recompute-modules", "recompute-activations", "keep-cross-attention"),
     *("recompute-elementwise", "loss-chunk-size", "mlp-chunks-for-training"),
+    *("ddp-num-buckets", "ddp-bucket-size", "ddp-pad-buckets-for-high-nccl-busbw", "ddp-average-in-collective"),
+    *("ddp-reduce-scatter-with-fp32-accumulation", "no-gradient-reduce-div-fusion", "no-align-grad-reduce"),
+    *("num-distributed-optimizer-instances", "use-megatron-fsdp", "use-torch-fsdp2"),  # for the trainer to refuse
 }
 """How the model is computed: one process does without."""
 LEFT_OUT = {
@@ -61,6 +64,11 @@ def flags(args: Namespace, parser: ArgumentParser, data_parallel: int) -> tuple[
     return tiny, alone | {"loss-chunk-size": 0} if args.architecture == "yoco" else alone
 
 
+def left_out(args: Namespace, parser: ArgumentParser) -> list[str]:
+    """What the user gave of data, precision, optimizer and logs, which the check has of its own."""
+    return sorted(args.resolved_config.keys() - _of_models(parser))
+
+
 def _of_models(parser: ArgumentParser) -> set[str]:
     """Names of flags, those of meshes among them."""
     names = {
@@ -79,7 +87,7 @@ def _sizes(args: Namespace, kept: dict[str, Any]) -> dict[str, Any]:
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     grouped = bool(args.group_query_attention and args.num_query_groups)
     groups = 2 * tp
-    heads = groups * (min(4, args.num_attention_heads // args.num_query_groups) if grouped else 1)
+    heads = groups * (max(1, min(4, args.num_attention_heads // args.num_query_groups)) if grouped else 1)
     length = max(32, 16 * tp * cp)
     found: dict[str, Any] = {
         "hidden-size": heads * WIDTH,

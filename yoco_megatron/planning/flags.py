@@ -159,7 +159,10 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     if isinstance(args.moe_layer_freq, str):
         args.moe_layer_freq = experts.layer_freq(args.moe_layer_freq)
     if isinstance(args.moe_aux_loss_coeff, list):
-        args.moe_aux_loss_coeff = [float(weight) for weight in args.moe_aux_loss_coeff]
+        try:
+            args.moe_aux_loss_coeff = [float(weight) for weight in args.moe_aux_loss_coeff]
+        except ValueError:
+            raise ValueError(f"--moe-aux-loss-coeff {' '.join(args.moe_aux_loss_coeff)} is no number") from None
     require(
         args.architecture == "yoco" or not args.mtp_num_layers,
         f"--mtp-num-layers {args.mtp_num_layers} is refused on --architecture {args.architecture}: remove it",
