@@ -83,8 +83,8 @@ def check_sizes(config: Any) -> None:
     else:
         require(
             len(each) == config.num_layers and any(each) and set(each) <= {0, 1},
-            f"--moe-layer-freq {list(each)!s:.80} must be 0 or 1 for each of --num-layers {config.num_layers}, and 1 for "
-            "one at least",
+            f"--moe-layer-freq {list(each)!s:.80} must be 0 or 1 for each of --num-layers {config.num_layers}, and 1 "
+            "for one at least",
         )
 
 
