@@ -1,54 +1,26 @@
-"""Dispatch of the gated delta rule: the fastest backend that can run here, and why the others cannot."""
+"""Dispatch of the gated delta rule: the fastest backend that can run here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from yoco_megatron.ops import backends
+from yoco_megatron.ops.backends import Backend
 from yoco_megatron.ops.gated_delta import fla
 from yoco_megatron.ops.gated_delta.torch import chunkwise
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation. `why_not(device, dtype, key_dim, value_dim)` is None if `run`, which has the signature of
-    `torch.chunkwise`, handles such tensors, else the reason in words."""
-
-    name: str
-    why_not: Callable[[torch.device, torch.dtype, int, int], str | None]
-    run: Callable[..., tuple[Tensor, Tensor]]
-
 
 # Best first: "auto" takes the first that can run.
 BACKENDS = [Backend("fla", fla.why_not, fla.run), Backend("torch", lambda *_: None, chunkwise)]
 
 
-def explain(*, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, str | None]:
-    """Every backend, best first, with the reason why it cannot run (None: it can)."""
-    device = torch.device(device)
-    return {backend.name: backend.why_not(device, dtype, key_dim, value_dim) for backend in BACKENDS}
+def explain(**where: Any) -> dict[str, str | None]:
+    """See `backends.explain`."""
+    return backends.explain(BACKENDS, **where)
 
 
-def resolve_backend(
-    requested: str, *, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> Backend:
-    """The backend named by `--gated-delta-backend`, or for "auto" the first usable one.
-
-    `dtype` is that of q, k and v; `key_dim` and `value_dim` are widths of one head.
-    Raises ValueError if the name is unknown or the backend cannot run such tensors: no silent fallback.
-    """
-    reasons = explain(device=device, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
-    by_name = {backend.name: backend for backend in BACKENDS}
-    if requested == "auto":
-        return next(by_name[name] for name, reason in reasons.items() if reason is None)
-    if requested not in by_name:
-        raise ValueError(f"--gated-delta-backend {requested} is unknown; choose one of auto, {', '.join(by_name)}")
-    if reasons[requested] is not None:
-        raise ValueError(
-            f"--gated-delta-backend {requested} cannot run here: {reasons[requested]}; auto picks one that can"
-        )
-    return by_name[requested]
+def resolve_backend(requested: str, **where: Any) -> Backend:
+    """The backend named by `--gated-delta-backend`; see `backends.resolve`."""
+    return backends.resolve(BACKENDS, "--gated-delta-backend", requested, **where)
 
 
 def gated_delta(

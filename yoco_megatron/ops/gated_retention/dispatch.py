@@ -4,30 +4,17 @@ A backend is one entry of `BACKENDS`, best first. A new kernel needs its entry h
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yoco_megatron.ops import backends
+from yoco_megatron.ops.backends import Backend
 from yoco_megatron.ops.gated_retention.reference import check_layout
 from yoco_megatron.ops.gated_retention.torch import chunkwise
 from yoco_megatron.ops.gated_retention.torch import step as torch_step
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of gated retention.
-
-    `why_not(device, dtype, key_dim, value_dim)` returns None if `run` handles such tensors, else the reason
-    in words. `run` has the signature and the contract of `torch.chunkwise`.
-    """
-
-    name: str
-    why_not: Callable[[torch.device, torch.dtype, int, int], str | None]
-    run: Callable[..., tuple[Tensor, Tensor]]
 
 
 def _torch_why_not(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -60,35 +47,14 @@ BACKENDS: list[Backend] = [
 ]
 
 
-def explain(*, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, str | None]:
-    """Every backend, best first, with the reason why it cannot run (None: it can). For the doctor tool."""
-    device = torch.device(device)
-    return {backend.name: backend.why_not(device, dtype, key_dim, value_dim) for backend in BACKENDS}
+def explain(**where: Any) -> dict[str, str | None]:
+    """See `backends.explain`."""
+    return backends.explain(BACKENDS, **where)
 
 
-def resolve_backend(
-    requested: str, *, device: torch.device | str, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> Backend:
-    """The backend named by `--retention-backend`, or for "auto" the first usable one.
-
-    `dtype` is that of q, k and v; `key_dim` and `value_dim` are widths of one head.
-    Raises ValueError if the name is unknown or the backend cannot run such tensors: no silent fallback.
-    """
-    reasons = explain(device=device, dtype=dtype, key_dim=key_dim, value_dim=value_dim)
-    by_name = {backend.name: backend for backend in BACKENDS}
-    if requested == "auto":
-        for name, reason in reasons.items():
-            if reason is None:
-                return by_name[name]
-        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"--retention-backend auto finds nothing that can run here ({listing})")
-    if requested not in by_name:
-        raise ValueError(f"--retention-backend {requested} is unknown; choose one of auto, {', '.join(by_name)}")
-    if reasons[requested] is not None:
-        raise ValueError(
-            f"--retention-backend {requested} cannot run here: {reasons[requested]}; auto picks one that can"
-        )
-    return by_name[requested]
+def resolve_backend(requested: str, **where: Any) -> Backend:
+    """The backend named by `--retention-backend`; see `backends.resolve`."""
+    return backends.resolve(BACKENDS, "--retention-backend", requested, **where)
 
 
 def gated_retention(
