@@ -16,7 +16,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.cli import TINY, run_script, train
-from support.ports import free_port
+
+from yoco_megatron.utils.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,11 +22,11 @@ import pytest
 from support import in_writer, worlds
 from support.cli import TINY, Log, _main, _script, parse, run_script, train
 from support.disks import make_read_only, own_mount
-from support.ports import free_port
 
 from yoco_megatron.checkpoint import integrity
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy, run_lock
+from yoco_megatron.utils.ports import free_port
 
 STEPS = 20
 SAVING = ["--save-interval", "5", "--num-workers", "0"]

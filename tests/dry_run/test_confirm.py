@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 from support.cli import TINY, TINY_BASELINE, TINY_WINDOWS
-from support.ports import free_port
 from support.worlds import spawn
 
 from yoco_megatron.costs.shape import ModelShape
@@ -22,6 +21,7 @@ from yoco_megatron.dry_run.mesh import Mesh, Place
 from yoco_megatron.dry_run.report import report
 from yoco_megatron.parallel.pipeline.stages import StagePlan
 from yoco_megatron.startup.arguments import parse_for_job
+from yoco_megatron.utils.ports import free_port
 
 EXECUTION = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 FLAGS = [*TINY, *EXECUTION]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from support.cli import TINY, TINY_BASELINE, TINY_WINDOWS, train
-from support.ports import free_port, free_ports
 from support.worlds import spawn
 
 from yoco_megatron.evaluation.requests import Generate, Score, TokenLosses
+from yoco_megatron.utils.ports import free_port, free_ports
 
 TP2 = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
 PP2 = {"pipeline-model-parallel-size": 2}

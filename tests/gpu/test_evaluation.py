@@ -14,10 +14,10 @@ import torch
 from support.cli import Log, checkpoint, train
 from support.evaluation import write_suite
 from support.models import SELF_DECODERS
-from support.ports import free_port
 from support.worlds import spawn
 
 from yoco_megatron.evaluation.requests import Generate, Score, TokenLosses
+from yoco_megatron.utils.ports import free_port
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")

@@ -1,11 +1,11 @@
 """A mistake that one process finds ends all, without a launcher that would."""
 
 import pytest
-from support.ports import free_port
 from support.worlds import spawn
 
 from yoco_megatron.resilience.exit_record import InUse
 from yoco_megatron.startup import agreement
+from yoco_megatron.utils.ports import free_port
 
 
 def _check(errors: dict[int, Exception]) -> list[str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from support.ports import free_port, free_ports
 from support.worlds import TIMEOUT_S, print_to, spawn
+from yoco_megatron.utils.ports import free_port, free_ports
 
 _MODEL = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention

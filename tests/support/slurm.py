@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from support.ports import free_ports
+from yoco_megatron.utils.ports import free_ports
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ["slurm-wlm", "slurmd", "slurmctld", "slurm-client", "munge"]

@@ -19,7 +19,7 @@ from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, unc
 from yoco_megatron.dry_run.fake_rank import RankRecord, leave_out_flags_of_gpus, run_rank
 from yoco_megatron.dry_run.mesh import Mesh
 from yoco_megatron.startup.arguments import parse_for_job
-from yoco_megatron.utils.child_process import follow_parent
+from yoco_megatron.utils.child_process import end_of, follow_parent, print_into
 from yoco_megatron.utils.errors import require
 
 Main = Callable[[list[str]], None]
@@ -100,7 +100,7 @@ def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, job
                 try:
                     result = ready.recv()
                 except EOFError:
-                    result = f"ended without an answer, perhaps for lack of memory:\n{_end(Path(logs, str(rank)))}"
+                    result = f"ended without an answer, perhaps for lack of memory:\n{end_of(Path(logs, str(rank)), 5)}"
                 child.join()
                 if isinstance(result, str):
                     for _, other in running.values():
@@ -112,9 +112,7 @@ def _run(main: Main, argv: list[str], ranks: Sequence[int], world_size: int, job
 
 def _child(main: Main, argv: list[str], rank: int, world_size: int, answer: Connection, log: Path, parent: int) -> None:
     follow_parent(parent)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    print_into(log)
     try:
         answer.send(run_rank(main, argv, rank, world_size))
     except ValueError as error:
@@ -123,7 +121,3 @@ def _child(main: Main, argv: list[str], rank: int, world_size: int, answer: Conn
         answer.send(f"failed:\n{traceback.format_exc()}")
     answer.close()
     os._exit(0)
-
-
-def _end(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-5:])

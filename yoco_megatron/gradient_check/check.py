@@ -3,7 +3,6 @@
 import math
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -20,8 +19,9 @@ from yoco_megatron.config.yaml_files import to_argv
 from yoco_megatron.gradient_check import tiny
 from yoco_megatron.gradient_check.step import Main, gradients_of_first_step
 from yoco_megatron.startup.parser import build_parser, parse_flags
-from yoco_megatron.utils.child_process import follow_parent
+from yoco_megatron.utils.child_process import end_of, follow_parent, print_into
 from yoco_megatron.utils.errors import require
+from yoco_megatron.utils.ports import free_port
 
 TOLERANCE = 1e-4
 """Relative to a tensor's norm. fp32 sums in another order differ by 1e-6; a gradient that
@@ -117,13 +117,10 @@ def _say(what: str) -> None:
 def _run(main: Main, argv: list[str], world_size: int, timeout: float) -> list[dict[str, torch.Tensor]]:
     """The gradients of each rank, each in a child of its own."""
     context = multiprocessing.get_context("fork")  # what is imported is imported once
-    with tempfile.TemporaryDirectory() as name, socket.socket() as unused:
-        unused.bind(("localhost", 0))
-        port = unused.getsockname()[1]
-        unused.close()
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cache = ["--data-cache-path", str(folder / "cache")]
-        of_all = (main, [*argv, *cache], world_size, port, folder, os.getpid())
+        of_all = (main, [*argv, *cache], world_size, free_port(), folder, os.getpid())
         children = [context.Process(target=_child, args=(rank, *of_all)) for rank in range(world_size)]
         for child in children:
             child.start()
@@ -146,11 +143,11 @@ def _wait(children: list[Any], folder: Path, end: float) -> None:
     failed = next((rank for rank, child in enumerate(children) if child.exitcode), None)
     if failed is not None:
         said = folder / f"{failed}.error"
-        why = said.read_text() if said.exists() else f"ended without a word:\n{_end_of(folder / f'{failed}.log')}"
+        why = said.read_text() if said.exists() else f"ended without a word:\n{end_of(folder / f'{failed}.log', 8)}"
         raise ValueError(f"rank {failed} of {world_size} {why}")
     running = [rank for rank, child in enumerate(children) if child.is_alive()]
     if running:
-        log = _end_of(folder / f"{running[0]}.log")
+        log = end_of(folder / f"{running[0]}.log", 8)
         raise ValueError(
             f"ranks {running} of {world_size} wait for each other, or need longer: the first one's log\n{log}"
         )
@@ -158,9 +155,7 @@ def _wait(children: list[Any], folder: Path, end: float) -> None:
 
 def _child(rank: int, main: Main, argv: list[str], world_size: int, port: int, folder: Path, parent: int) -> None:
     follow_parent(parent)
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    print_into(folder / f"{rank}.log")
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -174,7 +169,3 @@ def _child(rank: int, main: Main, argv: list[str], world_size: int, port: int, f
     except BaseException:
         error.write_text(f"failed:\n{traceback.format_exc()}")
     os._exit(code)
-
-
-def _end_of(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-8:])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 from argparse import Namespace
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +21,7 @@ from yoco_megatron.model.builder import model_config_from_args
 from yoco_megatron.startup import arguments
 from yoco_megatron.startup.parser import build_parser
 from yoco_megatron.upstream import quiet
+from yoco_megatron.utils.ports import free_port
 from yoco_megatron.utils.small_files import BadFile, read_json
 
 
@@ -133,14 +133,11 @@ def load_model_chunks(
 
 def set_environment_of_one_process() -> None:
     """The environment that torchrun would set for one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for name, value in {
         "RANK": 0,
         "LOCAL_RANK": 0,
         "WORLD_SIZE": 1,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
     }.items():
         os.environ.setdefault(name, str(value))

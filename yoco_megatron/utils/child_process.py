@@ -1,8 +1,9 @@
-"""Child processes of a training process: they live as long as it does, and leave signals to it."""
+"""Child processes: they live as long as their parent does, leave signals to it, and print into files of their own."""
 
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -17,3 +18,15 @@ def follow_parent(parent: int) -> None:
         signal.signal(one, signal.SIG_IGN)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
+
+
+def print_into(log: Path) -> None:
+    """What this process prints from now on, native code's lines too, goes to a new file."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+
+
+def end_of(log: Path, lines: int) -> str:
+    """The last lines that a process printed into its file."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

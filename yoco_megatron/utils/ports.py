@@ -8,7 +8,7 @@ import random
 import socket
 
 BELOW_EPHEMERAL = range(15_000, 30_000)
-DICE = random.SystemRandom()  # a test's seed would give two of them the same ports
+DICE = random.SystemRandom()  # a seed of the program would give two of them the same ports
 
 
 def free_ports(count: int) -> list[int]:
