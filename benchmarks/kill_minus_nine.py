@@ -15,7 +15,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from record import record
 
 import pretrain_yoco
 import yoco_megatron.model.yoco_model  # noqa: F401
+from yoco_megatron.utils.ports import free_port
 
 MODEL = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --self-decoder-heads 2
     --seq-length 32 --micro-batch-size 2 --global-batch-size 2 --lr 1e-2 --lr-warmup-iters 3 --eval-iters 0
@@ -43,9 +43,7 @@ LOG = "attempt.log"
 def start(run: Path, flags: list[str]) -> int:
     """An attempt in a process of its own, which prints into RUN/attempt.log; its id."""
     run.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     sys.stdout.flush()
     child = os.fork()
     if child:

@@ -11,7 +11,6 @@ import gc
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 
 import pretrain_yoco  # noqa: F401
 import yoco_megatron.model.yoco_model  # noqa: F401
+from yoco_megatron.utils.ports import free_port
 
 GRACE_S = 5  # for other processes to say why, once one has failed
 
@@ -40,7 +40,7 @@ def torchrun(
     """As `runs.torchrun`; one process that fails ends the others."""
     with tempfile.TemporaryDirectory() as folder:
         world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-        world |= {"MASTER_PORT": _free_port(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1), **(env or {})}
+        world |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", 1), **(env or {})}
         sys.stdout.flush()
         left = {_fork(rank, script, world, Path(folder)): rank for rank in range(processes)}
         code, end = 0, time.monotonic() + timeout
@@ -67,12 +67,6 @@ def torchrun(
 
 def _read(folder: Path, kind: str, processes: int) -> str:
     return "".join((folder / f"{rank}.{kind}").read_text(errors="replace") for rank in range(processes))
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
 
 
 def _fork(rank: int, script: Sequence[str], world: Mapping[str, object], folder: Path) -> int:
