@@ -11,11 +11,10 @@ Tensor legend: B batch, T time, H heads, K key width, V value width, N chunks, C
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from yoco_megatron.ops.gated_delta.reference import check_layout
-from yoco_megatron.ops.gated_retention.torch import compute_dtype, cumsum_by_document
+from yoco_megatron.ops.gated_retention.torch import compute_dtype, decays_in_chunks, in_chunks
 
 CHUNK = 64
 
@@ -40,34 +39,11 @@ def chunkwise(
     check_layout(q, k, v, log_decay, beta, initial_state, document_ids)
     B, T, H, K = q.shape
     V, C, compute = v.shape[-1], min(CHUNK, T), compute_dtype(q)
-    pad = -T % C
+    q_BHNCK, k_BHNCK, v_BHNCV, beta_BHNC = (in_chunks(x, C, compute) for x in (q, k, v, beta))
+    q_BHNCK, beta_BHNC1 = q_BHNCK * (K**-0.5 if scale is None else scale), beta_BHNC[..., None]
+    decay_BHNCC, from_start_BHNC1, to_end_BHNC1 = decays_in_chunks(log_decay, document_ids, C, compute)
 
-    def chunks(x: Tensor) -> Tensor:
-        """[B, T, H, ...] of any strides -> contiguous [B, H, N, C, ...] in the computing dtype."""
-        x = x.transpose(1, 2)
-        if pad:
-            # Zeros at the end: such a token writes nothing, and lets nothing decay.
-            x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad))
-        return x.unflatten(2, (-1, C)).contiguous().to(compute)
-
-    q_BHNCK, k_BHNCK, v_BHNCV = chunks(q) * (K**-0.5 if scale is None else scale), chunks(k), chunks(v)
-    beta_BHNC1 = chunks(beta)[..., None]
-    if document_ids is None:
-        document_ids = torch.zeros(1, T, dtype=torch.int32, device=q.device)
-    # Nothing decays into a document's first token, so its decay gets no gradient either.
-    starts_BT = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    log_decay = log_decay.masked_fill(starts_BT[..., None], 0.0)
-    ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, pad)], dim=1)
-    ids_B1NC = ids.unflatten(1, (-1, C))[:, None]
-    before_B1N1 = torch.cat([ids_B1NC[:, :, :1, :1], ids_B1NC[:, :, :-1, -1:]], dim=2)
-    b_BHNC = cumsum_by_document(chunks(log_decay), ids_B1NC)
-
-    # Inside the chunks: all of them at once. Masked before exp: above the diagonal the exponent is positive.
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    visible_B1NCC = causal_CC & (ids_B1NC[..., :, None] == ids_B1NC[..., None, :])
-    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~visible_B1NCC, -torch.inf).exp()
-    from_start_BHNC1 = b_BHNC.masked_fill(ids_B1NC != before_B1N1, -torch.inf).exp()[..., None]
-    to_end_BHNC1 = (b_BHNC[..., -1:] - b_BHNC).masked_fill(ids_B1NC != ids_B1NC[..., -1:], -torch.inf).exp()[..., None]
+    # Inside the chunks: all of them at once.
     beta_k = k_BHNCK * beta_BHNC1
     A_BHNCC = (beta_k @ k_BHNCK.transpose(-1, -2) * decay_BHNCC).tril(-1)
     # The solver takes the diagonal for ones.

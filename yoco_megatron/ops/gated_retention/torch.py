@@ -49,39 +49,14 @@ def chunkwise(
     V = v.shape[-1]
     compute = compute_dtype(q)
     C = min(chunk_size, T)
-    pad = -T % C
-
-    def chunks(x: Tensor) -> Tensor:
-        """[B, T, H, ...] of any strides -> contiguous [B, H, N, C, ...] in the computing dtype."""
-        x = x.transpose(1, 2)
-        if pad:
-            # Zeros at the end: such keys write nothing, and such a log decay leaves the state unchanged.
-            x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad))
-        return x.unflatten(2, (-1, C)).contiguous().to(compute)
-
-    q_BHNCK, k_BHNCK, v_BHNCV = chunks(q), chunks(k) * (K**-0.5 if scale is None else scale), chunks(v)
-    if document_ids is None:
-        document_ids = torch.zeros(1, T, dtype=torch.int32, device=q.device)
-    # Nothing decays into a document's first token, so its decay gets no gradient either.
-    starts_BT = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-    log_decay = log_decay.masked_fill(starts_BT[..., None], 0.0)
-    # Repeating the last id lets the padding, which writes nothing, belong to the last document.
-    ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, pad)], dim=1)
-    ids_B1NC = ids.unflatten(1, (-1, C))[:, None]
-    before_B1N1 = torch.cat([ids_B1NC[:, :, :1, :1], ids_B1NC[:, :, :-1, -1:]], dim=2)
-    b_BHNC = cumsum_by_document(chunks(log_decay), ids_B1NC)
-    b_last_BHN1 = b_BHNC[..., -1:]
+    q_BHNCK, k_BHNCK, v_BHNCV = (in_chunks(x, C, compute) for x in (q, k, v))
+    k_BHNCK = k_BHNCK * (K**-0.5 if scale is None else scale)
+    decay_BHNCC, from_start_BHNC1, to_end_BHNC1 = decays_in_chunks(log_decay, document_ids, C, compute)
 
     # Inside the chunks: all of them in one batched matmul.
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    visible_B1NCC = causal_CC & (ids_B1NC[..., :, None] == ids_B1NC[..., None, :])
-    # Mask before exp: above the diagonal the exponent is positive, and inf * 0 in the backward would be nan.
-    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~visible_B1NCC, -torch.inf).exp()
     o_BHNCV = (q_BHNCK @ k_BHNCK.transpose(-1, -2) * decay_BHNCC) @ v_BHNCV
 
     # Between the chunks: each one's state update, then the scan that carries the state, the only loop.
-    to_end_BHNC1 = (b_last_BHN1 - b_BHNC).masked_fill(ids_B1NC != ids_B1NC[..., -1:], -torch.inf).exp()[..., None]
-    from_start_BHNC1 = b_BHNC.masked_fill(ids_B1NC != before_B1N1, -torch.inf).exp()[..., None]
     update_BHNKV = (k_BHNCK * to_end_BHNC1).transpose(-1, -2) @ v_BHNCV
     chunk_decay_BHN11 = from_start_BHNC1[..., -1:, :]
     S_BHKV = q.new_zeros(B, H, K, V, dtype=compute) if initial_state is None else initial_state.to(compute)
@@ -114,6 +89,44 @@ def step(
     S_BHKV = decay_BH11 * state.to(compute) + k_BHK[..., :, None] * v.to(compute)[..., None, :]
     o_BHV = (q.to(compute)[..., None, :] @ S_BHKV).squeeze(-2)
     return o_BHV.to(q.dtype), S_BHKV
+
+
+def in_chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, ...] of any strides -> contiguous [B, H, N, C, ...], with zeros behind the last token: such keys write
+    nothing, and such a log decay leaves the state unchanged."""
+    x = x.transpose(1, 2)
+    if pad := -x.shape[2] % size:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad))
+    return x.unflatten(2, (-1, size)).contiguous().to(dtype)
+
+
+def decays_in_chunks(
+    log_decay: Tensor, document_ids: Tensor | None, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of a write by log_decay [B, T, H], 0 in another document, in chunks of `size` tokens.
+
+    Returns:
+        from each token to each later one of its chunk [B, H, N, C, C]; from before the chunk to each token and from a
+        token to the end of the chunk [B, H, N, C, 1].
+    """
+    T, device = log_decay.shape[1], log_decay.device
+    if document_ids is None:
+        document_ids = torch.zeros(1, T, dtype=torch.int32, device=device)
+    # Nothing decays into a document's first token, so its decay gets no gradient either.
+    starts_BT = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+    log_decay = log_decay.masked_fill(starts_BT[..., None], 0.0)
+    # Repeating the last id lets the padding, which writes nothing, belong to the last document.
+    ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, -T % size)], dim=1)
+    ids_B1NC = ids.unflatten(1, (-1, size))[:, None]
+    before_B1N1 = torch.cat([ids_B1NC[:, :, :1, :1], ids_B1NC[:, :, :-1, -1:]], dim=2)
+    b_BHNC = cumsum_by_document(in_chunks(log_decay, size, dtype), ids_B1NC)
+    causal_CC = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    visible_B1NCC = causal_CC & (ids_B1NC[..., :, None] == ids_B1NC[..., None, :])
+    # Mask before exp: above the diagonal the exponent is positive, and inf * 0 in the backward would be nan.
+    decay_BHNCC = (b_BHNC[..., :, None] - b_BHNC[..., None, :]).masked_fill(~visible_B1NCC, -torch.inf).exp()
+    from_start_BHNC1 = b_BHNC.masked_fill(ids_B1NC != before_B1N1, -torch.inf).exp()[..., None]
+    to_end_BHNC1 = (b_BHNC[..., -1:] - b_BHNC).masked_fill(ids_B1NC != ids_B1NC[..., -1:], -torch.inf).exp()[..., None]
+    return decay_BHNCC, from_start_BHNC1, to_end_BHNC1
 
 
 def cumsum_by_document(x_BHNC: Tensor, ids_B1NC: Tensor) -> Tensor:
