@@ -46,8 +46,9 @@ if options:
     assert getattr(weight, "to_local", lambda: weight)().shape[0] == 16, weight.shape
 if os.environ.get("RANK", "0") == "0":
     torch.save((logits, generated), sys.argv[2] + f"/result.{len(sys.argv)}.pt")
-if torch.distributed.is_initialized():  # else its threads may abort the process at its end
-    torch.distributed.destroy_process_group()
+if options:  # functional collectives keep the group's threads beyond destroy_process_group: torch may abort at exit
+    torch.distributed.barrier()
+    os._exit(0)
 """
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import cli, ports
+from support import cli
 
 from yoco_megatron import runtime
 from yoco_megatron.runtime import cpu
 from yoco_megatron.startup.prepare import prepare
+from yoco_megatron.utils.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(runtime.has_gpu(), reason="there is a GPU: the stand-ins are not installed")
@@ -217,7 +218,7 @@ def guarded_run(*flags: str) -> tuple[subprocess.CompletedProcess, list]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(ports.free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "tests" / "support" / "guarded_run.py"), *flags]
