@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import site_text
 from retrieval_text import documents
 from runs import ROOT, last_error
-from slices import Job, add_arguments, run_slice
+from slices import Job, add_arguments, gpus_of, run_slice
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.evaluation.suite import make_task
@@ -210,7 +210,9 @@ def main() -> None:
     if options.what == "prepare":
         prepare(options)
     elif options.what == "train":
-        print("all done" if run_slice(lambda: jobs(options), options.gpus, options.seconds) else "repeat this command")
+        print(
+            "all done" if run_slice(lambda: jobs(options), gpus_of(options), options.seconds) else "repeat this command"
+        )
     else:
         evaluate(options)
 

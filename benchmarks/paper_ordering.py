@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import site_text
 from record import record
 from runs import ROOT, device_name
-from slices import Job, add_arguments, run_slice
+from slices import Job, add_arguments, gpus_of, run_slice
 
 from yoco_megatron.evaluation import comparison, pictures
 from yoco_megatron.evaluation.run_curves import VALIDATION, RunCurves, read_run
@@ -141,7 +141,7 @@ def train(options: argparse.Namespace, cases: CasesOf = cases) -> None:
                 known[case] = final(read_run(job.folder))
         return [job_of(case, options) for case in cases(options, known)]
 
-    done = run_slice(jobs, options.gpus, options.seconds)
+    done = run_slice(jobs, gpus_of(options), options.seconds)
     todo = [job for job in jobs() if not job.done()]
     print("all done" if done else f"to go: {', '.join(job.name for job in todo)}: repeat this command", flush=True)
 

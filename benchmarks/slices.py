@@ -53,15 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--flags", default="", help="more flags for every run")
     parser.add_argument("--gpus", type=int, default=1, help="runs at a time, one on each; 0: the CPU")
+    parser.add_argument(
+        "--runs-per-gpu", type=int, default=1, help="more hide each other's start, saves and evaluation"
+    )
     parser.add_argument("--seconds", type=float, default=530, help="of a slice, and a minute more to save")
 
 
-def run_slice(jobs: Callable[[], list[Job]], gpus: int, seconds: float) -> bool:
+def gpus_of(options: argparse.Namespace) -> list[str | None]:
+    """The GPU of each run at a time; None: the CPU."""
+    return [str(gpu) for gpu in range(options.gpus)] * options.runs_per_gpu or [None]
+
+
+def run_slice(jobs: Callable[[], list[Job]], gpus: list[str | None], seconds: float) -> bool:
     """Work on the jobs for so many seconds; returns whether all are done. Raises SystemExit if a run failed.
 
     Args:
         jobs: all of them, most urgent first; asked again whenever one has ended, as results may make new ones.
-        gpus: runs at a time, each with a GPU of its own (0: one at a time, on the CPU).
+        gpus: the GPU of each run at a time.
     """
     end = time.monotonic() + seconds
     state = threading.Condition()
@@ -89,7 +97,7 @@ def run_slice(jobs: Callable[[], list[Job]], gpus: int, seconds: float) -> bool:
                     running -= 1
                     state.notify_all()
 
-    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in ([str(n) for n in range(gpus)] or [None])]
+    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,8 +1,8 @@
 """A small Llama made into YOCOs of both self-decoders and several numbers of K,V sets, against it trained on as well.
 
     python benchmarks/upcycling.py prepare --gguf PART [PART ...]   # or --teacher FOLDER: text, tokens, starting points
-    python benchmarks/upcycling.py train --gpus 4       # a slice of nine minutes: repeat it until it says: all done
-    python benchmarks/upcycling.py evaluate --gpus 4    # losses on held-out and on other text, needles; repeat it, too
+    python benchmarks/upcycling.py train --gpus 4 --runs-per-gpu 2    # nine minutes: repeat it until it says: all done
+    python benchmarks/upcycling.py evaluate --gpus 4 --runs-per-gpu 3 # losses on held-out and other text, needles; too
     python benchmarks/upcycling.py measure --gpus 1     # prefill time and cache
     python benchmarks/upcycling.py report --record      # table, picture, rows; also of what is done so far
 
@@ -16,6 +16,8 @@ Trained on are the source and documentation of the installed packages (site_text
 
 The starting points are evaluated as well, without needles. What the report reads is small: of a case that is trained
 and evaluated, the last stage's folder without checkpoints is enough to go on with the others on another machine.
+
+A run takes about 40 GiB, two of them a GPU of 141; on one of 80, --micro-batch-size 16 --loss-chunk-size 8192.
 
 With --teacher of a tiny Llama, --text, --tokens 1e4, --gpus 0 and more it is a test of a few minutes on a CPU.
 """
@@ -36,7 +38,7 @@ from typing import Any
 import site_text
 from record import record
 from runs import ROOT, device_name, last_error
-from slices import Job, add_arguments, run_slice
+from slices import Job, add_arguments, gpus_of, run_slice
 
 from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
@@ -46,6 +48,9 @@ STAGES = ("transfer", "distil")
 START, MEASURED = ", start", "measured.json"
 KINDS = {"window": "sliding_window", "retention": "gated_retention"}
 RATES = {"transfer": 1e-3, "distil": 3e-4, "plain": 3e-4}
+# Transfer compares hundreds of numbers a layer at each token: it lacks steps before it lacks tokens.
+PARTS_OF_A_BATCH = {"transfer": 4, "distil": 1, "plain": 1}
+CORES_OF_A_START = 4
 
 
 def tool(name: str, *arguments: object) -> None:
@@ -75,11 +80,15 @@ def prepare(options: argparse.Namespace) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
         if not (folder / f"{name}_text_document.json").exists():
             site_text.tokenize(folder / f"{name}.jsonl", teacher, folder / name)
-    for case in options.cases:
-        if not (start_of(case, options).exists() or jobs_of(case, options)[-1].done()):
-            tool("upcycle", "--teacher", teacher, "--to", "megatron", "--output", start_of(case, options),
-                 *flags_of(shape_of(case, options)))  # fmt: skip
-            print(f"{case}: made of the teacher", flush=True)
+
+    def make(case: str) -> None:
+        tool("upcycle", "--teacher", teacher, "--to", "megatron", "--output", start_of(case, options),
+             *flags_of(shape_of(case, options)))  # fmt: skip
+        print(f"{case}: made of the teacher", flush=True)
+
+    left = [c for c in options.cases if not (start_of(c, options).exists() or jobs_of(c, options)[-1].done())]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_OF_A_START)) as pool:
+        list(pool.map(make, left))
 
 
 def from_gguf(parts: list[Path], teacher: Path) -> None:
@@ -127,7 +136,7 @@ def start_of(case: str, options: argparse.Namespace) -> Path:
 
 def job_of(case: str, stage: str, options: argparse.Namespace) -> Job:
     """A stage of a case: transfer, distil, or plain training."""
-    batch = max(1, options.batch_tokens // options.length)
+    batch = max(1, options.batch_tokens // options.length // PARTS_OF_A_BATCH[stage])
     share = {"transfer": options.transfer, "distil": 1 - options.transfer, "plain": 1.0}[stage]
     steps = max(2, round(share * options.tokens / (batch * options.length)))
     folder, teacher = options.folder, options.folder / "teacher"
@@ -143,8 +152,9 @@ def job_of(case: str, stage: str, options: argparse.Namespace) -> Job:
         *("--optimizer", "adam", "--adam-beta2", 0.95, "--weight-decay", 0.0, "--clip-grad", 1.0),
         *("--lr", RATES[stage], "--lr-decay-style", "linear", "--lr-warmup-iters", max(1, steps // 20)),
         *("--lr-decay-iters", steps, "--eval-interval", max(1, steps // 10), "--eval-iters", options.eval_iters),
-        *("--save-interval", max(1, steps // 4), "--log-interval", 10, "--tensorboard-log-interval", 5),
-        *("--num-workers", 2 if options.gpus else 0, *learns[stage], *options.flags.split()),
+        *("--save-interval", steps, "--log-interval", 10, "--tensorboard-log-interval", 5),
+        *("--loss-chunk-size", options.loss_chunk_size, "--num-workers", 2 if options.gpus else 0, *learns[stage]),
+        *options.flags.split(),
     ]
     if case != "scratch":
         flags += ["--pretrained-checkpoint", before]
@@ -194,26 +204,28 @@ def checkpoints(options: argparse.Namespace) -> dict[str, Path]:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """All that is there, one on each GPU, for a slice of time."""
+    """All that is there, as many at once as there are runs, for a slice of time."""
+    gpus = gpus_of(options)
     suites, end = [write_suite(options, is_start) for is_start in (False, True)], time.monotonic() + options.seconds
     ready = {name: path for name, path in checkpoints(options).items() if path.exists()}
 
     def one(numbered: tuple[int, tuple[str, Path]]) -> bool:
         number, (name, checkpoint) = numbered
+        gpu = gpus[number % len(gpus)]
         suite = suites[name.endswith(START)]
         command = [sys.executable, "tools/evaluate.py", "--load", str(checkpoint), "--suite", str(suite)]
         command += ["--tokenizer", str(options.folder / "teacher"), "--output", str(output_of(checkpoint))]
-        gpu = {"CUDA_VISIBLE_DEVICES": str(number % options.gpus)} if options.gpus else {}
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
         left = max(1.0, end - time.monotonic())
         try:
-            run = subprocess.run(command, cwd=ROOT, env=os.environ | gpu, capture_output=True, text=True, timeout=left)
+            run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
             print(f"{name}: not done; what is done is kept", flush=True)
             return False
         print(f"{name}\n{run.stdout if run.returncode == 0 else last_error(run.stderr)}", flush=True)
         return run.returncode == 0
 
-    with ThreadPoolExecutor(max(1, options.gpus)) as pool:
+    with ThreadPoolExecutor(len(gpus)) as pool:
         done = list(pool.map(one, enumerate(ready.items())))
     if not all(done):
         raise SystemExit(f"{sum(done)} of {len(done)} are evaluated: repeat this command")
@@ -280,7 +292,7 @@ def draw(options: argparse.Namespace) -> None:
                 continue
             run = read_run(last.folder, case)
             points = run.curves[VALIDATION]
-            earlier = sum(job.steps for job in before) * options.batch_tokens
+            earlier = options.transfer * options.tokens if before else 0.0
             tokens = [earlier + one for one in run.tokens(points.steps)]
             curves.plot(tokens, points.values, "o-", color=f"C{number % 10}", markersize=3, linewidth=1, label=case)
         curves.set_xlabel("tokens")
@@ -298,15 +310,16 @@ def main() -> None:
     parser.add_argument("--other", type=Path, help="folder of other text; default: Python's own documentation")
     parser.add_argument("--cases", nargs="+", default=cases, metavar="CASE")
     parser.add_argument("--tokens", type=float, default=100e6, help="of each case")
-    parser.add_argument("--transfer", type=float, default=0.2, help="share of them for attention transfer")
+    parser.add_argument("--transfer", type=float, default=0.04, help="share of them for attention transfer")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--longest", type=int, default=8192, help="sequence that is evaluated")
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--eval-iters", type=int, default=20)
+    parser.add_argument("--micro-batch-size", type=int, default=32)
+    parser.add_argument("--loss-chunk-size", type=int, default=65536, help="tokens whose logits are there at a time")
+    parser.add_argument("--eval-iters", type=int, default=4)
     parser.add_argument("--documents", type=int, default=256, help="of each text whose loss is measured")
     parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens, measure")
-    parser.add_argument("--samples", type=int, default=10, help="needles of each length and depth")
+    parser.add_argument("--samples", type=int, default=4, help="needles of each length and depth")
     add_arguments(parser, "upcycling")
     parser.add_argument("--record", action="store_true", help="report: append rows to --output")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/upcycling.svg")
@@ -316,7 +329,7 @@ def main() -> None:
     if options.what == "prepare":
         prepare(options)
     elif options.what == "train":
-        done = run_slice(lambda: next_jobs(options), options.gpus, options.seconds)
+        done = run_slice(lambda: next_jobs(options), gpus_of(options), options.seconds)
         left = [case for case in options.cases if not jobs_of(case, options)[-1].done()]
         print("all done" if done and not left else f"{len(left)} cases to go: repeat this command", flush=True)
     elif options.what == "evaluate":

@@ -60,14 +60,14 @@ def test_slices_share_gpus_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(slices, "_run", run)
     # The fourth is known only when the first is done.
-    assert slices.run_slice(lambda: made[:3] + made[3:] * made[0].done(), 2, slices.SHORTEST + 5)
+    assert slices.run_slice(lambda: made[:3] + made[3:] * made[0].done(), ["0", "1", "1"], slices.SHORTEST + 5)
     assert sorted(name for name, _ in seen) == ["0", "1", "2", "3"]
     assert {gpu for _, gpu in seen} == {"0", "1"}
     more = Job(tmp_path / "4", (), 1)
-    assert not slices.run_slice(lambda: [more], 1, slices.SHORTEST)  # no time to begin
+    assert not slices.run_slice(lambda: [more], ["0"], slices.SHORTEST)  # no time to begin
     monkeypatch.setattr(slices, "_run", lambda *_: False)
     with pytest.raises(SystemExit, match="failed: 4"):
-        slices.run_slice(lambda: [more], 0, slices.SHORTEST + 5)
+        slices.run_slice(lambda: [more], [None], slices.SHORTEST + 5)
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

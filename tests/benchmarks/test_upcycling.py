@@ -14,9 +14,9 @@ from yoco_megatron.evaluation.run_curves import VALIDATION
 
 def options_of(tmp_path: Path) -> Namespace:
     return Namespace(
-        folder=tmp_path, cases=["teacher", "window_3", "scratch"], tokens=12800.0, transfer=0.25, length=64,
-        longest=256, window=32, batch_tokens=128, micro_batch_size=16, gpus=0, eval_iters=1, flags="", record=True,
-        output=tmp_path / "rows.jsonl", picture=tmp_path / "losses.svg",
+        folder=tmp_path, cases=["teacher", "window_3", "scratch"], tokens=25600.0, transfer=0.25, length=64,
+        longest=256, window=32, batch_tokens=256, micro_batch_size=16, loss_chunk_size=64, gpus=0, runs_per_gpu=1,
+        eval_iters=1, flags="", record=True, output=tmp_path / "rows.jsonl", picture=tmp_path / "losses.svg",
     )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     options = options_of(tmp_path)
     assert [job.name for job in upcycling.next_jobs(options)] == ["teacher_plain", "window_3_transfer", "scratch_plain"]
     teacher, transfer, distil, scratch = (job for case in options.cases for job in upcycling.jobs_of(case, options))
-    assert (teacher.steps, transfer.steps + distil.steps, scratch.steps) == (100, 100, 100) and transfer.steps == 25
+    assert (teacher.steps, distil.steps, scratch.steps) == (100, 75, 100)
+    assert transfer.steps == 100 and flag(transfer, "--global-batch-size") == "1", "a quarter of the batch of 4"
     assert "--attention-transfer" in transfer.flags and "--attention-transfer" not in distil.flags
     assert flag(transfer, "--teacher") == flag(distil, "--teacher") == str(tmp_path / "teacher")
     assert flag(teacher, "--teacher") is None and flag(scratch, "--teacher") is None
