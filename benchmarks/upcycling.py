@@ -17,7 +17,7 @@ Trained on are the source and documentation of the installed packages (site_text
 The starting points are evaluated as well, without needles. What the report reads is small: of a case that is trained
 and evaluated, the last stage's folder without checkpoints is enough to go on with the others on another machine.
 
-A run takes about 40 GiB, two of them a GPU of 141; on one of 80, --micro-batch-size 16 --loss-chunk-size 8192.
+A run takes about 50 GiB, and two of them a GPU of 141; on one of 80 two fit with --micro-batch-size 16.
 
 With --teacher of a tiny Llama, --text, --tokens 1e4, --gpus 0 and more it is a test of a few minutes on a CPU.
 """
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="prepare: folder of a Llama in Hugging Face's format")
     parser.add_argument("--gguf", type=Path, nargs="+", help="prepare: parts of a GGUF file, in their order")
     parser.add_argument("--other", type=Path, help="folder of other text; default: Python's own documentation")
-    parser.add_argument("--cases", nargs="+", default=cases, metavar="CASE")
+    parser.add_argument("--cases", nargs="*", default=cases, metavar="CASE", help="none: the text alone")
     parser.add_argument("--tokens", type=float, default=100e6, help="of each case")
     parser.add_argument("--transfer", type=float, default=0.04, help="share of them for attention transfer")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
