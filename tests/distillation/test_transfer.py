@@ -29,10 +29,11 @@ pytest.importorskip("transformers")
 NAME = "attention transfer loss"
 
 
-def ours(folder: str, kind: str) -> dict[str, torch.Tensor]:
+def ours(folder: str, kind: str, sources: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Mean loss, gradients by global name, and the weights."""
     opened = open_teacher(folder)
-    student = build(tiny_config(self_decoder=kind, shared_kv_sets=2), model_class=TransferYOCO)
+    config = tiny_config(self_decoder=kind, shared_kv_sets=2, shared_kv_sources=[*sources] or None)
+    student = build(config, model_class=TransferYOCO)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     student.attach(teacher_model.build(student, opened, groups))
     tokens, labels = batch(2)
@@ -47,7 +48,9 @@ def ours(folder: str, kind: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def plain(
+    folder: str, kind: str, sources: tuple[int, ...], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Float64, an equation per line, around transformers' hidden states and attention outputs."""
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +62,7 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
     with torch.no_grad():
         teacher(batch(2)[0])
     leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-    sizes = Sizes(4, 2, kind, self_heads=4, self_groups=4, heads=8, groups=4, window=7, kv_sets=2)
+    sizes = Sizes(4, 2, kind, self_heads=4, self_groups=4, heads=8, groups=4, window=7, kv_sets=2, kv_sources=sources)
     w = reference_model.weights_from_yoco(leaves, sizes)
     mixer = {"gated_retention": reference_model.retention, "sliding_window": reference_model.window_attention}[kind]
     losses = []
@@ -68,8 +71,9 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
         if layer < 2:
             output = mixer(x, w, str(layer), sizes)
         else:
-            border = rms(entering[2], sizes.eps) * w["kv.0.norm"]
-            k, v = (heads(border @ w[f"kv.{layer - 2}.{m}"].T, sizes.groups) for m in "kv")
+            of = layer - 2
+            source = rms(entering[sizes.source_of_set[of]], sizes.eps) * w[f"kv.{of}.norm"]
+            k, v = (heads(source @ w[f"kv.{of}.{m}"].T, sizes.groups) for m in "kv")
             q = rope(heads(x @ w[f"{layer}.q"].T, sizes.heads), sizes)
             output = reference_model.attention(q, rope(k, sizes), v, window=None) @ w[f"{layer}.out"].T
         power = wanted[layer].square().mean()
@@ -79,17 +83,22 @@ def plain(folder: str, kind: str, weights: dict[str, torch.Tensor]) -> dict[str,
     return {"loss": loss.detach()} | {f"grad/{name}": leaf.grad for name, leaf in leaves.items()}
 
 
-@pytest.mark.parametrize("kind", SELF_DECODERS)
-def test_equals_a_plain_computation(kind, tmp_path):
-    """One of the teacher's layers has an attention that adds nothing, to which no error is relative."""
+@pytest.mark.parametrize(
+    ("kind", "sources"), [*((kind, ()) for kind in SELF_DECODERS), (SELF_DECODERS[0], (1, 2))], ids=str
+)
+def test_equals_a_plain_computation(kind, sources, tmp_path):
+    """Of two sets of K,V, both projected from the border, or one from an earlier layer.
+
+    One of the teacher's layers has an attention that adds nothing, to which no error is relative.
+    """
     folder = teacher_for_training(tmp_path, hidden_size=64, intermediate_size=96)
     state = safetensors.torch.load_file(folder / "model.safetensors")
     state["model.layers.1.self_attn.o_proj.weight"].zero_()
     safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    found = run_world(1, ours, str(folder), kind)[0]
+    found = run_world(1, ours, str(folder), kind, sources)[0]
     weights = {name.removeprefix("weight/"): w for name, w in found.items() if name.startswith("weight/")}
     found = {name: value for name, value in found.items() if not name.startswith("weight/")}
-    wanted = plain(str(folder), kind, weights)
+    wanted = plain(str(folder), kind, sources, weights)
     assert_close(found, {name: wanted[name] for name in found}, loss=1e-5, grad=1e-4)
 
 

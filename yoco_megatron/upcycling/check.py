@@ -67,7 +67,9 @@ def layer_errors(teacher: Teacher, student: Source, dtype: torch.dtype = torch.f
             rotary = yoco.cross_rotary(positions)
             k, v = yoco.shared_kv(x, rotary)[set_of[layer]]
             y = yoco.cross_layers[layer - own](x, k, v, rotary=rotary)
-        found.append((torch.linalg.norm(y - wanted) / torch.linalg.norm(wanted - x)).item())
+        error = torch.linalg.norm(y - wanted)
+        added = torch.linalg.norm(wanted - x)
+        found.append((error / added).item() if error != 0 else 0.0)  # a layer may add nothing
 
     model = _unloaded(teacher, dtype)
     for layer in model.layers:
