@@ -35,7 +35,7 @@ from yoco_megatron.utils.ports import free_port
 MODEL = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --self-decoder-heads 2
     --seq-length 32 --micro-batch-size 2 --global-batch-size 2 --lr 1e-2 --lr-warmup-iters 3 --eval-iters 0
     --log-interval 1 --num-workers 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 255"""
-STEP = re.compile(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ")
+STEP = re.compile(r" (\d+)/\d+  lm loss (\S+)  norm (\S+) ")
 SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+)")
 LOG = "attempt.log"
 

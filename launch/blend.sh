@@ -53,5 +53,5 @@ flags=(--config configs/model/yoco_tiny.yaml configs/recipe/demo.yaml "$run/blen
 step "5. Training on it"
 OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py "${flags[@]}" \
     --save "$run/checkpoints" --load "$run/checkpoints" >"$run/train.log" 2>&1 || { tail -n 40 "$run/train.log" >&2; exit 1; }
-grep -E "\] (iteration +[0-9]+/|validation loss)" "$run/train.log" | tail -n 5
+grep -E "^[0-9-]+ [0-9:]+  ( *[0-9]+/|validation loss)" "$run/train.log" | tail -n 5
 echo "log $run/train.log, lengths $run/packages_lengths.png"

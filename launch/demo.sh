@@ -36,7 +36,7 @@ pretrain() {
         --save "$run/checkpoints" --load "$run/checkpoints" --tensorboard-dir "$run/tensorboard" "$@" \
         >>"$run/train.log" 2>&1 || { tail -n 40 "$run/train.log" >&2; exit 1; }
 }
-losses() { grep -E "\] (iteration +[0-9]+/|validation loss)" "$run/train.log"; }
+losses() { grep -E "^[0-9-]+ [0-9:]+  ( *[0-9]+/|validation loss)" "$run/train.log"; }
 
 step "4. Pretraining, first half; saves a checkpoint and stops"
 pretrain --exit-interval 200
@@ -50,7 +50,7 @@ losses | tail -n +$((before + 1))
 step "6. Result"
 entropy=$("$python" tools/inspect_dataset.py --data-path "$run/data_text_document" --split 98,2,0 --part valid --json \
     | "$python" -c 'import json, sys; print(f"{json.load(sys.stdin)["unigram_entropy_nats"]:.3f}")')
-loss=$(grep "on validation set" "$run/train.log" | tail -n 1 | grep -oE "lm loss value: [0-9.]+" | grep -oE "[0-9.]+")
+loss=$(grep "on validation set" "$run/train.log" | tail -n 1 | grep -oE "lm loss [0-9.]+" | grep -oE "[0-9.]+")
 printf 'unigram entropy of the validation text: %s nats per token\nvalidation loss:                        %.3f nats per token\n' \
     "$entropy" "$loss"
 

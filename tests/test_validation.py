@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> dict[str, int]:
 
 def losses(log: Log) -> list[tuple[str, str, str]]:
     """(name of the set or nothing, when, loss) of all evaluations."""
-    return re.findall(r" validation(\S*) loss at (.*?) \| lm loss value: (\S+) ", log.text)
+    return re.findall(r" validation(\S*) loss at (.*?)  lm loss (\S+) ", log.text)
 
 
 def test_each_sample_counts_once_on_any_mesh(data, tmp_path):

@@ -236,7 +236,7 @@ def test_training_needs_no_other_function_of_torch_cuda(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert wanted in done.stdout
-    assert " iteration 6/6 |" in done.stdout
+    assert " 6/6  lm loss " in done.stdout
 
 
 def test_the_guard_sees_a_stand_in_that_is_missing():

@@ -43,6 +43,10 @@ def parsed(processes: int, *flags: str) -> Namespace:
     return args
 
 
+STEP = r"^\d\d-\d\d \d\d:\d\d +(\d+)/\d+"
+"""The beginning of a step's line; with re.MULTILINE."""
+
+
 @dataclass(frozen=True)
 class Log:
     """What the last rank printed; figures as printed, so that equal means bitwise equal as far as a user can see."""
@@ -59,8 +63,8 @@ class Log:
 
     def of_term(self, name: str) -> dict[int, float]:
         """A part of the loss by iteration; under -1, -2, ... of each evaluation."""
-        trained = re.findall(rf"iteration +(\d+)/.*?\| {name}: (\S+)", self.text)
-        evaluated = re.findall(rf"loss at iteration .*?\| {name} value: (\S+)", self.text)
+        trained = re.findall(rf"{STEP} .*? {name} (\S+)", self.text, re.M)
+        evaluated = re.findall(rf"loss at iteration .*?  {name} (\S+)", self.text)
         found = {int(step): float(loss) for step, loss in trained}
         assert found and evaluated, self.text[-3000:]
         return found | {-1 - at: float(loss) for at, loss in enumerate(evaluated)}
@@ -68,8 +72,8 @@ class Log:
 
 def parse(text: str) -> Log:
     """The figures of a log."""
-    steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", text)
-    evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set \| lm loss value: (\S+) ", text)
+    steps = re.findall(rf"{STEP} .*? lm loss (\S+) .*? norm (\S+) ", text, re.M)
+    evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set  lm loss (\S+) ", text)
     return Log(
         losses={int(step): loss for step, loss, _ in steps},
         grad_norms={int(step): norm for step, _, norm in steps},

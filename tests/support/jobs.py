@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from support.cli import TINY
+from support.cli import STEP, TINY
 from support.slurm import Cluster
 from yoco_megatron.resilience import policy
 
@@ -120,7 +120,7 @@ class Job:
         found: dict[int, set[str]] = {}
         for attempt in self.folder.glob("logs/[0-9]*"):
             text = "".join(path.read_text() for path in attempt.rglob("*") if path.is_file())
-            steps = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) ", text)
+            steps = re.findall(rf"{STEP} .*? lm loss (\S+) ", text, re.M)
             for step, loss in steps:
                 found.setdefault(int(step), set()).add(loss)
         return found

@@ -73,19 +73,19 @@ def test_interval_of_other_lines_is_left_out(start, monkeypatch):
 
 def test_step_without_a_loss_is_told(each_step):
     assert each_step.text.count(f"step {MASKED}: no position with a loss") == 1
-    (line,) = [line for line in each_step.text.splitlines() if re.search(rf"iteration +{MASKED}/", line)]
-    assert "lm loss" not in line and "| skipped: 1 |" in line
+    (line,) = [line for line in each_step.text.splitlines() if re.search(rf" {MASKED}/8  ", line)]
+    assert "lm loss" not in line and "  skipped 1  " in line
 
 
 def test_rates_of_a_small_model(each_step, folder):
-    shown = r"(\S+) s \| (\S+) tokens/s/CPU \| (\S+ [MG])FLOP/s/CPU \| (\S+) GiB \| \S+ left$"
+    shown = r"  (\S+) tok/s/CPU  (\S+ [MG])FLOP/s  (\S+) GiB  \S+ left$"
     units = {",": "", " M": "E6", " G": "E9"}
     lines = re.findall(shown, each_step.text, re.M)
     rates = [[float(re.sub("|".join(units), lambda unit: units[unit[0]], value)) for value in line] for line in lines]
     assert len(rates) == 8 and all(value > 0 for line in rates for value in line)
     events = EventAccumulator(str(folder / "curves"))
     events.Reload()
-    names = {"seconds-per-step": 1, "tokens-per-second-per-gpu": 1, "tflops-per-gpu": 1e12}
+    names = {"tokens-per-second-per-gpu": 1, "tflops-per-gpu": 1e12}
     scales = {f"throughput/{name}": scale for name, scale in names.items()} | {"memory/peak-gib": 1}
     for column, (name, scale) in enumerate(scales.items()):
         written = [event.value * scale for event in events.Scalars(name)]
@@ -93,9 +93,10 @@ def test_rates_of_a_small_model(each_step, folder):
 
 
 def test_a_run_starts_with_few_lines_each_of_which_fits_a_terminal(each_step):
-    before, _, _ = each_step.text.partition("iteration 1/8")
+    before, _, _ = each_step.text.partition(" 1/8  lm loss ")
     assert 5 < len(before.splitlines()) <= 20, before
-    assert max(len(line) for line in each_step.text.splitlines() if "iteration" in line) <= 160
+    lines = [line for line in each_step.text.splitlines() if re.search(r" \d/8  | loss at iteration ", line)]
+    assert len(lines) >= 8 and max(map(len, lines)) <= 120
 
 
 RATES = Rates(
@@ -105,7 +106,7 @@ RATES = Rates(
 
 
 def test_share_of_the_peak():
-    assert RATES.text() == "1.25 s | 12,500 tokens/s/CPU | MFU 40.4% | 31.0 GiB | 1 day, 1:01:01 left"
+    assert RATES.texts() == ["12,500 tok/s/CPU", "MFU 40.4%", "31.0 GiB", "1d01h left"]
     assert RATES.in_megatrons_style() == (
         "throughput per GPU (TFLOP/s/GPU): 400 | tokens/s/GPU: 12,500 | MFU: 40.4% | time left: 1 day, 1:01:01 |"
     )
@@ -121,11 +122,17 @@ MEGATRONS = (
 
 
 def test_the_line_of_a_step():
-    usual = "[11-28 03:54] iteration 1/4 | lm loss: 6.647708 | grad norm: 1.088 | lr: 3.333E-03"
-    assert log_lines.step_line(MEGATRONS.format(1.0, 0), "2 s", False) == f"{usual} | num zeros: 3 | 2 s"
-    unusual = log_lines.step_line(MEGATRONS.format(2.0, 1), "2 s", True)
-    more = "global batch size: 8 | loss scale: 2.0 | num zeros: 3 | skipped: 1 | 2 s"
-    assert unusual == f"{usual} | {more}"
+    usual = "11-28 03:54  1/4  lm loss 6.647708  norm 1.088  lr 3.33e-03"
+    assert log_lines.step_line(MEGATRONS.format(1.0, 0), ["2 GiB"], False) == f"{usual}  num zeros 3  2 GiB"
+    unusual = log_lines.step_line(MEGATRONS.format(2.0, 1), ["2 GiB"], True)
+    assert unusual == f"{usual}  global batch size 8  loss scale 2.0  num zeros 3  skipped 1  2 GiB"
+
+
+def test_the_line_of_a_long_run_fits_a_terminal():
+    late = MEGATRONS.format(1.0, 0).replace("        1/       4", "  123456/  400000").replace("num zeros: 3 |", "")
+    line = log_lines.step_line(late, RATES.texts(), False)
+    assert line.startswith("11-28 03:54  123456/400000  lm loss 6.647708  norm 1.088  lr 3.33e-03  12,500 tok/s/")
+    assert len(line) <= 120
 
 
 def test_the_line_of_an_evaluation(monkeypatch):
@@ -134,8 +141,8 @@ def test_the_line_of_an_evaluation(monkeypatch):
     scalars = log_lines.evaluation_scalars(told.format("-wiki"))
     assert scalars == pytest.approx({"perplexity": 16, "bits-per-byte": 1})
     line = log_lines.evaluation_line(told.format("-wiki"), scalars)
-    loss = "validation-wiki loss at iteration 20 on test set | lm loss value: 2.772589"
-    assert line.partition("] ")[2] == f"{loss} | perplexity: 16.00 | bits per byte: 1.000"
+    loss = "validation-wiki loss at iteration 20 on test set  lm loss 2.772589"
+    assert line.partition("  ")[2] == f"{loss}  perplexity 16.00  bits per byte 1.000"
     assert log_lines.evaluation_scalars(told.format("")) == pytest.approx({"perplexity": 16})
 
 

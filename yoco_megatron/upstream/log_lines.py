@@ -1,10 +1,11 @@
-"""The lines of the log for a step and for an evaluation, one each, which fit a terminal; --verbose: Megatron's own."""
+"""The lines of the log for a step and for an evaluation, of 120 columns at most; --verbose: Megatron's own."""
 
 import math
 import re
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ LEFT_OUT = {"consumed samples", "elapsed time per iteration (ms)", "throughput p
 WHERE_NOT = {"loss scale": 1.0, "number of skipped iterations": 0.0, "number of nan iterations": 0.0}
 """Shown where they have another value."""
 FIRST = ("lm loss", "grad norm", "learning rate", "global batch size")
-SHORT = {"learning rate": "lr", "number of skipped iterations": "skipped", "number of nan iterations": "nan"}
-DIGITS = {"lm loss": "#.7G", "learning rate": ".3E"}
+SHORT = {"grad norm": "norm", "learning rate": "lr"}
+SHORT |= {"number of skipped iterations": "skipped", "number of nan iterations": "nan"}
+DIGITS = {"lm loss": "#.7G", "learning rate": ".2e"}
+BETWEEN = "  "
+"""Names and values have single spaces."""
 
 rates: throughput.Rates | None = None
 """Of the line that is about to be printed."""
@@ -41,7 +45,7 @@ def measure_text(valid: Any) -> None:
     bytes_per_token.update(found[0])
 
 
-def step_line(message: str, rates: str, batch_size_changes: bool) -> str:
+def step_line(message: str, rates: Iterable[str], batch_size_changes: bool) -> str:
     """Megatron's line of a step without what stays the same, shorter, and with `rates`."""
     found = STEP.fullmatch(message.rstrip())
     if found is None:
@@ -57,8 +61,8 @@ def step_line(message: str, rates: str, batch_size_changes: bool) -> str:
         if name == "global batch size" and not batch_size_changes:
             continue
         digits = DIGITS.get(name)
-        parts.append(f"{SHORT.get(name, name)}: {value if digits is None else f'{float(value):{digits}}'}")
-    return " | ".join([f"[{when}] iteration {iteration:>{len(last)}}/{last}", *parts, rates])
+        parts.append(f"{SHORT.get(name, name)} {value if digits is None else f'{float(value):{digits}}'}")
+    return BETWEEN.join([when, f"{iteration:>{len(last)}}/{last}", *parts, *rates])
 
 
 def evaluation_scalars(message: str) -> dict[str, float]:
@@ -76,12 +80,11 @@ def evaluation_line(message: str, scalars: dict[str, float]) -> str:
     """Megatron's line of an evaluation, shorter, with `scalars`."""
     found = EVALUATION.match(message)
     assert found is not None, message
-    shown = [f"{name.replace('-', ' ')}: {f'{value:#.4g}'.rstrip('.')}" for name, value in scalars.items()]
+    shown = [f"{name.replace('-', ' ')} {f'{value:#.4g}'.rstrip('.')}" for name, value in scalars.items()]
     losses = [(found["name"], found["loss"]), *re.findall(r" ([^|]+) value: (\S+) ", found["more"])]
-    values = [f"{name} value: {float(loss):#.7G}" for name, loss in losses]
-    return " | ".join(
-        [f"[{time.strftime('%m-%d %H:%M')}] validation{found['set']} loss at {found['at']}", *values, *shown]
-    )
+    values = [f"{name} {float(loss):#.7G}" for name, loss in losses]
+    what = f"validation{found['set']} loss at {found['at']}"
+    return BETWEEN.join([time.strftime("%m-%d %H:%M"), what, *values, *shown])
 
 
 def _record(args: Namespace, iteration: int, name: str, numbers: dict[str, float]) -> None:
@@ -117,14 +120,13 @@ def print_rank_last(message: str) -> None:
         message = message if args.verbose else evaluation_line(message, scalars)
     elif STEP.fullmatch(message.rstrip()):
         assert rates is not None, "training_log sets them first"
-        positions = step_positions.text()
+        positions = step_positions.texts()
         if args.verbose:
-            message = (
-                re.sub(r"throughput per GPU \(TFLOP/s/GPU\): \S+ \|", rates.in_megatrons_style(), message) + positions
-            )
+            message = re.sub(r"throughput per GPU \(TFLOP/s/GPU\): \S+ \|", rates.in_megatrons_style(), message)
+            message += "".join(f" {text} |" for text in positions)
         else:
             changes = args.rampup_batch_size is not None or args.step_batch_size_schedule is not None
-            message = step_line(message, rates.text(), changes) + positions
+            message = step_line(message, [*rates.texts(), *positions], changes)
     elif not args.verbose and set(message) == {"-"}:
         return
     print(message, flush=True)

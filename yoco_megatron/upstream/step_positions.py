@@ -108,13 +108,13 @@ def shares() -> dict[str, list[float]]:
     }
 
 
-def text() -> str:
+def texts() -> list[str]:
     """For a step's line: the means, and how far data-parallel ranks are apart."""
     parts = []
     for name, of_ranks in shares().items():
         apart = f" ({100 * min(of_ranks):.1f} to {100 * max(of_ranks):.1f})" if len(of_ranks) > 1 else ""
-        parts.append(f" | positions {name}: {100 * sum(of_ranks) / len(of_ranks):.1f}%{apart}")
-    return "".join(parts)
+        parts.append(f"positions {name} {100 * sum(of_ranks) / len(of_ranks):.1f}%{apart}")
+    return parts
 
 
 def scalars() -> dict[str, float]:

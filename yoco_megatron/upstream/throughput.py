@@ -16,7 +16,7 @@ from yoco_megatron import runtime
 from yoco_megatron.costs.gpu_peak import peak_flops
 from yoco_megatron.costs.memory import GIB
 from yoco_megatron.upstream import step_positions
-from yoco_megatron.utils.units import with_unit
+from yoco_megatron.utils.units import duration, with_unit
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,11 @@ class Rates:
         tokens = self.tokens_per_second / self.gpus
         return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3G}"
 
-    def text(self) -> str:
-        """For the line of a step."""
-        unit = "GPU" if runtime.has_gpu() else "CPU"
-        flops = f"{with_unit(self.flops_per_gpu, f'FLOP/s/{unit}')}" if self.mfu is None else f"MFU {self.mfu:.1%}"
-        return (
-            f"{self.seconds_per_step:#.3g} s | {self._speed} tokens/s/{unit} | {flops} | {self.memory / GIB:.1f} GiB | "
-            f"{timedelta(seconds=round(self.seconds_left))} left"
-        )
+    def texts(self) -> list[str]:
+        """For the line of a step, of each GPU or process."""
+        flops = with_unit(self.flops_per_gpu, "FLOP/s") if self.mfu is None else f"MFU {self.mfu:.1%}"
+        speed = f"{self._speed} tok/s/{'GPU' if runtime.has_gpu() else 'CPU'}"
+        return [speed, flops, f"{self.memory / GIB:.1f} GiB", f"{duration(self.seconds_left)} left"]
 
     def in_megatrons_style(self) -> str:
         """For Megatron's own line; some digits, however small."""

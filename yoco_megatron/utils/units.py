@@ -17,3 +17,13 @@ def in_words(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {word}"
     return f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units of a time: 3d04h, 4h05m, 5m06s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
