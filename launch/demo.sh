@@ -33,19 +33,16 @@ pretrain() {
     OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_yoco.py \
         --config configs/model/yoco_tiny.yaml configs/recipe/demo.yaml \
         --data-path "$run/data_text_document" --split 98,2,0 "${tokenizer[@]}" \
-        --save "$run/checkpoints" --load "$run/checkpoints" --tensorboard-dir "$run/tensorboard" "$@" \
-        >>"$run/train.log" 2>&1 || { tail -n 40 "$run/train.log" >&2; exit 1; }
+        --save "$run/checkpoints" --load "$run/checkpoints" --tensorboard-dir "$run/tensorboard" "$@" 2>&1 \
+        | tee -a "$run/train.log" | losses || { tail -n 40 "$run/train.log" >&2; exit 1; }
 }
-losses() { grep -E "^[0-9-]+ [0-9:]+  ( *[0-9]+/|validation loss)" "$run/train.log"; }
+losses() { grep --line-buffered -E "^[0-9-]+ [0-9:]+  ( *[0-9]+/|validation loss)"; }
 
 step "4. Pretraining, first half; saves a checkpoint and stops"
 pretrain --exit-interval 200
-losses
 
 step "5. Pretraining, second half, resumed from the checkpoint; evaluation at the end"
-before=$(losses | wc -l)
 pretrain
-losses | tail -n +$((before + 1))
 
 step "6. Result"
 entropy=$("$python" tools/inspect_dataset.py --data-path "$run/data_text_document" --split 98,2,0 --part valid --json \
