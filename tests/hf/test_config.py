@@ -37,6 +37,7 @@ WRONG = [
     ("shared_kv_sources", [1.0]),
     ("sliding_window", -1),
     ("sliding_window", 0),
+    ("sliding_window", 1),  # see the comment at the field
     ("sliding_window", None),
     ("max_position_embeddings", -1),
     ("decay_temperature", 0),

@@ -42,7 +42,7 @@ CASES = {
     "embedding not scaled": {"scale_embedding": False},
     "window longer than the sequence": dict(**SLIDING, self_decoder_window=TOKENS + 5),
     "window as long as the sequence": dict(**SLIDING, self_decoder_window=TOKENS),
-    "window 1": dict(**SLIDING, self_decoder_window=1),
+    "window 2": dict(**SLIDING, self_decoder_window=2),
     "heads of other widths than hidden / heads": {"kv_channels": 16, "self_decoder_head_dim": 12},
     "heads of other widths, sliding window": dict(**SLIDING, self_decoder_query_groups=2, self_decoder_head_dim=12),
     "another temperature": {"decay_temperature": 3.0},

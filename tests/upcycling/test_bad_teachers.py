@@ -105,7 +105,7 @@ def test_config(changes, why, teacher):
     [
         ({"shared_kv_sets": 2}, "--shared-kv-sets 2 does not divide the 3 cross-decoder layers"),
         ({"num_self_decoder_layers": 6}, "--num-self-decoder-layers 6 must lie between 0 and 5"),
-        ({"window": 0}, "--self-decoder-window 0 must be at least 1"),
+        ({"window": 0}, "--self-decoder-window 0 must be at least 2"),
         ({"self_decoder": "gated_retention"}, "--self-decoder-window is for --self-decoder sliding_window"),
         (
             {"self_decoder": "gated_delta_net"},

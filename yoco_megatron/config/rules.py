@@ -121,7 +121,7 @@ def check_model(config: Any) -> None:
             f"--keep-cross-attention does not go with --{dest.replace('_', '-')} {getattr(config, dest)}, whose random "
             "numbers would be others in the second pass: use only one of them",
         )
-    require(config.self_decoder_window >= 1, f"--self-decoder-window {config.self_decoder_window} must be at least 1")
+    require(config.self_decoder_window >= 2, f"--self-decoder-window {config.self_decoder_window} must be at least 2")
     require(config.decay_temperature > 0, f"--decay-temperature {config.decay_temperature} must be positive")
     require(config.retention_chunk_size >= 1, "--retention-chunk-size must be at least 1")
     check_tensor_parallel(config)

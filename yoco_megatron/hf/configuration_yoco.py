@@ -33,7 +33,6 @@ SIZES = (
     "self_decoder_key_value_heads",
     "max_position_embeddings",
     "num_hidden_layers",
-    "sliding_window",
     *MAMBA,
     "shared_kv_sets",
     "num_experts",
@@ -45,6 +44,7 @@ SIZES = (
 )
 # Numbers and what they must lie between, inclusive.
 NUMBERS = {
+    "sliding_window": (2, MOST),  # transformers' cache keeps one less, and takes 0 for all of them
     "decay_temperature": (1e-3, 1e6),
     "rope_theta": (1.0, 1e12),
     "rope_scaling_factor": (1.0, 1e6),

@@ -70,7 +70,7 @@ def student_config(
             "has no place: use sliding_window",
         )
     require(window is None or grouped, "--self-decoder-window is for --self-decoder sliding_window: remove it")
-    require(window is None or window >= 1, f"--self-decoder-window {window} must be at least 1")
+    require(window is None or window >= 2, f"--self-decoder-window {window} must be at least 2")
     fields: dict[str, Any] = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
