@@ -61,7 +61,9 @@ def flags(args: Namespace, parser: ArgumentParser, data_parallel: int) -> tuple[
     if kept.get("loss-chunk-size", 1):
         tiny["loss-chunk-size"] = 13  # of tokens: so few that there are several, of which the last is smaller
     alone = {name: value for name, value in tiny.items() if name not in MESH}
-    return tiny, alone | {"loss-chunk-size": 0} if args.architecture == "yoco" else alone
+    if args.architecture == "yoco":
+        alone["loss-chunk-size"] = 8192 if args.z_loss_coeff else 0  # all tokens at once; the z-loss needs chunks
+    return tiny, alone
 
 
 def left_out(args: Namespace, parser: ArgumentParser) -> list[str]:
