@@ -29,16 +29,18 @@ from yoco_megatron.startup.parser import build_parser
 def test_letters_or_names(words: list[str], found: str) -> None:
     """Also from a file of flags, where the names are a list; the last of two flags holds."""
     args = parsed(1, "--self-decoder", "gated_retention", "--self-decoder-pattern", *words)
-    assert args.self_decoder == found
+    assert ModelShape.from_args(args).self_decoder == found
     parser = build_parser()
     argv = to_argv({"self-decoder-pattern": words if len(words) > 1 else words[0]}, parser)
-    assert parser.parse_args(argv).self_decoder == found
+    assert parser.parse_args(argv).self_decoder == args.self_decoder
 
 
 @pytest.mark.parametrize(
     ("words", "error"),
     [
         (["RSS"], "--self-decoder-pattern RSS has 3 letters, and the self-decoder 2 layers: write one letter for each"),
+        (["SSS"], "--self-decoder-pattern SSS has 3 letters, and the self-decoder 2 layers"),  # of one mixer alone
+        (["S"], "--self-decoder-pattern S has 1 letters, and the self-decoder 2 layers"),
         (["RQ"], "--self-decoder-pattern RQ: no mixer has the letter Q: R gated_retention, S sliding_window"),
         (["gated_retention", "windows"], "--self-decoder windows is unknown: use one of gated_retention, "),
         (["rs"], "--self-decoder rs is unknown: use one of gated_retention, "),
@@ -53,7 +55,7 @@ def test_options_of_each_mixer_are_read() -> None:
     parsed(1, "--self-decoder-pattern", "RS", "--self-decoder-window", "8", "--decay-temperature", "8")
     assert options_of_others("gated_retention") > options_of_others("RS")
     with pytest.raises(
-        ValueError, match=r"--self-decoder-query-groups .* no effect with --self-decoder gated_retention"
+        ValueError, match=r"--self-decoder-query-groups .* no effect with --self-decoder RR: it is an option of sliding_window"
     ):
         parsed(1, "--self-decoder-pattern", "RR", "--self-decoder-query-groups", "1")
 

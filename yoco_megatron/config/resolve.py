@@ -8,7 +8,7 @@ from typing import Any
 
 from yoco_megatron.config.loss_suffix import suffix_length
 from yoco_megatron.config.rules import OF_MEGATRONS_LOSS, require_divides, require_sizes
-from yoco_megatron.mixers import options_of_others
+from yoco_megatron.mixers import of_layers, options_of_others
 from yoco_megatron.mixers.mamba2 import default_heads
 from yoco_megatron.utils.errors import require
 
@@ -21,7 +21,7 @@ def resolve_model(config: Any) -> None:
     Args:
         config: a YOCOConfig, or flags in which `num_query_groups` None stands for no groups.
     Raises:
-        ValueError: a size that cannot be derived, naming the flag.
+        ValueError: a size that cannot be derived, or a pattern of another length, naming the flag.
     """
     require_sizes(config)
     if getattr(config, "shared_kv_sets", 1) is None:
@@ -47,6 +47,7 @@ def resolve_model(config: Any) -> None:
             "split",
         )
         config.num_self_decoder_layers = config.num_layers // 2
+    config.self_decoder = of_layers(config.self_decoder, config.num_self_decoder_layers)
     if list(getattr(config, "shared_kv_sources", None) or ()) == [config.num_self_decoder_layers]:
         config.shared_kv_sources = None
     if config.self_decoder_heads is None:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from itertools import pairwise
 from typing import Any
 
-from yoco_megatron.mixers import check_pattern, mixers_in, options_of_others
+from yoco_megatron.mixers import mixers_in, options_of_others
 from yoco_megatron.utils.errors import require
 
 # What a whole step recorded as one CUDA graph leaves no room for: it holds kernels, not what the host decides between.
@@ -74,7 +74,6 @@ def check_sizes(config: Any) -> None:
     head_dims = {"--num-attention-heads or --kv-channels": config.kv_channels}
     if n_self:
         head_dims["--self-decoder-heads or --self-decoder-head-dim"] = config.self_decoder_head_dim
-        check_pattern(config.self_decoder, n_self)
         require(
             self_groups == self_heads or "self_decoder_query_groups" not in options_of_others(config.self_decoder),
             f"--self-decoder-query-groups {self_groups}: no layer of --self-decoder {config.self_decoder} has K,V "

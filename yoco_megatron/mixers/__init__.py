@@ -24,11 +24,11 @@ __all__ = [
     "SLIDING_WINDOW",
     "Mixer",
     "Sizes",
-    "check_pattern",
     "get_mixer",
     "mean_over_layers",
     "mixer_of_layer",
     "mixers_in",
+    "of_layers",
     "options_of_others",
     "pattern_of",
     "register",
@@ -73,13 +73,13 @@ def _of_letter(letter: str, pattern: str) -> Mixer:
 def pattern_of(words: Sequence[str]) -> str:
     """`self_decoder` of what the flag was given: a name, a pattern, or names, one for each layer.
 
-    A pattern of one mixer is its name. Raises ValueError for an unknown name or letter.
+    Raises ValueError for an unknown name or letter.
     """
     if len(words) > 1:
         words = ["".join(get_mixer(name).letter for name in words)]
     (self_decoder,) = words
-    mixers = mixers_in(self_decoder)
-    return next(iter(mixers)).name if len(mixers) == 1 and len(self_decoder) > 1 else self_decoder
+    mixers_in(self_decoder)
+    return self_decoder
 
 
 def mixers_in(self_decoder: str) -> dict[Mixer, float]:
@@ -103,13 +103,20 @@ def mean_over_layers(self_decoder: str, of_mixer: Callable[[Mixer], float]) -> f
     return sum(share * of_mixer(mixer) for mixer, share in mixers.items())
 
 
-def check_pattern(self_decoder: str, num_layers: int) -> None:
-    """Raises ValueError for another number of letters than layers."""
+def of_layers(self_decoder: str, num_layers: int) -> str:
+    """The same for so many layers: a pattern of one mixer is its name.
+
+    Raises ValueError for another number of letters than layers.
+    """
+    if not _is_pattern(self_decoder):
+        return self_decoder
     require(
-        not _is_pattern(self_decoder) or len(self_decoder) == num_layers,
+        len(self_decoder) == num_layers,
         f"--self-decoder-pattern {self_decoder} has {len(self_decoder)} letters, and the self-decoder {num_layers} "
         "layers: write one letter for each, or change --num-self-decoder-layers",
     )
+    mixer, *others = mixers_in(self_decoder)
+    return self_decoder if others else mixer.name
 
 
 def options_of_others(self_decoder: str) -> set[str]:
