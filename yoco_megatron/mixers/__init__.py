@@ -71,12 +71,12 @@ def _of_letter(letter: str, pattern: str) -> Mixer:
 
 
 def pattern_of(words: Sequence[str]) -> str:
-    """`self_decoder` of what the flag was given: a name, a pattern, or names, one for each layer.
+    """`self_decoder` of what the flag was given: a name, a pattern, or names or letters, one for each layer.
 
     Raises ValueError for an unknown name or letter.
     """
     if len(words) > 1:
-        words = ["".join(get_mixer(name).letter for name in words)]
+        words = ["".join(word if _is_pattern(word) else get_mixer(word).letter for word in words)]
     (self_decoder,) = words
     mixers_in(self_decoder)
     return self_decoder
