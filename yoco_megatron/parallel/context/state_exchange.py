@@ -16,6 +16,7 @@ H heads, K key width, V value width.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -79,17 +80,20 @@ class StateExchange:
         in this order; `order` backwards is that of gradients."""
         forward, continues = order.step > 0, self.shard.continues
         transitions = self._transition if forward else self._transition.transpose(-1, -2)
-        is_factor = transitions.shape[-1] == 1
-        carried, arrived = torch.zeros_like(added[0]), {}
-        for chunk in order:
-            arrived[chunk] = carried
-            if len(arrived) == len(order):
-                break
-            passed = transitions[chunk] * carried if is_factor else transitions[chunk] @ carried
-            carried = passed + added[chunk]
-            if continues is not None:
-                carried = carried * continues[chunk + 1 if forward else chunk][:, None, None, None]
+        if continues is not None:
+            continues = (continues.roll(-1, 0) if forward else continues)[..., None, None, None]
+            added, transitions = added * continues, transitions * continues
+        # Small kernels, one after another: one for each chunk.
+        pass_on = torch.addcmul if transitions.shape[-1] == 1 else _add_products
+        arrived = {order[0]: torch.zeros_like(added[0])}
+        for chunk, following in pairwise(order):
+            arrived[following] = pass_on(added[chunk], transitions[chunk], arrived[chunk])
         return torch.cat([arrived[chunk] for chunk in self.shard.chunk_ids])
+
+
+def _add_products(added: Tensor, transition: Tensor, state: Tensor) -> Tensor:
+    """added + transition @ state, [b, H, ...] each."""
+    return torch.baddbmm(*(x.flatten(0, 1) for x in (added, transition, state))).view_as(added)
 
 
 def _start_gather(x: Tensor, shard: SequenceShard) -> tuple[Tensor, dist.Work]:
