@@ -11,8 +11,11 @@ Trained on are the source and documentation of the installed packages (site_text
 
     teacher             the Llama itself, as a YOCO that computes the same: windows of a sequence, one cross layer
     window_N            windows below, N sets of K,V above: attention transfer with --transfer of the tokens, then
-    retention_N         distillation from the Llama as it was; gated retention below
+                        distillation from the Llama as it was with --distil of them, then plain training
+    retention_N         the same with gated retention below
     scratch             window_1 from random weights
+
+The end is plain training because the Llama as it was does not know this text: all are compared with what it learns.
 
 The starting points are evaluated as well, without needles. What the report reads is small: of a case that is trained
 and evaluated, the last stage's folder without checkpoints is enough to go on with the others on another machine.
@@ -44,10 +47,10 @@ from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
 
 HELD_OUT = 0.02  # of the documents
-STAGES = ("transfer", "distil")
 START, MEASURED = ", start", "measured.json"
 KINDS = {"window": "sliding_window", "retention": "gated_retention"}
 RATES = {"transfer": 1e-3, "distil": 3e-4, "plain": 3e-4}
+RATE_FROM_SCRATCH = 1e-3
 # Transfer compares hundreds of numbers a layer at each token: it lacks steps before it lacks tokens.
 PARTS_OF_A_BATCH = {"transfer": 4, "distil": 1, "plain": 1}
 CORES_OF_A_START = 4
@@ -137,10 +140,11 @@ def start_of(case: str, options: argparse.Namespace) -> Path:
 def job_of(case: str, stage: str, options: argparse.Namespace) -> Job:
     """A stage of a case: transfer, distil, or plain training."""
     batch = max(1, options.batch_tokens // options.length // PARTS_OF_A_BATCH[stage])
-    share = {"transfer": options.transfer, "distil": 1 - options.transfer, "plain": 1.0}[stage]
-    steps = max(2, round(share * options.tokens / (batch * options.length)))
+    stages = shares(case, options)
+    steps = max(2, round(stages[stage] * options.tokens / (batch * options.length)))
     folder, teacher = options.folder, options.folder / "teacher"
-    before = folder / "runs" / f"{case}_transfer" / "checkpoints" if stage == "distil" else start_of(case, options)
+    earlier = [*stages][: [*stages].index(stage)]
+    before = folder / "runs" / f"{case}_{earlier[-1]}" / "checkpoints" if earlier else start_of(case, options)
     sizes = start_of(case, options) / "resolved_config.yaml"
     learns = {"transfer": ("--attention-transfer", "--teacher", teacher), "distil": ("--teacher", teacher), "plain": ()}
     flags: list[object] = [
@@ -150,8 +154,9 @@ def job_of(case: str, stage: str, options: argparse.Namespace) -> Job:
         *("--seq-length", options.length, "--max-position-embeddings", max(options.longest, options.length)),
         *("--micro-batch-size", min(options.micro_batch_size, batch), "--global-batch-size", batch),
         *("--optimizer", "adam", "--adam-beta2", 0.95, "--weight-decay", 0.0, "--clip-grad", 1.0),
-        *("--lr", RATES[stage], "--lr-decay-style", "linear", "--lr-warmup-iters", max(1, steps // 20)),
-        *("--lr-decay-iters", steps, "--eval-interval", max(1, steps // 10), "--eval-iters", options.eval_iters),
+        *("--lr", RATE_FROM_SCRATCH if case == "scratch" else RATES[stage], "--lr-warmup-iters", max(1, steps // 20)),
+        *("--lr-decay-style", "linear", "--lr-decay-iters", steps),
+        *("--eval-interval", max(1, steps // 10), "--eval-iters", options.eval_iters),
         *("--save-interval", steps, "--log-interval", 10, "--tensorboard-log-interval", 5),
         *("--loss-chunk-size", options.loss_chunk_size, "--num-workers", 2 if options.gpus else 0, *learns[stage]),
         *options.flags.split(),
@@ -163,8 +168,23 @@ def job_of(case: str, stage: str, options: argparse.Namespace) -> Job:
 
 def jobs_of(case: str, options: argparse.Namespace) -> list[Job]:
     """All stages of a case, in their order."""
-    stages = ("plain",) if case in ("teacher", "scratch") else STAGES
-    return [job_of(case, stage, options) for stage in stages]
+    return [job_of(case, stage, options) for stage in shares(case, options)]
+
+
+def shares(case: str, options: argparse.Namespace) -> dict[str, float]:
+    """Its stages, and the part of the tokens that each has."""
+    if not is_student(case):
+        return {"plain": 1.0}
+    return {
+        "transfer": options.transfer,
+        "distil": options.distil,
+        "plain": 1 - options.transfer - options.distil,
+    }
+
+
+def is_student(case: str) -> bool:
+    """Whether it is made of the Llama, and no Llama."""
+    return case not in ("teacher", "scratch")
 
 
 def next_jobs(options: argparse.Namespace) -> list[Job]:
@@ -238,7 +258,7 @@ def output_of(checkpoint: Path) -> Path:
 
 def students(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Shapes of the cases that are no Llama, without the same shape again."""
-    return {case: shape_of(case, options) for case in options.cases if case not in ("teacher", "scratch")}
+    return {case: shape_of(case, options) for case in options.cases if is_student(case)}
 
 
 def of_inference(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -287,14 +307,17 @@ def draw(options: argparse.Namespace) -> None:
     """Validation losses against tokens."""
     with pictures.figure(options.picture, 1, 1) as (curves,):
         for number, case in enumerate(options.cases):
-            *before, last = jobs_of(case, options)
-            if not last.done():
+            if not jobs_of(case, options)[-1].done():
                 continue
-            run = read_run(last.folder, case)
-            points = run.curves[VALIDATION]
-            earlier = options.transfer * options.tokens if before else 0.0
-            tokens = [earlier + one for one in run.tokens(points.steps)]
-            curves.plot(tokens, points.values, "o-", color=f"C{number % 10}", markersize=3, linewidth=1, label=case)
+            tokens, losses, before = [], [], 0.0
+            for stage, share in shares(case, options).items():
+                if stage != "transfer":  # which has a loss of its own
+                    run = read_run(job_of(case, stage, options).folder, case)
+                    points = run.curves[VALIDATION]
+                    tokens += [before + one for one in run.tokens(points.steps)]
+                    losses += [*points.values]
+                before += share * options.tokens
+            curves.plot(tokens, losses, "o-", color=f"C{number % 10}", markersize=3, linewidth=1, label=case)
         curves.set_xlabel("tokens")
         curves.set_ylabel("validation loss (nats a token)")
         curves.legend(fontsize=7)
@@ -311,6 +334,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=cases, metavar="CASE", help="none: the text alone")
     parser.add_argument("--tokens", type=float, default=100e6, help="of each case")
     parser.add_argument("--transfer", type=float, default=0.04, help="share of them for attention transfer")
+    parser.add_argument("--distil", type=float, default=0.26, help="share of them for distillation")
     parser.add_argument("--length", type=int, default=2048, help="of a sequence")
     parser.add_argument("--longest", type=int, default=8192, help="sequence that is evaluated")
     parser.add_argument("--window", type=int, default=1024)

@@ -14,9 +14,10 @@ from yoco_megatron.evaluation.run_curves import VALIDATION
 
 def options_of(tmp_path: Path) -> Namespace:
     return Namespace(
-        folder=tmp_path, cases=["teacher", "window_3", "scratch"], tokens=25600.0, transfer=0.25, length=64,
-        longest=256, window=32, batch_tokens=256, micro_batch_size=16, loss_chunk_size=64, gpus=0, runs_per_gpu=1,
-        eval_iters=1, flags="", record=True, output=tmp_path / "rows.jsonl", picture=tmp_path / "losses.svg",
+        folder=tmp_path, cases=["teacher", "window_3", "scratch"], tokens=25600.0, transfer=0.25, distil=0.25,
+        length=64, longest=256, window=32, batch_tokens=256, micro_batch_size=16, loss_chunk_size=64, gpus=0,
+        runs_per_gpu=1, eval_iters=1, flags="", record=True, output=tmp_path / "rows.jsonl",
+        picture=tmp_path / "losses.svg",
     )  # fmt: skip
 
 
@@ -27,13 +28,18 @@ def flag(job: upcycling.Job, name: str) -> str | None:
 def test_stages_follow_each_other(tmp_path: Path) -> None:
     options = options_of(tmp_path)
     assert [job.name for job in upcycling.next_jobs(options)] == ["teacher_plain", "window_3_transfer", "scratch_plain"]
-    teacher, transfer, distil, scratch = (job for case in options.cases for job in upcycling.jobs_of(case, options))
-    assert (teacher.steps, distil.steps, scratch.steps) == (100, 75, 100)
+    teacher, transfer, distil, plain, scratch = (
+        job for case in options.cases for job in upcycling.jobs_of(case, options)
+    )
+    assert (teacher.steps, distil.steps, plain.steps, scratch.steps) == (100, 25, 50, 100)
     assert transfer.steps == 100 and flag(transfer, "--global-batch-size") == "1", "a quarter of the batch of 4"
     assert "--attention-transfer" in transfer.flags and "--attention-transfer" not in distil.flags
     assert flag(transfer, "--teacher") == flag(distil, "--teacher") == str(tmp_path / "teacher")
     assert flag(teacher, "--teacher") is None and flag(scratch, "--teacher") is None
+    assert flag(plain, "--teacher") is None
+    assert flag(transfer, "--pretrained-checkpoint") == str(upcycling.start_of("window_3", options))
     assert flag(distil, "--pretrained-checkpoint") == str(transfer.folder / "checkpoints")
+    assert flag(plain, "--pretrained-checkpoint") == str(distil.folder / "checkpoints")
     assert flag(scratch, "--pretrained-checkpoint") is None
     transfer.folder.mkdir(parents=True)
     (transfer.folder / "done").touch()
@@ -54,8 +60,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = options_of(tmp_path)
     with pytest.raises(SystemExit, match="nothing is evaluated"):
         upcycling.report(options)
-    last = upcycling.jobs_of("window_3", options)[-1]
-    write(last.folder / "tensorboard", 1000.0, [*losses(1, 10), (VALIDATION, 10, 10.5, 2.6)])
+    _, distil, last = upcycling.jobs_of("window_3", options)
+    for job in (distil, last):
+        write(job.folder / "tensorboard", 1000.0, [*losses(1, 10), (VALIDATION, 10, 10.5, 2.6)])
     (last.folder / "done").touch()
     assert [job.name for job in upcycling.next_jobs(options)] == ["teacher_plain", "scratch_plain"]
     evaluated(last.folder / "checkpoints", 2.5)
