@@ -16,6 +16,10 @@ ALONE: dict[str, tuple[dict, list[str], str]] = {
     "vocabulary": (dict(vocab_size=128), [], "vocabulary of 128, the tokenizer one of 255"),
     "larger vocabulary": (dict(vocab_size=300), [], "vocabulary of 300, .* the model one of 256"),
     "width": ({}, TRANSFER, "--hidden-size 32 must be the teacher's 48"),
+    "mixed windows": (
+        dict(family="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2), [],
+        "windows of 8 in some layers alone",
+    ),
     "layers": (WIDTH | dict(num_hidden_layers=3), TRANSFER, "--num-layers 4 must be the teacher's 3"),
     "whole logits": ({}, ["--loss-chunk-size", "0"], "needs the loss in chunks"),
     "weight": ({}, ["--distillation-weight", "1.5"], "--distillation-weight 1.5 must be from 0 to 1"),

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from yoco_megatron.convert.readers import Source
 from yoco_megatron.convert.verify import unloaded
-from yoco_megatron.upcycling.check import layer_errors
+from yoco_megatron.upcycling.check import check, layer_errors
 from yoco_megatron.upcycling.mapping import kv_layers, student, student_config
 from yoco_megatron.upcycling.teacher import open_teacher
 
@@ -133,8 +133,11 @@ def test_odd_number_of_layers(tmp_path):
     assert made(tmp_path, num_self_decoder_layers=4).config.num_self_decoder_layers == 4
 
 
-def test_dtype_is_the_teacher_s(tmp_path):
-    small_teacher("llama").bfloat16().save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_the_teacher_s(dtype, tmp_path):
+    """Rounding once more is no other layer."""
+    small_teacher("llama").to(dtype).save_pretrained(tmp_path)
     source = made(tmp_path, mixer="gated_retention")
-    assert set(source.dtypes.values()) == {torch.bfloat16}
-    assert all(source.load(name).dtype == torch.bfloat16 for name in source.dtypes)
+    assert set(source.dtypes.values()) == {dtype}
+    assert all(source.load(name).dtype == dtype for name in source.dtypes)
+    assert max(check(open_teacher(str(tmp_path)), made(tmp_path, sets=3), "mean")) > 1e-4

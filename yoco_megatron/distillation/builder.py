@@ -129,6 +129,11 @@ def check(args: Namespace, teacher: Teacher) -> None:
         f"{name} has {config.num_hidden_layers} layers, and the student {args.num_layers}: pipeline stages hold the "
         "same layers of both; set --pipeline-model-parallel-size 1",
     )
+    require(
+        not teacher.is_mixed or teacher.window >= args.seq_length,
+        f"{name} has windows of {teacher.window} in some layers alone: a teacher has them in all layers or in none; or "
+        f"--seq-length {teacher.window}",
+    )
     for what, size in (
         ("heads", config.num_attention_heads),
         ("K,V heads", config.num_key_value_heads),

@@ -93,7 +93,7 @@ def check(teacher: Teacher, student: Source, rule: str) -> list[float]:
     """`layer_errors`. Raises ValueError where a layer that must be exact is not."""
     errors = layer_errors(teacher, student)
     eps = max(torch.finfo(dtype).eps for dtype in student.dtypes.values())
-    allowed = TOLERANCE + (ROUNDINGS * eps if eps > 1e-3 else 0)
+    allowed = TOLERANCE + ROUNDINGS * eps
     for layer, (error, exact) in enumerate(zip(errors, exact_layers(student.config, rule), strict=True)):
         require(
             not exact or error < allowed,

@@ -62,6 +62,11 @@ class Teacher:
         windows = getattr(self.config, "layer_types", None) or ["sliding_attention"]
         return getattr(self.config, "sliding_window", None) if "sliding_attention" in windows else None
 
+    @property
+    def is_mixed(self) -> bool:
+        """Some layers have a window, and others none (Qwen's max_window_layers)."""
+        return self.window is not None and len(set(getattr(self.config, "layer_types", None) or ())) > 1
+
 
 def open_teacher(folder: str) -> Teacher:
     """Open the Transformer in `folder`, which --teacher named.
