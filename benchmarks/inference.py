@@ -504,7 +504,7 @@ def plot(rows: dict[bool, list[Row]], path: Path) -> None:
             axis.annotate(text, (length, max(a, b)), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         title = "throughput with prefill" if metric == "throughput" else metric
         axis.set(xscale="log", yscale="log", xlabel="length (K tokens)", title=f"{title} ({unit})")
-        axis.margins(y=0.15)
+        axis.margins(x=0.1, y=0.15)
         axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
         axis.minorticks_off()
         axis.legend()

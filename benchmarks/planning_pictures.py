@@ -51,6 +51,7 @@ def main() -> None:
         title="days for 10T tokens, with each MFU", xlabel="GPUs", xticks=GPUS, xticklabels=[f"{n:,}" for n in GPUS]
     )
     days.minorticks_off()
+    days.margins(0.12)
     days.set_yticks(ticks := (12.5, 25, 50, 100, 200, 400), [f"{tick:g}" for tick in ticks])
     days.legend()
     for name, of_site in runs.items():
@@ -65,7 +66,7 @@ def main() -> None:
         memory.bar(range(len(sizes)), sizes, bottom=floor, label=name)
         floor = [low + size for low, size in zip(floor, sizes)]
     memory.axhline(plan.card.memory_gib, color="black", linestyle="--", linewidth=0.8)
-    memory.set(title=f"GiB by pipeline rank, {plan.mesh}", xticks=range(len(floor)), xlim=(-0.6, len(floor) + 2.6))
+    memory.set(title=f"GiB by pipeline rank, {plan.mesh}", xticks=range(len(floor)), xlim=(-0.6, len(floor) + 3.4))
     memory.legend(fontsize=6, loc="upper right")
     figure.tight_layout()
     figure.savefig(ROOT / "docs/planning.svg", metadata={"Date": None})

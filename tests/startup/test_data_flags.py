@@ -90,7 +90,7 @@ def test_what_packing_does_is_told(masked: str, prefix: str) -> None:
         f"{masked}, train: 30 whole documents in 30 samples an epoch, 37.50% padding",
         f"{masked}, valid: 20 whole documents in 20 samples an epoch, 37.50% padding",
     ]
-    assert said[2:] == ["--dataloader-inter-document-masking is on: packed documents do not see each other"]
+    assert said[2:] == ["--dataloader-inter-document-masking is on: packed documents do not attend to each other"]
     blend = ["--data-path", "1", masked, "1", prefix, "--split", "1,0,0", "--eval-iters", "0"]
     assert len(packing(flags_of(*blend))) == 2
     said = packing(flags_of(*blend, "--sample-packing", "documents"))

@@ -182,7 +182,7 @@ def check_travelling_queries(args: Namespace) -> None:
     )
     require(
         not args.dataloader_inter_document_masking,
-        "--cp-cross-attention queries does not go with packed documents that do not see each other "
+        "--cp-cross-attention queries does not go with packed documents that do not attend to each other "
         "(--dataloader-inter-document-masking, which --sample-packing documents switches on): use auto",
     )
     flag = flag_against_parts(args)

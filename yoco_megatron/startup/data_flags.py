@@ -108,7 +108,7 @@ def packing(args: Namespace) -> list[str]:
                     f"left out{f', and with them all that is learned of {unlearned:,} documents' if unlearned else ''}"
                 )
     if notes and args.architecture == "yoco":
-        notes.append("--dataloader-inter-document-masking is on: packed documents do not see each other")
+        notes.append("--dataloader-inter-document-masking is on: packed documents do not attend to each other")
     elif notes:
         notes.append("WARNING: the baseline has no document masks: packed documents see those before them")
     return notes

@@ -83,7 +83,8 @@ def _new_parser(defaults: dict[str, Any]) -> argparse.ArgumentParser:
         "--sample-packing",
         choices=["stream", "documents"],
         help="what a sample of --seq-length tokens is: so many of the stream of all documents, or whole documents, "
-        "which do not see each other, and padding (docs/data.md). Default: documents where a dataset has a loss mask",
+        "which do not attend to each other, and padding (docs/data.md). Default: documents where a dataset has a loss "
+        "mask",
     )
     group.add_argument(
         "--config",
