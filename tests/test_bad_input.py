@@ -206,6 +206,7 @@ def test_old_stage_of_another_size_or_damaged(saved, tmp_path):
     assert message.startswith(f"--pretrained-checkpoint {saved} holds another model: hidden-size is 32 there, 64 here")
     message = error_of([*TINY, "--pretrained-checkpoint", saved, "--vocab-size", "1000"])
     assert "padded-vocab-size is 256 there, 1024 here" in message
+    assert "of the same tokenizer: --padded-vocab-size 256" in message
     damaged = shutil.copytree(saved, tmp_path / "damaged")
     (part,) = damaged.glob("iter_0000001/*.distcp")
     os.truncate(part, 100)

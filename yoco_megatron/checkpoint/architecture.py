@@ -110,11 +110,14 @@ def check_loadable(args: Namespace) -> None:
         if name not in ignored and saved[name] != wanted[name]
     ]
     if different:
+        rows = saved["padded_vocab_size"]
+        padded = any(one.startswith("padded-vocab-size") for one in different)
         lost = "mtp_num_layers" not in ignored and bool(saved["mtp_num_layers"])
         raise ValueError(
             f"{flag} {folder} holds another model: {'; '.join(different)}. "
             "Use the config that it was trained with (resolved_config.yaml beside it), or another folder"
             + (" (--mtp-num-layers 0 goes on without these layers)" if lost else "")
+            + (f" (of the same tokenizer: --padded-vocab-size {rows}, at any mesh)" if padded else "")
         )
     gained = (args.mtp_num_layers or 0) - saved["mtp_num_layers"]
     loads_optimizer = flag == "--load" and not (args.no_load_optim or args.finetune)

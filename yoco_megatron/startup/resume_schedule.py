@@ -12,6 +12,8 @@ from yoco_megatron.costs.optimizer import is_distributed
 from yoco_megatron.utils.errors import require
 from yoco_megatron.utils.small_files import BadFile
 
+NEW_ONE = "--no-load-optim, which starts with a new one, and with the learning rate of step 0"
+
 
 def check_resumable(args: Namespace) -> None:
     """Compare optimizer and schedule of the flags with those of the checkpoint that --load will take. On the first rank
@@ -29,7 +31,7 @@ def check_resumable(args: Namespace) -> None:
     require(
         "opt_param_scheduler" in saved,
         f"--load {args.load}: the checkpoint of iteration {saved['iteration']} was saved without its optimizer: add "
-        "--no-load-optim, which starts with a new one",
+        + NEW_ONE,
     )
     _check_optimizer(saved["args"], args)
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
@@ -47,7 +49,6 @@ def check_resumable(args: Namespace) -> None:
 
 
 def _check_optimizer(saved: Namespace, args: Namespace) -> None:
-    new_one = "or add --no-load-optim, which starts with a new one"
     for flag, before, now in (
         ("--optimizer", saved.optimizer, args.optimizer),
         ("--muon-scalar-optimizer", saved.muon_scalar_optimizer, args.muon_scalar_optimizer),
@@ -55,13 +56,13 @@ def _check_optimizer(saved: Namespace, args: Namespace) -> None:
         require(
             before == now,
             f"--load {args.load} was trained with {flag} {before}, whose state {flag} {now} cannot use: give the same; "
-            f"{new_one}",
+            f"or add {NEW_ONE}",
         )
     was, now = _of_divided_experts(saved), _of_divided_experts(args)
     require(
         args.optimizer not in MATRIX_OPTIMIZERS or was == now,
         f"--load {args.load} was trained with {was}, and this run has {now}: --optimizer {args.optimizer} needs the "
-        f"same; {new_one}",
+        f"same; or add {NEW_ONE}",
     )
 
 
