@@ -74,3 +74,7 @@ def test_bad_input(model):  # noqa: F811
     engine = Engine(model, 64, capacity=64, reserve=True)
     with pytest.raises(ValueError, match="reserved for 64 tokens, 65 are needed"):
         engine.prefill(prompts(1, 65))
+    engine = Engine(model, 64, capacity=64)
+    engine.prefill(prompts(1, 10))
+    with pytest.raises(ValueError, match="one batch of prompts"):
+        engine.prefill(prompts(1, 10))

@@ -70,11 +70,14 @@ class Engine:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run prompts [b, T]; returns logits [b, vocabulary] after the last token. Raises ValueError for a mask."""
+        """Run prompts [b, T]; returns logits [b, vocabulary] after the last token. Raises ValueError for a mask,
+        and the second time."""
         if mask is not None:
             raise ValueError("the engine needs prompts of one length: use CachedModel for others")
         if ids.shape[1] == 0:
             raise ValueError("a prompt needs at least one token")
+        if self.cache.decoding:
+            raise ValueError("an engine takes one batch of prompts: make another for the next")
         *chunks, last = ids.split(self.prefill_chunk, dim=1)
         for chunk in chunks:
             self.take(chunk, last=False)
