@@ -14,6 +14,7 @@ from yoco_megatron.gradient_check import tiny
 from yoco_megatron.gradient_check.check import TOLERANCE, check, compare
 from yoco_megatron.gradient_check.mesh import mesh_flags
 from yoco_megatron.gradient_check.report import report
+from yoco_megatron.parallel.context.sequence_shard import SequenceShard
 from yoco_megatron.startup.arguments import parse_for_job
 from yoco_megatron.startup.parser import build_parser, parse_flags
 
@@ -36,10 +37,19 @@ def _without_an_all_reduce(argv: list[str]) -> None:
         return _main(argv)
 
 
+def _documents_run_on(argv: list[str]) -> None:
+    """In the recurrence of a mesh."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return _main(argv)
+    with mock.patch.object(SequenceShard, "folded_document_ids", None):
+        return _main(argv)
+
+
 def test_a_mesh_trains_the_model_of_one_process() -> None:
     flags, ranks = mesh_flags(["CP2"])
     assert ranks is None
-    flags += ["--self-decoder-pattern", "RS", "--qk-layernorm", "--z-loss-coeff", "1e-3"]
+    flags += ["--self-decoder-pattern", "GS", "--qk-layernorm", "--z-loss-coeff", "1e-3"]
+    flags += ["--dataloader-inter-document-masking"]
     (found,) = spawn(check, 1, (_main, [*TINY, *flags]))
     names = [one.name for one in found]
     assert names[0] == "loss"
@@ -47,6 +57,12 @@ def test_a_mesh_trains_the_model_of_one_process() -> None:
     assert max(one.error for one in found) < TOLERANCE
     text = report(found, "CP2")
     assert text.endswith(f"all {len(found)} agree within 0.0001: CP2 trains the model of one process")
+
+
+def test_sequences_have_documents() -> None:
+    flags = [*TINY, *mesh_flags(["CP2"])[0], "--self-decoder-pattern", "RS", "--dataloader-inter-document-masking"]
+    (found,) = spawn(check, 1, (_documents_run_on, flags))
+    assert found[0].is_wrong
 
 
 def test_a_wrong_gradient_is_named() -> None:

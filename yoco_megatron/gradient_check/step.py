@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 from megatron.core.utils import unwrap_model
 from megatron.training import training
 
@@ -18,6 +20,14 @@ Main = Callable[[list[str]], None]
 
 class _Finished(BaseException):
     """The step is done. No Exception, so that nothing on the way out takes it for a crash of training."""
+
+
+def _random_document(dataset: MockGPTLowLevelDataset, index: int) -> np.ndarray:
+    """Tokens of a mock document. Megatron's own counts up from 1."""
+    length = int(dataset.sequence_lengths[index])
+    tokens = np.random.default_rng(index).integers(dataset.vocab_size, size=length)
+    tokens[-1] = dataset.eod_token
+    return tokens
 
 
 def gradients_of_first_step(main: Main, argv: list[str]) -> dict[str, torch.Tensor]:
@@ -54,6 +64,8 @@ def gradients_of_first_step(main: Main, argv: list[str]) -> dict[str, torch.Tens
     with (
         mock.patch.multiple(training, setup_model_and_optimizer=setup_model_and_optimizer, train_step=train_step),
         mock.patch.object(checks, "check_machine", check_machine),
+        # Several documents in a sequence, some over the edge of what a rank holds; Megatron's have up to 4096 tokens.
+        mock.patch.multiple(MockGPTLowLevelDataset, max_sequence_length=20, __getitem__=_random_document),
     ):
         try:
             main(argv)

@@ -106,11 +106,13 @@ def _sizes(args: Namespace, kept: dict[str, Any]) -> dict[str, Any]:
         found |= {"self-decoder-heads": groups, "self-decoder-head-dim": 2 * WIDTH}
     own = {
         "self-decoder-query-groups": tp,
-        "self-decoder-window": 7,  # reaches over the edge of what a rank holds
         "moe-ffn-hidden-size": 8 * (args.expert_tensor_parallel_size or tp),
         "moe-shared-expert-intermediate-size": 8 * tp,
     }
-    if "mamba_num_heads" not in options_of_others(args.self_decoder):
+    without = options_of_others(args.self_decoder)
+    if "self_decoder_window" not in without:
+        found["self-decoder-window"] = 7  # reaches over the edge of what a rank holds
+    if "mamba_num_heads" not in without:
         found |= {"mamba-num-heads": 2 * tp, "mamba-head-dim": WIDTH, "mamba-state-dim": 24, "mamba-num-groups": tp}
     return found | {name: value for name, value in own.items() if name in kept}
 
