@@ -67,6 +67,16 @@ CASES = {
     "windows around retention, QK-norm and biases": dict(
         self_decoder="SRS", num_self_decoder_layers=3, self_decoder_query_groups=2, qk_layernorm=True, add_qkv_bias=True
     ),
+    "a gated memory unit between attention": dict(num_layers=5, num_self_decoder_layers=2, cross_decoder_pattern="AGA"),
+    "gated memory units of an earlier layer, two sets of K,V, at the ends": dict(
+        num_layers=8,
+        num_self_decoder_layers=2,
+        self_decoder="GS",
+        cross_decoder_pattern="GAGAAG",
+        shared_kv_sources=[1, 2],
+        self_decoder_query_groups=2,
+        self_decoder_head_dim=12,
+    ),
     "biases, retention, two sets of K,V": dict(shared_kv_sets=2, add_qkv_bias=True),
 }
 
@@ -88,6 +98,7 @@ def sizes_of(config: YOCOConfig) -> Sizes:
         eps=config.layernorm_epsilon,
         kv_sets=config.shared_kv_sets,
         kv_sources=tuple(config.shared_kv_sources or ()),
+        cross_pattern=config.cross_decoder_pattern or "",
     )
 
 

@@ -25,7 +25,7 @@ def test_splitting_inverts_joining(tp: int, fp32: bool, sets: int, generator: to
     assert boundary_tensor._base is None  # Megatron frees its storage after sending
     # The next stage gets a copy, as over the wire.
     received = boundary_tensor.detach().clone().requires_grad_()
-    hidden_out, kv_out = split_boundary_tensor(received, hidden.shape, (S, B, G, 2, D), sets, fp32)
+    hidden_out, kv_out = split_boundary_tensor(received, hidden.shape, [(S, B, G, 2, D)] * sets, fp32)
     assert torch.equal(hidden_out, hidden)
     assert torch.equal(torch.stack(kv_out), torch.stack(kv_sets))
     assert all(kv.is_contiguous() for kv in kv_out)

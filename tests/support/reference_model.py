@@ -6,6 +6,9 @@ tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the ri
 Of several sets of K,V (`kv_sets`) each is read by an equal group of neighbouring layers; `kv_sources` says behind how
 many layers they are projected, equally many each.
 
+Gated memory units (`cross_pattern`, a G): arXiv 2507.06607, y = (m * silu(x W1)) W2 with m what the last recurrent layer
+of the self-decoder reads from its state, before its own gate: normalised where its norm comes before the gate.
+
 Legend: B batch, T tokens, d hidden, H query heads, G K,V heads, D head width. Rotary angles, their sines and cosines
 are fp32 as in the authors' code, everything else is float64.
 """
@@ -41,6 +44,7 @@ class Sizes:
     eps: float = 1e-5
     kv_sets: int = 1
     kv_sources: tuple[int, ...] = ()
+    cross_pattern: str = ""
 
     @property
     def source_of_set(self) -> list[int]:
@@ -90,8 +94,8 @@ def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int | None
     return torch.einsum("bhij,bjhd->bihd", probabilities, v_BTGD[:, :, of_head]).flatten(2)
 
 
-def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
-    """S_t = gamma_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token; gamma_t = sigmoid(x_t w)^(1/tau)."""
+def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """(output, memory). S_t = gamma_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token; gamma_t = sigmoid(x_t w)^(1/tau)."""
     H = sizes.self_heads
     q, k, v = (heads(x @ w[f"{name}.{m}"].T, H) for m in "qkv")
     q, k = rope(q, sizes), rope(k, sizes) / q.shape[-1] ** 0.5
@@ -101,7 +105,7 @@ def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
         S_BHDD = gamma_BTH[:, t, :, None, None] * S_BHDD + k[:, t, :, :, None] * v[:, t, :, None, :]
         o.append(torch.einsum("bhd,bhde->bhe", q[:, t], S_BHDD))
     y = rms(torch.stack(o, dim=1), sizes.eps).flatten(2)
-    return (silu(x @ w[f"{name}.gate"].T) * y) @ w[f"{name}.out"].T
+    return (silu(x @ w[f"{name}.gate"].T) * y) @ w[f"{name}.out"].T, y
 
 
 def projected(x: Tensor, w: Weights, name: str, number: int, sizes: Sizes) -> Tensor:
@@ -110,14 +114,14 @@ def projected(x: Tensor, w: Weights, name: str, number: int, sizes: Sizes) -> Te
     return rms(y, sizes.eps) * w[f"{name}.norm"] if f"{name}.norm" in w else y
 
 
-def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
+def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Tensor, None]:
     q = projected(x, w, f"{name}.q", sizes.self_heads, sizes)
     k, v = (projected(x, w, f"{name}.{m}", sizes.self_groups, sizes) for m in "kv")
-    return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T
+    return attention(rope(q, sizes), rope(k, sizes), v, sizes.window) @ w[f"{name}.out"].T, None
 
 
-def gated_delta_net(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
-    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t / sqrt(D), token by token (2412.06464)."""
+def gated_delta_net(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """(output, memory). S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t / sqrt(D), token by token (2412.06464)."""
     q, k, v = (heads(short_convolution(x @ w[f"{name}.{m}"].T, w[f"{name}.{m}_conv"]), sizes.self_heads) for m in "qkv")
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     b_BTH = torch.sigmoid(x @ w[f"{name}.beta"].T)
@@ -130,7 +134,7 @@ def gated_delta_net(x: Tensor, w: Weights, name: str, sizes: Sizes) -> Tensor:
         S_BHDD = a * (S_BHDD - b * erased) + b * written
         o.append(torch.einsum("bhd,bhde->bhe", q[:, t], S_BHDD) / q.shape[-1] ** 0.5)
     y = (rms(torch.stack(o, dim=1), sizes.eps) * w[f"{name}.o_norm"]).flatten(2)
-    return (y * silu(x @ w[f"{name}.gate"].T)) @ w[f"{name}.out"].T
+    return (y * silu(x @ w[f"{name}.gate"].T)) @ w[f"{name}.out"].T, y
 
 
 def short_convolution(x_BTC: Tensor, w_CW: Tensor) -> Tensor:
@@ -177,6 +181,12 @@ def head(x: Tensor, w: Weights, sizes: Sizes) -> Tensor:
     return (rms(x, sizes.eps) * w["final_norm"]) @ w.get("head", w["embedding"]).T
 
 
+def memory_unit(x: Tensor, w: Weights, layer: str, memory: Tensor, sizes: Sizes) -> Tensor:
+    normed = rms(x, sizes.eps) * w[f"{layer}.norm"]
+    x = x + (memory * silu(normed @ w[f"{layer}.gate"].T)) @ w[f"{layer}.out"].T
+    return x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, layer)
+
+
 def cross_layer(x: Tensor, w: Weights, layer: str, k: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     q = rope(projected(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}.q", sizes.heads, sizes), sizes)
     x = x + attention(q, k, v, window=None) @ w[f"{layer}.out"].T
@@ -186,14 +196,18 @@ def cross_layer(x: Tensor, w: Weights, layer: str, k: Tensor, v: Tensor, sizes: 
 def states(w: Weights, embedded_BTd: Tensor, sizes: Sizes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Hidden states before the final norm, and the last K,V."""
     x = embedded_BTd * (embedded_BTd.shape[-1] ** 0.5 if sizes.scale_embedding else 1.0)
-    behind = {0: x}
+    behind, memory = {0: x}, None
     for layer in range(sizes.num_self_decoder_layers):
         mixer = MIXERS[mixer_of_layer(sizes.self_decoder, layer).name]
-        x = x + mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
+        mixed, of_layer = mixer(rms(x, sizes.eps) * w[f"{layer}.norm"], w, f"{layer}", sizes)
+        x, memory = x + mixed, memory if of_layer is None else of_layer
         x = x + ffn(rms(x, sizes.eps) * w[f"{layer}.ffn_norm"], w, f"{layer}")
         behind[layer + 1] = x
     readers = (sizes.num_layers - sizes.num_self_decoder_layers) // sizes.kv_sets
     for layer in range(sizes.num_self_decoder_layers, sizes.num_layers):
+        if sizes.cross_pattern[layer - sizes.num_self_decoder_layers :][:1] == "G":
+            x = memory_unit(x, w, f"{layer}", memory, sizes)
+            continue
         of = (layer - sizes.num_self_decoder_layers) // readers
         source = sizes.source_of_set[of]
         normed = rms(behind[source], sizes.eps) * w[f"kv.{of}.norm"]
@@ -259,7 +273,9 @@ def weights_from_yoco(state: Weights, sizes: Sizes) -> dict[str, Tensor]:
         w[f"{layer}.a"], w[f"{layer}.b"] = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)
         w[f"{layer}.c"] = state[f"{ours}mlp.linear_fc2.weight"]
         w[f"{layer}.out"] = state[f"{mixer}linear_proj.weight"]
-        if kind is None:
+        if f"{mixer}linear_gate.weight" in state:
+            matrices = {"gate": state[f"{mixer}linear_gate.weight"]}
+        elif kind is None:
             matrices = {}
             w |= attention_weights(f"{mixer}linear_q", [f"{layer}.q"], 1, [1])
             w |= norm_weight(f"{mixer}q_layernorm", f"{layer}.q")

@@ -62,6 +62,7 @@ FIELDS = dict(
     stored_bytes=lambda sizes, bytes_per_value: 2 * sizes.hidden_size * bytes_per_value,
     recomputed_values=lambda sizes: 0,
     received_bytes=None,
+    memory_width=lambda sizes: 0,
     tensors=None,
     vectors=lambda sizes: {},
     fused=None,

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from yoco_megatron.config.memory_units import ATTENTION
+
 
 def sources_of(config: Any) -> tuple[int, ...]:
     """Of each projection to shared K,V the layers before it: the self-decoder's last one, unless the flags say others.
@@ -19,15 +21,22 @@ def source_name(source: int, sources: Sequence[int]) -> str:
     return "shared_kv" if source == sources[-1] else f"shared_kv_{source}"
 
 
-def layers_of_sets(num_layers: int, split_layer: int, kv_sets: int, mtp_layers: int = 0) -> list[range]:
+def layers_of_sets(
+    num_layers: int, split_layer: int, kv_sets: int, mtp_layers: int = 0, pattern: str | None = None
+) -> list[range]:
     """For each set of K,V the layers that read it, counted from 0: equal groups of neighbours.
 
     Args:
         split_layer: the first of the cross-decoder.
         mtp_layers: of multi-token prediction, which come after all others and read the last set.
+        pattern: --cross-decoder-pattern, if there is one: each group then reaches from its first layer that attends
+            to its last.
     """
     size = (num_layers - split_layer) // kv_sets
     groups = [range(first, first + size) for first in range(split_layer, num_layers, size)]
+    if pattern:
+        attend = [[index for index in group if pattern[index - split_layer] == ATTENTION] for group in groups]
+        groups = [range(layers[0], layers[-1] + 1) for layers in attend]
     groups[-1] = range(groups[-1].start, groups[-1].stop + mtp_layers)
     return groups
 

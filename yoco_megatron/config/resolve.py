@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from yoco_megatron.config.loss_suffix import suffix_length
+from yoco_megatron.config.memory_units import ATTENTION
 from yoco_megatron.config.rules import OF_MEGATRONS_LOSS, require_divides, require_sizes
 from yoco_megatron.mixers import of_layers, options_of_others
 from yoco_megatron.mixers.mamba2 import default_heads
@@ -50,6 +51,8 @@ def resolve_model(config: Any) -> None:
     config.self_decoder = of_layers(config.self_decoder, config.num_self_decoder_layers)
     if list(getattr(config, "shared_kv_sources", None) or ()) == [config.num_self_decoder_layers]:
         config.shared_kv_sources = None
+    if set(getattr(config, "cross_decoder_pattern", None) or ()) == {ATTENTION}:
+        config.cross_decoder_pattern = None
     if config.self_decoder_heads is None:
         config.self_decoder_heads = config.num_attention_heads
     if config.self_decoder_query_groups is None:

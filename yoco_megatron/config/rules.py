@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from itertools import pairwise
 from typing import Any
 
+from yoco_megatron.config import memory_units
 from yoco_megatron.mixers import mixers_in, options_of_others
 from yoco_megatron.utils.errors import require
 
@@ -81,6 +82,7 @@ def check_sizes(config: Any) -> None:
         )
         for mixer in mixers:
             mixer.check(config)
+    memory_units.check_pattern(config)
     for flags, head_dim in head_dims.items():
         require(
             head_dim % 2 == 0, f"{flags} gives heads of odd width {head_dim}: RoPE rotates pairs, choose an even one"

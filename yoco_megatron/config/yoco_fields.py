@@ -75,6 +75,10 @@ class YOCOFields:
     """Layers of the self-decoder, counted from 1 and ascending, whose outputs are projected to K,V, each to as many
     sets. Default: its last layer alone, as in the paper."""
 
+    cross_decoder_pattern: str | None = None
+    """A letter for each layer of the cross-decoder: A attends to the shared K,V, G is a gated memory unit (SambaY),
+    which gates the readout of the self-decoder's last recurrent layer. Default: A for all."""
+
     rope_variant: Literal["yoco", "standard"] = "yoco"
     """yoco: frequencies theta^-linspace(0,1), interleaved pairs (the authors' code). standard: theta^(-2j/d), with the
     pairing that --rotary-interleaved chooses."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from yoco_megatron.distillation.beside_teacher import YOCOBesideTeacher
 from yoco_megatron.distillation.teacher_model import TeacherModel
-from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedReaders
 from yoco_megatron.model.yoco_block import YOCOBlock
 from yoco_megatron.parallel.context.query_shard import Runs
 from yoco_megatron.parallel.context.sequence_shard import SequenceShard
@@ -46,7 +46,7 @@ class TransferBlock(YOCOBlock):
         self,
         layers: nn.ModuleList,
         hidden: Tensor,
-        kv_reader: SharedKVReader | None,
+        readers: SharedReaders | None,
         angles: Tensor,
         shard: Any,
         before: int = 0,
@@ -60,7 +60,7 @@ class TransferBlock(YOCOBlock):
             output, _ = layer.self_attention(
                 layer.input_layernorm(hidden),
                 None,
-                attention_bias=kv_reader,
+                attention_bias=readers,
                 rotary_pos_emb=angles,
                 packed_seq_params=shard,
             )

@@ -93,6 +93,7 @@ GATED_DELTA_NET = Mixer(
     stored_bytes=stored_bytes,
     recomputed_values=lambda sizes: _width(sizes),  # the normalised and gated output
     received_bytes=received_bytes,
+    memory_width=_width,
     tensors=tensors,
     vectors=vectors,
     fused=fused,

@@ -103,6 +103,11 @@ class Mixer:
     """Context parallelism: (sizes, ranks, sequences, bytes a value, forward passes) -> bytes that a rank receives for a
     micro-batch, backward included, on average over the ranks."""
 
+    memory_width: Callable[[Sizes], int]
+    """Values a token of its memory, which gated memory units read: the readout of its state that its own gate
+    multiplies. Of a layer that is asked for it the mixer appends it, [s, b, width/tp], to `attention_bias`. 0: it has
+    none."""
+
     # Conversion and generation.
     tensors: Callable[[Sizes], dict[str, Shape]]
     """Exported matrices by their names inside the mixer, in the order of the forward pass, [out, in] each."""

@@ -81,6 +81,7 @@ SLIDING_WINDOW = Mixer(
     stored_bytes=stored_bytes,
     recomputed_values=lambda sizes: 0,
     received_bytes=received_bytes,
+    memory_width=lambda sizes: 0,
     tensors=tensors,
     vectors=lambda sizes: {},
     fused=fused,

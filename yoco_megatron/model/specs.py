@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from yoco_megatron.model.cross_decoder.cross_attention import SharedKVAttention, SharedKVAttentionSubmodules
+from yoco_megatron.model.cross_decoder.gated_memory_unit import GatedMemoryUnit, GatedMemoryUnitSubmodules
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKVSubmodules
 from yoco_megatron.model.layers.core_attention import TorchAttention
 from yoco_megatron.model.layers.mlp import RecomputeMLP
@@ -97,6 +98,16 @@ def cross_decoder_layer(backend: BackendSpecProvider) -> ModuleSpec:
         ),
     )
     return pre_norm_layer(backend, attention, norm, fused_into="linear_q")
+
+
+def memory_unit_layer(backend: BackendSpecProvider) -> ModuleSpec:
+    """Cross-decoder layer that is a gated memory unit."""
+    norm, linear_gate = norm_and_linear(backend)
+    unit = ModuleSpec(
+        module=GatedMemoryUnit,
+        submodules=GatedMemoryUnitSubmodules(linear_gate=linear_gate, linear_proj=backend.row_parallel_linear()),
+    )
+    return pre_norm_layer(backend, unit, norm, fused_into="linear_gate")
 
 
 def shared_kv(backend: BackendSpecProvider) -> SharedKVSubmodules:

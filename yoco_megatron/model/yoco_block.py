@@ -2,14 +2,15 @@
 
 The block returns hidden states and the shared K,V that a later stage reads. Of several sets of K,V
 (--shared-kv-sets) each has a group of cross-decoder layers, which run one after the other; each is projected where the
-self-decoder reaches its source (--shared-kv-sources).
+self-decoder reaches its source (--shared-kv-sources). A layer of the self-decoder leaves the memory of gated memory
+units (--cross-decoder-pattern) behind as it runs, and therefore is never run again, whatever is recomputed.
 
 Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
-need otherwise. They carry two things of ours, so that YOCO needs no layer class of its own:
+need otherwise. They carry what is ours, so that YOCO needs no layer class of its own:
 
     packed_seq_params    the `SequenceShard`: which tokens these are, and of which documents (cross-decoder layers that
                          compute only positions with loss: the `QueryShard`, or `TravellingQueries`)
-    attention_bias       the `SharedKVReader` (cross-decoder layers)
+    attention_bias       the `SharedReaders` (cross-decoder layers); a list to add the memory to (its source)
 
 The mixers give them their true names in the first line of `forward`.
 """
@@ -17,7 +18,8 @@ The mixers give them their true names in the first line of `forward`.
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -35,10 +37,11 @@ from torch import Tensor, nn
 
 from yoco_megatron.config.experts import layers_with_experts
 from yoco_megatron.config.kv_sets import layers_of_sets, source_name, sources_of
+from yoco_megatron.config.memory_units import is_memory_unit, memory_source
 from yoco_megatron.mixers import mixer_of_layer
 from yoco_megatron.model import specs
 from yoco_megatron.model.cross_decoder.shared_kv import SharedKV
-from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader, SharedReaders
 from yoco_megatron.model.cross_decoder.travelling_queries import TravellingQueries, queries_travel
 from yoco_megatron.model.layers.recompute import AttentionOutputStore
 from yoco_megatron.model.yoco_config import YOCOConfig
@@ -69,6 +72,8 @@ class YOCOBlock(MegatronModule):
         def build(index: int) -> TransformerLayer:
             if index < split_layer:
                 spec = mixer_of_layer(config.self_decoder, index).load("layer_spec")(backend)
+            elif is_memory_unit(config, index):
+                spec = specs.memory_unit_layer(backend)
             else:
                 spec = specs.cross_decoder_layer(backend)
             with get_fp8_context(config, index, is_init=True) if config.fp8 else nullcontext():
@@ -84,6 +89,7 @@ class YOCOBlock(MegatronModule):
         self.layers = nn.ModuleList(build(index) for index in range(stage.first, stage.last))
         self.num_self, self.num_cross = stage.split(split_layer)
         self.stage = stage
+        self.memory_source = memory_source(config)
         sources = sources_of(config)
         self.kv_names = {source: source_name(source, sources) for source in stage.kv_sources}
         for name in self.kv_names.values():
@@ -93,7 +99,7 @@ class YOCOBlock(MegatronModule):
     def forward(
         self,
         hidden_states: Tensor,
-        kv_sets: Sequence[Tensor],
+        shared: Sequence[Tensor],
         self_angles: Tensor,
         cross_angles: Tensor,
         shard: SequenceShard,
@@ -104,43 +110,60 @@ class YOCOBlock(MegatronModule):
 
         Args:
             hidden_states: [s, b, h] ([s/tp, b, h] with sequence parallelism).
-            kv_sets: the shared K,V [s, b, G, 2, D] of the tokens held here, from earlier stages: `stage.kv_in`.
+            shared: from earlier stages, of the tokens held here: the shared K,V [s, b, G, 2, D], `stage.kv_in`, and if
+                `stage.memory_in` the memory [s, b, W], behind the self-decoder that of `queries` [m, b, W].
             self_angles, cross_angles: rotary angles [s, 1 or b, 1, head width] of the two halves.
             shard: which tokens these are, and of which documents.
             queries: the positions that are computed behind the shared K,V; `shard` for all.
             query_angles: rotary angles [m, 1 or b, 1, head width] of `queries`; `cross_angles` for all.
         Returns:
             hidden states, shaped as they came in, behind the self-decoder those of `queries` [m, b, h], and the sets
-            `stage.kv_out` of K,V, in fp32 if they are sent so; before multi-token prediction the last set.
+            `stage.kv_out` of K,V, in fp32 if they are sent so; before multi-token prediction the last set. Behind them
+            the memory, if `stage.memory_out`.
         """
         config, stage = self.config, self.stage
-        assert len(kv_sets) == len(stage.kv_in), "the shared K,V and the stage do not fit"
-        sets = list(kv_sets)
+        assert len(shared) == len(stage.kv_in) + stage.memory_in, "what earlier stages made and the stage do not fit"
+        sets, memory = list(shared[: len(stage.kv_in)]), list(shared[len(stage.kv_in) :])
         delayed = bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
         rng = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
         with rng, get_fp8_context(config) if delayed else nullcontext():
             first = 0
-            for last in dict.fromkeys((*(source - stage.first for source in self.kv_names), self.num_self)):
-                hidden_states = self._run(self.layers[first:last], hidden_states, None, self_angles, shard, first)
+            for last in self._stops():
+                layers = self.layers[first:last]
+                if stage.first + first == self.memory_source:
+                    hidden_states = self._run_once(layers, hidden_states, memory, self_angles, shard)
+                else:
+                    hidden_states = self._run(layers, hidden_states, None, self_angles, shard, first)
                 first = last
                 if name := self.kv_names.get(stage.first + last):
                     with self._layer_fp8(stage.first + last):
                         sets += self.get_submodule(name)(hidden_states, cross_angles)
-            return self._cross_decoder(hidden_states, sets, query_angles, shard, queries)
+            return self._cross_decoder(hidden_states, sets, memory, query_angles, shard, queries)
+
+    def _stops(self) -> list[int]:
+        """Layers of the self-decoder held here behind which it stops: at sources of K,V, around that of the memory, and
+        at its end."""
+        stops = {self.num_self, *(source - self.stage.first for source in self.kv_names)}
+        if self.memory_source is not None:
+            before = self.memory_source - self.stage.first
+            stops |= {stop for stop in (before, before + 1) if 0 < stop <= self.num_self}
+        return sorted(stops)
 
     def _cross_decoder(
         self,
         hidden_states: Tensor,
         kv_sets: Sequence[Tensor],
+        memory: Sequence[Tensor],
         angles: Tensor,
         shard: SequenceShard,
         queries: SequenceShard | QueryShard,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Where the self-decoder ends, its queries; then each set's group of layers held here. Arguments and result
-        are those of `forward`."""
+        """Where the self-decoder ends, its queries; then each set's group of layers held here, and units between them.
+        Arguments and result are those of `forward`; `memory` has one or none."""
         config, stage, split_layer = self.config, self.stage, self.config.num_self_decoder_layers
         if isinstance(queries, QueryShard) and stage.last >= split_layer and not stage.is_behind(split_layer):
             hidden_states = queries.take(hidden_states)
+            memory = [queries.take_whole(x) for x in memory]
         attended: SequenceShard | QueryShard | TravellingQueries = queries
         gather = documents = None
         if self.num_cross and shard.document_ids is not None:
@@ -149,21 +172,35 @@ class YOCOBlock(MegatronModule):
             attended = self._travelling(queries)
             gather = shard if attended is queries else None
         groups = layers_of_sets(
-            config.num_layers, config.num_self_decoder_layers, config.shared_kv_sets, config.mtp_num_layers or 0
+            config.num_layers,
+            config.num_self_decoder_layers,
+            config.shared_kv_sets,
+            config.mtp_num_layers or 0,
+            config.cross_decoder_pattern,
         )
-        kv_out_dtype = torch.float32 if config.sends_fp32_kv else config.params_dtype
-        kv_out = []
+        dtype, out_dtype = config.params_dtype, torch.float32 if config.sends_fp32_kv else config.params_dtype
+        out, readers, first = [], SharedReaders(), self.num_self
+        if memory and self.num_cross:
+            hidden_states, readers.memory = SharedKVReader.enter(hidden_states, *memory, dtype)
         for kv, group in zip(kv_sets, groups[stage.kv_in.start :]):
             if group.start >= stage.last:
-                kv_out.append(kv.to(kv_out_dtype))
+                out.append(kv.to(out_dtype))
                 continue
-            first = max(0, group.start - stage.first)
-            layers, dtype = self.layers[first : group.stop - stage.first], config.params_dtype
+            start, stop = max(first, group.start - stage.first), group.stop - stage.first
+            hidden_states = self._run_cross(first, start, hidden_states, readers, angles, attended)
             hidden_states, kv_reader = SharedKVReader.enter(hidden_states, kv, dtype, gather, documents)
-            hidden_states = self._run(layers, hidden_states, kv_reader, angles, attended, first - self.num_self)
+            of_group = replace(readers, kv=kv_reader)
+            hidden_states = self._run_cross(start, stop, hidden_states, of_group, angles, attended)
+            first = stop
             if group.stop > stage.last:
-                kv_out.append(kv_reader.read_stacked(kv_out_dtype))
-        return hidden_states, kv_out
+                out.append(kv_reader.read_stacked(out_dtype))
+        hidden_states = self._run_cross(first, None, hidden_states, readers, angles, attended)
+        if stage.memory_out:
+            out.append(readers.memory.read_stacked(out_dtype) if readers.memory else memory[0].to(out_dtype))
+        return hidden_states, out
+
+    def _run_cross(self, first: int, last: int | None, hidden: Tensor, readers: SharedReaders, *places: Any) -> Tensor:
+        return self._run(self.layers[first:last], hidden, readers, *places, first - self.num_self)
 
     def _travelling(self, queries: SequenceShard | QueryShard) -> SequenceShard | QueryShard | TravellingQueries:
         """`queries` as layers attend with them: as they are, or travelling between context-parallel ranks."""
@@ -178,7 +215,7 @@ class YOCOBlock(MegatronModule):
         self,
         layers: nn.ModuleList,
         hidden: Tensor,
-        kv_reader: SharedKVReader | None,
+        readers: SharedReaders | None,
         angles: Tensor,
         shard: SequenceShard | QueryShard | TravellingQueries,
         before: int = 0,
@@ -195,15 +232,26 @@ class YOCOBlock(MegatronModule):
             block = _CheckpointedLayers(layers, config, self.pg_collection, len(layers))
             # The checkpoints only read the shared K,V, which are therefore never recomputed.
             store = AttentionOutputStore(bool(self.config.fp8)) if self.config.keep_cross_attention else None
-            inner_reader = kv_reader and kv_reader.inside_checkpoint(store)
-            return checkpointed_forward(block, hidden, None, None, None, angles, inner_reader, shard, inner_fp8)
+            inner_readers = readers and readers.inside_checkpoint(store)
+            return checkpointed_forward(block, hidden, None, None, None, angles, inner_readers, shard, inner_fp8)
+        return self._run_once(layers, hidden, readers, angles, shard)
+
+    def _run_once(
+        self,
+        layers: nn.ModuleList,
+        hidden: Tensor,
+        attention_bias: SharedReaders | list[Tensor] | None,
+        angles: Tensor,
+        shard: SequenceShard | QueryShard | TravellingQueries,
+    ) -> Tensor:
+        """`_run` without full recompute."""
         layer: TransformerLayer
         for layer in layers:
             with self._layer_fp8(layer.layer_number - 1):
                 hidden, _ = layer(
                     hidden_states=hidden,
                     attention_mask=None,
-                    attention_bias=kv_reader,
+                    attention_bias=attention_bias,
                     rotary_pos_emb=angles,
                     packed_seq_params=shard,
                 )

@@ -15,6 +15,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from yoco_megatron import runtime
+from yoco_megatron.config.memory_units import memory_width
 from yoco_megatron.model import specs
 from yoco_megatron.model.layers.embedding import GradAccumulatingEmbedding, can_accumulate_in_place
 from yoco_megatron.model.layers.output_layer import ChunkedLossOutputLayer
@@ -78,6 +79,7 @@ class YOCOModel(LanguageModule):
         self.cross_rotary = YOCORotaryEmbedding(config, config.kv_channels, rotary_base)
         self.decoder = self.block_class(config, stage, self.pg_collection, vp_stage)
         self.groups = config.num_query_groups // self.tp_group.size()
+        self.memory_width = memory_width(config) // self.tp_group.size()
         self.tokens_per_row = self.tp_group.size() if config.sequence_parallel else 1
         if self.post_process:
             # The head is Megatron's linear, not Transformer Engine's, and fuses gradients with Apex alone.
@@ -144,17 +146,15 @@ class YOCOModel(LanguageModule):
             prediction. Or logits [b, s, vocabulary] ([.., vocabulary/tp] with `parallel_output`). With `query_runs` m
             instead of s.
         """
-        kv_sets: list[Tensor] = []
+        shared: list[Tensor] = []
         config = self.config
         hidden_states = self.embed(input_ids, position_ids) if self.pre_process else self.input_tensor
         assert hidden_states is not None
         ranks, batch = self.cp_group.size(), hidden_states.shape[1]
-        if self.stage.kv_in:
-            hidden_shape, kv_shape = self._arriving_shapes(hidden_states, query_runs)
-            hidden_states, kv_sets = split_boundary_tensor(
-                hidden_states, hidden_shape, kv_shape, len(self.stage.kv_in), config.sends_fp32_kv
-            )
-        length = kv_sets[0].shape[0] if kv_sets else hidden_states.shape[0] * self.tokens_per_row
+        if self.stage.receives_shared:
+            hidden_shape, shapes = self._arriving_shapes(hidden_states, query_runs)
+            hidden_states, shared = split_boundary_tensor(hidden_states, hidden_shape, shapes, config.sends_fp32_kv)
+        length = shared[0].shape[0] if self.stage.kv_in else hidden_states.shape[0] * self.tokens_per_row
         group = self.cp_group if ranks > 1 else None
         shard = SequenceShard(length * ranks, batch, document_ids, group, hidden_states.device)
         positions = shard.positions()
@@ -165,8 +165,8 @@ class YOCOModel(LanguageModule):
             rows_group = self.pg_collection.tp_cp if config.sequence_parallel else group
             queries = QueryShard(shard, query_runs, rows_group, self.tokens_per_row)
             query_angles = self.cross_rotary(queries.positions())
-        hidden_states, kv_sets = self.decoder(
-            hidden_states, kv_sets, self_angles, cross_angles, shard, queries, query_angles
+        hidden_states, shared = self.decoder(
+            hidden_states, shared, self_angles, cross_angles, shard, queries, query_angles
         )
         if self.post_process:
             output = self.head(hidden_states, labels)
@@ -174,11 +174,11 @@ class YOCOModel(LanguageModule):
                 return output
             assert labels is not None
             places = self_angles, query_angles, shard, queries, query_angles
-            later = self._later_losses(hidden_states, kv_sets[-1], labels, later_labels, *places)
+            later = self._later_losses(hidden_states, shared[-1], labels, later_labels, *places)
             return torch.cat((output.reshape(-1, *labels.shape), torch.stack(list(later))))
-        if not self.stage.kv_out:
+        if not shared:
             return make_viewless_tensor(hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
-        return join_boundary_tensor(hidden_states, kv_sets, config.sends_fp32_kv)
+        return join_boundary_tensor(hidden_states, shared, config.sends_fp32_kv)
 
     def _later_losses(
         self, hidden_states: Tensor, kv: Tensor, labels: Tensor, later_labels: Tensor, *places: Any
@@ -200,31 +200,35 @@ class YOCOModel(LanguageModule):
             length: tokens of a whole sequence; queries: those of them that are computed behind the shared K,V.
         """
         tokens = length // self.cp_group.size()
-        if not stage.kv_in:
+        if not stage.receives_shared:
             return tokens // self.tokens_per_row, micro_batch_size, self.config.hidden_size
         behind = stage.is_behind(self.config.num_self_decoder_layers)
         rows = (queries if behind and queries is not None else length) // self.cp_group.size() // self.tokens_per_row
-        kv = len(stage.kv_in) * tokens * self._kv_values_per_token
-        return 1, micro_batch_size, rows * self.config.hidden_size + kv
+        kv, memory = self._shared_values_per_token(stage)
+        return 1, micro_batch_size, rows * (self.config.hidden_size + self.tokens_per_row * memory) + tokens * kv
 
-    @property
-    def _kv_values_per_token(self) -> int:
-        """Of one set, see `kv_values`."""
-        return kv_values((self.groups, 2, self.config.kv_channels), self.config.sends_fp32_kv)
+    def _shared_values_per_token(self, stage: Stage) -> tuple[int, int]:
+        """Of all sets of K,V that enter `stage`, and of the memory, see `kv_values`."""
+        fp32 = self.config.sends_fp32_kv
+        one_set = kv_values((self.groups, 2, self.config.kv_channels), fp32)
+        return len(stage.kv_in) * one_set, stage.memory_in * kv_values((self.memory_width,), fp32)
 
     def _arriving_shapes(
         self, boundary_tensor: Tensor, query_runs: Runs | None
-    ) -> tuple[tuple[int, int, int], tuple[int, int, int, int, int]]:
-        """Of hidden states and each set of K,V in it. The number of tokens follows from its size."""
+    ) -> tuple[tuple[int, int, int], list[tuple[int, ...]]]:
+        """Of hidden states, each set of K,V and the memory in it. The number of tokens follows from its size."""
         _, batch, values = boundary_tensor.shape
-        width, kv = self.config.hidden_size, len(self.stage.kv_in) * self._kv_values_per_token
-        if query_runs is None or not self.stage.is_behind(self.config.num_self_decoder_layers):
-            tokens = values * self.tokens_per_row // (width + kv * self.tokens_per_row)
-            rows = tokens // self.tokens_per_row
+        stage, split, hidden = self.stage, self.tokens_per_row, self.config.hidden_size
+        kv, memory = self._shared_values_per_token(stage)
+        if query_runs is None or not stage.is_behind(self.config.num_self_decoder_layers):
+            rows = values // (hidden + split * (kv + memory))
+            tokens = rows * split
         else:
-            rows = count(query_runs) // self.cp_group.size() // self.tokens_per_row
-            tokens = (values - rows * width) // kv
-        return (rows, batch, width), (tokens, batch, self.groups, 2, self.config.kv_channels)
+            rows = count(query_runs) // self.cp_group.size() // split
+            tokens = (values - rows * (hidden + split * memory)) // kv
+        shapes: list[tuple[int, ...]] = [(tokens, batch, self.groups, 2, self.config.kv_channels)] * len(stage.kv_in)
+        shapes += [(rows * split, batch, self.memory_width)] * stage.memory_in
+        return (rows, batch, hidden), shapes
 
     def embed(self, input_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """X^0 = sqrt(h) E[tokens], [s, b, h] ([s/tp, b, h] with sequence parallelism)."""

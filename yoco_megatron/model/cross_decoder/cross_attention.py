@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from yoco_megatron.model.cross_decoder.document_attention import document_attention
-from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedKVReader
+from yoco_megatron.model.cross_decoder.shared_kv_reader import SharedReaders
 from yoco_megatron.model.cross_decoder.travelling_queries import TravellingQueries
 from yoco_megatron.model.cross_decoder.zigzag_attention import is_supported, zigzag_attention
 from yoco_megatron.model.layers.chunked_attention import ChunkedAttention
@@ -61,7 +61,7 @@ class SharedKVAttention(ChunkedAttention):
         hidden_states: Tensor,
         attention_mask: None = None,
         *,
-        attention_bias: SharedKVReader,
+        attention_bias: SharedReaders,
         rotary_pos_emb: Tensor,
         packed_seq_params: SequenceShard | QueryShard | TravellingQueries,
         **_: Any,
@@ -70,7 +70,8 @@ class SharedKVAttention(ChunkedAttention):
 
         K is rotated already, so only q is rotated here. YOCOBlock says what the two borrowed arguments carry.
         """
-        kv_reader, shard = attention_bias, packed_seq_params
+        kv_reader, shard = attention_bias.kv, packed_seq_params
+        assert kv_reader is not None
         query, _ = self.linear_q(hidden_states)
         query = self.q_layernorm(query.unflatten(-1, (-1, self.head_dim)))
         query = rotate(query, rotary_pos_emb, self.config)

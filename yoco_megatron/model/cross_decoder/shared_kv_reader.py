@@ -10,6 +10,8 @@ reduce-scatter gives each rank the gradient of its part. Only this rank's part g
 With packed documents the layers read K,V that are laid out for their calls (`DocumentCalls`), each with its own buffer.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,20 @@ class SharedKVReader:
     def read_stacked(self, dtype: torch.dtype | None = None) -> Tensor:
         """This rank's K,V [s, b, G, 2, D] as one tensor, in `dtype` if given; their gradient then has it, too."""
         return _ReadStacked.apply(self.kv, self._grad, dtype or self.kv.dtype)
+
+
+@dataclass
+class SharedReaders:
+    """What the layers of a cross-decoder read: a set of the shared K,V, and the memory of gated memory units, which is
+    read whole (`SharedKVReader.read_stacked`). None: these layers do not."""
+
+    kv: SharedKVReader | None = None
+    memory: SharedKVReader | None = None
+
+    def inside_checkpoint(self, attention_outputs: AttentionOutputStore | None = None) -> "SharedReaders":
+        """Of both."""
+        kv, memory = self.kv, self.memory
+        return SharedReaders(kv and kv.inside_checkpoint(attention_outputs), memory and memory.inside_checkpoint())
 
 
 class KVGradBuffer:

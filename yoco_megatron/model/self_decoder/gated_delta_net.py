@@ -92,14 +92,21 @@ class GatedDeltaNet(CutByHead):
         self.A_log, self.dt_bias = self.parameter(heads), self.parameter(heads)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: None = None, *, packed_seq_params: SequenceShard, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        attention_bias: list[Tensor] | None = None,
+        packed_seq_params: SequenceShard,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised) -> (out [s, b, h], no bias)."""
         shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         qkvg, _ = self.linear_qkvg(hidden_states)
         logits = self.linear_ba(hidden_states)
-        core = partial(self._core, shard)
-        if self.recompute_core and self.training:
+        memory = attention_bias
+        core = partial(self._core, shard, memory)
+        if self.recompute_core and self.training and memory is None:
             y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, qkvg, logits)
             return self.linear_proj(y)
         y, recompute_into = core(qkvg, logits)
@@ -108,7 +115,9 @@ class GatedDeltaNet(CutByHead):
             recompute_in_backward(y, output, recompute_into)
         return output, bias
 
-    def _core(self, shard: SequenceShard, qkvg: Tensor, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], object]]:
+    def _core(
+        self, shard: SequenceShard, memory: list[Tensor] | None, qkvg: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, H*4*D], [s, b, 2*H] -> (gated, normalised y [s, b, H*D], a function that writes y)."""
         qkv, gate = qkvg.unflatten(-1, (-1, 4, self.head_dim)).split((3, 1), dim=3)
         qkv, gate = self.conv(qkv.flatten(2), shard), gate.squeeze(3).contiguous()  # the projection's output can go
@@ -129,6 +138,8 @@ class GatedDeltaNet(CutByHead):
         weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.norm.weight, group=self.tp_group)
         inputs, eps = (o, gate, weight), self.config.layernorm_epsilon
         y = recomputed(_gated_norm, *inputs, eps=eps)
+        if memory is not None:
+            memory.append(recomputed(_norm, o, weight, eps=eps))
         return y, lambda out: out.copy_(fused(_gated_norm, out.is_cuda)(*inputs, eps=eps))
 
     def backward_dw(self) -> None:
@@ -149,8 +160,12 @@ def _of_length_one(x: Tensor) -> Tensor:
 
 def _gated_norm(o: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """o, gate [s, b, H, D], weight [D] -> RMS(o) weight * silu(gate), [s, b, H*D]."""
-    y = rms_norm(o, eps) * weight
-    return (widen(y) * F.silu(widen(gate))).to(o.dtype).flatten(2)
+    return (widen(_norm(o, weight, eps)) * F.silu(widen(gate)).flatten(2)).to(o.dtype)
+
+
+def _norm(o: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """o [s, b, H, D], weight [D] -> RMS(o) weight, [s, b, H*D]."""
+    return (rms_norm(o, eps) * weight).flatten(2)
 
 
 def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:

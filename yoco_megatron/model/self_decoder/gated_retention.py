@@ -80,6 +80,7 @@ class GatedRetention(MegatronModule):
         hidden_states: Tensor,
         attention_mask: None = None,
         *,
+        attention_bias: list[Tensor] | None = None,
         rotary_pos_emb: Tensor,
         packed_seq_params: SequenceShard,
         **_: Any,
@@ -88,8 +89,9 @@ class GatedRetention(MegatronModule):
         shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         qkvg, _ = self.linear_qkvg(hidden_states)
         logits_SBH = self.linear_decay(hidden_states)
-        core = partial(self._core, shard)
-        if self.recompute_core and self.training:
+        memory = attention_bias
+        core = partial(self._core, shard, memory)
+        if self.recompute_core and self.training and memory is None:
             y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, qkvg, logits_SBH, rotary_pos_emb)
             return self.linear_proj(y)
         y, recompute_into = core(qkvg, logits_SBH, rotary_pos_emb)
@@ -99,10 +101,10 @@ class GatedRetention(MegatronModule):
         return output, bias
 
     def _core(
-        self, shard: SequenceShard, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
+        self, shard: SequenceShard, memory: list[Tensor] | None, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, H*4*D] -> (gated, normalised retention y [s, b, H*D], a function that writes y again)."""
-        if self.backend.name == "triton" and self.config.rotary_interleaved:
+        if self.backend.name == "triton" and self.config.rotary_interleaved and memory is None:
             from yoco_megatron.ops.fused.retention_mixer import mix
 
             recompute_fns: list[Callable[[Tensor], None]] = []
@@ -129,6 +131,9 @@ class GatedRetention(MegatronModule):
             self.config,
             self.backend.name,
         )
+
+        if memory is not None:
+            memory.append(rms_norm(o_SBHD, self.config.layernorm_epsilon).flatten(2))
 
         def gated() -> Tensor:
             return (F.silu(gate) * rms_norm(o_SBHD, self.config.layernorm_epsilon)).flatten(2)

@@ -91,14 +91,21 @@ class Mamba2(CutByHead):
         self.A_log, self.dt_bias, self.D = (self.parameter(heads) for _ in range(3))
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: None = None, *, packed_seq_params: SequenceShard, **_: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        *,
+        attention_bias: list[Tensor] | None = None,
+        packed_seq_params: SequenceShard,
+        **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (normalised) -> (out [s, b, h], no bias)."""
         shard: SequenceShard = packed_seq_params  # YOCOBlock says why
         zxBC, _ = self.linear_zxBC(hidden_states)
         dt_logits = self.linear_dt(hidden_states)
-        core = partial(self._core, shard)
-        if self.recompute_core and self.training:
+        memory = attention_bias
+        core = partial(self._core, shard, memory)
+        if self.recompute_core and self.training and memory is None:
             y = tensor_parallel.checkpoint(lambda *x: core(*x)[0], False, zxBC, dt_logits)
             return self.linear_proj(y)
         y, recompute_into = core(zxBC, dt_logits)
@@ -107,7 +114,9 @@ class Mamba2(CutByHead):
             recompute_in_backward(y, output, recompute_into)
         return output, bias
 
-    def _core(self, shard: SequenceShard, zxBC: Tensor, dt_logits: Tensor) -> tuple[Tensor, Callable[[Tensor], object]]:
+    def _core(
+        self, shard: SequenceShard, memory: list[Tensor] | None, zxBC: Tensor, dt_logits: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, G*(2*H/G*P + 2*N)] -> (gated, normalised y [s, b, H*P], a function that writes y)."""
         of_groups = zxBC.unflatten(-1, (-1, self.group_parts[0] + sum(self.group_parts)))
         z, xBC = of_groups.split((self.group_parts[0], sum(self.group_parts)), dim=-1)
@@ -127,6 +136,8 @@ class Mamba2(CutByHead):
         )
         inputs, eps = (o, x, z, self.D, self.norm.weight), self.config.layernorm_epsilon
         y = recomputed(_gated_norm, *inputs, eps=eps)
+        if memory is not None:
+            memory.append(recomputed(_with_skip, o, x, self.D))
         return y, lambda out: out.copy_(fused(_gated_norm, out.is_cuda)(*inputs, eps=eps))
 
     def backward_dw(self) -> None:
@@ -155,9 +166,18 @@ def _times(x: Tensor, dt: Tensor) -> Tensor:
 def _gated_norm(o: Tensor, x: Tensor, z: Tensor, D: Tensor, weight: Tensor, eps: float) -> Tensor:
     """o [s, b, H, P], x [s, b, G, H/G, P], z [s, b, G, H/G*P], D [H], weight [H*P] -> RMS((o + D x) * silu(z)) weight,
     [s, b, H*P]."""
-    y = widen(o) + widen(D)[:, None] * x.flatten(2, 3)
-    y = y.flatten(2).view(z.shape) * F.silu(widen(z))
+    y = _skip_added(o, x, D).view(z.shape) * F.silu(widen(z))
     return rms_norm(y, eps).flatten(2).to(x.dtype) * weight
+
+
+def _skip_added(o: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    """o + D x, [s, b, H*P], at least in fp32."""
+    return (widen(o) + widen(D)[:, None] * x.flatten(2, 3)).flatten(2)
+
+
+def _with_skip(o: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    """o + D x, [s, b, H*P], in x's dtype."""
+    return _skip_added(o, x, D).to(x.dtype)
 
 
 def layer_spec(backend: BackendSpecProvider) -> ModuleSpec:

@@ -9,7 +9,7 @@ travel there once, in one all-to-all; with sequence parallelism over the tensor-
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
 from typing import Any
@@ -119,6 +119,12 @@ class QueryShard:
         With sequence parallelism [s/tp, b, h] -> [m/tp, b, h].
         """
         return _Take.apply(hidden_states, _route(self.rows, self.all_runs, self.rank, self.group, self.device))
+
+    def take_whole(self, memory: Tensor) -> Tensor:
+        """The same of what each tensor-parallel rank holds for all tokens, with sequence parallelism, too."""
+        group = self.whole.group if self.whole.ranks > 1 else None
+        rows = replace(self.rows, rows_split=1)
+        return _Take.apply(memory, _route(rows, self.all_runs, self.rank, group, self.device))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from yoco_megatron.config.kv_sets import layers_of_sets, sets_arriving, source_stages, sources_of
+from yoco_megatron.config.memory_units import memory_cuts
 from yoco_megatron.utils.errors import require
 
 
@@ -19,8 +20,8 @@ class Stage:
 
     pre_process: holds the embedding; post_process: holds the head.
     kv_sources: of each projection to shared K,V that is held here, the layers of the model before it. kv_in: the sets
-    of K,V that arrive with the hidden states; kv_out: those that leave with them. mtp_layers: of multi-token
-    prediction, behind the head's hidden states.
+    of K,V that arrive with the hidden states; kv_out: those that leave with them; memory_in, memory_out: whether the
+    memory of gated memory units does. mtp_layers: of multi-token prediction, behind the head's hidden states.
     """
 
     first: int
@@ -31,6 +32,13 @@ class Stage:
     kv_in: range = range(0)
     kv_out: range = range(0)
     mtp_layers: int = 0
+    memory_in: bool = False
+    memory_out: bool = False
+
+    @property
+    def receives_shared(self) -> bool:
+        """Whether more than hidden states arrives."""
+        return bool(self.kv_in) or self.memory_in
 
     def split(self, split_layer: int) -> tuple[int, int]:
         """(self-decoder layers, cross-decoder layers) held here; `split_layer` is the first of the cross-decoder."""
@@ -57,13 +65,16 @@ class Stage:
 class StagePlan:
     """Cuts of a model: stage g holds layers [cuts[g], cuts[g+1]); `split_layer` is the first cross-decoder layer, and
     equal groups of them read one of `kv_sets` each, the last one `mtp_layers` of multi-token prediction, too.
-    `kv_sources`: as `config.kv_sets.sources_of` gives them; of none the split."""
+    `kv_sources`: as `config.kv_sets.sources_of` gives them; of none the split. `pattern`: --cross-decoder-pattern;
+    `memory_cuts`: as `config.memory_units` has them."""
 
     cuts: tuple[int, ...]
     split_layer: int
     kv_sets: int = 1
     mtp_layers: int = 0
     kv_sources: tuple[int, ...] = ()
+    pattern: str | None = None
+    memory_cuts: range = range(0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_sources", self.kv_sources or (self.split_layer,))
@@ -73,7 +84,10 @@ class StagePlan:
         """Stages of so many layers each, of the model of a YOCOConfig or a ModelShape."""
         sources, mtp_layers = sources_of(config), config.mtp_num_layers or 0
         cuts = (0, *accumulate(counts))
-        return StagePlan(cuts, config.num_self_decoder_layers, config.shared_kv_sets, mtp_layers, sources)
+        kv_sets, pattern = config.shared_kv_sets, config.cross_decoder_pattern
+        return StagePlan(
+            cuts, config.num_self_decoder_layers, kv_sets, mtp_layers, sources, pattern, memory_cuts(config)
+        )
 
     @property
     def count(self) -> int:
@@ -95,9 +109,13 @@ class StagePlan:
         """Sets of K,V in the tensor that enters stage g: those that exist and that a layer from g on reads."""
         return sets_arriving(self.cuts, self.kv_sources, self._layers_of_sets, g)
 
+    def memory_arrives(self, g: int) -> bool:
+        """Whether the tensor that enters stage g has the memory: it exists, and a unit from g on reads it."""
+        return 0 < g < self.count and self.cuts[g] in self.memory_cuts
+
     @property
     def _layers_of_sets(self) -> list[range]:
-        return layers_of_sets(self.num_layers, self.split_layer, self.kv_sets, self.mtp_layers)
+        return layers_of_sets(self.num_layers, self.split_layer, self.kv_sets, self.mtp_layers, self.pattern)
 
     def stage(self, g: int) -> Stage:
         """What stage g holds."""
@@ -114,6 +132,8 @@ class StagePlan:
             kv_in=self.kv_arriving(g),
             kv_out=self.kv_arriving(g + 1),
             mtp_layers=self.mtp_layers if g == self.count - 1 else 0,
+            memory_in=self.memory_arrives(g),
+            memory_out=self.memory_arrives(g + 1),
         )
 
     def parts(self) -> list[dict[str, int]]:
