@@ -16,8 +16,9 @@ QK_NORM = dict(qk_layernorm=True, add_qkv_bias=True)
 Z_LOSS = dict(loss_chunk_size=17, z_loss_coeff=0.5)
 MTP = dict(mtp_num_layers=1)
 SOURCES = dict(shared_kv_sources=(1, 2))
+UNITS = dict(num_layers=5, num_self_decoder_layers=2, cross_decoder_pattern="GAG")
 # Another function, not another way to compute it.
-OF_THE_MODEL = (*QK_NORM, *MTP, *SOURCES, "z_loss_coeff")
+OF_THE_MODEL = (*QK_NORM, *MTP, *SOURCES, *UNITS, "z_loss_coeff")
 
 # name -> (processes, tensor parallel, distributed optimizer, config)
 MESHES = {
@@ -88,7 +89,7 @@ def compare(result: dict, reference: dict) -> None:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
-    processes, tp, distributed_optimizer, overrides = MESHES[mesh]
+    processes, tp, distributed_optimizer, overrides = (MESHES | UNIT_MESHES)[mesh]
     tied = tp == 1  # tied and untied heads both go through the list
     results = run_world(processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp)
     model = {name: overrides[name] for name in OF_THE_MODEL if name in overrides}
@@ -106,7 +107,21 @@ OTHERS = {
         "recompute full",
         "TP2 SP DP2 distributed optimizer",
     ),
+    "MS": ("TP2 SP gated memory units, recompute full", "DP2 distributed optimizer, gated memory units"),
+    "RG": ("TP2 SP gated memory units, recompute selective",),
     "mamba2": ("TP2", "TP4 SP", "TP2 SP recompute selective", "TP2 SP recompute elementwise"),
+}
+
+# Of self-decoders that have a memory.
+UNIT_MESHES = {
+    "TP2 SP gated memory units, recompute full": (
+        2,
+        2,
+        False,
+        dict(sequence_parallel=True, **UNITS, **FULL_RECOMPUTE),
+    ),
+    "TP2 SP gated memory units, recompute selective": (2, 2, False, dict(sequence_parallel=True, **UNITS, **SELECTIVE)),
+    "DP2 distributed optimizer, gated memory units": (2, 1, True, UNITS),
 }
 
 

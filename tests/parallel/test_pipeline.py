@@ -31,12 +31,42 @@ QUICK = {
         1,
         dict(shared_kv_sources=(1, 4)),
     ),
+    "PP4 gated memory units, memory sent from within the self-decoder": (
+        "Et|tt|tttt|tL",
+        4,
+        1,
+        dict(self_decoder="RSS", num_self_decoder_layers=3, cross_decoder_pattern="GAAGA"),
+    ),
+    "PP2 VP2 gated memory units, neither K,V nor memory to the end, recompute full": (
+        "Ett|ttt|tt|tL",
+        2,
+        1,
+        dict(
+            self_decoder="SMS",
+            num_self_decoder_layers=3,
+            cross_decoder_pattern="GAAGG",
+            **FULL_RECOMPUTE,
+        ),
+    ),
+    "TP2 PP2 SP gated memory units, two sets of K,V": (
+        "Etttt|ttttL",
+        2,
+        2,
+        dict(
+            sequence_parallel=True,
+            self_decoder="gated_delta_net",
+            num_self_decoder_layers=4,
+            shared_kv_sets=2,
+            cross_decoder_pattern="GAAG",
+        ),
+    ),
     "PP4 a mixer for each layer": ("Ett|tt|tt|ttL", 4, 1, dict(self_decoder="SMRG")),
 }
 # What changes the model, not only how it is computed.
 OF_THE_MODEL = (
     "self_decoder",
     "num_self_decoder_layers",
+    "cross_decoder_pattern",
     "shared_kv_sets",
     "shared_kv_sources",
     "qk_layernorm",
