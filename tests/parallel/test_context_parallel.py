@@ -134,6 +134,14 @@ def test_other_mixers(mesh: str, kind: str, documents: bool, one_process) -> Non
     check(mesh, FLOAT64 | dict(self_decoder=kind), documents, one_process)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "kind", "documents"),
+    [("TP2 CP2 SP", "SMSS", True), ("PP2 CP2 uneven", "RSSS", True), ("CP4", "gated_delta_net", False)],
+)
+def test_memory_units(mesh: str, kind: str, documents: bool, one_process) -> None:
+    check(mesh, FLOAT64 | dict(self_decoder=kind, cross_decoder_pattern="GAGA"), documents, one_process)
+
+
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 def test_float32(kind: str, one_process) -> None:
     check("CP2", dict(self_decoder=kind), True, one_process)

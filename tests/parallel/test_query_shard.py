@@ -82,7 +82,8 @@ CASES = [
     ("TP2 CP2 SP queries travel", RETENTION, "answers", False),
     ("PP2 CP2 queries travel", WINDOW, "random", False),
 ]
-# The same with several sets of K,V, for the four layers of the cross-decoder, or with K,V of these sources.
+# The same with several sets of K,V, for the four layers of the cross-decoder, with K,V of these sources, or with gated
+# memory units.
 SEVERAL_SETS = [
     (2, "recompute full", RETENTION, "answers", True),
     (2, "TP2 SP", RETENTION, "answers", True),
@@ -95,6 +96,10 @@ SEVERAL_SETS = [
     (4, "TP2 PP2 SP", WINDOW, "random", False),
     ((1, 4), "PP2 VP2", RETENTION, "answers", True),
     ((1, 2), "TP2 PP2 SP early split", RETENTION, "answers", True),
+    ("AGGA", "PP2 VP2", "RSSS", "answers", True),
+    ("GAGA", "TP2 CP2 SP", "SMSS", "answers", True),
+    ("GAGA", "TP2 PP2 SP", "gated_delta_net", "suffix", False),
+    ("GAGA", "recompute all but attention", "SMSS", "suffix", False),
 ]
 
 
@@ -112,12 +117,12 @@ def masks() -> dict[str, torch.Tensor]:
 
 
 def step(
-    kv_sets: int | tuple[int, ...], mesh: str, kind: str, where: str, documents: bool, only_queries: bool
+    kv_sets: int | tuple[int, ...] | str, mesh: str, kind: str, where: str, documents: bool, only_queries: bool
 ) -> list[dict]:
     layout, pp, tp, cp, overrides = MESHES[mesh]
     vp = (layout.count("|") + 1) // pp
-    of_kv = dict(shared_kv_sets=kv_sets) if isinstance(kv_sets, int) else dict(shared_kv_sources=kv_sets)
-    model = FLOAT64 | dict(self_decoder=kind) | of_kv | overrides
+    field = {int: "shared_kv_sets", tuple: "shared_kv_sources", str: "cross_decoder_pattern"}[type(kv_sets)]
+    model = FLOAT64 | {"self_decoder": kind, field: kv_sets} | overrides
     given = model, layout, False, MICROBATCHES, False, documents, masks()[where], only_queries
     return run_world(tp * pp * cp, pipeline_step, *given, tp=tp, pp=pp, cp=cp, vp=vp if vp > 1 else None)
 
@@ -127,7 +132,7 @@ def everywhere():
     """The reference: one process computes all positions and masks the loss."""
     done: dict = {}
 
-    def found(kv_sets: int | tuple[int, ...], *case) -> dict[str, torch.Tensor]:
+    def found(kv_sets: int | tuple[int, ...] | str, *case) -> dict[str, torch.Tensor]:
         if (kv_sets, *case) not in done:
             done[kv_sets, *case] = step(kv_sets, "one process", *case, only_queries=False)[0]
         return done[kv_sets, *case]
@@ -139,7 +144,7 @@ def everywhere():
     ("kv_sets", "mesh", "kind", "where", "documents"), [*((1, *case) for case in CASES), *SEVERAL_SETS]
 )
 def test_equals_the_whole_computation(
-    kv_sets: int | tuple[int, ...], mesh: str, kind: str, where: str, documents: bool, everywhere
+    kv_sets: int | tuple[int, ...] | str, mesh: str, kind: str, where: str, documents: bool, everywhere
 ) -> None:
     reference = everywhere(kv_sets, kind, where, documents)
     results = step(kv_sets, mesh, kind, where, documents, only_queries=True)
