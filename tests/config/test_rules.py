@@ -83,6 +83,13 @@ MISTAKES = {
         {"shared-kv-sources": "1 2", "shared-kv-sets": 1},
         ["shared-kv-sets 1", "shared-kv-sources 2"],
     ),
+    "a pattern of units for other layers": (
+        {"cross-decoder-pattern": "AGA"},
+        ["cross-decoder-pattern AGA", "cross-decoder 2 layers"],
+    ),
+    "an unknown layer of the cross-decoder": ({"cross-decoder-pattern": "AM"}, ["cross-decoder-pattern AM", "letters"]),
+    "K,V that nothing reads": ({**RETENTION, "cross-decoder-pattern": "GG"}, ["cross-decoder-pattern GG", "attend"]),
+    "units without a memory": ({"cross-decoder-pattern": "GA"}, ["sliding_window has a memory", "recurrent"]),
     "no K,V": ({"shared-kv-sets": 0}, ["shared-kv-sets 0", "at least 1"]),
     "groups of retention": (
         {**RETENTION, "self-decoder-query-groups": 2},
@@ -208,6 +215,7 @@ IN_PYTHON = {
     "--num-query-groups": {"num_query_groups": 3},
     "--shared-kv-sets": {"shared_kv_sets": 3},
     "--shared-kv-sources": {"shared_kv_sources": [0, 1]},
+    "--cross-decoder-pattern": {"cross_decoder_pattern": ""},
     "--self-decoder-window": {"self_decoder_window": 0},
     "--loss-chunk-size": {"loss_chunk_size": -1},
     "--recompute-elementwise": {"recompute_elementwise": True, "fp8": "hybrid"},

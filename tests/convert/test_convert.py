@@ -42,7 +42,10 @@ QK_NORM = ["--qk-layernorm", "--add-qkv-bias"]
 RUNS = {
     "TP1, retention, tied": (1, []),
     "TP2, windows and retention, two sets of K,V, untied": (2, [*TP2, *MIXED, *UNTIED, *TWO_SETS]),
-    "TP2, Mamba-2 and gated DeltaNet, untied": (2, [*TP2, *MAMBA2, "--self-decoder-pattern", "GM", *UNTIED]),
+    "TP2, Mamba-2 and gated DeltaNet, a gated memory unit, untied": (
+        2,
+        [*TP2, *MAMBA2, "--self-decoder-pattern", "GM", "--cross-decoder-pattern", "GA", *UNTIED],
+    ),
     "PP2, retention, untied, multi-token prediction": (2, [*PP2, *UNTIED, "--mtp-num-layers", "2"]),
     "PP2, windows, tied": (2, [*PP2, *WINDOWS]),
     "TP2, retention, untied": (2, [*TP2, *UNTIED, "--sequence-parallel"]),
@@ -284,6 +287,7 @@ def test_every_field_has_its_place():
     of_model = {
         *config_fields.SAME.values(),
         *config_fields.SOURCES,
+        *config_fields.UNITS,
         *config_fields.OF_MIXERS,
         *config_fields.MULTI_TOKEN,
     }

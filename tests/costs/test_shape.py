@@ -87,8 +87,17 @@ def test_parameters_are_those_of_a_model_that_is_built(one_process):
         sizes = dict(self_decoder=kind, shared_kv_sets=2, self_decoder_heads=4, kv_channels=12, self_decoder_head_dim=6)
         norms, biases = {"qk_layernorm": True}, {"add_qkv_bias": True}
         sources = {"shared_kv_sources": (1, 2)}
-        for more in ({}, norms, biases, norms | biases, {"mtp_num_layers": 2}, norms | sources):
-            model = build(tiny_config(**sizes, **more))
+        units = dict(num_layers=6, num_self_decoder_layers=2, shared_kv_sets=1, cross_decoder_pattern="GAGA", **norms)
+        for more in (
+            *([units | {"mtp_num_layers": 1}] if kind == "gated_retention" else []),
+            {},
+            norms,
+            biases,
+            norms | biases,
+            {"mtp_num_layers": 2},
+            norms | sources,
+        ):
+            model = build(tiny_config(**sizes | more))
             c = model.config
             names = [field.name for field in fields(ModelShape) if hasattr(c, field.name)]
             ours = ModelShape(

@@ -35,6 +35,9 @@ WRONG = [
     ("shared_kv_sources", [3]),
     ("shared_kv_sources", []),
     ("shared_kv_sources", [1.0]),
+    ("cross_decoder_pattern", "A"),
+    ("cross_decoder_pattern", "AB"),
+    ("cross_decoder_pattern", "GG"),
     ("sliding_window", -1),
     ("sliding_window", 0),
     ("sliding_window", 1),  # see the comment at the field

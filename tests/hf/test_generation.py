@@ -28,6 +28,7 @@ MODELS["K,V of two sources"] = dict(
     shared_kv_sources=[1, 3],
 )
 MODELS["a mixer for each layer"] = dict(self_decoder="RSM", num_hidden_layers=6)
+MODELS["gated memory units"] = dict(self_decoder="RMS", num_hidden_layers=6, cross_decoder_pattern="GAG")
 MODELS["gated DeltaNet"] = dict(self_decoder="RGG", num_hidden_layers=6)
 
 

@@ -55,12 +55,15 @@ def test_attention_implementations(kind: str, implementation: str, generator: to
 
 
 @pytest.mark.parametrize(
-    ("kind", "sets"), [*((kind, 1) for kind in SELF_DECODERS), ("sliding_window", 2), ("mamba2", 1), ("GR", 1)]
+    ("kind", "sets"),
+    [*((kind, 1) for kind in SELF_DECODERS), ("sliding_window", 2), ("mamba2", 1), ("GR", 1), ("MS GA", 1)],
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients(kind: str, sets: int, reentrant: bool, generator: torch.Generator) -> None:
     """Loss and gradients equal the trainer's, plain and with gradient checkpointing."""
-    ours = build(tiny_config(self_decoder=kind, shared_kv_sets=sets, qk_layernorm=sets > 1, add_qkv_bias=sets > 1))
+    kind, _, pattern = kind.partition(" ")
+    both = dict(qk_layernorm=sets > 1, add_qkv_bias=sets > 1, cross_decoder_pattern=pattern or None)
+    ours = build(tiny_config(self_decoder=kind, shared_kv_sets=sets, **both))
     tokens, _ = random_batch(generator)
     model = twin(ours).train()
     ours(tokens[:, :-1], labels=tokens[:, 1:].contiguous()).mean().backward()

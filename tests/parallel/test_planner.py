@@ -15,6 +15,7 @@ from yoco_megatron.costs.stage_time import (
     Seconds,
     kv_sets_arriving,
     kv_sets_read,
+    memory_of_stages,
     part_seconds,
     part_seconds_of_run,
     stage_gflop,
@@ -149,6 +150,26 @@ def test_where_sets_of_several_sources_are() -> None:
     assert count["shared_kv"] == 2 * (256 + 2 * 256 * model.kv_width)  # a norm and two sets each
     times = planner.layer_seconds(8, 4, seconds, (1, 3))
     assert times[2] - times[1] == pytest.approx(seconds["shared_kv"])
+
+
+def test_where_the_memory_of_units_is() -> None:
+    """From behind layer 1, the last recurrent one, to the unit 6; K,V of layer 3 to the last that attends, 7, or 5."""
+    model = shape(self_decoder="RRSS", cross_decoder_pattern="AGGA")
+    cuts = StagePlan.of(model, [1, 1, 2, 2, 1, 1])
+    assert [cuts.stage(g).memory_in for g in range(6)] == [False, False, True, True, True, False]
+    assert [cuts.stage(g).memory_out for g in range(6)] == [False, True, True, True, False, False]
+    assert memory_of_stages(cuts.parts(), model) == [(g == 1, cuts.stage(g).memory_in) for g in range(6)]
+    assert [len(cuts.kv_arriving(g)) for g in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [len(sets) for sets in kv_sets_read(cuts.parts(), model)] == [0, 0, 0, 1, 1, 1]
+    at_ends = shape(self_decoder="RRSS", cross_decoder_pattern="GAGG")
+    cuts = StagePlan.of(at_ends, [4, 1, 1, 1, 1])
+    assert [len(cuts.kv_arriving(g)) for g in range(5)] == [len(of) for of in kv_sets_arriving(cuts.parts(), at_ends)]
+    assert [len(cuts.kv_arriving(g)) for g in range(5)] == [0, 1, 1, 0, 0] and cuts.kv_reads == 1
+    assert [len(sets) for sets in kv_sets_read(cuts.parts(), at_ends)] == [0, 0, 1, 0, 0]
+    assert sum(cuts.memory_arrives(g) for g in range(5)) == 4
+    text = planner.table(StagePlan.of(model, [4, 4]), model, part_seconds(model), 2, 8, 2, 2)
+    # Hidden states, K,V, and the memory of 2 heads of width 128.
+    assert f"{2 * 512 * (256 + 256 + 256) * 2 / 1e6:.2f}" in text.splitlines()[-1]
 
 
 def flags(**changes) -> Namespace:

@@ -45,6 +45,7 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_gate.layer_norm_weight": "input_layernorm.weight",
     ".linear_kv.layer_norm_weight": ".layernorm.weight",
 }
 

@@ -6,8 +6,8 @@ tau, RoPE frequencies, a norm of its own for K,V). Matrices multiply from the ri
 Of several sets of K,V (`kv_sets`) each is read by an equal group of neighbouring layers; `kv_sources` says behind how
 many layers they are projected, equally many each.
 
-Gated memory units (`cross_pattern`, a G): arXiv 2507.06607, y = (m * silu(x W1)) W2 with m what the last recurrent layer
-of the self-decoder reads from its state, before its own gate: normalised where its norm comes before the gate.
+Gated memory units (`cross_pattern`, a G): arXiv 2507.06607, y = (m * silu(x W1)) W2 with m what the last recurrent
+layer of the self-decoder reads from its state, before its own gate: normalised where its norm comes before the gate.
 
 Legend: B batch, T tokens, d hidden, H query heads, G K,V heads, D head width. Rotary angles, their sines and cosines
 are fp32 as in the authors' code, everything else is float64.
@@ -95,7 +95,7 @@ def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, window: int | None
 
 
 def retention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """(output, memory). S_t = gamma_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, token by token; gamma_t = sigmoid(x_t w)^(1/tau)."""
+    """(output, memory): S_t = gamma_t S_{t-1} + k_t^T v_t, o_t = q_t S_t; gamma_t = sigmoid(x_t w)^(1/tau)."""
     H = sizes.self_heads
     q, k, v = (heads(x @ w[f"{name}.{m}"].T, H) for m in "qkv")
     q, k = rope(q, sizes), rope(k, sizes) / q.shape[-1] ** 0.5
@@ -121,7 +121,7 @@ def window_attention(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Te
 
 
 def gated_delta_net(x: Tensor, w: Weights, name: str, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """(output, memory). S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t / sqrt(D), token by token (2412.06464)."""
+    """(output, memory): S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t / sqrt(D) (2412.06464)."""
     q, k, v = (heads(short_convolution(x @ w[f"{name}.{m}"].T, w[f"{name}.{m}_conv"]), sizes.self_heads) for m in "qkv")
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     b_BTH = torch.sigmoid(x @ w[f"{name}.beta"].T)

@@ -35,6 +35,7 @@ SWITCHES = ("rope_variant", "rotary_base", *ROPE_SCALING, "scale_embedding", "de
 ALWAYS_WAS = {
     "shared_kv_sets": 1,
     "shared_kv_sources": None,
+    "cross_decoder_pattern": None,
     "qk_layernorm": False,
     "add_qkv_bias": False,
     "mtp_num_layers": 0,

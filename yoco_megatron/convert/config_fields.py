@@ -43,6 +43,8 @@ SAME = {
 }
 # The same of a model with K,V of other layers than the self-decoder's last.
 SOURCES = {"shared_kv_sources": "shared_kv_sources"}
+# The same of a model with gated memory units.
+UNITS = {"cross_decoder_pattern": "cross_decoder_pattern"}
 # The same that are options of mixers, and fields of a model that has one of them.
 OF_MIXERS = {name: name for name in ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim", "mamba_num_groups")}
 # The same of a model with experts.
@@ -75,6 +77,7 @@ def arguments_of(model: Any) -> dict[str, str]:
     unused = options_of_others(model.self_decoder)
     of_mixers = {field: dest for field, dest in OF_MIXERS.items() if dest not in unused}
     sources = SOURCES if getattr(model, "shared_kv_sources", None) else {}
+    sources |= UNITS if getattr(model, "cross_decoder_pattern", None) else {}
     return SAME | sources | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 
@@ -238,6 +241,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "mixture of experts": config.num_experts is not None,
         "second set of shared K,V": config.shared_kv_sets > 1,
         "shared K,V of an earlier layer": config.shared_kv_sources is not None,
+        "gated memory unit": config.cross_decoder_pattern is not None,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
         "scaled RoPE": config.use_rope_scaling,

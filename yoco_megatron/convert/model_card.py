@@ -67,6 +67,7 @@ def model_card(source: Source, dtype: str) -> str:
         f"{config.num_key_value_heads} K,V heads",
         "shared K,V sets": str(config.shared_kv_sets)
         + (f", of layers {', '.join(map(str, config.kv_names))}" if config.shared_kv_sources else ""),
+        **({"cross-decoder layers": pattern} if (pattern := config.cross_decoder_pattern) else {}),
         **({"queries and keys": "RMSNorm of each head before RoPE, in softmax attention"} if config.qk_norm else {}),
         **({"biases": "of queries, keys and values, in softmax attention"} if config.qkv_bias else {}),
         "vocabulary": f"{config.vocab_size:,} rows",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yoco_megatron.config.memory_units import is_memory_unit
 from yoco_megatron.convert.config_fields import sizes
 from yoco_megatron.mixers import Mixer, mixer_of_layer
 from yoco_megatron.mixers.record import FusedMatrix, Shape
@@ -36,7 +37,10 @@ def shapes(config: Any) -> dict[str, Shape]:
             found |= {f"model.{kv_name}.{name}": shape for name, shape in of_kv.items()}
         layer: dict[str, Shape] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
         tensors = cross_tensors
-        if index < split_layer:
+        if is_memory_unit(config, index):
+            memory = config.memory_width
+            tensors = {"in_proj.weight": (memory, h), "out_proj.weight": (h, memory)}
+        elif index < split_layer:
             tensors = _of_mixer(config, mixer_of_layer(config.self_decoder, index))
         layer |= {f"mixer.{name}": shape for name, shape in tensors.items()}
         layer |= _of_experts(config) if config.layers_with_experts[index] else _of_mlp("mlp.", h, ffn)
@@ -169,8 +173,11 @@ def megatron(config: Any) -> list[Fused]:
         fused = [FusedMatrix("linear_q", ("q_proj",))]
         fused_norm: str | None = "linear_q"
         is_attention = True
-        vectors: set[str] = set()
-        if not cross:
+        output, vectors = "o_proj", set[str]()
+        if is_memory_unit(config, index):
+            fused, fused_norm, is_attention = [FusedMatrix("linear_gate", ("in_proj",))], "linear_gate", False
+            output = "out_proj"
+        elif not cross:
             mixer = mixer_of_layer(config.self_decoder, index)
             fused, fused_norm = mixer.fused(sizes(config)), mixer.fused_norm
             is_attention, vectors = mixer.is_softmax_attention, {*mixer.vectors(sizes(config))}
@@ -188,7 +195,7 @@ def megatron(config: Any) -> list[Fused]:
             add("self_attention.q_layernorm.weight", "mixer.q_norm")
         if config.qk_norm and is_attention and not cross:
             add("self_attention.k_layernorm.weight", "mixer.k_norm")
-        add("self_attention.linear_proj.weight", "mixer.o_proj")
+        add("self_attention.linear_proj.weight", f"mixer.{output}")
         if config.layers_with_experts[index]:
             entries.extend(_megatron_experts(config, ours, theirs))
             continue

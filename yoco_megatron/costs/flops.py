@@ -51,7 +51,7 @@ def layer_flops_per_token(shape: ModelShape, queries: Queries | None = None) -> 
     if shape.architecture == "transformer":
         mixing = {"decoder": 4 * width * mean_visible_keys(shape.seq_length)}
     else:
-        mixing = {"cross_decoder": causal_attention}
+        mixing = {"cross_decoder": shape.attention_share * causal_attention}
         mixing["self_decoder"] = shape.mean(lambda mixer: mixer.mixing_flops(shape))
         mixing["mtp"] = shape.mtp_num_layers * causal_attention
     return {

@@ -9,13 +9,15 @@ In a step each layer stores what its backward pass reads (e bytes a value, h hid
     input, two norms' outputs, input of the FFN   4 h e
     FFN: gate, up, their product                  3 F e
     mixer                                         its record's; cross attention 2 H D e + 4 H: queries, outputs, sums
+    gated memory unit                             2 W e: its gate, and the product with a memory of W values
     --qk-layernorm                                D e + 4 for each head of queries and keys of softmax attention
     full recompute                                its input h e, and what --keep-cross-attention stores
 
 Behind the shared K,V only the positions that are computed count. Each set of K,V that a stage reads is stored once, of
-the whole sequence with context parallelism, and its gradient is an fp32 buffer as long, of one set at a time. The peak
-is the largest of all moments at which a backward pass may begin (`in_flight`) with what that pass adds: the loss; the
-first layer of the cross-decoder; the first of the self-decoder, when all that the cross-decoder stored is free.
+the whole sequence with context parallelism, and its gradient is an fp32 buffer as long, of one set at a time; the
+memory of units likewise, of this rank's tokens alone, and the layer that makes it is not recomputed. The peak is the
+largest of all moments at which a backward pass may begin (`in_flight`) with what that pass adds: the loss; the first
+layer of the cross-decoder; the first of the self-decoder, when all that the cross-decoder stored is free.
 Measured rows beside it: tests/costs/test_measured.py. Not counted: allocator, CUDA, NCCL.
 """
 
@@ -28,6 +30,7 @@ from operator import mul
 from typing import Any
 
 from yoco_megatron.config.kv_sets import sources_of
+from yoco_megatron.config.memory_units import memory_width
 from yoco_megatron.costs.optimizer import bytes_of_a_parameter, is_distributed
 from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters
 from yoco_megatron.costs.stage_time import (
@@ -35,6 +38,7 @@ from yoco_megatron.costs.stage_time import (
     held_parameters,
     kv_sets_arriving,
     kv_sets_read,
+    memory_of_stages,
     of_rank,
     recomputed_layers,
     stage_parameters,
@@ -79,7 +83,7 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
 
 def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> Memory:
     """The same of a known shape; of ranks that hold the same the first one has the most in flight."""
-    pp, sets = args.pipeline_model_parallel_size, _kv_sets(stages, shape)
+    pp, sets = args.pipeline_model_parallel_size, _shared(stages, shape)
     distinct: dict[Any, int] = {}
     for rank in range(pp):
         distinct.setdefault((*(tuple(stage.items()) for stage in stages[rank::pp]), *sets[rank::pp]), rank)
@@ -92,16 +96,17 @@ def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) 
 
 def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
     """Memory of each pipeline rank."""
-    pp, sets = args.pipeline_model_parallel_size, _kv_sets(stages, shape)
+    pp, sets = args.pipeline_model_parallel_size, _shared(stages, shape)
     return [
         _memory(args, shape, stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
         for rank in range(pp)
     ]
 
 
-def _kv_sets(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[range, range]]:
-    """Of each stage the sets of K,V that it reads, and those that enter it."""
-    return list(zip(kv_sets_read(stages, shape), kv_sets_arriving(stages, shape)))
+def _shared(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[range, range, tuple[bool, bool]]]:
+    """Of each stage the sets of K,V that it reads, and those that enter it; and of the memory of units, see
+    `memory_of_stages`."""
+    return list(zip(kv_sets_read(stages, shape), kv_sets_arriving(stages, shape), memory_of_stages(stages, shape)))
 
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
@@ -178,10 +183,10 @@ def _memory(
     args: Namespace,
     shape: ModelShape,
     chunks: Sequence[Parts],
-    sets: Sequence[tuple[range, range]],
+    sets: Sequence[tuple[range, range, tuple[bool, bool]]],
     moments: Sequence[tuple[Sequence[int], int]],
 ) -> Memory:
-    """Of a rank that holds `chunks`, with the `_kv_sets` of each, at the fullest of the `in_flight` moments."""
+    """Of a rank that holds `chunks`, with what is `_shared` of each, at the fullest of the `in_flight` moments."""
     tp, cp, e = args.tensor_model_parallel_size, args.context_parallel_size, _bytes_of_a_value(args)
     tokens = args.seq_length * args.micro_batch_size / cp
     rows = tokens * shape.query_share  # behind the shared K,V
@@ -195,6 +200,7 @@ def _memory(
     again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
     normed_k = shape.sets_of_source * _normed(shape, e, shape.num_query_groups, shape.kv_channels)
+    memory = memory_width(shape) / tp
     arrived_kv = tokens * shape.kv_width / tp if args.pipeline_model_parallel_size > 1 else 0.0
     of_teacher = teacher_shape(args, shape)
     teacher = of_teacher and TeacherMemory(args, shape, of_teacher, e)
@@ -209,7 +215,7 @@ def _memory(
         each = layer["cross_decoder"] + 3 * e * rows * shape.hidden_size / split + own_kv
         return {"mtp": shape.mtp_num_layers * each}
 
-    def of_chunk(chunk: Parts, read: range, arriving: range) -> dict[str, float]:
+    def of_chunk(chunk: Parts, read: range, arriving: range, of_memory: tuple[bool, bool]) -> dict[str, float]:
         """Stored for one micro-batch."""
         arrived = shape.shared_kv_sets - read.start if read else len(arriving)
         layers = {}
@@ -217,6 +223,10 @@ def _memory(
             count = chunk.get(kind, 0)
             recomputed = recomputed_layers(args, count)
             layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
+            if kind == "self_decoder" and of_memory[0] and recomputed:  # its source is not
+                layers[kind] += plain[kind] - again[kind]
+        if any(of_memory):
+            layers["memory of units"] = e * memory * (tokens if chunk.get("self_decoder") else rows)
         return layers | {
             "shared K,V": tokens * (2 * e * shape.hidden_size / split + normed_k / tp) * chunk.get("shared_kv", 0)
             + e * (len(read) * read_kv + arrived * arrived_kv),
@@ -236,7 +246,7 @@ def _memory(
             recomputed = recomputed_layers(args, count)
             # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
             free = sizes.get("cross_decoder", 0.0) if kind == "self_decoder" else 0.0
-            gradient = 4 * read_kv if kind == "cross_decoder" else 0.0
+            gradient = 4 * (read_kv + memory * rows) if kind == "cross_decoder" else 0.0
             if count > recomputed:
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
                 peak = max(peak, loss + layer + gradient - free)
@@ -259,7 +269,9 @@ def _memory(
     for name in dict.fromkeys(name for sizes in each for name in sizes):
         parts[name] = sum(count * sizes.get(name, 0.0) for count, sizes in zip(begun, each))
     most = shape.shared_kv_sets if shape.architecture == "yoco" else 0
-    crossing = e * (tokens * shape.hidden_size / split + most * arrived_kv) if len(chunks) > 1 else 0.0
+    crossing = (
+        e * (tokens * shape.hidden_size / split + most * arrived_kv + tokens * memory) if len(chunks) > 1 else 0.0
+    )
     crossing += teacher.crossing(tokens, split) if teacher and crossing else 0.0
     return Memory(parts | {"loss and layer in backward": extra[active], "crossing stages": EXCHANGED * crossing})
 
@@ -328,7 +340,9 @@ def _mixer_bytes(args: Namespace, shape: ModelShape, kind: str) -> float:
     attention = 2 * queries + 4 * heads + _normed(shape, e, heads, shape.kv_channels)
     if kind == "decoder":
         return attention + e * shape.kv_width + _normed(shape, e, shape.num_query_groups, shape.kv_channels)
-    return attention + _lays_out(args) * queries
+    of_units = 2 * e * memory_width(shape)  # the gate, and the product; the memory once for all
+    share = shape.attention_share
+    return share * (attention + _lays_out(args) * queries) + (1 - share) * of_units
 
 
 def _halos(args: Namespace, shape: ModelShape) -> float:
@@ -407,7 +421,7 @@ def _stored_attention(args: Namespace, shape: ModelShape) -> float:
     (model/layers/recompute.py)."""
     if args.architecture != "yoco" or not args.keep_cross_attention:
         return 0.0
-    heads = shape.num_attention_heads
+    heads = shape.num_attention_heads * shape.attention_share
     return heads * (1 + _lays_out(args)) * _bytes_of_a_value(args) * shape.kv_channels + 4 * heads
 
 

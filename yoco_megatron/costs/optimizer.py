@@ -6,6 +6,7 @@ Muon and Lion have the matrices of layers alone; Adam has all else.
 
 from argparse import Namespace
 
+from yoco_megatron.config.memory_units import memory_width
 from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, stage_parameters
@@ -60,8 +61,11 @@ def layer_matrices(shape: ModelShape) -> dict[str, Matrices]:
     for mixer, share in mixers_in(shape.self_decoder).items():
         logits = {name for matrix in mixer.fused(shape) if matrix.is_logits for name in matrix.names}
         own = _sum([size for name, size in mixer.tensors(shape).items() if name not in logits], own, share)
-    cross = _sum([(q, d), (d, q)], _ffn(shape, "cross_decoder"))
-    mtp = _sum([(d, 2 * d)], cross)
+    ffn, share, memory = _ffn(shape, "cross_decoder"), shape.attention_share, memory_width(shape)
+    cross = _sum([(q, d), (d, q)], ffn, share)
+    if memory:
+        cross = _sum([(memory, d), (d, memory)], cross, 1 - share)
+    mtp = _sum([(d, 2 * d), (q, d), (d, q)], ffn)
     return {
         "self_decoder": own,
         "shared_kv": {(kv, d): 2.0 * shape.sets_of_source},

@@ -8,6 +8,7 @@ K,V heads of width D, V vocabulary):
     shared K,V    n 2 d g D + m d                  (two projections for each of n sets, one in a YOCO, and a norm for
                                                     each of their m sources, one in a YOCO)
     cross layer   2 d h D + 3 d F + 2 d            (queries and output only)
+    memory unit   2 d W + 3 d F + 2 d              (a cross layer of --cross-decoder-pattern, W the width of the memory)
     multi-token   2 d^2 + 2 d + a cross layer, for each (--mtp-num-layers)
     transformer   2 d h D + 2 d g D + 3 d F + 2 d  (the Llama-style baseline: each layer has its own K,V)
     final norm    d
@@ -18,8 +19,8 @@ with --add-qkv-bias one for each row of its q, k, v.
 
 In a layer with E experts of width W, of which a token goes through k, the FFN's 3 d F is 3 d W E and the router's d E,
 and 3 d S of a shared expert (another d with a gate); of these a token reads 3 d W k + d E + 3 d S. Where only some
-layers have experts (--moe-layer-freq), or layers of the self-decoder have several mixers, what is said of one layer is
-the mean over those of its kind.
+layers have experts (--moe-layer-freq), or layers of the self-decoder have several mixers, or some of the cross-decoder
+are memory units, what is said of one layer is the mean over those of its kind.
 """
 
 from argparse import Namespace
@@ -31,6 +32,7 @@ from typing import Any, Literal, Self
 
 from yoco_megatron.config import experts
 from yoco_megatron.config.kv_sets import sources_of
+from yoco_megatron.config.memory_units import attention_layers, memory_width
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
 from yoco_megatron.mixers import Mixer, mean_over_layers
@@ -76,6 +78,8 @@ class ModelShape:
     """K,V that groups of cross-decoder layers share; `num_query_groups` and `kv_channels` are those of each."""
     shared_kv_sources: tuple[int, ...] | None = None
     """Layers of the self-decoder that they are projected from, from 1; None for its last."""
+    cross_decoder_pattern: str | None = None
+    """A letter for each layer of the cross-decoder (`config.memory_units`); None if all attend."""
     qk_layernorm: bool = False
     """Softmax attention has a norm of its queries and one of its keys, over the width of a head."""
     add_qkv_bias: bool = False
@@ -105,6 +109,11 @@ class ModelShape:
     def num_cross_decoder_layers(self) -> int:
         """Layers that read the shared K,V (0 for a transformer, which has none)."""
         return self.num_layers - self.num_self_decoder_layers if self.architecture == "yoco" else 0
+
+    @property
+    def attention_share(self) -> float:
+        """Of the cross-decoder's layers, those that attend to the shared K,V."""
+        return attention_layers(self) / max(1, self.num_cross_decoder_layers)
 
     @property
     def kv_width(self) -> int:
@@ -192,12 +201,12 @@ def layer_matmul_parameters(shape: ModelShape, active: bool = False) -> Mapping[
     if shape.architecture == "transformer":
         return {"decoder": q_and_out + k_and_v + _ffn_parameters(shape, "decoder", active)}
     mixer = shape.mean(lambda mixer: mixer.matmul_parameters(shape))
-    cross = q_and_out + _ffn_parameters(shape, "cross_decoder", active)
+    of_ffn, share = _ffn_parameters(shape, "cross_decoder", active), shape.attention_share
     return {
         "self_decoder": mixer + _ffn_parameters(shape, "self_decoder", active),
         "shared_kv": shape.sets_of_source * k_and_v,
-        "cross_decoder": cross,
-        **_mtp(shape, 2 * d * d + cross),
+        "cross_decoder": share * q_and_out + (1 - share) * 2 * d * memory_width(shape) + of_ffn,
+        **_mtp(shape, 2 * d * d + q_and_out + of_ffn),
     }
 
 
@@ -246,7 +255,8 @@ def active_parameters(shape: ModelShape) -> int:
 def layer_linear_values(shape: ModelShape) -> dict[str, float]:
     """Values a token of the inputs and outputs of one layer's linear layers: what FP8 casts, forward and backward."""
     d, queries = shape.hidden_size, shape.num_attention_heads * shape.kv_channels
-    attention = 2 * (d + queries)
+    attention, share = 2 * (d + queries), shape.attention_share
+    unit = 2 * (d + memory_width(shape))
 
     def ffn(kind: str) -> float:
         return 2 * d + 3 * shape.ffn_width(kind)
@@ -255,7 +265,10 @@ def layer_linear_values(shape: ModelShape) -> dict[str, float]:
         return {"decoder": attention + shape.kv_width + ffn("decoder")}
     # All matrices of a mixer read or write the hidden states.
     outputs = shape.mean(lambda mixer: mixer.matmul_parameters(shape)) / d
-    return {"self_decoder": outputs + 2 * d + ffn("self_decoder"), "cross_decoder": attention + ffn("cross_decoder")}
+    return {
+        "self_decoder": outputs + 2 * d + ffn("self_decoder"),
+        "cross_decoder": share * attention + (1 - share) * unit + ffn("cross_decoder"),
+    }
 
 
 @cache
@@ -278,7 +291,7 @@ def layer_vectors(shape: ModelShape) -> Mapping[str, float]:
     return {
         "self_decoder": 2 * d + shape.mean(of_mixer),
         "shared_kv": d + shape.sets_of_source * of_attention(0, shape.kv_width, width),
-        "cross_decoder": 2 * d + of_attention(queries, 0, width),
+        "cross_decoder": 2 * d + shape.attention_share * of_attention(queries, 0, width),
         **_mtp(shape, 4 * d + of_attention(queries, 0, width)),
     }
 

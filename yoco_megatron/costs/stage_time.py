@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from yoco_megatron.config.kv_sets import layers_of_sets, sets_arriving, sources_of
+from yoco_megatron.config.memory_units import memory_cuts
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, layer_linear_values, parameter_count, routed_parameters
 from yoco_megatron.mixers import Mixer
@@ -133,14 +134,12 @@ def stage_seconds(parts: Parts, seconds: Seconds) -> float:
 
 def kv_sets_read(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
     """The sets of K,V that each stage reads, counted from 0; `stages` in the order that a micro-batch visits them."""
-    sets, layers = shape.shared_kv_sets, shape.num_cross_decoder_layers
-    edges = accumulate((stage.get("cross_decoder", 0) for stage in stages), initial=0)
-    read = [
-        range(first * sets // layers, (last - 1) * sets // layers + 1) if first < last else range(0)
-        for first, last in pairwise(edges)
-    ]
-    if not read[-1] and stages[-1].get("mtp"):
-        read[-1] = range(sets - 1, sets)
+    held = [stage.get("cross_decoder", 0) for stage in stages]
+    held[-1] += shape.mtp_num_layers if stages[-1].get("mtp") else 0
+    readers, read = _layers_of_sets(shape), []
+    for first, last in pairwise(accumulate(held, initial=shape.num_self_decoder_layers)):
+        here = [number for number, layers in enumerate(readers) if max(first, layers.start) < min(last, layers.stop)]
+        read.append(range(here[0], here[-1] + 1) if here else range(0))
     return read
 
 
@@ -148,10 +147,23 @@ def kv_sets_arriving(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
     """The sets of K,V that enter each stage from the one before."""
     if shape.architecture == "transformer":
         return [range(0)] * len(stages)
+    return [sets_arriving(_cuts(stages), sources_of(shape), _layers_of_sets(shape), g) for g in range(len(stages))]
+
+
+def memory_of_stages(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[bool, bool]]:
+    """(whether the memory of gated memory units is made in a stage, whether it enters it from the one before)."""
+    crossed = memory_cuts(shape)
+    return [(first < crossed.start <= last, first in crossed) for first, last in pairwise(_cuts(stages))]
+
+
+def _layers_of_sets(shape: ModelShape) -> list[range]:
+    split_layer, pattern = shape.num_self_decoder_layers, shape.cross_decoder_pattern
+    return layers_of_sets(shape.num_layers, split_layer, shape.shared_kv_sets, shape.mtp_num_layers, pattern)
+
+
+def _cuts(stages: Sequence[Parts]) -> list[int]:
     layers = (stage.get("self_decoder", 0) + stage.get("cross_decoder", 0) for stage in stages)
-    cuts, split_layer = [*accumulate(layers, initial=0)], shape.num_self_decoder_layers
-    readers = layers_of_sets(shape.num_layers, split_layer, shape.shared_kv_sets, shape.mtp_num_layers)
-    return [sets_arriving(cuts, sources_of(shape), readers, g) for g in range(len(stages))]
+    return [*accumulate(layers, initial=0)]
 
 
 def of_rank(chunks: Sequence[Parts]) -> Parts:

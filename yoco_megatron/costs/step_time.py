@@ -28,6 +28,7 @@ from yoco_megatron.costs.stage_time import (
     kv_sets_arriving,
     kv_sets_read,
     loss_chunks,
+    memory_of_stages,
     of_rank,
     part_seconds_of_run,
     recomputed_layers,
@@ -115,9 +116,9 @@ def step_time(
     bubble = waiting(times, pp, count, forward)
     sends = 0.0
     if pp > 1:
-        # The boundary that most sets of K,V cross holds up the others.
-        kv_sets = max(map(len, kv_sets_arriving(stages, shape)))
-        size = boundary_bytes(shape, 1, BYTES, kv_sets) * tokens / tp
+        # The boundary that most crosses holds up the others.
+        crossing = zip(kv_sets_arriving(stages, shape), memory_of_stages(stages, shape))
+        size = max(boundary_bytes(shape, 1, BYTES, len(sets), arrives) for sets, (_, arrives) in crossing) * tokens / tp
         if teacher and not args.attention_transfer:
             size += BYTES * teacher.hidden_size * tokens / tp
         both_ways = 2 * card.link(args.world_size).seconds(size)

@@ -29,12 +29,15 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from yoco_megatron.config.memory_units import attention_layers, memory_width
 from yoco_megatron.costs.shape import ModelShape
 
 
-def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, kv_sets: int) -> int:
-    """Of the tensor that enters a pipeline stage: hidden states and so many sets of the shared K,V."""
-    return tokens * (shape.hidden_size + kv_sets * shape.kv_width) * bytes_per_value
+def boundary_bytes(shape: ModelShape, tokens: int, bytes_per_value: int, kv_sets: int, has_memory: bool = False) -> int:
+    """Of the tensor that enters a pipeline stage: hidden states, so many sets of the shared K,V, and the memory of
+    gated memory units or not."""
+    values = shape.hidden_size + kv_sets * shape.kv_width + (memory_width(shape) if has_memory else 0)
+    return tokens * values * bytes_per_value
 
 
 def recomputes_cross_attention(config: Any) -> bool:
@@ -64,7 +67,7 @@ def cross_attention_bytes(
     """
     others = (ranks - 1) / ranks * sequences
     width = sizes.kv_channels
-    rows = queries * sizes.num_attention_heads * sizes.num_cross_decoder_layers
+    rows = queries * sizes.num_attention_heads * attention_layers(sizes)
     forward, backward = (rows * (tensors * width * bytes_per_value + 4) for tensors in (2, 4))
     return {
         "keys": others * kv_reads * length * 2 * sizes.num_query_groups * width * (bytes_per_value + 4),

@@ -92,6 +92,10 @@ def check_transfer(args: Namespace, teacher: Teacher) -> None:
         ("--hidden-size", args.hidden_size, config.hidden_size),
     ):
         require(own == of_teacher, f"{name} goes layer by layer: {flag} {own} must be the teacher's {of_teacher}")
+    require(
+        args.cross_decoder_pattern is None,
+        f"{name} compares attention, which gated memory units have none of: remove --cross-decoder-pattern",
+    )
     require(not args.fp8, f"{name} is for bf16 and fp32: remove --fp8-format; distillation takes it")
     require(
         args.recompute_granularity != "full",

@@ -73,6 +73,7 @@ def teacher_config(student: YOCOConfig, teacher: Teacher, window: int) -> YOCOCo
         self_decoder_head_dim=sizes.head_dim,
         self_decoder_query_groups=groups,
         self_decoder_window=window,
+        cross_decoder_pattern=None,
         layernorm_epsilon=sizes.rms_norm_eps,
         qk_layernorm=teacher.qk_norm,
         add_qkv_bias=teacher.qkv_bias,
@@ -103,6 +104,7 @@ def build(
     length = student.max_sequence_length
     config = teacher_config(student.config, teacher, min(length, teacher.window or length))
     stage = replace(student.stage, kv_sources=(), kv_in=range(0), kv_out=range(0))
+    stage = replace(stage, memory_in=False, memory_out=False)
     if stage == Stage(0, student.config.num_layers):  # alone it may have another number of layers
         stage = replace(stage, last=config.num_layers)
     model = TeacherModel(

@@ -81,6 +81,9 @@ class YocoConfig(PreTrainedConfig):
     projected from the output of the self-decoder's last layer, or equally many from each of the layers
     `shared_kv_sources`, ascending from 1.
 
+    `cross_decoder_pattern` has a letter for each cross-decoder layer: A attends to the shared K,V, G is a gated memory
+    unit, which reads the memory of the self-decoder's last layer that is recurrent. None: all attend.
+
     `rope_variant` "yoco" has the frequencies theta^-linspace(0, 1) of the authors' code, "standard" theta^(-2j/d);
     `rope_interleaved` rotates pairs (2j, 2j + 1) instead of (j, j + d/2). Rows of the projections are ordered for it.
     `use_rope_scaling` divides low frequencies by `rope_scaling_factor`, as Llama 3.1 does.
@@ -138,6 +141,7 @@ class YocoConfig(PreTrainedConfig):
     mamba_num_groups: int | NotGiven = None
     shared_kv_sets: int = 1
     shared_kv_sources: list[int] | None = None
+    cross_decoder_pattern: str | None = None
     num_experts: int | None = None
     moe_layer_freq: int | list[int] = 1
     moe_intermediate_size: int | NotGiven = None
@@ -197,7 +201,7 @@ class YocoConfig(PreTrainedConfig):
         self._check_shape()
         self._check_experts()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
-        if UNCUT & {*self.self_decoder_mixers}:
+        if UNCUT & {*self.self_decoder_mixers} or self.cross_decoder_pattern:  # the memory is whole
             cut = {name: how for name, how in self.base_model_tp_plan.items() if "self_layers.*.mixer" not in name}
             vars(self)["base_model_tp_plan"] = cut
         self.layer_types = [LAYER_TYPES[mixer] for mixer in self.self_decoder_mixers] + ["full_attention"] * cross
@@ -298,6 +302,16 @@ class YocoConfig(PreTrainedConfig):
         cross = self.num_hidden_layers - self.num_self_decoder_layers
         if cross % self.shared_kv_sets:
             raise ValueError(f"shared_kv_sets {self.shared_kv_sets} does not divide the {cross} cross-decoder layers")
+        letters, readers = self.cross_decoder_pattern, cross // self.shared_kv_sets
+        if letters is not None:
+            if len(letters) != cross or not set(letters) <= {"A", "G"}:
+                raise ValueError(
+                    f"cross_decoder_pattern {letters!r:.80} must have a letter, A or G, for {cross} layers"
+                )
+            if not all("A" in letters[first : first + readers] for first in range(0, cross, readers)):
+                raise ValueError(f"cross_decoder_pattern {letters!r:.80}: of each {readers} layers one must attend, A")
+            if "G" in letters and self.memory_source is None:
+                raise ValueError(f"cross_decoder_pattern {letters!r:.80}: no layer of the self_decoder has a memory")
         sources, last = self.shared_kv_sources, self.num_self_decoder_layers
         if sources is None:
             return
@@ -339,6 +353,24 @@ class YocoConfig(PreTrainedConfig):
         if self.self_decoder in LAYER_TYPES:
             return [self.self_decoder] * self.num_self_decoder_layers
         return [LETTERS[letter] for letter in self.self_decoder]
+
+    @property
+    def cross_letters(self) -> str:
+        """Of each layer of the cross-decoder."""
+        return self.cross_decoder_pattern or "A" * (self.num_hidden_layers - self.num_self_decoder_layers)
+
+    @property
+    def memory_source(self) -> int | None:
+        """The layer, counted from 0, whose memory gated memory units read; None without such units."""
+        recurrent = [i for i, mixer in enumerate(self.self_decoder_mixers) if mixer != "sliding_window"]
+        return recurrent[-1] if recurrent and "G" in self.cross_letters else None
+
+    @property
+    def memory_width(self) -> int:
+        """Values of a token's memory."""
+        if self.memory_source is not None and self.self_decoder_mixers[self.memory_source] == "mamba2":
+            return self.mamba_num_heads * self.mamba_head_dim
+        return self.self_decoder_heads * self.self_decoder_head_dim
 
     @property
     def layers_with_experts(self) -> list[bool]:

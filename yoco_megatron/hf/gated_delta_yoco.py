@@ -123,5 +123,6 @@ class YocoGatedDeltaNet(nn.Module):
         long = q.is_cuda and q.shape[2] > 1 and not torch.compiler.is_compiling()
         run = delta_rule_by_kernel if long and gated_delta is not None else delta_rule
         o = from_cached_state(run, layer, q, k, v, log_decay, beta, documents=documents)
-        y = widen(self.norm(o.transpose(1, 2))).flatten(2) * F.silu(widen(self.g_proj(x)))
-        return self.o_proj(y.to(x.dtype)), None
+        memory = self.norm(o.transpose(1, 2)).flatten(2)
+        y = widen(memory) * F.silu(widen(self.g_proj(x)))
+        return self.o_proj(y.to(x.dtype)), memory

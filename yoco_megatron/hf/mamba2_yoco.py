@@ -78,5 +78,5 @@ class YocoMamba2(nn.Module):
         log_decay = -widen(self.A_log).exp()[:, None] * dt
         v = (x * dt[..., None]).to(x.dtype)
         y = cached_retention(C, B, v, log_decay, mask=mask, layer=layer, documents=documents, scale=1.0)
-        y = widen(y) + widen(self.D)[:, None, None] * x
-        return self.o_proj(self.norm(y.transpose(1, 2).flatten(2), z)), None
+        y = (widen(y) + widen(self.D)[:, None, None] * x).transpose(1, 2).flatten(2)
+        return self.o_proj(self.norm(y, z)), y

@@ -5,7 +5,7 @@
 The cache holds the window or the recurrent state (fp32) of each self-decoder layer, and K^,V^ once. A prefill computes
 the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which generate() sets to 1). With
 `shared_kv_sets` above 1 there are so many K^,V^, each for a group of cross layers, and with `shared_kv_sources` they
-come from the outputs of several layers.
+come from the outputs of several layers. With a `cross_decoder_pattern` some cross layers are gated memory units.
 
 Shapes: b batch, s new tokens, h hidden, H heads, D head width; attention and retention work on [b, H, s, D].
 """
@@ -252,7 +252,7 @@ class YocoGatedRetention(nn.Module):
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         o = cached_retention(q, k, v, log_decay, mask=mask, layer=layer, documents=documents)
         y = self.head_norm(o).transpose(1, 2).flatten(2)
-        return self.o_proj(F.silu(self.g_proj(x)) * y), None
+        return self.o_proj(F.silu(self.g_proj(x)) * y), y
 
 
 class YocoSharedKV(nn.Module):
@@ -297,22 +297,37 @@ class YocoCrossAttention(YocoAttention):
         return self.attend(self.query(x, rotary), k, v, mask, **kwargs)
 
 
+class YocoMemoryUnit(nn.Module):
+    """A cross-decoder layer's mixer that attends to nothing (arXiv 2507.06607): out = (m * silu(x W_1)) W_2, with the
+    memory m what the last recurrent layer of the self-decoder reads from its state, before its own gate."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, config.memory_width, bias=False)
+        self.out_proj = nn.Linear(config.memory_width, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, mask, memory, **kwargs):
+        return self.out_proj((F.silu(widen(self.in_proj(x))) * widen(memory)).to(x.dtype)), None
+
+
 class YocoLayer(GradientCheckpointingLayer):
-    """Pre-norm layer: mixer, FFN, a residual around each."""
+    """Pre-norm layer: mixer, FFN, a residual around each. The source of gated memory units gives its memory, too."""
 
     def __init__(self, config: YocoConfig, mixer: nn.Module, index: int):
         super().__init__()
         self.mixer = mixer
+        self.gives_memory = index == config.memory_source
         self.input_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.layers_with_experts[index]
         self.mlp = YocoExperts(config) if has_experts else YocoMLP(config, config.intermediate_size)
 
-    def forward(self, x, k=None, v=None, rotary=None, mask=None, **kwargs):
-        # k and v come by position: re-entrant checkpointing gives gradients to nothing else.
-        shared = {} if k is None else {"k": k, "v": v}
-        x = x + self.mixer(self.input_layernorm(x), rotary, mask, **shared, **kwargs)[0]
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, *shared, rotary=None, mask=None, **kwargs):
+        # K,V and memory come by position: re-entrant checkpointing gives gradients to nothing else.
+        mixed, memory = self.mixer(self.input_layernorm(x), rotary, mask, *shared, **kwargs)
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return (x, memory) if self.gives_memory else x
 
 
 class YocoPreTrainedModel(PreTrainedModel):
@@ -363,8 +378,9 @@ class YocoModel(YocoPreTrainedModel):
         self.self_layers = nn.ModuleList(YocoLayer(config, mixer(config, i), i) for i, mixer in enumerate(mixers))
         for source, name in config.kv_names.items():
             self.add_module(name, YocoSharedKV(config, source))
+        of_letters = {"A": YocoCrossAttention, "G": YocoMemoryUnit}
         self.cross_layers = nn.ModuleList(
-            YocoLayer(config, YocoCrossAttention(config, i), i) for i in range(border, config.num_hidden_layers)
+            YocoLayer(config, of_letters[letter](config, i), i) for i, letter in enumerate(config.cross_letters, border)
         )
         self.norm = YocoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_rotary = YocoRotaryEmbedding(config, config.self_decoder_head_dim)
@@ -418,15 +434,18 @@ class YocoModel(YocoPreTrainedModel):
             x = x * math.sqrt(self.config.hidden_size)
 
         own_rotary, rotary = self.self_rotary(position_ids), self.cross_rotary(position_ids)
-        sets = self._project(0, x, rotary, past_key_values)
+        sets, memory = self._project(0, x, rotary, past_key_values), None
         for index, (layer, kind) in enumerate(zip(self.self_layers, self.config.layer_types), 1):
             own = {"mask": self_masks[kind], "past_key_values": past_key_values, "documents": documents}
             x = layer(x, rotary=own_rotary, **own, **kwargs)
+            if layer.gives_memory:
+                x, memory = x
+                memory = memory[:, length - kept :].to(x.dtype)
             sets += self._project(index, x, rotary, past_key_values)
         x, rotary = x[:, length - kept :], tuple(t[:, length - kept :] for t in rotary)
-        for index, layer in enumerate(self.cross_layers if kept else ()):
-            k, v = sets[index * len(sets) // len(self.cross_layers)]
-            x = layer(x, k, v, rotary=rotary, mask=cross_mask, **kwargs)
+        for index, (layer, letter) in enumerate(zip(self.cross_layers, self.config.cross_letters if kept else "")):
+            read = (memory,) if letter == "G" else sets[index * len(sets) // len(self.cross_layers)]
+            x = layer(x, *read, rotary=rotary, mask=cross_mask, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x[:, kept - last :]), past_key_values=past_key_values
         )

@@ -6,6 +6,7 @@ TARGETS = [
     *("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"),
     *("z_proj", "x_proj", "B_proj", "C_proj"),
     *("gate_proj", "up_proj", "down_proj"),
+    *("in_proj", "out_proj"),
 ]
 """All but the head, and small projections to logits of heads."""
 

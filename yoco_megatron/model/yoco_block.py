@@ -181,7 +181,7 @@ class YOCOBlock(MegatronModule):
         dtype, out_dtype = config.params_dtype, torch.float32 if config.sends_fp32_kv else config.params_dtype
         out, readers, first = [], SharedReaders(), self.num_self
         if memory and self.num_cross:
-            hidden_states, readers.memory = SharedKVReader.enter(hidden_states, *memory, dtype)
+            hidden_states, readers.memory = SharedKVReader.enter(hidden_states, memory[0], dtype)
         for kv, group in zip(kv_sets, groups[stage.kv_in.start :]):
             if group.start >= stage.last:
                 out.append(kv.to(out_dtype))
@@ -199,8 +199,10 @@ class YOCOBlock(MegatronModule):
             out.append(readers.memory.read_stacked(out_dtype) if readers.memory else memory[0].to(out_dtype))
         return hidden_states, out
 
-    def _run_cross(self, first: int, last: int | None, hidden: Tensor, readers: SharedReaders, *places: Any) -> Tensor:
-        return self._run(self.layers[first:last], hidden, readers, *places, first - self.num_self)
+    def _run_cross(
+        self, first: int, last: int | None, hidden: Tensor, readers: SharedReaders, angles: Tensor, attended: Any
+    ) -> Tensor:
+        return self._run(self.layers[first:last], hidden, readers, angles, attended, first - self.num_self)
 
     def _travelling(self, queries: SequenceShard | QueryShard) -> SequenceShard | QueryShard | TravellingQueries:
         """`queries` as layers attend with them: as they are, or travelling between context-parallel ranks."""

@@ -10,6 +10,7 @@ import torch
 from yoco_megatron import __version__, runtime
 from yoco_megatron.checkpoint.architecture import source_of
 from yoco_megatron.checkpoint.layout import tracked
+from yoco_megatron.config.memory_units import attention_layers
 from yoco_megatron.config.resolve import queries_vary, resolved
 from yoco_megatron.costs.flops import forward_flops_per_token
 from yoco_megatron.costs.shape import ModelShape, active_parameters, parameter_count
@@ -84,10 +85,12 @@ def _layers(args: Namespace, shape: ModelShape) -> str:
     sets = f" over {shape.shared_kv_sets} sets of K,V" if shape.shared_kv_sets > 1 else ""
     if shape.shared_kv_sources:
         sets += f" of layers {', '.join(map(str, shape.shared_kv_sources))}"
+    number = shape.num_cross_decoder_layers - attention_layers(shape)
+    units = f" and {number} gated memory unit{'s' * (number > 1)}" if number else ""
     mixers = " and ".join(mixer.name.replace("_", " ") for mixer in mixers_in(shape.self_decoder))
     return (
         f"YOCO, {shape.num_self_decoder_layers} layers of {mixers} and "
-        f"{shape.num_cross_decoder_layers} of cross attention{sets}, width {shape.hidden_size:,}"
+        f"{attention_layers(shape)} of cross attention{sets}{units}, width {shape.hidden_size:,}"
     )
 
 

@@ -61,6 +61,8 @@ class YocoModel(nn.Module):
             raise ValueError(f"this plugin serves no mixtures of experts: num_experts is {config.num_experts}")
         if getattr(config, "shared_kv_sources", None) is not None:
             raise ValueError(f"this plugin serves shared K,V of the last layer alone, not {config.shared_kv_sources}")
+        if getattr(config, "cross_decoder_pattern", None) is not None:
+            raise ValueError(f"this plugin serves no gated memory units, as in {config.cross_decoder_pattern}")
         mixer = self_decoder_mixer(config.self_decoder)
         split_layer = config.num_self_decoder_layers
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0

@@ -101,7 +101,12 @@ class GatedRetention(MegatronModule):
         return output, bias
 
     def _core(
-        self, shard: SequenceShard, memory: list[Tensor] | None, qkvg: Tensor, logits_SBH: Tensor, rotary_pos_emb: Tensor
+        self,
+        shard: SequenceShard,
+        memory: list[Tensor] | None,
+        qkvg: Tensor,
+        logits_SBH: Tensor,
+        rotary_pos_emb: Tensor,
     ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Projections [s, b, H*4*D] -> (gated, normalised retention y [s, b, H*D], a function that writes y again)."""
         if self.backend.name == "triton" and self.config.rotary_interleaved and memory is None:

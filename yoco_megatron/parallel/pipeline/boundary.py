@@ -39,7 +39,7 @@ def join_boundary_tensor(hidden_states: Tensor, shared: Sequence[Tensor], fp32: 
 def split_boundary_tensor(
     boundary_tensor: Tensor, hidden_shape: tuple[int, ...], shapes: Sequence[tuple[int, ...]], fp32: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """[1, b, values] -> hidden states, and sets of K,V and memory (fp32 if `fp32`) of these shapes: views, not copies."""
+    """[1, b, values] -> hidden states, and K,V and memory (fp32 if `fp32`) of these shapes: views, not copies."""
     sizes = prod(hidden_shape), *(kv_values(shape, fp32) for shape in shapes)
     hidden_states, *shared = boundary_tensor.view(-1).split(sizes)
     parts = [(_FromBits.apply(x) if fp32 else x).view(shape) for x, shape in zip(shared, shapes)]

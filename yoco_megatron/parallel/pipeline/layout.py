@@ -42,13 +42,21 @@ def plan_stages(args: Namespace, shape: ModelShape) -> StagePlan | None:
         chunks = args.num_virtual_stages_per_pipeline_rank or 1
         seconds = part_seconds_of_run(shape, args)
         counts = planner.plan_cuts(shape.num_layers, split_layer, ranks, chunks, seconds, sources_of(shape))
+    plan = StagePlan.of(shape, counts)
     some = shape.num_queries is not None or (getattr(args, "has_loss_masks", False) and queries_vary(args))
     require(
         counts[-1] > 0 or shape.mtp_num_layers > 0 or not some,
         f"stages '{layout_string(counts)}' have the head alone on the last one, which does not go with a loss at some "
         "positions: give it a layer by --pipeline-model-parallel-layout, or set --cross-decoder-positions all",
     )
-    return StagePlan.of(shape, counts)
+    behind = [g for g in range(plan.count) if plan.stage(g).is_behind(split_layer)]
+    require(
+        not (some and shape.cross_decoder_pattern) or all(map(plan.kv_arriving, behind)),
+        f"stages '{layout_string(counts)}' have gated memory units alone at the end of --cross-decoder-pattern "
+        f"{shape.cross_decoder_pattern}, which does not go with a loss at some positions: give the last stage a layer "
+        "that attends by --pipeline-model-parallel-layout, or set --cross-decoder-positions all",
+    )
+    return plan
 
 
 def set_layout(args: Namespace, plan: StagePlan) -> None:

@@ -158,8 +158,8 @@ def table(
 
     def megabytes(g: int) -> float:
         """Of the tensor that enters stage g."""
-        sets = len(plan.kv_arriving(g))
-        return boundary_bytes(shape, tokens, bytes_per_value, sets) / 1e6 if 0 < g < plan.count else 0.0
+        size = boundary_bytes(shape, tokens, bytes_per_value, len(plan.kv_arriving(g)), plan.memory_arrives(g))
+        return size / 1e6 if 0 < g < plan.count else 0.0
 
     lines = [
         f"pipeline: {plan.count} stages on {ranks} ranks, {num_microbatches} micro-batches of {micro_batch_size} x "
