@@ -6,6 +6,7 @@ different. The counts are the same on all ranks, so that none can wait for anoth
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from yoco_megatron.convert.config_fields import OF_MIXERS
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.traffic import cross_attention_bytes, received_bytes
+from yoco_megatron.costs.traffic import boundary_bytes, cross_attention_bytes, received_bytes
 from yoco_megatron.parallel.context.query_shard import Runs
+from yoco_megatron.parallel.pipeline.communicator import SharedKVCommunicator
+from yoco_megatron.parallel.pipeline.stages import StagePlan
 
 BATCH, BYTES = 3, 8  # float64, states included
 CONFIG = tiny_config()
@@ -184,6 +187,38 @@ def test_once_for_each_set_stage_and_micro_batch(of_kv: dict, read: list[int]) -
     assert gathers == scatters == wanted
 
 
+def boundaries(model: dict, layout: str) -> int:
+    """Bytes that this rank of a pipeline receives in one schedule, forward and backward."""
+    received = 0
+    communicate = SharedKVCommunicator._communicate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal received
+        *tensors, handles = communicate(*args, **kwargs)
+        received += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return *tensors, handles
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(SharedKVCommunicator, "_communicate", counted)
+        pipeline_step(model, layout, False, 2)
+    return received
+
+
+def test_boundaries_carry_what_later_stages_read() -> None:
+    """Stages of the self-decoder, its memory behind layer 0; units 4 and 6, attention 5 and 7; of two micro-batches."""
+    model = dict(self_decoder="RSSS", cross_decoder_pattern="GAGA")
+    hidden, memory, kv = CONFIG.hidden_size, HEADS * WIDTH, 2 * CROSS_GROUPS * CROSS_WIDTH
+    cuts = [hidden + memory, hidden + memory + kv, hidden + kv]
+    received = run_world(4, boundaries, model, "Ett|ttt|tt|tL", pp=4)
+    each = [2 * MICRO_BATCH * SEQ * values * 4 for values in cuts]
+    assert received == [each[0], each[0] + each[1], each[1] + each[2], each[2]]
+    shape = replace(shape_of("gated_retention"), num_layers=8, num_self_decoder_layers=4, **model)
+    plan = StagePlan.of(shape, [2, 3, 2, 1])
+    for g, values in enumerate(cuts, 1):
+        sent = boundary_bytes(shape, MICRO_BATCH * SEQ, 4, len(plan.kv_arriving(g)), plan.memory_arrives(g))
+        assert sent == MICRO_BATCH * SEQ * values * 4
+
+
 def shape_of(kind: str, num_queries: int | None = None, kv_sets: int = 1) -> ModelShape:
     """The shape of `tiny_config`, with windows of 5."""
     return ModelShape(
@@ -217,12 +252,14 @@ def test_the_formulas() -> None:
         ("mamba2", 1, {}),
         ("gated_delta_net", 1, {}),
         ("GS", 1, FULL_RECOMPUTE),
+        ("mamba2", 1, dict(cross_decoder_pattern="GA")),  # a gated memory unit reads the memory of its own tokens
     )
-    for kind, kv_sets, recompute in models:
+    for kind, kv_sets, more in models:
         overrides = dict(self_decoder=kind, self_decoder_window=5, shared_kv_sets=kv_sets)
-        results = run_world(4, step32, overrides | recompute, cp=4)
+        results = run_world(4, step32, overrides | more, cp=4)
         counted = sum(sum(map(sum, calls.values())) for calls in results) / 4
-        assert counted == sum(received_bytes(shape_of(kind, None, kv_sets), 4, BATCH, 4, bool(recompute)).values())
+        recompute = more is FULL_RECOMPUTE
+        assert counted == sum(received_bytes(shape_of(kind, None, kv_sets), 4, BATCH, 4, recompute).values())
 
 
 def step32(overrides: dict) -> dict:

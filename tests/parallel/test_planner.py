@@ -286,6 +286,10 @@ def test_a_head_alone_has_a_loss_everywhere() -> None:
     assert plan_stages(args, shape()).count == 2
     with pytest.raises(ValueError, match="give it a layer by --pipeline-model-parallel-layout"):
         plan_stages(args, shape(num_queries=16))
+    units = flags(pipeline_model_parallel_layout="Etttttt|ttL")
+    assert plan_stages(units, shape(num_queries=16, cross_decoder_pattern="AAGA")).count == 2
+    with pytest.raises(ValueError, match="units alone at the end of --cross-decoder-pattern AAGG"):
+        plan_stages(units, shape(num_queries=16, cross_decoder_pattern="AAGG"))
 
 
 def test_filled_stages_are_a_start_of_their_own():
