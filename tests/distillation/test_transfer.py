@@ -69,7 +69,7 @@ def plain(
     for layer in range(4):
         x = rms(entering[layer], sizes.eps) * w[f"{layer}.norm"]
         if layer < 2:
-            output = mixer(x, w, str(layer), sizes)
+            output, _ = mixer(x, w, str(layer), sizes)
         else:
             of = layer - 2
             source = rms(entering[sizes.source_of_set[of]], sizes.eps) * w[f"kv.{of}.norm"]
