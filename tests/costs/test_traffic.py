@@ -102,7 +102,7 @@ def halo_bytes(rank: int, ranks: int, window: int) -> int:
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize("window", [1, 5, 17, SEQ])
+@pytest.mark.parametrize("window", [2, 5, 17, SEQ])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_windows_and_shared_kv(ranks: int, window: int, documents: bool) -> None:
     model = dict(self_decoder="sliding_window", self_decoder_window=window)
