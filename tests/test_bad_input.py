@@ -134,6 +134,7 @@ def test_mistake_on_the_command_line(mistake):
     message = error_of([*TINY, *flags], processes)
     for part in said:
         assert part in message
+    assert "instantiating" not in message, "nothing of how Megatron builds modules"
 
 
 def test_good_data_trains(data):

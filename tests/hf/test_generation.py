@@ -225,3 +225,6 @@ def test_what_cannot_be_rolled_back_is_refused(model):
 def test_bad_input(model):
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+    if "linear_attention" in model.config.layer_types:
+        with pytest.raises(ValueError, match=r"make it with DynamicCache\(config=model.config\)"):
+            model(prompts(), past_key_values=DynamicCache())

@@ -405,6 +405,9 @@ class YocoModel(YocoPreTrainedModel):
         `last_hidden_state` is [b, n, h]; None: for no position at all. The cache is complete either way."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        count, kinds = self.config.num_self_decoder_layers, self.config.layer_types
+        if past_key_values is not None and "linear_attention" in kinds and len(past_key_values.layers) < count:
+            raise ValueError("past_key_values has no states: make it with DynamicCache(config=model.config)")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length, shared = x.shape[1], self.shared_kv.layer_indices[0]
         documents, seq_idx = None, kwargs.pop("seq_idx", None)

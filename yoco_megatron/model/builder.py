@@ -63,18 +63,21 @@ class YOCOModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             )
-        model = self.model_class(
-            config=config.transformer,
-            vocab_size=vocab_size,
-            max_sequence_length=config.seq_length,
-            rotary_base=config.rotary_base,
-            stage=stage,
-            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
-            parallel_output=config.parallel_output,
-            pg_collection=pg_collection,
-            vp_stage=vp_stage,
-        )
+        try:
+            model = self.model_class(
+                config=config.transformer,
+                vocab_size=vocab_size,
+                max_sequence_length=config.seq_length,
+                rotary_base=config.rotary_base,
+                stage=stage,
+                share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+                fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+                parallel_output=config.parallel_output,
+                pg_collection=pg_collection,
+                vp_stage=vp_stage,
+            )
+        except ValueError as error:  # to which Megatron adds the modules that it was building
+            raise ValueError(str(error).partition(" when instantiating ")[0]) from error
         return _initialized(model, config, pg_collection)
 
 
