@@ -47,6 +47,14 @@ def test_files_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_lost_in_the_site(page: Path) -> None:
+    """<S, R> would be a tag, and a list right behind a table one of its rows."""
+    text = re.sub(r"^```.*?^```|^    .*?$|`[^`]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"</?([A-Za-z]\w*)[ ,>]", text)) <= {"sub", "sup", "code"}
+    assert re.findall(r"^ *\|.*\n *[^|\s].*", text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", page.read_text(), re.DOTALL))
