@@ -6,6 +6,7 @@ With vLLM, plugins/vllm/check.py compares generated tokens.
 import ast
 import sys
 import tomllib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -118,3 +119,25 @@ def test_windows_are_no_hybrid(vllm, kind):
     vllm.configs[YocoForCausalLM.__name__].verify_and_update_model_config(SimpleNamespace(hf_config=config))
     hybrid = not all(name in ("attention", "full_attention") for name in config.layer_types)
     assert hybrid == (kind == "gated_retention") and len(config.layer_types) == config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"self_decoder": "mamba2"}, "sliding_window or gated_retention, not self_decoder mamba2"),
+        ({"self_decoder": "RSR"}, "not self_decoder RSR"),
+        ({"num_experts": 4}, "does not serve num_experts 4"),
+        ({"shared_kv_sources": [2]}, r"does not serve shared_kv_sources \[2\]"),
+        ({"cross_decoder_pattern": "AGAG"}, "does not serve cross_decoder_pattern AGAG"),
+        ({"mtp_num_layers": 1, "qk_norm": True, "shared_kv_sets": 4}, None),
+    ],
+)
+def test_models_that_it_would_not_compute_are_refused_at_the_start(vllm, fields, said):
+    """Before vLLM starts its processes."""
+    yoco_vllm.register()
+    sizes = {"mamba_num_heads": 4, "mamba_head_dim": 8, "mamba_state_dim": 8, "mamba_num_groups": 2}
+    few = {"num_hidden_layers": 7, "num_self_decoder_layers": 3} | (sizes if "mamba2" in fields.values() else {})
+    config = YocoConfig(**few | fields)
+    hook = vllm.configs[YocoForCausalLM.__name__].verify_and_update_model_config
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        hook(SimpleNamespace(hf_config=config))

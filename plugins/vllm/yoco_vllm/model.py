@@ -36,11 +36,9 @@ FUSED = {
 
 
 def self_decoder_mixer(kind: str) -> type[nn.Module]:
-    """The class of the self-decoder's mixers. Raises ValueError for an unknown kind, or without its kernels."""
+    """The class of the self-decoder's mixers. Raises ValueError without its kernels."""
     if kind == "sliding_window":
         return SlidingAttention
-    if kind != "gated_retention":
-        raise ValueError(f"this plugin serves self-decoders of sliding windows or gated retention, not {kind}")
     try:
         from yoco_vllm.retention import GatedRetention
     except ModuleNotFoundError as error:
@@ -57,12 +55,6 @@ class YocoModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        if getattr(config, "num_experts", None) is not None:
-            raise ValueError(f"this plugin serves no mixtures of experts: num_experts is {config.num_experts}")
-        if getattr(config, "shared_kv_sources", None) is not None:
-            raise ValueError(f"this plugin serves shared K,V of the last layer alone, not {config.shared_kv_sources}")
-        if getattr(config, "cross_decoder_pattern", None) is not None:
-            raise ValueError(f"this plugin serves no gated memory units, as in {config.cross_decoder_pattern}")
         mixer = self_decoder_mixer(config.self_decoder)
         split_layer = config.num_self_decoder_layers
         self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
