@@ -141,17 +141,8 @@ def runs_of(
 ) -> dict[str, dict]:
     """Losses by name, whose last word says of which data."""
     model = [flag for flag in TINY if flag not in MOCK]
-    common = [
-        *model,
-        "--train-iters",
-        "3",
-        "--lr-warmup-iters",
-        "1",
-        "--micro-batch-size",
-        "1",
-        "--teacher",
-        str(teacher),
-    ]
+    steps = ["--train-iters", "3", "--lr-warmup-iters", "1", "--micro-batch-size", "1"]
+    common = [*model, *steps, "--shared-kv-sources", "1", "2", "--teacher", str(teacher)]
     runs = Runs(world_size, {name: [*common, *data[name.split()[-1]], *mesh] for name, mesh in meshes.items()})
     return {name: losses_of(runs[name]) for name in meshes}
 

@@ -120,7 +120,7 @@ def teacher(tmp_path_factory) -> Path:
 def losses_of(world_size: int, teacher: Path, runs: dict[str, list[str]]) -> dict[str, dict[int, float]]:
     """By name and step; -1, -2: of validation and test."""
     steps = ["--train-iters", "4", "--lr-warmup-iters", "1", "--micro-batch-size", "1"]
-    common = [*TINY, *steps, "--teacher", str(teacher), "--attention-transfer"]
+    common = [*TINY, *steps, "--teacher", str(teacher), "--attention-transfer", "--shared-kv-sources", "1", "2"]
     done = Runs(world_size, {name: [*common, *flags] for name, flags in runs.items()})
     return {name: done[name].of_term(NAME) for name in runs}
 
