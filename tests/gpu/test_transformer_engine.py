@@ -71,6 +71,20 @@ def test_norms_of_queries_and_keys_biases_and_z_loss(kind: str) -> None:
             assert error < GRAD_BF16, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE, SELECTIVE], ids=["plain", "full", "selective"])
+@pytest.mark.parametrize("kind", ["RS", "MS", "gated_delta_net"])
+def test_gated_memory_units(kind: str, recompute: dict) -> None:
+    """Of the memory that each mixer leaves, on its kernels."""
+    model = dict(self_decoder=kind, cross_decoder_pattern="GA")
+    reference = train_step(model)
+    result = {plain_name(name): value for name, value in train_step(model | TE | BF16 | recompute).items()}
+    assert relative_error(result["loss"], reference["loss"]) < LOSS_BF16
+    for name in reference:
+        if name.startswith("grad/"):
+            error = relative_error(result[name], reference[name])
+            assert error < GRAD_BF16, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_fp8_recompute_that_keeps_attention(recipe: str) -> None:
     """Against recompute of whole layers in FP8. Both round alike; cuDNN's backward adds in any order."""

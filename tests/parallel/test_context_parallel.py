@@ -136,7 +136,7 @@ def test_other_mixers(mesh: str, kind: str, documents: bool, one_process) -> Non
 
 @pytest.mark.parametrize(
     ("mesh", "kind", "documents"),
-    [("TP2 CP2 SP", "SMSS", True), ("PP2 CP2 uneven", "RSSS", True), ("CP4", "gated_delta_net", False)],
+    [("TP2 CP2 SP", "SMSS", True), ("PP2 CP2 uneven", "RSGS", True)],
 )
 def test_memory_units(mesh: str, kind: str, documents: bool, one_process) -> None:
     check(mesh, FLOAT64 | dict(self_decoder=kind, cross_decoder_pattern="GAGA"), documents, one_process)

@@ -98,7 +98,6 @@ SEVERAL_SETS = [
     ((1, 2), "TP2 PP2 SP early split", RETENTION, "answers", True),
     ("AGGA", "PP2 VP2", "RSSS", "answers", True),
     ("GAGA", "TP2 CP2 SP", "SMSS", "answers", True),
-    ("GAGA", "TP2 PP2 SP", "gated_delta_net", "suffix", False),
     ("GAGA", "recompute all but attention", "SMSS", "suffix", False),
 ]
 

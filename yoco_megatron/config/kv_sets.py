@@ -37,7 +37,8 @@ def layers_of_sets(
     if pattern:
         attend = [[index for index in group if pattern[index - split_layer] == ATTENTION] for group in groups]
         groups = [range(layers[0], layers[-1] + 1) for layers in attend]
-    groups[-1] = range(groups[-1].start, groups[-1].stop + mtp_layers)
+    if mtp_layers:
+        groups[-1] = range(groups[-1].start, num_layers + mtp_layers)
     return groups
 
 
