@@ -1,4 +1,4 @@
-"""Gated memory units from the command line, with multi-token prediction: a checkpoint does not know its pipeline's cuts.
+"""Gated memory units from the command line, with multi-token prediction: a checkpoint knows no cuts of a pipeline.
 
 Tolerance: fp32 sums in another order, 2e-6 of the losses in six steps, 1e-5 where a checkpoint lies between
 (test_meshes.py).
