@@ -49,7 +49,7 @@ from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
 HELD_OUT = 0.02  # of the documents
 START, MEASURED = ", start", "measured.json"
 KINDS = {"window": "sliding_window", "retention": "gated_retention"}
-RATES = {"transfer": 1e-3, "distil": 3e-4, "plain": 3e-4}
+RATES = {"transfer": 3e-3, "distil": 3e-4, "plain": 3e-4}
 RATE_FROM_SCRATCH = 1e-3
 # Transfer compares hundreds of numbers a layer at each token: it lacks steps before it lacks tokens.
 PARTS_OF_A_BATCH = {"transfer": 4, "distil": 1, "plain": 1}
