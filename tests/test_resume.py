@@ -92,7 +92,7 @@ def assert_same_checkpoint(found: dict, expected: dict) -> None:
 
 
 def learning_rates(log: Log) -> dict[int, float]:
-    return {int(step): float(rate) for step, rate in re.findall(rf"{STEP} .*? lr (\S+) ", log.text, re.M)}
+    return {int(step): float(rate) for step, rate in re.findall(rf"{STEP} .*? lr (\S+) ", log.text)}
 
 
 def assert_close_run(log: Log, whole: Log) -> None:
@@ -172,7 +172,7 @@ def test_another_learning_rate_when_told(name, undisturbed, tmp_path):
     assert faster.losses[HALF + 1] == whole.losses[HALF + 1]  # before its first step at the new rate
     assert all(faster.losses[step] != whole.losses[step] for step in range(HALF + 2, WHOLE + 1))
     want = {step: 2 * rate for step, rate in learning_rates(whole).items() if step > HALF}
-    assert learning_rates(faster) == pytest.approx(want, rel=1e-3)  # printed with four digits
+    assert learning_rates(faster) == pytest.approx(want, rel=1e-2)  # printed with three digits
     assert len(want) == WHOLE - HALF
     processes, flags = RUNS[name]
     again = train(processes, *flags, *TWICE, "--load", str(tmp_path), "--ckpt-step", "9", base=base_of(flags))

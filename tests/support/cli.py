@@ -43,8 +43,8 @@ def parsed(processes: int, *flags: str) -> Namespace:
     return args
 
 
-STEP = r"^\d\d-\d\d \d\d:\d\d +(\d+)/\d+"
-"""The beginning of a step's line; with re.MULTILINE."""
+STEP = r"\d\d-\d\d \d\d:\d\d +(\d+)/\d+"
+"""The beginning of a step's line."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Log:
 
     def of_term(self, name: str) -> dict[int, float]:
         """A part of the loss by iteration; under -1, -2, ... of each evaluation."""
-        trained = re.findall(rf"{STEP} .*? {name} (\S+)", self.text, re.M)
+        trained = re.findall(rf"{STEP} .*? {name} (\S+)", self.text)
         evaluated = re.findall(rf"loss at iteration .*?  {name} (\S+)", self.text)
         found = {int(step): float(loss) for step, loss in trained}
         assert found and evaluated, self.text[-3000:]
@@ -72,7 +72,7 @@ class Log:
 
 def parse(text: str) -> Log:
     """The figures of a log."""
-    steps = re.findall(rf"{STEP} .*? lm loss (\S+) .*? norm (\S+) ", text, re.M)
+    steps = re.findall(rf"{STEP} .*? lm loss (\S+) .*? norm (\S+) ", text)
     evaluations = re.findall(r"loss at iteration (\d+) on (\w+) set  lm loss (\S+) ", text)
     return Log(
         losses={int(step): loss for step, loss, _ in steps},

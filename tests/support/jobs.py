@@ -120,7 +120,7 @@ class Job:
         found: dict[int, set[str]] = {}
         for attempt in self.folder.glob("logs/[0-9]*"):
             text = "".join(path.read_text() for path in attempt.rglob("*") if path.is_file())
-            steps = re.findall(rf"{STEP} .*? lm loss (\S+) ", text, re.M)
+            steps = re.findall(rf"{STEP} .*? lm loss (\S+) ", text)
             for step, loss in steps:
                 found.setdefault(int(step), set()).add(loss)
         return found
