@@ -61,6 +61,14 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets
 
 
+def test_each_fault_has_the_test_that_shows_it() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/resilience.md").read_text()))
+    defined = {
+        name for file in ROOT.glob("tests/**/*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert named and named <= defined
+
+
 def test_parity_list_is_the_tested_one() -> None:
     from parallel.test_parity import MESHES, UNIT_MESHES
 
