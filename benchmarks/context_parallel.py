@@ -22,6 +22,8 @@ from received import received_gigabytes
 from record import record
 from runs import ROOT, Run, device_name, train
 
+# What the model file of each self-decoder ends with.
+SELF_DECODERS = {"gated_retention": "", "sliding_window": "_swa", "mamba2": "_mamba2", "gated_delta_net": "_delta"}
 ALONE, OURS = "YOCO, one GPU", "YOCO"
 TE_RING = "GPT, Transformer Engine p2p"
 TE_GATHER = "GPT, Transformer Engine all_gather"
@@ -43,8 +45,8 @@ def flags_of(name: str, length: int, options: argparse.Namespace) -> str:
     ours, _, flags = CASES[name]
     if ours and options.keep_cross_attention and name != OURS_SELECTIVE:
         flags += " --keep-cross-attention"
-    suffix = "_swa" if ours and options.self_decoder == "sliding_window" else ""
-    model = f"configs/model/{'yoco' if ours else 'transformer'}_{options.model}{suffix}.yaml"
+    ending = SELF_DECODERS[options.self_decoder] if ours else ""
+    model = f"configs/model/{'yoco' if ours else 'transformer'}_{options.model}{ending}.yaml"
     return (
         f"--config {model} configs/recipe/scaling.yaml --num-layers {options.layers} --seq-length {length} "
         f"--max-position-embeddings {length} --rotary-base 1000000 --vocab-size 8000 --micro-batch-size 1 "
@@ -143,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="3b")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--self-decoder", choices=["gated_retention", "sliding_window"], default="gated_retention")
+    parser.add_argument("--self-decoder", choices=list(SELF_DECODERS), default="gated_retention")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--longest", action="store_true", help="go on with twice the length until ours fails")
     parser.add_argument("--keep-cross-attention", action="store_true", help="ours computes cross attention once")
