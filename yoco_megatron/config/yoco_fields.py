@@ -37,8 +37,9 @@ class YOCOFields:
             }
         },
     )
-    """Mixer of the self-decoder layers: gated_retention (R) or sliding_window (S; paper sections 3 and 2.1). Or of each
-    layer its own: one letter a layer (RRSS), or as many names (docs/mixers.md)."""
+    """Mixer of the self-decoder layers: gated_retention (R) or sliding_window (S; paper sections 3 and 2.1), mamba2
+    (M) or gated_delta_net (G). Or of each layer its own: one letter a layer (RRSS), or as many names
+    (docs/mixers.md)."""
 
     num_self_decoder_layers: int | None = None
     """Layers of the self-decoder; the rest are cross-decoder layers. 0 gives the paper's [0:1] ablation.
