@@ -18,7 +18,7 @@ from yoco_megatron.startup.prepare import prepare
 prepare()  # before anything imports megatron; also in the processes that write checkpoints
 
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training import get_args, get_tensorboard_writer, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     finally:
         run_lock.release()
         quiet.end()
+        if curves := get_tensorboard_writer():
+            curves.close()  # the loss after the last step may else be lost with the thread that writes it
 
 
 if __name__ == "__main__":
