@@ -248,7 +248,7 @@ def draw_groups(
                 color = colors[max((one for one in best if title.startswith(one)), key=len)]
                 x, y = [case.rate for case in own], [final(found[case]) for case in own]
                 rates.plot(x, y, styles[own[0].variant], color=color, markersize=4, linewidth=1, label=title)
-        curves.set_xlabel("tokens")
+        pictures.against_tokens(curves)
         curves.set_ylabel("validation loss (nats a token)")
         low = min(final(run) for run in found.values())
         curves.set_ylim(low - 0.05, low + 2)

@@ -318,7 +318,7 @@ def draw(options: argparse.Namespace) -> None:
                     losses += [*points.values]
                 before += share * options.tokens
             curves.plot(tokens, losses, "o-", color=f"C{number % 10}", markersize=3, linewidth=1, label=case)
-        curves.set_xlabel("tokens")
+        pictures.against_tokens(curves)
         curves.set_ylabel("validation loss (nats a token)")
         curves.legend(fontsize=7)
 

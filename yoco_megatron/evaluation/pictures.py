@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from yoco_megatron.evaluation.comparison import shown
+from yoco_megatron.evaluation.comparison import short, shown
 from yoco_megatron.evaluation.requests import Curve, Grid
 from yoco_megatron.evaluation.run_curves import LOSS, VALIDATION, RunCurves
 from yoco_megatron.utils.errors import require
@@ -52,6 +52,12 @@ def figure(path: Path, rows: int, columns: int, width: float = 4.5, height: floa
             pyplot.close(drawn)
 
 
+def against_tokens(panel: Any) -> None:
+    """Counts of tokens along x, as 50M instead of 0.5 with 1e8 in a corner."""
+    panel.set_xlabel("tokens")
+    panel.xaxis.set_major_formatter(lambda count, _: short(count))
+
+
 def draw_runs(path: Path, runs: list[RunCurves]) -> None:
     """Training losses (lines) and validation losses (dots) against tokens, FLOPs and hours; throughput."""
     scales: list[tuple[str, Callable[[RunCurves, Any], Any]]] = [
@@ -69,13 +75,16 @@ def draw_runs(path: Path, runs: list[RunCurves]) -> None:
                 if VALIDATION in run.curves:
                     points = run.curves[VALIDATION]
                     panel.plot(scale(run, points.steps), points.values, "o", color=colour, markersize=3)
-            panel.set_xlabel(label)
+            if label == "tokens":
+                against_tokens(panel)
+            else:
+                panel.set_xlabel(label)
             panel.set_ylabel("loss (nats a token)")
             panel.set_ylim(*loss_range(runs))
         for number, run in enumerate(runs):
             rate = run.throughput()
             axes[3].plot(run.tokens(rate.steps), rate.values, color=f"C{number % 10}", linewidth=1)
-        axes[3].set_xlabel("tokens")
+        against_tokens(axes[3])
         axes[3].set_ylabel("tokens a second")
         axes[3].set_ylim(bottom=0)
         axes[0].legend(fontsize=7)
@@ -118,7 +127,7 @@ def draw_evaluations(path: Path, runs: list[RunCurves]) -> None:
                     panel.plot(run.tokens(points.steps), points.values, "o-", color=f"C{number % 10}", markersize=3,
                                linewidth=1, label=run.name)  # fmt: skip
             panel.set_title(tag.removeprefix("evaluation/"), fontsize=8)
-            panel.set_xlabel("tokens")
+            against_tokens(panel)
         axes[0].legend(fontsize=7)
 
 
