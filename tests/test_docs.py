@@ -16,7 +16,7 @@ PAGES = [*sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ROOT / "benchma
 OTHERS = {"--logdir", "--nproc-per-node", "--no-build-isolation", "--no-deps", "--help", "--signal"}
 OTHERS |= {"--model", "--tasks", "--include_path", "--model_args", "--trust-remote-code", "--kv-sharing-fast-prefill"}
 OTHERS |= {"--served-model-name", "--gpus", "--ipc", "--ulimit", "--rm", "--gres", "--gpus-per-node"}
-OTHERS |= {"--container-save", "--dtype", "--extra-index-url"}
+OTHERS |= {"--container-save", "--rw", "--dtype", "--extra-index-url"}
 
 
 def own_flags() -> set[str]:

@@ -6,6 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The container has none of these; the versions that are tested.
-mapfile -t pinned < <(grep -E '^(megatron-core|transformers|nltk|gigatoken|zstandard|tiktoken|sentencepiece)==' constraints.txt)
+mapfile -t pinned < <(grep -E '^(megatron-core|transformers|nltk|gigatoken|zstandard|tiktoken|sentencepiece|emerging-optimizers)==' constraints.txt)
 # These it mostly has, in versions of its own.
 python3 -m pip install --no-cache-dir "${pinned[@]}" psutil pyyaml safetensors tensorboard tqdm matplotlib pyarrow
