@@ -195,6 +195,21 @@ def test_a_padded_row_is_the_row_alone(model, options):
 
 
 @torch.no_grad()
+def test_padding_one_token_at_a_time(model):
+    rows, length = prompts(2, 12), 12
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0
+    positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config)
+    steps = []
+    for at in range(length):
+        now = dict(attention_mask=mask[:, : at + 1], position_ids=positions[:, at, None], past_key_values=cache)
+        steps.append(model(rows[:, at, None], **now).logits)
+    assert relative_error(torch.cat(steps, 1)[0, 3:], model(rows[:1, 3:]).logits[0]) < CLOSE
+    in_ones = greedy(model, rows, attention_mask=mask, **STATIC, prefill_chunk_size=1)
+    assert torch.equal(in_ones, greedy(model, rows, attention_mask=mask))
+
+
+@torch.no_grad()
 def test_padding_leaves_the_state_alone(model):
     """Wherever it stands: it writes nothing and lets nothing decay."""
     if model.config.self_decoder_mixers[0] != "gated_retention":

@@ -163,6 +163,20 @@ def check_padding(attention_mask: Tensor) -> None:
         )
 
 
+def ends_in_padding(attention_mask: Tensor | None) -> bool:
+    """Whether the last token of a row is padding, by a mask [b, keys]."""
+    if attention_mask is None or attention_mask.ndim != 2 or is_tracing(attention_mask):
+        return False
+    return bool((attention_mask[:, -1] == 0).any())
+
+
+def recurrent_mask(attention_mask: Tensor | None, inputs_embeds: Tensor, **others: Any) -> Tensor | None:
+    """transformers' mask of new tokens [b, s], which takes a single one for no padding; None: there is no padding."""
+    if attention_mask is not None and inputs_embeds.shape[1] == 1 and ends_in_padding(attention_mask):
+        return attention_mask[:, -1:]
+    return create_recurrent_attention_mask(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **others)
+
+
 def check_one_document(position_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raise ValueError for positions that start again where transformers takes a row for one document.
 
@@ -472,7 +486,7 @@ class YocoModel(YocoPreTrainedModel):
             "position_ids": position_ids,
         }
         masks: dict[str, Callable] = {
-            "linear_attention": create_recurrent_attention_mask,
+            "linear_attention": recurrent_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
         kinds = dict.fromkeys(self.config.layer_types[: self.config.num_self_decoder_layers])
@@ -535,7 +549,7 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(**kwargs) -> dict | Tensor | None:
         """Masks of one step with a static cache, by kind of layer. A longer piece makes its own: it may exit early."""
-        one = kwargs["inputs_embeds"].shape[1] == 1
+        one = kwargs["inputs_embeds"].shape[1] == 1 and not ends_in_padding(kwargs["attention_mask"])
         return create_masks_for_generate(**kwargs) if one else kwargs["attention_mask"]
 
     def _get_static_cache_init_shape(self) -> None:

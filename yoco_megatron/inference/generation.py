@@ -80,8 +80,7 @@ class CachedModel:
         All but the last position skip the cross-decoder. `mask` [B, T] is 0 on padding.
         """
         self.mask = mask
-        # transformers takes one token alone for a generated one, which is no padding.
-        *chunks, last = ids.split(self.prefill_chunk if mask is None else max(2, self.prefill_chunk), dim=1)
+        *chunks, last = ids.split(self.prefill_chunk, dim=1)
         for chunk in chunks:
             self._forward(chunk, last=False)
         return self._forward(last)
