@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, zip_longest
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, sub
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.memory import rank_memories
@@ -16,6 +16,7 @@ from yoco_megatron.costs.stage_time import Parts
 from yoco_megatron.dry_run.fake_rank import RankRecord, Shard
 from yoco_megatron.dry_run.ledger import Call
 from yoco_megatron.dry_run.mesh import Mesh, Place
+from yoco_megatron.model.init import is_of_expert
 
 # Tensor parallelism leaves weights of norms whole; and Megatron pads buffers, which only tiny models notice.
 TOLERANCE, PADDING = 0.025, 4096
@@ -105,29 +106,60 @@ def uncovered(records: Sequence[RankRecord], mesh: Mesh) -> Iterator[str]:
     by_rank = {record.rank: record for record in records}
     for pp in range(mesh.sizes.pp):
         first, last = (by_rank[mesh.rank(Place(tp, 0, 0, pp))] for tp in (0, mesh.sizes.tp - 1))
-        for shard in first.shards if first is last else _of_all(first, last, mesh.sizes.tp):
+        last_inside, last_other = (
+            by_rank[mesh.expert_rank(pp, *place)] for place in ((mesh.expert_tp - 1, 0), (0, mesh.ep - 1))
+        )
+        shards = _of_all(first, [(last, mesh.sizes.tp)], of_experts=False)
+        shards += _of_all(first, [(last_inside, mesh.expert_tp), (last_other, mesh.ep)], of_experts=True)
+        for shard in shards:
             boxes[shard.key].append(shard)
     for key, shards in boxes.items():
         size = prod(shards[0].shape)
         if len({shard.shape for shard in shards}) > 1:
             yield f"ranks disagree on the shape of the checkpoint's {key}"
-        elif any(_overlap(one, other) for one, other in combinations(shards, 2)):
+        elif _any_overlap(shards):
             yield f"several ranks would write the same values of the checkpoint's {key}"
         elif sum(prod(shard.size) for shard in shards) < size:
             yield f"no rank would write some of the {size:,} values of the checkpoint's {key}"
 
 
-def _of_all(first: RankRecord, last: RankRecord, tp: int) -> list[Shard]:
-    """Of all `tp` tensor-parallel ranks; between the first and the last they are taken to be evenly spaced."""
-    shards = [*first.shards, *last.shards]
-    order = attrgetter("key", "offset")
-    ends = {shard.key for shard in last.shards}
-    begins = sorted((shard for shard in first.shards if shard.key in ends), key=order)
-    for begin, end in zip(begins, sorted(last.shards, key=order)):
-        for rank in range(1, tp - 1):
-            offset = (low + (high - low) * rank // (tp - 1) for low, high in zip(begin.offset, end.offset))
-            shards.append(replace(begin, offset=tuple(offset)))
-    return shards
+def _of_all(first: RankRecord, lasts: Sequence[tuple[RankRecord, int]], of_experts: bool) -> list[Shard]:
+    """Of all ranks of a grid, from its first and the last in each direction, of so many; between these they are taken
+    to be evenly spaced. Tensors of experts are divided otherwise than all others."""
+
+    def sorted_shards(record: RankRecord) -> list[Shard]:
+        shards = (shard for shard in record.shards if is_of_expert(shard.key) == of_experts)
+        return sorted(shards, key=attrgetter("key", "offset"))
+
+    begin = sorted_shards(first)
+    keys = {shard.key for shard in begin}
+    found, others = [(shard, shard.offset) for shard in begin], []
+    for last, count in lasts:
+        if count == 1:
+            continue
+        end = sorted_shards(last)
+        others += [shard for shard in end if shard.key not in keys]
+        ends = {shard.key for shard in end}  # of all other tensors the first rank writes the whole
+        here = [shard for shard in begin if shard.key in ends]
+        there = [shard for shard in end if shard.key in keys]
+        ways = {one: tuple(map(sub, other.offset, one.offset)) for one, other in zip(here, there)}
+        found += [
+            (shard, tuple(start + way * rank // (count - 1) for start, way in zip(offset, ways[shard])))
+            for shard, offset in found
+            if shard in ways
+            for rank in range(1, count)
+        ]
+    return [replace(shard, offset=offset) for shard, offset in found] + others
+
+
+def _any_overlap(shards: Sequence[Shard]) -> bool:
+    near: list[Shard] = []  # in the first dimension
+    for one in sorted(shards, key=attrgetter("offset")):
+        near = [other for other in near if not one.offset or other.offset[0] + other.size[0] > one.offset[0]]
+        if any(_overlap(one, other) for other in near):
+            return True
+        near.append(one)
+    return False
 
 
 def _overlap(one: Shard, other: Shard) -> bool:

@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from yoco_megatron.config import experts
 from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.memory import Memory, even_stages, rank_memories
 from yoco_megatron.costs.shape import ModelShape
@@ -55,7 +54,6 @@ def confirm(main: Main, argv: Sequence[str], world_size: int, jobs: int = 1) -> 
     argv = [*argv, *NO_FILES]
     with gpu.defaults():
         args, plan = parse_for_job(argv, world_size)
-    experts.refuse(args, "a dry run")
     require(
         args.optimizer not in MATRIX_OPTIMIZERS,
         f"--optimizer {args.optimizer}: a dry run is not built for it; confirm the mesh with adam",

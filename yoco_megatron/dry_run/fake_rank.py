@@ -275,7 +275,7 @@ def _record(rank: int, ledger: Ledger, model: list[Any], optimizer: Any) -> Rank
     peak = ledger.live.peak + gpu.WORKSPACE_BYTES
     flops = {kind: count for (phase, kind), count in ledger.flops.items() if phase == STEP}
     parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-    buffers = [buffer for chunk in model for buffer in chunk.buffers]
+    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     inner = [one.optimizer for one in _inner_optimizers(optimizer)]
     in_fp8 = [module.in_fp8 for chunk in model for module in chunk.modules() if isinstance(module, Linear)]
     seen: set[int] = set()

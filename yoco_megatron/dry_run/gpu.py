@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from yoco_megatron import runtime
+from yoco_megatron.dry_run import balanced_experts
 from yoco_megatron.dry_run.fused_adam import FusedAdam
 from yoco_megatron.dry_run.gpu_layers import Layers, NormLinear
 from yoco_megatron.dry_run.ledger import count_flops
@@ -72,6 +73,7 @@ def stand_ins(flags: Namespace) -> Iterator[Any]:
     yield mock.patch.object(FakeTensor, "is_cuda", True)
     yield from _kernels()
     yield from _layers(flags)
+    yield from balanced_experts.stand_ins()
     yield from _optimizer()
 
 

@@ -6,13 +6,16 @@ to the linear behind it, FP8 keeps one byte a value. Read from Transformer Engin
 (tests/dry_run/test_measured.py).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -29,16 +32,26 @@ class Linear(MegatronModule):
 
     Attributes:
         save_original_input: FP8: keep the input itself, because others keep it anyway (Megatron sets it).
+        exchanges: whether tensor-parallel ranks do in it; those of an expert do before and behind it.
     """
 
     column = True
     with_norm = False
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: YOCOConfig, tp_group: Group, bias: bool = False, **_: Any
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: YOCOConfig,
+        tp_group: Group,
+        bias: bool = False,
+        is_expert: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         tp = tp_group.size()
+        self.exchanges = tp > 1 and not is_expert
         shape = (output_size // tp, input_size) if self.column else (output_size, input_size // tp)
         weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
         weight.tensor_model_parallel, weight.partition_stride = tp > 1, 1
@@ -50,7 +63,10 @@ class Linear(MegatronModule):
             self.bias.tensor_model_parallel, self.bias.partition_stride = tp > 1, 1
             self.bias.partition_dim = 0
         self.weight, self.tp_group, self.save_original_input = weight, tp_group, False
-        self.sequence_parallel = config.sequence_parallel and tp > 1
+        self.sequence_parallel = config.sequence_parallel and self.exchanges
+        if is_expert:  # else its gradients would be summed over all data-parallel ranks
+            divided = config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+            weight.allreduce = not (divided or config.expert_model_parallel_size > 1)
         self.in_fp8: Tensor | None = None
         self.layer_norm_weight: Any = None
         if self.with_norm:
@@ -162,7 +178,7 @@ def _whole(x: Tensor, layer: Linear, is_cut: bool) -> Tensor:
 
 def _part(x: Tensor, layer: Linear, is_summed: bool) -> Tensor:
     """The sum over tensor-parallel ranks, or with sequence parallelism this rank's tokens of it."""
-    if not is_summed or layer.tp_group.size() == 1:
+    if not (is_summed and layer.exchanges):
         return x
     if not layer.sequence_parallel:
         dist.all_reduce(x, group=layer.tp_group)
@@ -272,6 +288,10 @@ class Layers(LocalSpecProvider):
 
     def column_parallel_layer_norm_linear(self) -> type:
         return NormLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """One expert after the other (TESpecProvider)."""
+        return partial(SequentialMLP, submodules=MLPSubmodules(linear_fc1=Linear, linear_fc2=RowLinear))
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return Norm
