@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from operator import mul
+from operator import attrgetter, mul
 from typing import Any
 
 from yoco_megatron.config.kv_sets import sources_of
@@ -41,6 +41,7 @@ from yoco_megatron.costs.stage_time import (
     memory_of_stages,
     of_rank,
     recomputed_layers,
+    shapes_of_ranks,
     stage_parameters,
 )
 from yoco_megatron.costs.teacher import TeacherMemory, teacher_shape
@@ -84,23 +85,30 @@ def gpu_memory(args: Namespace, stages: Sequence[Parts] | None = None) -> Memory
 def fullest_memory(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> Memory:
     """The same of a known shape; of ranks that hold the same the first one has the most in flight."""
     pp, sets = args.pipeline_model_parallel_size, _shared(stages, shape)
+    shapes = shapes_of_ranks(stages, shape, pp)
     distinct: dict[Any, int] = {}
     for rank in range(pp):
-        distinct.setdefault((*(tuple(stage.items()) for stage in stages[rank::pp]), *sets[rank::pp]), rank)
-    memories = (
-        _memory(args, shape, stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
-        for rank in distinct.values()
-    )
-    return max(memories, key=lambda memory: memory.total)
+        held = (tuple(stage.items()) for stage in stages[rank::pp])
+        distinct.setdefault((shapes[rank].means_over, *held, *sets[rank::pp]), rank)
+    return max((_of_rank(args, shapes, stages, sets, rank) for rank in distinct.values()), key=attrgetter("total"))
 
 
 def rank_memories(args: Namespace, shape: ModelShape, stages: Sequence[Parts]) -> list[Memory]:
     """Memory of each pipeline rank."""
     pp, sets = args.pipeline_model_parallel_size, _shared(stages, shape)
-    return [
-        _memory(args, shape, stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
-        for rank in range(pp)
-    ]
+    shapes = shapes_of_ranks(stages, shape, pp)
+    return [_of_rank(args, shapes, stages, sets, rank) for rank in range(pp)]
+
+
+def _of_rank(
+    args: Namespace,
+    shapes: Sequence[ModelShape],
+    stages: Sequence[Parts],
+    sets: Sequence[tuple[range, range, tuple[bool, bool]]],
+    rank: int,
+) -> Memory:
+    pp = len(shapes)
+    return _memory(args, shapes[rank], stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
 
 
 def _shared(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[range, range, tuple[bool, bool]]]:
@@ -371,21 +379,28 @@ def _stored_for_recompute(args: Namespace, shape: ModelShape, kind: str, split: 
 
 def _stored_whole(args: Namespace, shape: ModelShape, kind: str, split: int) -> float:
     """The same of one without full recompute."""
-    e, hidden, ffn = _bytes_of_a_value(args), shape.hidden_size, shape.ffn_width(kind)
+    e, hidden = _bytes_of_a_value(args), shape.hidden_size
     if args.attention_transfer:  # the normed input, and in fp32 how far its output is off the teacher's
         return (e + 4) * hidden / split + _mixer_bytes(args, shape, kind) / args.tensor_model_parallel_size
     # FP8 stores the inputs of linear layers in a byte a value, but those of attention's, which its kernel stores.
     of_linear = 1 if args.fp8 else e
     norms = 0 if _recomputes(args, "layernorm") else 2 * of_linear * hidden
-    inner = 0.0 if _recomputes(args, "mlp") else (2 * e + of_linear) * ffn
+    dense, routed = shape.ffn_widths(kind)
+    inner = 0.0 if _recomputes(args, "mlp") else (2 * e + of_linear) * dense
     if args.architecture == "yoco" and args.recompute_elementwise:
-        inner -= e * ffn
+        inner -= e * dense
         if kind == "self_decoder":
             inner -= e * shape.mean(lambda mixer: mixer.recomputed_values(shape))
-    # Each expert's copy of its tokens, and its output before and after the router's weights.
-    inner += e * shape.experts_share(kind) * shape.moe_router_topk * (2 * hidden + (shape.moe_ffn_hidden_size or 0))
+    inner += 3 * e * routed + shape.experts_share(kind) * _rows_of_experts(args, shape)
     inner += _mixer_bytes(args, shape, kind)
     return (2 * e * hidden + norms) / split + inner / args.tensor_model_parallel_size
+
+
+def _rows_of_experts(args: Namespace, shape: ModelShape) -> float:
+    """Bytes of a token's copies for the experts that it goes through, before tensor parallelism: each of the ranks that
+    share an expert has them whole."""
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return _bytes_of_a_value(args) * shape.moe_router_topk * shape.hidden_size * expert_tp
 
 
 def _recomputes(args: Namespace, module: str) -> bool:
@@ -396,13 +411,14 @@ def _recomputes(args: Namespace, module: str) -> bool:
 def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int, recompute: bool) -> float:
     """Bytes a token that the backward pass of one layer needs beside what was stored: gradients inside the FFN, and
     gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
-    e, tp = _bytes_of_a_value(args), args.tensor_model_parallel_size
-    ffn = e * shape.ffn_width(kind) / tp / args.mlp_chunks_for_training
+    e, tp, share = _bytes_of_a_value(args), args.tensor_model_parallel_size, shape.experts_share(kind)
+    ffn = e * shape.ffn_hidden_size / tp / args.mlp_chunks_for_training if share < 1 else 0.0
+    rows = _rows_of_experts(args, shape) / tp if share else 0.0
     if args.attention_transfer:
         return 3 * e * shape.hidden_size + _mixer_bytes(args, shape, kind) / tp
     if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
-        return 3 * ffn + 3 * e * shape.hidden_size + again
+        return max(3 * ffn + again, 3 * rows) + 3 * e * shape.hidden_size
     mixer = _mixer_bytes(args, shape, kind) - (_stored_attention(args, shape) if kind == "cross_decoder" else 0.0)
     hidden = e * shape.hidden_size / split
     # Of the FFN: its input, two norms' outputs, its gradient; gate, up and their gradients, and the product's.
@@ -412,7 +428,8 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
         # In parts of the keys (attention_in_parts.py): output and gradients of all and of a part, and cuDNN's own.
         queries = shape.num_attention_heads * shape.kv_channels
         of_mixer = 5 * e * queries + e * shape.kv_width + 3 * CUDNN_BYTES * queries
-    return 4 * hidden + max(mixer / tp + 5 * ffn, of_mixer / tp)
+    of_ffn = max(5 * ffn, share and 4 * rows + 3 * e * shape.ffn_widths(kind)[1] / share / tp)
+    return 4 * hidden + max(mixer / tp + of_ffn, of_mixer / tp)
 
 
 def _stored_attention(args: Namespace, shape: ModelShape) -> float:

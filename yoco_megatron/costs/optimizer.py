@@ -10,7 +10,6 @@ from yoco_megatron.config.memory_units import memory_width
 from yoco_megatron.config.rules import MATRIX_OPTIMIZERS
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import Parts, stage_parameters
-from yoco_megatron.mixers import mixers_in
 
 Matrices = dict[tuple[int, ...], float]
 """{(rows, columns): how many}, in the mean over layers with and without experts, and over mixers."""
@@ -58,7 +57,7 @@ def layer_matrices(shape: ModelShape) -> dict[str, Matrices]:
     if shape.architecture == "transformer":
         return {"decoder": _sum([(q, d), (kv, d), (kv, d), (d, q)], _ffn(shape, "decoder"))}
     own = _ffn(shape, "self_decoder")
-    for mixer, share in mixers_in(shape.self_decoder).items():
+    for mixer, share in shape.mixers.items():
         logits = {name for matrix in mixer.fused(shape) if matrix.is_logits for name in matrix.names}
         own = _sum([size for name, size in mixer.tensors(shape).items() if name not in logits], own, share)
     ffn, share, memory = _ffn(shape, "cross_decoder"), shape.attention_share, memory_width(shape)

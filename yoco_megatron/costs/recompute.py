@@ -11,9 +11,7 @@ from argparse import Namespace
 
 from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_token
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts, loss_chunks, recomputed_layers
-
-LAYERS = ("self_decoder", "cross_decoder", "decoder")
+from yoco_megatron.costs.stage_time import LAYERS, Parts, loss_chunks, recomputed_layers
 
 
 def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts) -> dict[str, dict[str, float]]:

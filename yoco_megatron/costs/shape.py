@@ -20,22 +20,24 @@ with --add-qkv-bias one for each row of its q, k, v.
 In a layer with E experts of width W, of which a token goes through k, the FFN's 3 d F is 3 d W E and the router's d E,
 and 3 d S of a shared expert (another d with a gate); of these a token reads 3 d W k + d E + 3 d S. Where only some
 layers have experts (--moe-layer-freq), or layers of the self-decoder have several mixers, or some of the cross-decoder
-are memory units, what is said of one layer is the mean over those of its kind.
+are memory units, what is said of one layer is the mean over those of its kind, in the whole model or on one pipeline
+rank (`ModelShape.of_layers`).
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from math import prod
 from typing import Any, Literal, Self
 
 from yoco_megatron.config import experts
 from yoco_megatron.config.kv_sets import sources_of
-from yoco_megatron.config.memory_units import attention_layers, memory_width
+from yoco_megatron.config.memory_units import attention_layers, is_memory_unit, memory_width
 from yoco_megatron.config.resolve import resolved
 from yoco_megatron.config.rules import check_sizes
-from yoco_megatron.mixers import Mixer, mean_over_layers
+from yoco_megatron.mixers import Mixer, mixer_of_layer, mixers_in
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,41 @@ class ModelShape:
     moe_shared_expert_gate: bool = False
     mtp_num_layers: int = 0
     """Of multi-token prediction: cross-decoder layers behind the last."""
+    means_over: tuple[int, ...] | None = None
+    """Layers of the model, where not all; see `of_layers`."""
 
     def __post_init__(self) -> None:
         check_sizes(self)
         experts.check_sizes(self)
 
+    @property
+    def mixers(self) -> dict[Mixer, float]:
+        """Those of the self-decoder, each with its share of the layers."""
+        own = [index for index in self.means_over or () if index < self.num_self_decoder_layers]
+        if not own:
+            return mixers_in(self.self_decoder)
+        counts = Counter(mixer_of_layer(self.self_decoder, index) for index in own)
+        return {mixer: count / len(own) for mixer, count in counts.items()}
+
     def mean(self, of_mixer: Callable[[Mixer], float]) -> float:
         """Of one layer of the self-decoder, in the mean over its mixers."""
-        return mean_over_layers(self.self_decoder, of_mixer)
+        mixers = self.mixers
+        if len(mixers) == 1:  # whole numbers stay whole
+            return of_mixer(*mixers)
+        return sum(share * of_mixer(mixer) for mixer, share in mixers.items())
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether those of one half do, in their mixers or experts."""
+        sorts, own = _sorts_of_layers(self), self.num_self_decoder_layers
+        return len(set(sorts[:own])) > 1 or len(set(sorts[own:])) > 1
+
+    def of_layers(self, layers: Sequence[int]) -> "ModelShape":
+        """The same model; what is said of one layer in the mean is of these alone, such as those of a pipeline rank.
+
+        Equal for layers that are as many of each sort.
+        """
+        return _of_layers(self, tuple(layers))
 
     @property
     def num_cross_decoder_layers(self) -> int:
@@ -113,7 +142,10 @@ class ModelShape:
     @property
     def attention_share(self) -> float:
         """Of the cross-decoder's layers, those that attend to the shared K,V."""
-        return attention_layers(self) / max(1, self.num_cross_decoder_layers)
+        if self.means_over is None:
+            return attention_layers(self) / max(1, self.num_cross_decoder_layers)
+        cross = [index for index in self.means_over if index >= self.num_self_decoder_layers]
+        return sum(not is_memory_unit(self, index) for index in cross) / max(1, len(cross))
 
     @property
     def kv_width(self) -> int:
@@ -145,17 +177,21 @@ class ModelShape:
         if not self.num_experts:
             return 0.0  # without a list of layers, of which a mistaken --num-layers has billions
         has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
-        split = self.num_self_decoder_layers
-        of_kind = {"self_decoder": has[:split], "shared_kv": [], "cross_decoder": has[split:]}
-        return sum(of_kind.get(kind, has)) / max(1, self.layers_of(kind))
+        split, layers = self.num_self_decoder_layers, self.means_over or range(self.num_layers)
+        if kind in ("self_decoder", "cross_decoder"):
+            layers = [index for index in layers if (index < split) == (kind == "self_decoder")]
+        return 0.0 if kind == "shared_kv" else sum(has[index] for index in layers) / max(1, len(layers))
+
+    def ffn_widths(self, kind: str) -> tuple[float, float]:
+        """Values that a token has between the two products of an FFN, in the mean over layers of a kind: (in FFNs, in
+        the experts that it goes through)."""
+        share = self.experts_share(kind)
+        routed = self.moe_router_topk * (self.moe_ffn_hidden_size or 0) if share else 0
+        return (1 - share) * self.ffn_hidden_size, share * (routed + (self.moe_shared_expert_intermediate_size or 0))
 
     def ffn_width(self, kind: str) -> float:
-        """Values that a token has between the two products of an FFN, in the mean over layers of a kind: of experts, in
-        all those that it goes through."""
-        share = self.experts_share(kind)
-        of_experts = self.moe_router_topk * (self.moe_ffn_hidden_size or 0) if share else 0
-        of_experts += self.moe_shared_expert_intermediate_size or 0
-        return (1 - share) * self.ffn_hidden_size + share * of_experts
+        """Both together."""
+        return sum(self.ffn_widths(kind))
 
     @property
     def vocab_rows(self) -> int:
@@ -185,6 +221,27 @@ class ModelShape:
         named = [field.name for field in fields(cls) if field.name in sizes or field.default is MISSING]
         read: dict[str, Any] = {name: sizes.get(name) for name in named}
         return cls(**read)
+
+
+@cache
+def _sorts_of_layers(shape: ModelShape) -> list[tuple]:
+    """Of each layer its half, its mixer and whether it has experts."""
+    has = experts.layers_with_experts(shape.num_experts, shape.moe_layer_freq, shape.num_layers)
+    own = shape.num_self_decoder_layers
+    names = [mixer_of_layer(shape.self_decoder, index).name for index in range(own)]
+    return [*zip(names, has), *((None, of_layer) for of_layer in has[own:])]
+
+
+@cache
+def _of_layers(shape: ModelShape, layers: tuple[int, ...]) -> ModelShape:
+    sorts = _sorts_of_layers(shape)
+    held = Counter(sorts[index] for index in layers)
+    first_of_each = []  # equal for all that hold as many
+    for index, sort in enumerate(sorts):
+        if held[sort]:
+            held[sort] -= 1
+            first_of_each.append(index)
+    return replace(shape, means_over=tuple(first_of_each))
 
 
 @cache

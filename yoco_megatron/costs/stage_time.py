@@ -49,7 +49,7 @@ EMBEDDING_SECONDS = 1e-12  # per token and hidden unit: next to nothing
 RECOMPUTE_FACTOR = 4 / 3  # of what is recomputed in backward: four products where three would do
 
 
-NO_EXPERTS = ("embedding", "shared_kv", "mtp", "output_layer")
+LAYERS = ("self_decoder", "cross_decoder", "decoder")
 
 
 def part_seconds(
@@ -166,6 +166,17 @@ def _cuts(stages: Sequence[Parts]) -> list[int]:
     return [*accumulate(layers, initial=0)]
 
 
+def shapes_of_ranks(stages: Sequence[Parts], shape: ModelShape, ranks: int) -> list[ModelShape]:
+    """For each pipeline rank `shape` with means over the layers that it holds."""
+    if not shape.layers_differ:
+        return [shape] * ranks
+    edges = [*accumulate((sum(stage.get(kind, 0) for kind in LAYERS) for stage in stages), initial=0)]
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    for index, (first, stop) in enumerate(pairwise(edges)):
+        held[index % ranks] += range(first, stop)
+    return [shape.of_layers(layers) for layers in held]
+
+
 def of_rank(chunks: Sequence[Parts]) -> Parts:
     """What a pipeline rank holds in all its model chunks."""
     if len(chunks) == 1:
@@ -193,7 +204,7 @@ def stage_parameters(parts: Parts, shape: ModelShape) -> int:
 def held_parameters(args: Namespace, shape: ModelShape, parts: Parts) -> tuple[float, float]:
     """(all but routed experts, routed experts) that a rank of a stage holds."""
     tp = args.tensor_model_parallel_size
-    routed = sum(count * routed_parameters(shape, kind) for kind, count in parts.items() if kind not in NO_EXPERTS)
+    routed = sum(count * routed_parameters(shape, kind) for kind, count in parts.items() if kind in LAYERS)
     expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp) if routed else tp
     # Each rank multiplies its own rows by the whole of these (model/multi_token_prediction.py).
     projections = 2 * shape.mtp_num_layers * shape.hidden_size**2 if parts.get("mtp") else 0

@@ -21,6 +21,7 @@ from yoco_megatron.costs.optimizer import is_distributed, newton_schulz_flops
 from yoco_megatron.costs.schedule import about_waiting_seconds, waiting_seconds
 from yoco_megatron.costs.shape import ModelShape, attention_parameters, layer_matmul_parameters
 from yoco_megatron.costs.stage_time import (
+    LAYERS,
     RECOMPUTE_FACTOR,
     Parts,
     Rates,
@@ -32,6 +33,7 @@ from yoco_megatron.costs.stage_time import (
     of_rank,
     part_seconds_of_run,
     recomputed_layers,
+    shapes_of_ranks,
     stage_parameters,
 )
 from yoco_megatron.costs.teacher import teacher_parts, teacher_shape
@@ -49,7 +51,6 @@ EXPOSED_SENDS = 0.3  # of the sends between interleaved chunks
 # of an expert that runs after the others, or of all in one grouped product, as a share of a layer's.
 HALF_RATE_ROWS = 256
 LAUNCHES_OF_AN_EXPERT, LAUNCHES_OF_A_GROUP = 0.15, 0.5
-LAYERS = ("self_decoder", "cross_decoder", "decoder")
 Layers = Mapping[bool, Mapping[str, Mapping[str, float]]]  # {is it recomputed: {kind: {part: seconds}}}
 
 
@@ -92,14 +93,18 @@ def step_time(
     tokens = args.seq_length * args.micro_batch_size / cp
 
     kinds = (False, True) if args.recompute_granularity == "full" else (False,)
-    layers = {recompute: _layers(args, shape, card, recompute) for recompute in kinds}
+    shapes = shapes_of_ranks(stages, shape, len(stages))
+    layers = {
+        means_over: {again: _layers(args, each, card, again) for again in kinds}
+        for means_over, each in {each.means_over: each for each in shapes}.items()
+    }
     read = kv_sets_read(stages, shape)
     teacher = teacher_shape(args, shape)
     distinct: dict[Any, dict[str, float]] = {}  # of some twenty stages a handful
-    keys = [(*stage.items(), len(sets)) for stage, sets in zip(stages, read)]
-    for key, stage, sets in zip(keys, stages, read):
+    keys = [(each.means_over, *stage.items(), len(sets)) for each, stage, sets in zip(shapes, stages, read)]
+    for key, each, stage, sets in zip(keys, shapes, stages, read):
         if key not in distinct:
-            distinct[key] = _stage(args, shape, card, stage, len(sets), layers)
+            distinct[key] = _stage(args, each, card, stage, len(sets), layers[each.means_over])
             if teacher:
                 distinct[key]["teacher"] = _teacher_seconds(args, shape, teacher, card, stage)
     per_stage = tuple(distinct[key] for key in keys)
@@ -125,15 +130,15 @@ def step_time(
         exposed = 1.0 if model_chunks == 1 else EXPOSED_SENDS * model_chunks
         sends = both_ways * (count * exposed + 2 * (pp - 1))
 
-    of_ranks = [of_rank(stages[rank::pp]) for rank in range(pp)]
-    held = max(stage_parameters(parts, shape) for parts in of_ranks) / tp
+    of_ranks = [*zip(shapes_of_ranks(stages, shape, pp), (of_rank(stages[rank::pp]) for rank in range(pp)))]
+    held = max(stage_parameters(parts, each) for each, parts in of_ranks) / tp
     shards = dp * cp
     # fp32 gradients one way, bf16 weights back, beside the backward and the forward pass of one micro-batch.
-    sent = max(_reduced_parameters(args, shape, parts, shards) for parts in of_ranks) * 6
+    sent = max(_reduced_parameters(args, each, parts, shards) for each, parts in of_ranks) * 6
     reduced = sent / card.link(args.world_size).bytes_per_second
     reduced = max(0.05 * reduced, reduced - totals[slowest])
     # Ranks of tensor parallelism each make the whole of Muon's updates (--muon-tp-mode duplicated).
-    of_muon = max(newton_schulz_flops(args, shape, parts) for parts in of_ranks)
+    of_muon = max(newton_schulz_flops(args, each, parts) for each, parts in of_ranks)
     optimizer = card.optimizer_ps * 1e-12 * held + of_muon / (card.linear_tflops * 1e12)
     optimizer /= shards if is_distributed(args) else 1
     optimizer += (card.step_ms + card.step_layer_ms * shape.num_layers / pp) * 1e-3

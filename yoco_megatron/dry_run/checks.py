@@ -12,7 +12,7 @@ from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_t
 from yoco_megatron.costs.memory import rank_memories
 from yoco_megatron.costs.recompute import recomputed_flops_per_token
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts
+from yoco_megatron.costs.stage_time import Parts, shapes_of_ranks
 from yoco_megatron.dry_run.fake_rank import RankRecord, Shard
 from yoco_megatron.dry_run.ledger import Call
 from yoco_megatron.dry_run.mesh import Mesh, Place
@@ -59,13 +59,13 @@ def off_the_formulas(
 ) -> Iterator[str]:
     """Bytes between steps and FLOPs, off by more than TOLERANCE of them and PADDING bytes. Activations are not: their
     formula is an estimate, which the report has beside the peak."""
-    memories = rank_memories(args, shape, stages)
+    memories, shapes = rank_memories(args, shape, stages), shapes_of_ranks(stages, shape, mesh.sizes.pp)
     for record in records:
         pp = mesh.place(record.rank).pp
         found: dict[str, tuple[float, float]] = {
             f"bytes of {name}": (size, memories[pp].parts[name]) for name, size in record.state_bytes.items()
         }
-        for kind, expected in step_flops(mesh, args, shape, stages[pp :: mesh.sizes.pp]).items():
+        for kind, expected in step_flops(mesh, args, shapes[pp], stages[pp :: mesh.sizes.pp]).items():
             found[f"FLOPs of {kind}"] = record.flops.get(kind, 0), expected
         for what, (counted, expected) in found.items():
             slack = TOLERANCE * expected + PADDING * what.startswith("bytes")
@@ -74,7 +74,7 @@ def off_the_formulas(
 
 
 def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
-    """Of a rank that holds `chunks`, in a step: forward, what backward computes again, and twice forward.
+    """Of a rank that holds `chunks`, whose layers `shape` has means over, in a step: forward, what backward computes again, and twice forward.
 
     {"products": with weights; "attention": none where the number of its queries differs from rank to rank or follows
     from the documents}.

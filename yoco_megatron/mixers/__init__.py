@@ -6,7 +6,7 @@ A new mixer is its op, its module and its record; nobody compares a mixer's name
 functions below read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from yoco_megatron.mixers.gated_delta_net import GATED_DELTA_NET
 from yoco_megatron.mixers.gated_retention import GATED_RETENTION
@@ -25,7 +25,6 @@ __all__ = [
     "Mixer",
     "Sizes",
     "get_mixer",
-    "mean_over_layers",
     "mixer_of_layer",
     "mixers_in",
     "of_layers",
@@ -93,14 +92,6 @@ def mixers_in(self_decoder: str) -> dict[Mixer, float]:
 def mixer_of_layer(self_decoder: str, index: int) -> Mixer:
     """That of layer `index` of the self-decoder."""
     return _of_letter(self_decoder[index], self_decoder) if _is_pattern(self_decoder) else get_mixer(self_decoder)
-
-
-def mean_over_layers(self_decoder: str, of_mixer: Callable[[Mixer], float]) -> float:
-    """Of one layer in the mean."""
-    mixers = mixers_in(self_decoder)
-    if len(mixers) == 1:  # whole numbers stay whole
-        return of_mixer(*mixers)
-    return sum(share * of_mixer(mixer) for mixer, share in mixers.items())
 
 
 def of_layers(self_decoder: str, num_layers: int) -> str:
