@@ -12,7 +12,6 @@ from support.cli import TINY, Runs, train
 
 from yoco_megatron.convert import config_fields
 from yoco_megatron.convert.readers import open_source
-from yoco_megatron.dry_run.confirm import confirm
 from yoco_megatron.startup import arguments
 
 EXPERTS = (
@@ -129,8 +128,3 @@ def test_experts_alone_have_flags_of_experts() -> None:
         arguments.parse([*TINY, *EXPERTS, "--expert-model-parallel-size", "3", "--global-batch-size", "6"], 3)
     with pytest.raises(ValueError, match="needs --sequence-parallel"):
         arguments.parse([*TINY, *EXPERTS, "--tensor-model-parallel-size", "2"], 2)
-
-
-def test_what_does_not_know_experts_says_so() -> None:
-    with pytest.raises(ValueError, match="--num-experts 4: a dry run is not built"):
-        confirm(lambda: None, [*TINY, *EXPERTS, "--expert-model-parallel-size", "2", "--global-batch-size", "8"], 2)

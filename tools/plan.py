@@ -19,7 +19,6 @@ from pathlib import Path
 
 import yaml
 
-from yoco_megatron.config.rules import check_length
 from yoco_megatron.costs.card import SHIPPED, Card
 from yoco_megatron.planning import flags, report
 from yoco_megatron.planning.mesh import Plan
@@ -94,7 +93,6 @@ def main(argv: list[str]) -> str:
             raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
         return _calibrate(own.output, Card.of(own.base), own.trial)
     args, given = flags.parse(rest, own.gpus)
-    check_length(args)
     card = Card.of(own.card)
     if own.command == "search":
         found = search(args, given, card, tuple(own.precisions))

@@ -12,6 +12,7 @@ from support.cli import TINY, TINY_BASELINE, TINY_WINDOWS
 from support.worlds import spawn
 
 from yoco_megatron.costs.shape import ModelShape
+from yoco_megatron.costs.traffic import routed_bytes
 from yoco_megatron.dry_run import gpu
 from yoco_megatron.dry_run.checks import mismatched_calls, off_the_formulas, uncovered
 from yoco_megatron.dry_run.confirm import NO_FILES, Confirmed, confirm
@@ -128,6 +129,52 @@ def test_a_mixer_for_each_layer():
     assert spawn(_confirm, 1, (_main, [*FLAGS, *TP, *more], 4))[0].problems == []
 
 
+EXPERTS = [  # in half of the layers
+    *(*FLAGS, "--num-experts", "4", "--moe-layer-freq", "[0,1,1,0]", "--moe-ffn-hidden-size", "32"),
+    *("--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", "0.1", "--moe-router-dtype", "fp32"),
+    *("--expert-model-parallel-size", "2"),
+]
+ALL_TO_ALL = ["--moe-token-dispatcher-type", "alltoall"]
+OF_16 = [*EXPERTS, *ALL_TO_ALL, *TP, *PP, "--moe-shared-expert-intermediate-size", "16", "--global-batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def of_experts() -> Confirmed:
+    """Two ranks share an expert, two such pairs all experts."""
+    return spawn(_confirm, 1, (_main, OF_16, 16))[0]
+
+
+def test_experts_are_confirmed(of_experts):
+    assert of_experts.problems == []
+    assert [record.rank for record in of_experts.records] == [0, 1, 2, 6, 8, 9, 10, 14]
+    kinds = {(0, 1): "tp", (0, 2): "ep", (0, 4): "edp", (0, 2, 4, 6): "dp", (0, 1, 2, 3): "etp+ep"}
+    assert {group: of_experts.mesh.kind(group) for group in kinds} == kinds
+
+
+def test_experts_send_what_the_formula_says(of_experts):
+    with gpu.defaults():
+        args, _ = parse_for_job([*OF_16, *NO_FILES], 16)
+    calls = [call for call in of_experts.records[0].calls if call.group == (0, 2) and call.dtype == "bfloat16"]
+    sent = [call.bytes for call in calls if call.phase == STEP and call.name.startswith("alltoall")]
+    args.expert_tensor_parallel_size = 1  # the formula has what the ranks that share an expert send, too
+    of_a_layer = routed_bytes(args, ModelShape.from_args(args).of_layers([1]), "self_decoder", 2)
+    others = (2 - 1) / 2  # of two ranks
+    assert sum(sent) * others == 2 * of_a_layer  # two micro-batches
+    assert len(set(sent)) == 1
+
+
+def test_an_expert_that_nobody_writes_is_found(of_experts):
+    records = of_experts.records
+    expert = next(shard for shard in records[2].shards if ".mlp.experts." in shard.key)
+    without = replace(records[2], shards=tuple(shard for shard in records[2].shards if shard.key != expert.key))
+    (problem,) = uncovered([*records[:2], without, *records[3:]], of_experts.mesh)
+    assert problem.startswith("no rank would write some of the ") and expert.key in problem
+
+
+def test_experts_of_gathered_tokens_are_confirmed():
+    assert spawn(_confirm, 1, (_main, EXPERTS, 2))[0].problems == []
+
+
 @pytest.fixture(scope="module")
 def of_travelling_queries() -> Confirmed:
     """All-to-all in which each rank receives its own number of rows; fewer queries than keys."""
@@ -197,13 +244,18 @@ def test_checkpoint_must_cover_each_tensor_once(of_1024):
 
 
 def test_ledger_is_that_of_a_real_run():
-    flags = [*FLAGS, *TP, *PP]
+    flags = [*EXPERTS, *ALL_TO_ALL, *TP, *PP, "--expert-tensor-parallel-size", "1"]
     fake = spawn(_confirm, 1, (_main, flags, 4))[0]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     real = spawn(_ledger_of_a_real_run, 4, ([*flags, "--num-workers", "0"],), env=env)
     assert fake.problems == []
     for record, calls in zip(fake.records, real, strict=True):
-        assert [call for call in record.calls if call.phase == STEP] == calls
+        # How many tokens an expert gets is the router's to say.
+        assert [_sized(call) for call in record.calls if call.phase == STEP] == [_sized(call) for call in calls]
+
+
+def _sized(call: Call) -> Call:
+    return replace(call, bytes=0) if call.name.startswith("alltoall") else call
 
 
 def test_ranks_of_a_large_mesh():

@@ -16,7 +16,7 @@ MODEL += ["--micro-batch-size", "1", "--global-batch-size", "8"]
 
 def test_names_types_and_defaults_are_megatrons():
     megatrons = build_parser()
-    read = [action for action in flags.build_parser()._actions if action.dest != "no_effect"]
+    read = [action for action in flags.build_parser()._actions if action.default is not argparse.SUPPRESS]
     assert len(read) > 50
     for action in read:
         theirs = megatrons._option_string_actions[action.option_strings[0]]
@@ -30,7 +30,8 @@ def test_names_types_and_defaults_are_megatrons():
 
 
 def test_flags_without_effect_are_taken_and_unknown_ones_refused():
-    args, own = flags.parse([*MODEL, "--lr", "1e-4", "--mock-data", "--data-path", "0.5", "a", "0.5", "b"], gpus=1)
+    no_effect = ["--lr", "1e-4", "--mock-data", "--data-path", "0.5", "a", "0.5", "b", "--save-interval", "9"]
+    args, own = flags.parse([*MODEL, *no_effect, "--exp-avg-dtype", "fp32"], gpus=1)
     assert args.padded_vocab_size == 256
     assert own["vocab_size"] == 255 and "num_layers" not in own
     with pytest.raises(
@@ -75,6 +76,14 @@ def test_config_then_command_line(tmp_path):
         ("--context-parallel-size -1", "--context-parallel-size -1 must be at least 1"),
         ("--fp8-format e5m2", "invalid choice: 'e5m2'"),
         ("--architecture yolo", "invalid choice: 'yolo'"),
+        ("--num-experts 4 --moe-router-load-balancing-type foo", "invalid choice: 'foo'"),
+        ("--num-experts 4 --moe-router-load-balancing-type sinkhorn", "sinkhorn would let a token's experts depend on"),
+        ("--moe-router-topk 1", "--moe-router-topk has no effect without --num-experts"),
+        ("--moe-expert-capacity-factor 1.0", "--moe-expert-capacity-factor is refused on --architecture yoco"),
+        ("--normalization LayerNorm", "--normalization LayerNorm: YOCO's norms are RMSNorm"),
+        ("--recompute-granularity selective --recompute-modules moe", "--recompute-modules moe: a YOCO's layer has no"),
+        ("--exp-avg-dtype fp8", "--exp-avg-dtype: plans do not count what it changes; remove it"),
+        ("--architecture transformer --mtp-num-layers 1", "--mtp-num-layers is refused on --architecture transformer"),
         ("--optimizer sgd", "--optimizer sgd: plans count the memory of adam, muon and lion alone"),
     ],
 )

@@ -285,7 +285,7 @@ def test_published_interval():
         (["--pipeline-model-parallel-size", "64"], "64 pipeline stages .* are more than --num-layers 40"),
         (["--pipeline-model-parallel-layout", "Et|tL", "--pipeline-model-parallel-size", "2"], "with 40 t in all"),
         (["--pipeline-model-parallel-layout", "Et|tL"], "--pipeline-model-parallel-layout needs --pipeline-model"),
-        (["--mtp-num-layers", "1", "--cuda-graph-impl", "local"], "--cuda-graph-impl is not built for --mtp"),
+        (["--mtp-num-layers", "1", "--cuda-graph-impl", "full_iteration"], "--cuda-graph-impl is not built for --mtp"),
         (["--num-virtual-stages-per-pipeline-rank", "4"], "needs --pipeline-model-parallel-size above 1"),
     ],
 )
@@ -387,7 +387,11 @@ def test_block_recompute_lies_between_none_and_all():
 
 def test_the_search_recomputes_as_few_layers_as_fit():
     args, own = flags.parse(
-        ["--config", *MODELS, "--vocab-size", "100288", "--seq-length", "16384", "--global-batch-size", "64"], 16
+        [
+            *("--config", *MODELS, "--vocab-size", "100288", "--global-batch-size", "64"),
+            *("--seq-length", "16384", "--max-position-embeddings", "16384"),
+        ],
+        16,
     )
     blocks = [plan for plan in search(args, own, H100).plans if plan.args.recompute_method == "block"]
     assert blocks

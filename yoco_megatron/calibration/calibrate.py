@@ -54,25 +54,25 @@ def calibrate(output: Path, base: Card, trial: bool = False) -> str:
         arguments.parse_and_validate(layers.flags(trial))
         initialize_megatron()
         model = layers.build()
-    try:
-        sizes = kernels.TRIAL if trial else kernels.Sizes()
-        _say("products, attention, retention, head, optimizer")
-        measured = kernels.measure(sizes)
-        _say("collectives")
-        rings = links.measure(sizes.collective)
-        _say("whole layers")
-        few, many = layers.measure(model, sizes.seconds, trial)
-        measured |= {"launch_ms": few * 1e3, "gpu_ms": many * 1e3}
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, measured)
-        if dist.get_rank():
-            return ""
-        card = _card(everywhere, rings, get_args(), base)
-        write_atomically(output, yaml.safe_dump(dataclasses.asdict(card), sort_keys=False, width=110))
-        return _report(card, base, everywhere, rings, output)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    sizes = kernels.TRIAL if trial else kernels.Sizes()
+    _say("products, attention, retention, head, optimizer")
+    measured = kernels.measure(sizes)
+    _say("collectives")
+    rings = links.measure(sizes.collective)
+    _say("whole layers")
+    few, many = layers.measure(model, sizes.seconds, trial)
+    measured |= {"launch_ms": few * 1e3, "gpu_ms": many * 1e3}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, measured)
+    rank, args = dist.get_rank(), get_args()
+    # Not of a rank that fails: NCCL would wait there for the others, and torchrun could not end them.
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    if rank:
+        return ""
+    card = _card(everywhere, rings, args, base)
+    write_atomically(output, yaml.safe_dump(dataclasses.asdict(card), sort_keys=False, width=110))
+    return _report(card, base, everywhere, rings, output)
 
 
 def _say(what: str) -> None:

@@ -1,5 +1,6 @@
 """What a layer takes as a whole, in a model of the trainer's: the host to launch it, and all that is no product."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def flags(trial: bool) -> list[str]:
     model, sizes = ("yoco_tiny", "--num-layers 2") if trial else ("yoco_3b", "--num-layers 8 --bf16")
     rest = (
         f"{sizes} --seq-length 4096 --max-position-embeddings 4096 --vocab-size 1000 --micro-batch-size 1 "
-        "--global-batch-size 64 --lr 1e-4 --train-iters 1 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 "
-        "--no-gradient-accumulation-fusion"
+        f"--global-batch-size {os.environ.get('WORLD_SIZE', 1)} --lr 1e-4 --train-iters 1 --mock-data "
+        "--tokenizer-type NullTokenizer --eval-iters 0 --no-gradient-accumulation-fusion"
     )
     return ["--config", str(CONFIGS / f"{model}.yaml"), *rest.split()]
 

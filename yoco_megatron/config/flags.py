@@ -5,6 +5,7 @@
 
 import functools
 from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,13 @@ def _entries() -> dict[str, Entry]:
     return {flag: entry for entry in table() for flag in entry.flags}
 
 
-def refusals(args: Namespace, parser: ArgumentParser, where: str) -> list[str]:
+def refusals(args: Namespace, parser: ArgumentParser, where: str, alone: Collection[str] = ()) -> list[str]:
     """What is to be said of the flags that were given and would do nothing here: a sentence each.
 
     Args:
         args: parsed by `parser`, with `resolved_config`, which names what was given. A default is not refused.
         where: yoco or transformer, for all that this architecture refuses; torch and cpu, for what these alone refuse.
+        alone: destinations of flags that need no others here.
     """
     actions = {name.lstrip("-").replace("_", "-"): action for name, action in parser._option_string_actions.items()}
     said = []
@@ -94,7 +96,9 @@ def refusals(args: Namespace, parser: ArgumentParser, where: str) -> list[str]:
         entry = _entries().get(action.option_strings[0].lstrip("-"))  # None: a flag that a program of one's own adds
         if entry is None or value == parser.get_default(action.dest):
             continue
-        reason = _of_another_mixer(action.dest, where, args) or _reason(entry, where, value, args, actions)
+        reason = _of_another_mixer(action.dest, where, args) or _reason(
+            entry, where, value, args, {} if action.dest in alone else actions
+        )
         if reason:
             said.append(f"--{name} {reason}")
     return said
@@ -113,14 +117,14 @@ def _of_another_mixer(dest: str, where: str, args: Namespace) -> str:
 
 
 def _reason(entry: Entry, where: str, value: Any, args: Namespace, actions: dict[str, Any]) -> str:
-    """Why a flag of `entry` with this value is refused; empty where it is not."""
+    """Why a flag of `entry` with this value is refused; empty where it is not. No `actions`: not for lack of others."""
     if where not in (entry.where or ("yoco", "transformer")):
         return ""
     if entry.verdict == "no effect":
         return f"has no effect{f' on {PLACES[where]}' if entry.where else ''}: {entry.text}"
     if entry.verdict == "refused":
         return f"is refused{f' on {PLACES[where]}' if entry.where else ''}: {entry.text}"
-    if entry.needs and not any(_holds(need, args, actions) for need in entry.needs):
+    if actions and entry.needs and not any(_holds(need, args, actions) for need in entry.needs):
         return f"has no effect without {' or '.join(f'--{need}' for need in entry.needs)}: set both, or remove it"
     other = [_name(item) for item in (value if isinstance(value, list) else [value]) if _name(item) not in entry.values]
     return f"{' '.join(other)}: {entry.instead} (use {' or '.join(entry.values)})" if entry.values and other else ""
@@ -129,7 +133,7 @@ def _reason(entry: Entry, where: str, value: Any, args: Namespace, actions: dict
 def _holds(need: str, args: Namespace, actions: dict[str, Any]) -> bool:
     """Whether `args` have the flag, or the flag with one of the values, that an entry has under `with`."""
     flag, *values = need.split()
-    value = getattr(args, actions[flag].dest)
+    value = getattr(args, actions[flag].dest, None)
     return _name(value) in values if values else bool(value)
 
 

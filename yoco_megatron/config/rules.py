@@ -161,11 +161,12 @@ def check_tensor_parallel(config: Any) -> None:
 
 def flag_against_parts(config: Any) -> str | None:
     """The flag that asks for what attention over parts of the keys (ops/attention/partial.py) cannot do, if any."""
+    backend = getattr(config, "attention_backend", "auto")  # plans leave it out, or have its name
     asked = {
         "--deterministic-mode": config.deterministic_mode,
         "--attention-dropout": config.attention_dropout > 0,
         "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),  # has no flag
-        "--attention-backend": config.attention_backend.name not in ("auto", "fused"),
+        "--attention-backend": getattr(backend, "name", backend) not in ("auto", "fused"),
     }
     return next((flag for flag, is_asked in asked.items() if is_asked), None)
 
@@ -326,7 +327,7 @@ def check_cuda_graphs(args: Namespace, parser: ArgumentParser) -> None:
     flags = {action.dest: action.option_strings[0] for action in parser._actions}
     for dest, why in NOT_IN_A_CUDA_GRAPH.items():
         require(
-            getattr(args, dest) == parser.get_default(dest),
+            getattr(args, dest, parser.get_default(dest)) == parser.get_default(dest),
             f"{flags[dest]} does not go with --cuda-graph-impl {args.cuda_graph_impl}, as {why}: use only one of them",
         )
 

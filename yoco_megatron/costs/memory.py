@@ -243,6 +243,12 @@ def _memory(
             **({"teacher's hidden states": teacher.stored(chunk, tokens, rows, split)} if teacher else {}),
         }
 
+    def held_on(kind: str, chunk: Parts) -> float:
+        """By Megatron, which keeps the weights of a layer's experts, and with them recompute's copy of its input, and
+        that copy's gradient, until it comes to the layer again: as much as all inputs of these layers."""
+        layers = recomputed_layers(args, chunk.get(kind, 0)) * shape.experts_share(kind)
+        return layers * positions[kind] * e * shape.hidden_size / split
+
     each = [of_chunk(chunk, *of_kv) for chunk, of_kv in zip(chunks, sets)]
 
     def added(chunk: Parts, sizes: Mapping[str, float]) -> float:
@@ -253,8 +259,11 @@ def _memory(
             count = chunk.get(kind, 0)
             recomputed = recomputed_layers(args, count)
             # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
-            free = sizes.get("cross_decoder", 0.0) if kind == "self_decoder" else 0.0
-            gradient = 4 * (read_kv + memory * rows) if kind == "cross_decoder" else 0.0
+            free = gradient = 0.0
+            if kind == "self_decoder":
+                free = sizes.get("cross_decoder", 0.0) - 2 * held_on("cross_decoder", chunk)
+            elif kind == "cross_decoder":
+                gradient = 4 * (read_kv + memory * rows)
             if count > recomputed:
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
                 peak = max(peak, loss + layer + gradient - free)
@@ -262,7 +271,7 @@ def _memory(
                 # Large, but what the loss needed is free again, and what layers behind it stored.
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
                 behind = (count - recomputed) * plain[kind]
-                peak = max(peak, layer + gradient - free - behind - sizes["head"])
+                peak = max(peak, layer + held_on(kind, chunk) + gradient - free - behind - sizes["head"])
         if teacher:
             # Before the student's layers; in attention transfer beside each of them.
             behind = 0.0 if args.attention_transfer else sum(sizes.values())
@@ -413,12 +422,13 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
     gathered inputs; with full recompute what the layer would have stored, and the gradient of the FFN's product."""
     e, tp, share = _bytes_of_a_value(args), args.tensor_model_parallel_size, shape.experts_share(kind)
     ffn = e * shape.ffn_hidden_size / tp / args.mlp_chunks_for_training if share < 1 else 0.0
-    rows = _rows_of_experts(args, shape) / tp if share else 0.0
+    # Of all their rows copies sorted, sent and received, forward as backward; by the dry run.
+    rows = 5 * _rows_of_experts(args, shape) / tp if share else 0.0
     if args.attention_transfer:
         return 3 * e * shape.hidden_size + _mixer_bytes(args, shape, kind) / tp
     if not recompute:
         again = 3 * ffn if _recomputes(args, "mlp") else 0.0
-        return max(3 * ffn + again, 3 * rows) + 3 * e * shape.hidden_size
+        return max(3 * ffn + again, rows) + 3 * e * shape.hidden_size
     mixer = _mixer_bytes(args, shape, kind) - (_stored_attention(args, shape) if kind == "cross_decoder" else 0.0)
     hidden = e * shape.hidden_size / split
     # Of the FFN: its input, two norms' outputs, its gradient; gate, up and their gradients, and the product's.
@@ -428,7 +438,7 @@ def _layer_in_backward(args: Namespace, shape: ModelShape, kind: str, split: int
         # In parts of the keys (attention_in_parts.py): output and gradients of all and of a part, and cuDNN's own.
         queries = shape.num_attention_heads * shape.kv_channels
         of_mixer = 5 * e * queries + e * shape.kv_width + 3 * CUDNN_BYTES * queries
-    of_ffn = max(5 * ffn, share and 4 * rows + 3 * e * shape.ffn_widths(kind)[1] / share / tp)
+    of_ffn = max(5 * ffn, share and rows + 3 * e * shape.ffn_widths(kind)[1] / share / tp)
     return 4 * hidden + max(mixer / tp + of_ffn, of_mixer / tp)
 
 

@@ -177,7 +177,8 @@ class ModelShape:
         if not self.num_experts:
             return 0.0  # without a list of layers, of which a mistaken --num-layers has billions
         has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
-        split, layers = self.num_self_decoder_layers, self.means_over or range(self.num_layers)
+        split = self.num_self_decoder_layers
+        layers: Sequence[int] = self.means_over or range(self.num_layers)
         if kind in ("self_decoder", "cross_decoder"):
             layers = [index for index in layers if (index < split) == (kind == "self_decoder")]
         return 0.0 if kind == "shared_kv" else sum(has[index] for index in layers) / max(1, len(layers))

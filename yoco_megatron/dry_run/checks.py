@@ -74,10 +74,10 @@ def off_the_formulas(
 
 
 def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
-    """Of a rank that holds `chunks`, whose layers `shape` has means over, in a step: forward, what backward computes again, and twice forward.
+    """Of a rank that holds `chunks`, in a step: forward, what backward computes again, and twice forward.
 
     {"products": with weights; "attention": none where the number of its queries differs from rank to rank or follows
-    from the documents}.
+    from the documents}. `shape`: with means over the rank's layers.
     """
     layers = layer_flops_per_token(shape)
     layers["output_layer"] = {"linear": forward_flops_per_token(shape)["output_layer"], "mixing": 0.0}

@@ -71,7 +71,7 @@ class Mesh:
             return "world"
         sizes = vars(self.sizes)
         varied = _varied([vars(self.place(rank)) for rank in group])
-        if len(group) < prod(sizes[name] for name in varied):
+        if self.ep * self.expert_tp > 1 and len(group) < prod(sizes[name] for name in varied):
             varied = _varied([self._expert_place(rank) for rank in group])
         return "+".join(varied) or "alone"
 

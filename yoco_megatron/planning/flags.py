@@ -1,10 +1,12 @@
 """The flags of pretrain_yoco.py that decide memory and speed, read without Megatron, whose import takes seconds.
 
 tests/planning/test_flags.py holds names, types and defaults against Megatron's own parser. Every other flag of the
-table of flags is taken and has no effect here; one that the table lacks is an error.
+table of flags is taken and has no effect here, whatever its value, unless training refuses it; one that the table lacks
+is an error.
 """
 
 import argparse
+import functools
 import math
 from dataclasses import Field, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -18,8 +20,8 @@ from yoco_megatron.config.yoco_fields import YOCOFields
 from yoco_megatron.utils.errors import nearest, require
 
 # Megatron's, and two of distillation: flag -> (type, default). A type of bool is a switch, and one that starts with
-# "no-" turns its field off; a tuple has the words to choose from.
-Kind = type | tuple[str, ...]
+# "no-" turns its field off; a tuple has the words to choose from, and a list those of which there may be several.
+Kind = type | tuple[str, ...] | list[str]
 MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "num-layers": (int, None),
     "hidden-size": (int, None),
@@ -31,7 +33,10 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "moe-router-topk": (int, 2),
     "moe-shared-expert-intermediate-size": (int, None),
     "moe-shared-expert-gate": (bool, False),
-    "moe-router-load-balancing-type": (list, "aux_loss"),
+    "moe-router-load-balancing-type": (
+        ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile_balancing", "none"],
+        "aux_loss",
+    ),
     "moe-aux-loss-coeff": (list, 0.0),
     "moe-z-loss-coeff": (float, None),
     "moe-token-dispatcher-type": (("allgather", "alltoall", "flex"), "allgather"),
@@ -85,10 +90,12 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "account-for-embedding-in-pipeline-split": (bool, False),
     "account-for-loss-in-pipeline-split": (bool, False),
     "context-parallel-size": (int, 1),
+    "recompute-activations": (bool, False),
     "recompute-granularity": (("full", "selective"), None),
     "recompute-method": (("uniform", "block"), None),
     "recompute-num-layers": (int, None),
     "recompute-modules": (list, None),
+    "deterministic-mode": (bool, False),
     "transformer-impl": (("local", "transformer_engine", "inference_optimized"), "transformer_engine"),
     "mlp-chunks-for-training": (int, 1),
     "loss-scale": (float, None),
@@ -105,8 +112,28 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "attention-transfer": (bool, False),
 }
 DESTINATIONS = {"fp8-format": "fp8"}
+# Flags that change sizes which the formulas take as they are without them: {field: default}.
+NOT_COUNTED = {
+    "grad_reduce_in_bf16": False,
+    "fp32_residual_connection": False,
+    "first_last_layers_bf16": False,
+    "main_grads_dtype": "fp32",
+    "main_params_dtype": "fp32",
+    "exp_avg_dtype": "fp32",
+    "exp_avg_sq_dtype": "fp32",
+}
 
 
+class _Unread(argparse.Action):
+    """Stores what stands behind a flag of which nothing is known but its name: True, a word, or several."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """A config's false is as if it were not there."""
+        if values != ["False"]:
+            setattr(namespace, self.dest, (values or [True])[0] if len(values) < 2 else values)
+
+
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """Of the flags above and those of a YOCO; the other ones of the table are taken."""
     parser = argparse.ArgumentParser(prog="plan.py", add_help=False, allow_abbrev=False)
@@ -123,8 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             action = "store_false" if flag.startswith("no-") else "store_true"
             parser.add_argument(f"--{flag}", dest=dest, action=action)
-        elif kind is list:
-            parser.add_argument(f"--{flag}", dest=dest, nargs="+", default=default)
+        elif kind is list or isinstance(kind, list):
+            words = kind if isinstance(kind, list) else None
+            parser.add_argument(f"--{flag}", dest=dest, nargs="+", choices=words, default=default)
         elif isinstance(kind, tuple):
             parser.add_argument(f"--{flag}", dest=dest, type=str, choices=kind, default=default)
         else:
@@ -135,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     for entry in table.table():
         for flag in entry.flags:
             if f"--{flag}" not in parser._option_string_actions and flag != "config":
-                parser.add_argument(f"--{flag}", nargs="*", dest="no_effect", default=argparse.SUPPRESS)
+                parser.add_argument(f"--{flag}", nargs="*", action=_Unread, default=argparse.SUPPRESS)
     return parser
 
 
@@ -145,7 +173,7 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
 
     Raises:
         ValueError: a flag that does not exist, a value of the wrong type or that no size can have, a config that cannot
-            be read, sizes missing, an optimizer that is not known.
+            be read, sizes missing, what training refuses of any machine and mesh, what formulas do not know.
     """
     parser = build_parser()
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -155,7 +183,9 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
     configs = to_argv(load_config_files([source for group in given.config for source in group]), parser)
     args = parser.parse_args([*configs, *rest])
     numbers.check(args, parser)
-    own = vars(_without_defaults(parser).parse_args(rest))
+    _check_effects(args, _named([*configs, *rest]), parser)
+    actions = [parser._option_string_actions[f"--{name}"] for name in _named(rest)]
+    own = {action.dest: getattr(args, action.dest) for action in actions if hasattr(args, action.dest)}
     if isinstance(args.moe_layer_freq, str):
         args.moe_layer_freq = experts.layer_freq(args.moe_layer_freq)
     if isinstance(args.moe_aux_loss_coeff, list):
@@ -163,10 +193,6 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
             args.moe_aux_loss_coeff = [float(weight) for weight in args.moe_aux_loss_coeff]
         except ValueError:
             raise ValueError(f"--moe-aux-loss-coeff {' '.join(args.moe_aux_loss_coeff)} is no number") from None
-    require(
-        args.architecture == "yoco" or not args.mtp_num_layers,
-        f"--mtp-num-layers {args.mtp_num_layers} is refused on --architecture {args.architecture}: remove it",
-    )
     require(args.num_layers is not None, "no model: name its file, for example --config configs/model/yoco_3b.yaml")
     for dest in ("vocab_size", "seq_length", "global_batch_size", "micro_batch_size"):
         require(getattr(args, dest) is not None, f"--{dest.replace('_', '-')} is missing: set it")
@@ -175,22 +201,35 @@ def parse(argv: list[str], gpus: int) -> tuple[argparse.Namespace, dict[str, Any
         f"--optimizer {args.optimizer}: plans count the memory of adam, muon and lion alone",
     )
     require(gpus >= 1, f"--gpus {gpus} must be at least 1")
-    args.world_size = gpus
+    args.world_size, args.has_loss_masks = gpus, False
+    if args.recompute_activations:
+        args.recompute_granularity = "selective"
     set_padded_vocab_size(args)
     resolve_loss_chunk(args)
     return args, own
+
+
+def _named(argv: list[str]) -> list[str]:
+    """The flags in it, without their dashes."""
+    return list(dict.fromkeys(word.partition("=")[0][2:] for word in argv if word.startswith("--")))
+
+
+def _check_effects(args: argparse.Namespace, names: list[str], parser: argparse.ArgumentParser) -> None:
+    """As startup/checks.py does, of the flags that are known here; `names`: of those that were given."""
+    unread = {action.dest for action in parser._actions if isinstance(action, _Unread)}
+    given = {name: None for name in names if hasattr(args, parser._option_string_actions[f"--{name}"].dest)}
+    said = argparse.Namespace(**vars(args), resolved_config=given)
+    refused = table.refusals(said, parser, args.architecture, alone=unread)
+    require(not refused, f"{'; '.join(refused)} (docs/flags.md has every flag)")
+    for dest, default in NOT_COUNTED.items():
+        flag = f"--{dest.replace('_', '-')}"
+        require(getattr(args, dest, default) == default, f"{flag}: plans do not count what it changes; remove it")
 
 
 def set_padded_vocab_size(args: argparse.Namespace) -> None:
     """As Megatron pads it, for this tensor parallelism."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
-
-
-def _without_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser
 
 
 def _read_as_told() -> list[Field]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 
-from yoco_megatron.config import experts, multi_token
+from yoco_megatron.config import run_rules
 from yoco_megatron.config.kv_sets import sources_of
-from yoco_megatron.config.resolve import resolved
-from yoco_megatron.config.rules import check_mesh, check_model, check_optimizer, check_stages
+from yoco_megatron.config.rules import check_stages
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.memory import (
     GIB,
@@ -26,6 +25,7 @@ from yoco_megatron.costs.step_time import StepTime, mfu, step_time
 from yoco_megatron.costs.teacher import check_mesh as check_teacher
 from yoco_megatron.parallel.pipeline.planner import filled_cuts, layer_seconds, plan_cuts
 from yoco_megatron.parallel.pipeline.stages import StagePlan
+from yoco_megatron.planning.flags import build_parser
 from yoco_megatron.utils.errors import require
 
 # Share of a GPU's memory that a plan may fill: the rest is for CUDA, NCCL, fragments and what the formulas leave out.
@@ -48,15 +48,9 @@ class Plan:
     def of(cls, args: Namespace, card: Card) -> "Plan":
         """With the stages of the run itself. Raises ValueError for flags that make no mesh."""
         shape = ModelShape.from_args(args)
-        check_mesh(args)
-        check_optimizer(args)
+        run_rules.check(args, build_parser())
         check_teacher(args, shape)
-        experts.check_run(args)
         if args.architecture == "yoco":
-            check_model(resolved(args))
-            experts.check_model(resolved(args))
-            multi_token.check_model(args)
-            multi_token.check_run(args)
             check_stages(args)
         ranks, microbatches = args.pipeline_model_parallel_size, num_microbatches(args) or 1
         require(

@@ -22,6 +22,7 @@ ERROR = 0.04
 FINALISTS = 8  # cut again by the planner, which takes a tenth of a second each
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 NO_RECOMPUTE = {
+    "recompute_activations": False,
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,

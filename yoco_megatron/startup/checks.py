@@ -10,9 +10,8 @@ import torch
 
 from yoco_megatron import runtime
 from yoco_megatron.checkpoint.architecture import check_checkpoint_exists, check_format, check_loadable
-from yoco_megatron.config import experts, multi_token, rules
+from yoco_megatron.config import run_rules
 from yoco_megatron.config.flags import refusals
-from yoco_megatron.config.resolve import resolved
 from yoco_megatron.costs.memory import GIB
 from yoco_megatron.costs.shape import ModelShape, parameter_count, routed_parameters
 from yoco_megatron.data import fingerprint
@@ -34,7 +33,6 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         flag = "--" + dest.replace("_", "-")
         require(getattr(args, dest) is not None, f"{flag} is missing: set it, or use a config of configs/model/")
         require(getattr(args, dest) >= 1, f"{flag} {getattr(args, dest)} must be at least 1")
-    rules.check_length(args)
     folders = {"--load": args.load, "--save": args.save, "--pretrained-checkpoint": args.pretrained_checkpoint}
     for flag, place in folders.items():
         require(
@@ -45,20 +43,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         start, end = args.profile_step_start, args.profile_step_end
         require(start < end, f"--profile-step-start {start} must be below --profile-step-end {end}")
         require(args.tensorboard_dir is not None, "--profile writes beside --tensorboard-dir, which is missing")
-    rules.check_mesh(args)
-    experts.check_run(args)
-    rules.check_optimizer(args)
-    rules.check_ignored(args, parser)
-    require(
-        args.group_query_attention or args.num_query_groups == parser.get_default("num_query_groups"),
-        f"--num-query-groups {args.num_query_groups} has no effect without --group-query-attention: set both",
-    )
-    if args.architecture == "yoco":
-        rules.check_model(resolved(args))
-        experts.check_model(resolved(args))
-        multi_token.check_model(args)
-        multi_token.check_run(args)
-        rules.check_travelling_queries(args)
+    run_rules.check(args, parser)
 
 
 def check_effects(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
