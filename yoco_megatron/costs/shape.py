@@ -28,7 +28,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal, Self
 
@@ -105,7 +105,7 @@ class ModelShape:
         check_sizes(self)
         experts.check_sizes(self)
 
-    @property
+    @cached_property
     def mixers(self) -> dict[Mixer, float]:
         """Those of the self-decoder, each with its share of the layers."""
         own = [index for index in self.means_over or () if index < self.num_self_decoder_layers]
@@ -121,7 +121,7 @@ class ModelShape:
             return of_mixer(*mixers)
         return sum(share * of_mixer(mixer) for mixer, share in mixers.items())
 
-    @property
+    @cached_property
     def layers_differ(self) -> bool:
         """Whether those of one half do, in their mixers or experts."""
         sorts, own = _sorts_of_layers(self), self.num_self_decoder_layers
@@ -176,12 +176,19 @@ class ModelShape:
         """Of the layers of a kind, those with experts."""
         if not self.num_experts:
             return 0.0  # without a list of layers, of which a mistaken --num-layers has billions
+        return self._experts_shares.get(kind, 0.0)
+
+    @cached_property
+    def _experts_shares(self) -> dict[str, float]:
         has = experts.layers_with_experts(self.num_experts, self.moe_layer_freq, self.num_layers)
-        split = self.num_self_decoder_layers
         layers: Sequence[int] = self.means_over or range(self.num_layers)
-        if kind in ("self_decoder", "cross_decoder"):
-            layers = [index for index in layers if (index < split) == (kind == "self_decoder")]
-        return 0.0 if kind == "shared_kv" else sum(has[index] for index in layers) / max(1, len(layers))
+        split = self.num_self_decoder_layers
+        of_kinds = {
+            "self_decoder": [has[index] for index in layers if index < split],
+            "cross_decoder": [has[index] for index in layers if index >= split],
+            "decoder": [has[index] for index in layers],
+        }
+        return {kind: sum(of_kind) / max(1, len(of_kind)) for kind, of_kind in of_kinds.items()}
 
     def ffn_widths(self, kind: str) -> tuple[float, float]:
         """Values that a token has between the two products of an FFN, in the mean over layers of a kind: (in FFNs, in
