@@ -233,11 +233,12 @@ class ModelShape:
 
 @cache
 def _sorts_of_layers(shape: ModelShape) -> list[tuple]:
-    """Of each layer its half, its mixer and whether it has experts."""
+    """Of each layer its half, its mixer, whether it is a memory unit and whether it has experts."""
     has = experts.layers_with_experts(shape.num_experts, shape.moe_layer_freq, shape.num_layers)
     own = shape.num_self_decoder_layers
     names = [mixer_of_layer(shape.self_decoder, index).name for index in range(own)]
-    return [*zip(names, has), *((None, of_layer) for of_layer in has[own:])]
+    units = [is_memory_unit(shape, index) for index in range(own, shape.num_layers)]
+    return [*zip(names, has), *zip([None] * len(units), units, has[own:])]
 
 
 @cache
