@@ -81,7 +81,7 @@ RUNS = (
     Published(
         "Llama 3 405B, 131K",
         16384,
-        f"{LLAMA} --global-batch-size 128 --seq-length 131072",
+        f"{LLAMA} --global-batch-size 128 --seq-length 131072 --max-position-embeddings 131072",
         0.38,
         LLAMA_3,
         mesh=f"{LLAMA_MESH} --context-parallel-size 16",
