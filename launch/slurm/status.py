@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from yoco_megatron.checkpoint import layout as checkpoints
 from yoco_megatron.resilience import policy
-from yoco_megatron.utils.small_files import BadFile, read_json
+from yoco_megatron.utils.small_files import BadFile, read_json, read_text
 
 STALE_S = 600  # a heartbeat older than this is reported
 GONE = "not in the queue"
+SUBMITTED = "submitted.txt"  # of submit.py: the job
 
 
 def squeue(job: str | None) -> tuple[str | None, str | None]:
@@ -56,9 +57,29 @@ def heartbeat(run: Path) -> dict[str, Any] | None:
         return {}
 
 
+def unknown(run: Path, state: str, job: str | None) -> dict[str, Any]:
+    """The status of a run of which nothing else is known."""
+    nothing = ("step", "of", "tokens", "loss", "tokens_per_second", "last_checkpoint")
+    later = ("seconds_to_finish", "job_time_left", "heartbeat_age")
+    head = {"run": str(run), "state": state, "reason": "", "job": job}
+    return head | dict.fromkeys(nothing) | {"restarts": 0} | dict.fromkeys(later)
+
+
+def submitted(run: Path) -> dict[str, Any]:
+    """The status of a run whose first job has not begun."""
+    try:
+        job = read_text(run / SUBMITTED, 1000).strip()
+    except BadFile as error:
+        raise ValueError(str(error)) from None
+    state, _ = squeue(job)
+    return unknown(run, "submitted" if state is None else f"submitted, {state.lower()}", job)
+
+
 def read(run: Path) -> dict[str, Any]:
     """The status of one run. Raises ValueError for a folder that is not a run folder."""
     lines, beat = policy.attempts(run), heartbeat(run)
+    if not lines and beat is None and (run / SUBMITTED).exists():
+        return submitted(run)
     if not lines and beat is None:
         raise ValueError(f"{run}: no attempts.jsonl and no heartbeat.json there; give a --run-folder")
     begins = [line for line in lines if line["event"] == "begin"]
@@ -78,11 +99,8 @@ def read(run: Path) -> dict[str, Any]:
     if beat.get("tokens_per_second") and beat["iteration"]:
         per_step = beat["tokens"] / beat["iteration"]
         remaining = (beat["train_iters"] - beat["iteration"]) * per_step / beat["tokens_per_second"]
-    return {
-        "run": str(run),
-        "state": state,
+    return unknown(run, state, job) | {
         "reason": last.get("reason", ""),
-        "job": job,
         "step": beat.get("iteration"),
         "of": beat.get("train_iters"),
         "tokens": beat.get("tokens"),

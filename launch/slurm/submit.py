@@ -389,6 +389,7 @@ def main(argv: list[str]) -> int:
     if done.returncode:
         raise ValueError(f"sbatch refuses {path}: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
+    (run / "submitted.txt").write_text(f"{job}\n")
     print(f"submitted job {job}: {path}\nwatch it: python launch/slurm/status.py {run}")
     return 0
 

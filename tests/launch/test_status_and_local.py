@@ -80,6 +80,13 @@ def test_status_of_no_run(tmp_path):
     assert done.returncode == 2 and "no attempts.jsonl" in done.stderr
 
 
+def test_status_of_a_job_that_waits(tmp_path):
+    """The command that submit.py ends by."""
+    (tmp_path / "submitted.txt").write_text("4242\n")
+    found = status(tmp_path)
+    assert found["state"].startswith("submitted") and found["job"] == "4242" and found["step"] is None
+
+
 def test_status_says_why(tmp_path):
     policy.begin(tmp_path, 3)
     assert status(tmp_path)["state"] == "running"

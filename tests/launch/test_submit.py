@@ -102,6 +102,16 @@ def test_no_sbatch_is_said_before_anything_is_written(tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_the_job_is_written_down(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho '4242;somewhere'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    cluster = str(ROOT / "configs/cluster/cpu.yaml")
+    flags = ["--nodes", "1", "--time", "1:00:00", "--cluster", cluster, "--run-folder", str(tmp_path / "run"), *FLAGS]
+    assert submit_py.run(flags) == 0
+    assert (tmp_path / "run/submitted.txt").read_text() == "4242\n"  # status.py reads it
+
+
 def test_what_a_container_lacks_is_in_the_plan(tmp_path):
     cluster = {"gpu": "none", "gpus-per-node": 1, "python": "/usr/bin/python3", "container": {"image": "x"}}
     (tmp_path / "site.yaml").write_text(json.dumps(cluster))
