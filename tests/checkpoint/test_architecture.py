@@ -1,11 +1,13 @@
-"""Which format the checkpoint has that a run will load: told before anything starts."""
+"""Which format the checkpoint has that a run will load, and which model: told before anything starts."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from yoco_megatron.checkpoint import architecture, layout
+from yoco_megatron.utils.small_files import BadFile
 
 
 def saved(folder: Path, form: str, iteration: int | None) -> None:
@@ -51,3 +53,12 @@ def test_megatrons_detection_finds_one_of_the_two(tmp_path: Path) -> None:
 
 def test_nothing_there_is_no_format(tmp_path: Path) -> None:
     architecture.check_format(flags(tmp_path, "torch"))
+
+
+@pytest.mark.parametrize(
+    "edit", [{"mtp_num_layers": "1"}, {"hidden_size": None}, {"shared_kv_sources": [1, "2"]}, {"tied": 1}]
+)
+def test_a_field_edited_by_hand_is_named(edit: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / architecture.FILE_NAME).write_text(json.dumps({"architecture": "yoco"} | edit))
+    with pytest.raises(BadFile, match=rf"does not hold what it should: (entry 1 of )?'{next(iter(edit))}' is "):
+        architecture.read(tmp_path)

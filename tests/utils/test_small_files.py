@@ -39,6 +39,7 @@ def test_whole_file_is_read(tmp_path: Path) -> None:
 )
 def test_other_types_are_named(damage: dict[str, Any]) -> None:
     assert mismatch(WHOLE, Record) is None
+    assert mismatch([1, 2], tuple[int, ...]) is None and mismatch([1, "2"], tuple[int, ...]) is not None
     (key,) = damage
     wrong = mismatch(WHOLE | damage, Record)
     assert wrong is not None and (key in wrong or wrong.startswith("entry 1"))

@@ -9,13 +9,13 @@ import re
 from argparse import Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from yoco_megatron.checkpoint.layout import TRACKER, format_of, path_of, tracked_iteration
 from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.mixers import options_of_others
 from yoco_megatron.utils.files import write_atomically
-from yoco_megatron.utils.small_files import BadFile, read_json
+from yoco_megatron.utils.small_files import BadFile, mismatch, read_json
 
 FILE_NAME = "architecture.json"
 ROUTING = {  # of experts; with Megatron's defaults
@@ -72,6 +72,10 @@ def read(folder: str | Path) -> dict[str, Any]:
     saved = read_json(Path(folder) / FILE_NAME, _Recorded, missing={}, fix=FIX)
     if not saved:
         return saved
+    kinds = get_type_hints(ModelShape)
+    for name in kinds.keys() & saved.keys():
+        if wrong := mismatch(saved[name], kinds[name], repr(name)):
+            raise BadFile(f"{Path(folder) / FILE_NAME} does not hold what it should: {wrong}: {FIX}")
     found = ALWAYS_WAS | saved
     if found["self_decoder_head_dim"] is None:
         hidden, heads = found.get("hidden_size"), found.get("self_decoder_heads")

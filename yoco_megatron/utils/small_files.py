@@ -152,8 +152,8 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
     """What makes a JSON value no `kind`, or None if it is one.
 
     Args:
-        kind: Any, None, a class (an int is a float too, a bool is neither), list[X], tuple[X, Y] for a list of so
-            many, dict[str, X], Literal, X | Y, or a TypedDict, whose values may have further entries.
+        kind: Any, None, a class (an int is a float too, a bool is neither), list[X] or tuple[X, ...], tuple[X, Y] for a
+            list of so many, dict[str, X], Literal, X | Y, or a TypedDict, whose values may have further entries.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -171,6 +171,8 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
             return wrong_type or f"{where} has no {missing[0]!r}"
         types_of = get_type_hints(kind)
         return _first(mismatch(value[key], types_of[key], repr(key)) for key in value if key in types_of)
+    if origin is tuple and parts[-1] is ...:
+        return mismatch(value, list[parts[0]], where)
     if origin is tuple:
         wrong_type = mismatch(value, list, where)
         if wrong_type or len(value) != len(parts):
@@ -183,7 +185,7 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
     if not parts:
         return None
     if expected is list:
-        return _first(mismatch(item, parts[0], f"entry {index}") for index, item in enumerate(value))
+        return _first(mismatch(item, parts[0], f"entry {index} of {where}") for index, item in enumerate(value))
     return _first(mismatch(item, parts[1], repr(key)) for key, item in value.items())
 
 
