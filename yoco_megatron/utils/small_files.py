@@ -172,7 +172,7 @@ def mismatch(value: Any, kind: Any, where: str = "the content") -> str | None:
         types_of = get_type_hints(kind)
         return _first(mismatch(value[key], types_of[key], repr(key)) for key in value if key in types_of)
     if origin is tuple and parts[-1] is ...:
-        return mismatch(value, list[parts[0]], where)
+        origin, parts = list, parts[:1]
     if origin is tuple:
         wrong_type = mismatch(value, list, where)
         if wrong_type or len(value) != len(parts):
