@@ -1,7 +1,7 @@
 """A CPU that takes the ways of a GPU: what each of them needs, named by the place that asks.
 
-Kernels are not run: their results have sizes and no numbers. tests/dry_run/test_stand_ins.py fails where upstream has
-changed what is replaced.
+Kernels are not run: their results have sizes and no numbers. upstream/relied_on.py names what is replaced, so that
+a new version says what to read again.
 """
 
 import sys

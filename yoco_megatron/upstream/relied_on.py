@@ -185,6 +185,41 @@ relies_on(
     why="compiled: one kernel, which allocates its result alone",
 )
 relies_on(
+    "megatron.core.fusions.fused_bias_swiglu",
+    "weighted_swiglu_back",
+    digest="7724caff86622559",
+    used_by="dry_run/balanced_experts.py",
+    why="compiled: one kernel, which allocates its results alone",
+)
+relies_on(
+    "megatron.core.transformer.moe.token_dispatcher",
+    "MoEAlltoAllTokenDispatcher.preprocess",
+    digest="d11096c6fec7ad9a",
+    used_by="dry_run/balanced_experts.py",
+    why="replaced in a dry run: what it exchanges, and the splits that it takes from the router's numbers",
+)
+relies_on(
+    "megatron.core.transformer.moe.token_dispatcher",
+    "MoEAllGatherTokenDispatcher.dispatch_postprocess",
+    digest="b63ad619612b585f",
+    used_by="dry_run/balanced_experts.py",
+    why="written again in a dry run: it selects as many rows as the router's numbers say",
+)
+relies_on(
+    "megatron.core.fusions.fused_bias_swiglu",
+    "swiglu",
+    digest="fed0b5e375c3355e",
+    used_by="dry_run/gpu.py",
+    why="compiled: one kernel, which allocates its result alone",
+)
+relies_on(
+    "megatron.core.fusions.fused_bias_swiglu",
+    "weighted_swiglu",
+    digest="4b4690b7a5874c4b",
+    used_by="dry_run/balanced_experts.py",
+    why="compiled: one kernel, which allocates its result alone",
+)
+relies_on(
     "megatron.core.optimizer",
     "_get_megatron_optimizer_based_on_param_groups",
     digest="8ef99e8043fdfc15",
