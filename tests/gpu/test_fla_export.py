@@ -32,12 +32,16 @@ def small(**more) -> YocoConfig:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["gated_retention", "gated_delta_net"])
+@pytest.mark.parametrize("kind", ["gated_retention", "gated_delta_net", "sliding_window"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_fla_loads_our_export(tied, kind, tmp_path):
     yoco = pytest.importorskip("fla.models.yoco")
     torch.manual_seed(0)
-    config = small(self_decoder=kind, tie_word_embeddings=tied, rope_theta=640000.0)
+    windows: dict[str, object] = {}
+    if kind == "sliding_window":
+        pytest.importorskip("flash_attn", reason="fla's windows need it")
+        windows = {"rope_variant": "standard", "sliding_window": 9}
+    config = small(self_decoder=kind, **windows, tie_word_embeddings=tied, rope_theta=640000.0)
     ours = YocoForCausalLM(config).cuda().eval()
     state = {name: tensor.cpu() for name, tensor in ours.state_dict().items()}
     source = Source("hf", tmp_path, config, dict.fromkeys(state, torch.float32), state.__getitem__)

@@ -179,11 +179,13 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
     """config.json of flash-linear-attention's YOCOForCausalLM.
 
     Raises:
-        ValueError: a variant that is no YOCO of this project's (windows, biases, norms on queries, ...).
+        ValueError: a variant that is no YOCO of this project's (biases, norms on queries, ...).
     """
     own, cross = config["self_decoder_attn"], config["cross_decoder_attn"]
     width = config["hidden_size"]
     mixers = {mixer.fla_type: mixer.name for mixer in MIXERS.values() if mixer.fla_type}
+    windows = own["type"] == SLIDING_WINDOW.fla_type
+    frequencies = "fla" if windows else own.get("rope_inv_freq", "fla")  # its windows have no others
     no = {
         f"self_decoder_attn.type {own['type']}": own["type"] not in mixers,
         "cross_decoder_attn.qk_norm": cross.get("qk_norm", False),
@@ -191,7 +193,8 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         "cross_decoder_attn.window_size": cross.get("window_size") is not None,
         "attnres_block_size": config.get("attnres_block_size") is not None,
         f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "swish") not in ("swish", "silu"),
-        "different rope_inv_freq of the two halves": own.get("rope_inv_freq") != cross.get("rope_inv_freq"),
+        "self_decoder_attn.qkv_bias": windows and own.get("qkv_bias", False),
+        "different rope_inv_freq of the two halves": frequencies != cross.get("rope_inv_freq", "fla"),
         "different rope_theta of the two halves": own.get("rope_theta") != cross.get("rope_theta"),
     }
     if is_delta := own["type"] == GATED_DELTA_NET.fla_type:
@@ -212,10 +215,12 @@ def from_fla(config: dict[str, Any]) -> YocoConfig:
         num_attention_heads=cross["num_heads"],
         num_key_value_heads=cross.get("num_kv_heads"),
         self_decoder_heads=own["num_heads"],
+        self_decoder_key_value_heads=own["num_v_heads"] if windows else None,
         self_decoder_head_dim=own["head_dim"] if is_delta else None,
+        **({"sliding_window": own["window_size"]} if windows else {}),
         decay_temperature=own.get("gate_logit_normalizer", 16.0),
         rope_theta=own.get("rope_theta", 10000.0),
-        rope_variant="yoco" if own.get("rope_inv_freq") == "yoco" else "standard",
+        rope_variant="yoco" if frequencies == "yoco" else "standard",
         rms_norm_eps=config.get("norm_eps", 1e-6),
         max_position_embeddings=config["max_position_embeddings"],
         tie_word_embeddings=config.get("tie_word_embeddings", False),
@@ -232,9 +237,12 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         ValueError: what its YOCO does not have.
     """
     mixer, *others = mixers_in(config.self_decoder)
-    delta: dict[str, Any] = {}
-    if mixer is GATED_DELTA_NET:
-        delta = {"head_dim": config.self_decoder_head_dim, "num_v_heads": config.self_decoder_heads} | FLA_GATED_DELTA
+    of_mixer: dict[str, Any] = {}
+    if mixer is SLIDING_WINDOW:
+        of_mixer = {"num_v_heads": config.self_decoder_key_value_heads, "window_size": config.sliding_window}
+    elif mixer is GATED_DELTA_NET:
+        heads = {"head_dim": config.self_decoder_head_dim, "num_v_heads": config.self_decoder_heads}
+        of_mixer = heads | FLA_GATED_DELTA
     no = {
         f"self-decoder of the kind {mixer.name}": mixer.fla_type is None,
         "second mixer of the self-decoder": bool(others),
@@ -244,6 +252,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
         "gated memory unit": config.cross_decoder_pattern is not None,
         "embedding that is not scaled": not config.scale_embedding,
         "RoPE by halves": not config.rope_interleaved,
+        "window layer with the paper's frequencies": mixer is SLIDING_WINDOW and config.rope_variant == "yoco",
         "scaled RoPE": config.use_rope_scaling,
         "norm of the shared K": config.qk_norm,
         "bias of the shared K,V": config.qkv_bias,
@@ -251,7 +260,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
             heads * width != config.hidden_size
             for heads, width in (
                 (config.num_attention_heads, config.head_dim),
-                *([] if delta else [(config.self_decoder_heads, config.self_decoder_head_dim)]),
+                *([] if "head_dim" in of_mixer else [(config.self_decoder_heads, config.self_decoder_head_dim)]),
             )
         ),
     }
@@ -275,7 +284,7 @@ def to_fla(config: YocoConfig) -> dict[str, Any]:
             "num_heads": config.self_decoder_heads,
             "gate_logit_normalizer": config.decay_temperature,
             **rope,
-            **delta,
+            **of_mixer,
         },
         "cross_decoder_attn": {
             "num_heads": config.num_attention_heads,

@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -396,7 +396,12 @@ def _fla(folder: Path, _: int | None) -> Source:
     )
     tensors = SafeTensors(folder)
     described = _described(file, config_fields.from_fla, config)
-    return _renamed("fla", tensors.place, described, tensors, tensor_names.fla, file.name)
+    theirs = _renamed("fla", tensors.place, described, tensors, tensor_names.fla, file.name)
+
+    def load(name: str) -> Tensor:
+        return tensor_names.pairs_to_halves(described, name, theirs.load(name), back=True)
+
+    return replace(theirs, load=load)
 
 
 # -- the authors' layout

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from yoco_megatron.config.memory_units import is_memory_unit
 from yoco_megatron.convert.config_fields import sizes
-from yoco_megatron.mixers import Mixer, mixer_of_layer
+from yoco_megatron.hf.configuration_yoco import YocoConfig
+from yoco_megatron.mixers import SLIDING_WINDOW, Mixer, mixer_of_layer, mixers_in
 from yoco_megatron.mixers.record import FusedMatrix, Shape
 
 MULTI_TOKEN = "model.mtp_layers."
@@ -273,6 +274,20 @@ def fla(name: str) -> str:
         if ours in name:
             return name.replace(ours, theirs)
     return name
+
+
+def pairs_to_halves(config: YocoConfig, name: str, tensor: Tensor, back: bool = False) -> Tensor:
+    """A tensor of ours as fla has it, or `back`.
+
+    RoPE rotates the rows 2i, 2i+1 of a head in all of our layers and in fla's retention and cross-attention, and the
+    rows i, i+D/2 in fla's windows. So rows of their queries and keys change places; their products stay the same.
+    """
+    of_windows = [*mixers_in(config.self_decoder)] == [SLIDING_WINDOW] and name.startswith("model.self_layers.")
+    if not of_windows or not name.endswith((".q_proj.weight", ".k_proj.weight")):
+        return tensor
+    half = config.self_decoder_head_dim // 2
+    split = (-1, 2, half) if back else (-1, half, 2)
+    return tensor.unflatten(0, split).transpose(1, 2).flatten(0, 2)
 
 
 def official(name: str) -> str:

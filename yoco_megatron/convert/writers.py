@@ -89,6 +89,12 @@ def write_fla(source: Source, folder: Path, shard_bytes: int) -> None:
         source = dataclasses.replace(source, config=copy.copy(source.config))
         source.config.mtp_num_layers = 0
     config = config_fields.to_fla(source.config)
+    ours = source
+
+    def load(name: str) -> Tensor:
+        return tensor_names.pairs_to_halves(ours.config, name, ours.load(name))
+
+    source = dataclasses.replace(source, load=load)
     _write_tensors(source, folder, shard_bytes, rename=tensor_names.fla)
     if source.tokenizer is not None:
         tokenizer_files.copy(source.tokenizer, folder, source.document_start)
