@@ -18,7 +18,7 @@ from yoco_megatron.startup.prepare import prepare
 prepare()  # before anything imports megatron; also in the processes that write checkpoints
 
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_tensorboard_writer, get_tokenizer, pretrain
+from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from yoco_megatron import upstream
@@ -30,7 +30,7 @@ from yoco_megatron.startup import agreement
 from yoco_megatron.startup.arguments import parse_and_validate
 from yoco_megatron.startup.record import record_run
 from yoco_megatron.training.step import forward_step
-from yoco_megatron.upstream import log_lines, quiet
+from yoco_megatron.upstream import log_lines, quiet, throughput
 from yoco_megatron.upstream.resilience_hooks import managed_run
 
 # All that was imported stays to the end. Later collections, and those with which the interpreter ends, leave it out.
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> None:
     finally:
         run_lock.release()
         quiet.end()
-        if curves := get_tensorboard_writer():
-            curves.close()  # the loss after the last step may else be lost with the thread that writes it
+        throughput.close_curves()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import site_text
@@ -225,13 +226,21 @@ def checkpoints(options: argparse.Namespace) -> dict[str, Path]:
 
 def evaluate(options: argparse.Namespace) -> None:
     """All that is there, as many at once as there are runs, for a slice of time."""
-    gpus = gpus_of(options)
     suites, end = [write_suite(options, is_start) for is_start in (False, True)], time.monotonic() + options.seconds
     ready = {name: path for name, path in checkpoints(options).items() if path.exists()}
 
-    def one(numbered: tuple[int, tuple[str, Path]]) -> bool:
-        number, (name, checkpoint) = numbered
-        gpu = gpus[number % len(gpus)]
+    free: Queue[str | None] = Queue()
+    for gpu in gpus_of(options):
+        free.put(gpu)
+
+    def one(named: tuple[str, Path]) -> bool:
+        gpu = free.get()
+        try:
+            return on(gpu, *named)
+        finally:
+            free.put(gpu)
+
+    def on(gpu: str | None, name: str, checkpoint: Path) -> bool:
         suite = suites[name.endswith(START)]
         command = [sys.executable, "tools/evaluate.py", "--load", str(checkpoint), "--suite", str(suite)]
         command += ["--tokenizer", str(options.folder / "teacher"), "--output", str(output_of(checkpoint))]
@@ -245,8 +254,8 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{name}\n{run.stdout if run.returncode == 0 else last_error(run.stderr)}", flush=True)
         return run.returncode == 0
 
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        done = list(pool.map(one, enumerate(ready.items())))
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        done = list(pool.map(one, ready.items()))
     if not all(done):
         raise SystemExit(f"{sum(done)} of {len(done)} are evaluated: repeat this command")
     print("all done", flush=True)
@@ -311,8 +320,9 @@ def draw(options: argparse.Namespace) -> None:
                 continue
             tokens, losses, before = [], [], 0.0
             for stage, share in shares(case, options).items():
-                if stage != "transfer":  # which has a loss of its own
-                    run = read_run(job_of(case, stage, options).folder, case)
+                job = job_of(case, stage, options)
+                if stage != "transfer" and job.folder.exists():  # transfer has a loss of its own
+                    run = read_run(job.folder, case)
                     points = run.curves[VALIDATION]
                     tokens += [before + one for one in run.tokens(points.steps)]
                     losses += [*points.values]
@@ -350,6 +360,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results.jsonl")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
+    if min(options.transfer, options.distil) <= 0 or options.transfer + options.distil >= 1:
+        parser.error("--transfer and --distil are shares above 0, and leave one to plain training")
     if options.what == "prepare":
         prepare(options)
     elif options.what == "train":

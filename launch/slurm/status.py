@@ -15,12 +15,11 @@ from typing import Any, TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from yoco_megatron.checkpoint import layout as checkpoints
-from yoco_megatron.resilience import policy
+from yoco_megatron.resilience import policy, run_folder
 from yoco_megatron.utils.small_files import BadFile, read_json, read_text
 
 STALE_S = 600  # a heartbeat older than this is reported
 GONE = "not in the queue"
-SUBMITTED = "submitted.txt"  # of submit.py: the job
 
 
 def squeue(job: str | None) -> tuple[str | None, str | None]:
@@ -65,21 +64,21 @@ def unknown(run: Path, state: str, job: str | None) -> dict[str, Any]:
     return head | dict.fromkeys(nothing) | {"restarts": 0} | dict.fromkeys(later)
 
 
-def submitted(run: Path) -> dict[str, Any]:
-    """The status of a run whose first job has not begun."""
+def submitted(run: Path) -> str | None:
+    """The job that submit.py submitted last, if any. Raises ValueError for a file of something else."""
     try:
-        job = read_text(run / SUBMITTED, 1000).strip()
+        text = read_text(run / run_folder.SUBMITTED, 1000, missing=None)
     except BadFile as error:
         raise ValueError(str(error)) from None
-    state, _ = squeue(job)
-    return unknown(run, "submitted" if state is None else f"submitted, {state.lower()}", job)
+    return text and text.strip()
 
 
 def read(run: Path) -> dict[str, Any]:
     """The status of one run. Raises ValueError for a folder that is not a run folder."""
-    lines, beat = policy.attempts(run), heartbeat(run)
-    if not lines and beat is None and (run / SUBMITTED).exists():
-        return submitted(run)
+    lines, beat, newest = policy.attempts(run), heartbeat(run), submitted(run)
+    if not lines and beat is None and newest:
+        queued, _ = squeue(newest)
+        return unknown(run, "submitted" if queued is None else f"submitted, {queued.lower()}", newest)
     if not lines and beat is None:
         raise ValueError(f"{run}: no attempts.jsonl and no heartbeat.json there; give a --run-folder")
     begins = [line for line in lines if line["event"] == "begin"]
@@ -91,6 +90,9 @@ def read(run: Path) -> dict[str, Any]:
     else:
         waiting = f"stopped, {GONE}" if slurm_state == GONE else "waiting to restart"
         state = {"requeue": waiting, "done": "done", "stop": "stopped"}[last["verdict"]]
+        again, _ = squeue(newest if newest != job else None)
+        if again not in (None, GONE):
+            state, job = f"submitted again, {again.lower()}", newest
     beat = beat or {}
     age = time.time() - beat["time"] if beat else None
     if state == "running" and age is not None and age > STALE_S:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from yoco_megatron.config.yaml_files import LIMIT, parse_yaml
-from yoco_megatron.resilience import preflight, sbatch, secrets
+from yoco_megatron.resilience import preflight, run_folder, sbatch, secrets
 from yoco_megatron.resilience.launch_environment import launch_environment
 from yoco_megatron.utils.small_files import BadFile, read_text
 
@@ -246,6 +246,7 @@ def check(
     prepare()
     from yoco_megatron.costs.memory import GIB, gpu_memory
     from yoco_megatron.costs.shape import ModelShape, parameter_count
+    from yoco_megatron.planning.flags import uncounted
     from yoco_megatron.startup.arguments import parse_for_job
     from yoco_megatron.utils.small_files import BadFile
 
@@ -278,12 +279,13 @@ def check(
         *unread,
     ]
     limit = cluster.get("gpu-memory-gib")
-    if args.optimizer_cpu_offload:
-        lines.append("WARNING: --optimizer-cpu-offload is not reckoned with: the optimizer counts in this memory")
-    elif limit and (memory.states > limit * GIB or memory.total > CERTAIN * limit * GIB):
+    changed = uncounted(args)
+    lines += [f"WARNING: {flag} is not counted: this memory is that without it" for flag in changed]
+    if limit and not changed and (memory.states > limit * GIB or memory.total > CERTAIN * limit * GIB):
         raise ValueError(
             f"a step takes {memory.total / GIB:.1f} GiB of a GPU that has {limit} (gpu-memory-gib), "
-            f"{memory.states / GIB:.1f} of them for weights, gradients and optimizer: raise "
+            f"{memory.states / GIB:.1f} of them for weights, gradients and optimizer: "
+            f"{'' if args.use_distributed_optimizer else 'add --use-distributed-optimizer, '}raise "
             "--tensor-model-parallel-size or --pipeline-model-parallel-size, lower --micro-batch-size, or add "
             "--recompute-granularity; tools/plan.py search finds what fits"
         )
@@ -389,7 +391,7 @@ def main(argv: list[str]) -> int:
     if done.returncode:
         raise ValueError(f"sbatch refuses {path}: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
-    (run / "submitted.txt").write_text(f"{job}\n")
+    (run / run_folder.SUBMITTED).write_text(f"{job}\n")
     print(f"submitted job {job}: {path}\nwatch it: python launch/slurm/status.py {run}")
     return 0
 

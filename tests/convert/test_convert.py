@@ -274,6 +274,7 @@ NOT_THE_FUNCTION = {
     "keep_cross_attention": "memory of the activations",
     "loss_suffix": "which positions are trained on",
     "num_queries": "how many they are",
+    "means_over": "of which layers costs are",
     "cross_decoder_positions": "computes no others, or all",
     "cp_cross_attention": "what context-parallel ranks exchange",
 }

@@ -87,6 +87,20 @@ def test_status_of_a_job_that_waits(tmp_path):
     assert found["state"].startswith("submitted") and found["job"] == "4242" and found["step"] is None
 
 
+def test_status_of_a_run_that_waits_again(tmp_path, monkeypatch):
+    """Its last job has ended, and a newer one is in the queue."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\n[ $3 = 7 ] && echo 'PENDING|1:00:00'\nexit 0\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    policy.begin(tmp_path, 3)
+    policy.end(tmp_path, 1)
+    (tmp_path / "submitted.txt").write_text("6\n")
+    assert not status(tmp_path)["state"].startswith("submitted") and status(tmp_path)["job"] == "6"
+    (tmp_path / "submitted.txt").write_text("7\n")
+    assert (status(tmp_path)["state"], status(tmp_path)["job"]) == ("submitted again, pending", "7")
+
+
 def test_status_says_why(tmp_path):
     policy.begin(tmp_path, 3)
     assert status(tmp_path)["state"] == "running"

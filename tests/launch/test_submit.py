@@ -102,6 +102,13 @@ def test_no_sbatch_is_said_before_anything_is_written(tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_what_no_formula_counts_is_no_reason_to_refuse():
+    flags = [*BIG, "--micro-batch-size", "2", "--use-distributed-optimizer", "--grad-reduce-in-bf16"]
+    done = submit(*flags, nodes=8, cluster="h100")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: --grad-reduce-in-bf16 is not counted" in done.stdout and "optimizer-cpu" not in done.stdout
+
+
 def test_the_job_is_written_down(tmp_path, monkeypatch):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho '4242;somewhere'\n")
     (tmp_path / "sbatch").chmod(0o755)
@@ -182,6 +189,12 @@ def test_container_only_when_named():
         (TINY, 1, "cpu", "--save-interval is missing"),
         ([*BIG, "--micro-batch-size", "1"], 1, "h100", "a step takes 1"),
         ([*BIG, "--micro-batch-size", "2", "--use-distributed-optimizer"], 8, "h100", "of a GPU that has 80"),
+        (
+            [*BIG[:3], "use-distributed-optimizer=false", *BIG[3:], "--micro-batch-size", "1"],
+            1,
+            "h100",
+            "optimizer: add --use-",
+        ),
         (FLAGS, 0, "cpu", "--nodes 0 must be at least 1"),
         (["--time", "4h", *FLAGS], 1, "cpu", "--time 4h: write minutes"),
         (["--time", "5:30", *FLAGS], 1, "cpu", "--save-seconds 300 leaves no time to train in --time 5:30"),

@@ -146,6 +146,8 @@ def test_the_line_of_a_long_run_fits_a_terminal():
     line = log_lines.step_line(late, RATES.texts(), False)
     assert line.startswith("11-28 03:54  123456/400000  lm loss 6.647708  norm 1.088  lr 3.33e-03  12,500 tok/s/")
     assert len(line) <= 120
+    more = late.replace("| grad norm", "| mtp_1 loss: 1.020000E+00 | grad norm")
+    assert "  mtp_1 loss 1.0200  " in log_lines.step_line(more, RATES.texts(), False)
 
 
 def test_the_line_of_an_evaluation(monkeypatch):

@@ -57,7 +57,7 @@ class _Recorded(TypedDict):
 def describe(args: Namespace) -> dict[str, object]:
     """Everything that decides which function the weights compute."""
     shape = asdict(ModelShape.from_args(args))
-    del shape["num_queries"]  # of a step of training: the weights are the same
+    del shape["num_queries"], shape["means_over"]  # of a step, and of costs: the weights are the same
     described = shape | {name: getattr(args, name) for name in SWITCHES}
     return json.loads(json.dumps(described))  # as it is read again: a tuple is a list there
 

@@ -77,8 +77,8 @@ def arguments_of(model: Any) -> dict[str, str]:
     unused = options_of_others(model.self_decoder)
     of_mixers = {field: dest for field, dest in OF_MIXERS.items() if dest not in unused}
     sources = SOURCES if getattr(model, "shared_kv_sources", None) else {}
-    sources |= UNITS if getattr(model, "cross_decoder_pattern", None) else {}
-    return SAME | sources | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
+    units = UNITS if getattr(model, "cross_decoder_pattern", None) else {}
+    return SAME | sources | units | of_mixers | experts | (MULTI_TOKEN if model.mtp_num_layers else {})
 
 
 def from_args(args: Namespace, **more: Any) -> YocoConfig:

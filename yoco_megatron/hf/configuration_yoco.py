@@ -201,6 +201,8 @@ class YocoConfig(PreTrainedConfig):
         self._check_shape()
         self._check_experts()
         cross = self.num_hidden_layers - self.num_self_decoder_layers
+        if set(self.cross_decoder_pattern or "") == {"A"}:
+            self.cross_decoder_pattern = None
         if UNCUT & {*self.self_decoder_mixers} or self.cross_decoder_pattern:  # the memory is whole
             cut = {name: how for name, how in self.base_model_tp_plan.items() if "self_layers.*.mixer" not in name}
             vars(self)["base_model_tp_plan"] = cut

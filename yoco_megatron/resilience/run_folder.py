@@ -7,6 +7,7 @@ RUN/logs/ATTEMPT/              one log per process
 RUN/attempts.jsonl             one line when an attempt starts and one when it ends (see `policy`)
 RUN/outcomes/ATTEMPT/          how each process ended, if it could record it (see `exit_record`)
 RUN/stacks/ATTEMPT/            Python stacks of processes that hung; empty files of the others
+RUN/submitted.txt              the job that submit.py submitted last
 RUN/heartbeat.json             step, loss, tokens/s, written at each log interval
 RUN/triggers/                  create a file `save`, `exit`, `requeue` or `profile` here to request that
 RUN/profile/                   requested traces
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from yoco_megatron.resilience import secrets
 
+SUBMITTED = "submitted.txt"
 # Only variables that can change what a run computes are recorded.
 RECORDED = re.compile(
     r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|NVIDIA|TRITON|GLOO|UCX|FI|OMP|MKL|OPENBLAS|SLURM|CUBLAS|CUDNN|YOCO|MASTER|PYTHON|"

@@ -1,4 +1,7 @@
-"""The lines of the log for a step and for an evaluation, of 120 columns at most; --verbose: Megatron's own."""
+"""The lines of the log for a step and for an evaluation, of about 120 columns, more with further losses.
+
+--verbose: Megatron's own.
+"""
 
 import math
 import re
@@ -29,6 +32,7 @@ FIRST = ("lm loss", "grad norm", "learning rate", "global batch size")
 SHORT = {"grad norm": "norm", "learning rate": "lr"}
 SHORT |= {"number of skipped iterations": "skipped", "number of nan iterations": "nan"}
 DIGITS = {"lm loss": "#.7G", "learning rate": ".2e"}
+OF_OTHER_LOSSES = "#.5G"
 BETWEEN = "  "
 """Names and values have single spaces."""
 
@@ -60,7 +64,7 @@ def step_line(message: str, rates: Iterable[str], batch_size_changes: bool) -> s
             continue
         if name == "global batch size" and not batch_size_changes:
             continue
-        digits = DIGITS.get(name)
+        digits = DIGITS.get(name, OF_OTHER_LOSSES if name.endswith("loss") else None)
         parts.append(f"{SHORT.get(name, name)} {value if digits is None else f'{float(value):{digits}}'}")
     return BETWEEN.join([when, f"{iteration:>{len(last)}}/{last}", *parts, *rates])
 

@@ -3,6 +3,7 @@
 The positions with a loss (step_positions.py) stand beside them.
 """
 
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -91,6 +92,16 @@ def measure(iteration: int, steps: int) -> Rates:
 def write(rates: Rates, iteration: int) -> None:
     """Write what was measured to TensorBoard and wandb, where they are used. For the process that prints the line."""
     write_scalars(step_positions.scalars() | rates.scalars(), iteration)
+
+
+def close_curves() -> None:
+    """Write the last points, which may else be lost with the thread that writes them. A disk in trouble is told: the
+    run is over."""
+    try:
+        if writer := get_tensorboard_writer():
+            writer.close()
+    except OSError as error:
+        print(f"warning: the last points of TensorBoard's curves could not be written: {error}", file=sys.stderr)
 
 
 def write_scalars(scalars: dict[str, float], iteration: int) -> None:
