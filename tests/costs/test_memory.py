@@ -3,7 +3,7 @@
 import pytest
 from support.cli import parsed
 
-from yoco_megatron.costs import memory
+from yoco_megatron.costs import memory, stage_time
 from yoco_megatron.costs.optimizer import newton_schulz_flops
 from yoco_megatron.costs.shape import ModelShape, parameter_count
 
@@ -43,6 +43,29 @@ def test_newton_schulz():
     kv = 4 * 16**2 * 32 + 2 * 16**3
     expected = 5 * ((6 * 3 + 2) * ffn + (2 * 5 + 4 * 2) * square + 2 * kv)
     assert newton_schulz_flops(args, ModelShape.from_args(args), held) == expected
+
+
+def test_multi_token_prediction_attends_whatever_other_layers_do():
+    """On a rank that has nothing else, too."""
+    stages = [{"embedding": 1, "self_decoder": 2, "shared_kv": 1, "cross_decoder": 2}, {"mtp": 1, "output_layer": 1}]
+    found = []
+    for more in ([], ["--self-decoder-pattern", "RS"], ["--cross-decoder-pattern", "GA"]):
+        args = parsed(2, "--mtp-num-layers", "1", "--pipeline-model-parallel-size", "2", *more)
+        shape = ModelShape.from_args(args)
+        (last,) = set(stage_time.shapes_of_ranks(stages, shape, 2)[1:])
+        seconds = stage_time.part_seconds_of_run(last, args)["mtp"]
+        found.append((memory.rank_memories(args, shape, stages)[1].parts["mtp"], seconds))
+    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
+
+
+def test_the_source_of_a_memory_is_not_recomputed():
+    shape = ModelShape.from_args(parsed(1, "--self-decoder-pattern", "RS", "--cross-decoder-pattern", "GA"))
+    stages = [{"self_decoder": 1}, {"self_decoder": 1, "cross_decoder": 2}]
+    assert stage_time.memory_sources(stages, shape) == [0, None]
+    full = ["--recompute-granularity", "full", "--recompute-num-layers", "2", "--recompute-method"]
+    block, uniform = (parsed(1, *full, method) for method in ("block", "uniform"))
+    assert [stage_time.recomputed_layers(block, 5, source) for source in (None, 0, 1, 2)] == [2, 1, 1, 2]
+    assert [stage_time.recomputed_layers(uniform, 5, source) for source in (None, 0, 4)] == [5, 4, 4]
 
 
 def test_states_of_experts():

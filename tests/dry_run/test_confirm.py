@@ -171,6 +171,16 @@ def test_an_expert_that_nobody_writes_is_found(of_experts):
     assert problem.startswith("no rank would write some of the ") and expert.key in problem
 
 
+def test_a_part_of_a_tensor_that_nobody_writes_is_found(of_experts):
+    """The last expert rank has one part less of what is in several parts on each."""
+    records = of_experts.records
+    keys = [shard.key for shard in records[2].shards if ".mlp.experts." in shard.key]
+    key = next(key for key in keys if keys.count(key) > 1)
+    lost = max((shard for shard in records[2].shards if shard.key == key), key=lambda shard: shard.offset)
+    without = replace(records[2], shards=tuple(shard for shard in records[2].shards if shard != lost))
+    assert any(key in problem for problem in uncovered([*records[:2], without, *records[3:]], of_experts.mesh))
+
+
 def test_experts_of_gathered_tokens_are_confirmed():
     assert spawn(_confirm, 1, (_main, EXPERTS, 2))[0].problems == []
 
@@ -205,8 +215,9 @@ FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1", "--rec
         [*WINDOWS, *FULL, "block", "--keep-cross-attention"],
         [*WINDOWS, *FULL, "uniform", "--loss-chunk-size", "16", "--mlp-chunks-for-training", "2"],
         [*TINY_BASELINE, *FULL, "block"],
+        [*TINY, *FULL, "uniform", "--self-decoder-pattern", "RS", "--cross-decoder-pattern", "GA"],
     ],
-    ids=["selective", "block", "uniform", "GPT"],
+    ids=["selective", "block", "uniform", "GPT", "memory units"],
 )
 def test_flops_of_attention_and_recompute_are_those_of_the_formulas(flags):
     found = spawn(_confirm, 1, (_main, [*EXECUTION, *flags], 1))[0]

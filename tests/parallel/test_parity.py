@@ -89,7 +89,7 @@ def compare(result: dict, reference: dict) -> None:
 @pytest.mark.parametrize("kind", SELF_DECODERS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_equals_one_process(mesh: str, kind: str, one_process_step) -> None:
-    processes, tp, distributed_optimizer, overrides = (MESHES | UNIT_MESHES)[mesh]
+    processes, tp, distributed_optimizer, overrides = EVERY_MESH[mesh]
     tied = tp == 1  # tied and untied heads both go through the list
     results = run_world(processes, train_step, dict(self_decoder=kind, **overrides), tied, distributed_optimizer, tp=tp)
     model = {name: overrides[name] for name in OF_THE_MODEL if name in overrides}
@@ -123,6 +123,10 @@ UNIT_MESHES = {
     "TP2 SP gated memory units, recompute selective": (2, 2, False, dict(sequence_parallel=True, **UNITS, **SELECTIVE)),
     "DP2 distributed optimizer, gated memory units": (2, 1, True, UNITS),
 }
+EVERY_MESH = MESHES | UNIT_MESHES
+assert UNIT_MESHES.keys() <= {mesh for meshes in OTHERS.values() for mesh in meshes}, (
+    "one that is compared with nothing"
+)
 
 
 @pytest.mark.parametrize(("kind", "mesh"), [(kind, mesh) for kind, meshes in OTHERS.items() for mesh in meshes])

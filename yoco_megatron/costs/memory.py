@@ -39,6 +39,7 @@ from yoco_megatron.costs.stage_time import (
     kv_sets_arriving,
     kv_sets_read,
     memory_of_stages,
+    memory_sources,
     of_rank,
     recomputed_layers,
     shapes_of_ranks,
@@ -51,6 +52,11 @@ GIB = 1 << 30
 EXCHANGED = 4  # with several chunks a rank, on their way: one sent and one received, forward and backward
 CUDNN_BYTES = 4  # its backward pass has gradients of queries, keys and values of each head in fp32: by one measured row
 BETWEEN_STEPS = ("weights", "teacher", "gradients", "optimizer")
+
+
+Shared = tuple[range, range, tuple[bool, bool], int | None]
+"""Of a stage the sets of K,V that it reads, and those that enter it; and of the memory of units what
+`memory_of_stages` and `memory_sources` say."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +110,16 @@ def _of_rank(
     args: Namespace,
     shapes: Sequence[ModelShape],
     stages: Sequence[Parts],
-    sets: Sequence[tuple[range, range, tuple[bool, bool]]],
+    sets: Sequence[Shared],
     rank: int,
 ) -> Memory:
     pp = len(shapes)
     return _memory(args, shapes[rank], stages[rank::pp], sets[rank::pp], in_flight(args, rank, len(stages) // pp))
 
 
-def _shared(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[range, range, tuple[bool, bool]]]:
-    """Of each stage the sets of K,V that it reads, and those that enter it; and of the memory of units, see
-    `memory_of_stages`."""
-    return list(zip(kv_sets_read(stages, shape), kv_sets_arriving(stages, shape), memory_of_stages(stages, shape)))
+def _shared(stages: Sequence[Parts], shape: ModelShape) -> list[Shared]:
+    of_memory = memory_of_stages(stages, shape), memory_sources(stages, shape)
+    return list(zip(kv_sets_read(stages, shape), kv_sets_arriving(stages, shape), *of_memory))
 
 
 def cache_bytes(shape: ModelShape, bytes_per_value: int) -> tuple[int, int]:
@@ -191,7 +196,7 @@ def _memory(
     args: Namespace,
     shape: ModelShape,
     chunks: Sequence[Parts],
-    sets: Sequence[tuple[range, range, tuple[bool, bool]]],
+    sets: Sequence[Shared],
     moments: Sequence[tuple[Sequence[int], int]],
 ) -> Memory:
     """Of a rank that holds `chunks`, with what is `_shared` of each, at the fullest of the `in_flight` moments."""
@@ -200,10 +205,7 @@ def _memory(
     rows = tokens * shape.query_share  # behind the shared K,V
     split = tp if args.sequence_parallel or tp == 1 else 1
     positions = {"self_decoder": tokens, "cross_decoder": rows, "decoder": tokens}
-    mtp_layers = shape.mtp_num_layers * any(chunk.get("mtp") for chunk in chunks)
     kinds = [kind for kind in positions if any(chunk.get(kind) for chunk in chunks)]
-    if mtp_layers and "cross_decoder" not in kinds:
-        kinds.append("cross_decoder")
     plain = {kind: positions[kind] * _stored_whole(args, shape, kind, split) for kind in kinds}
     again = {kind: positions[kind] * _stored_for_recompute(args, shape, kind, split) for kind in kinds}
     read_kv = _kv_values(args, shape, tokens)
@@ -218,21 +220,25 @@ def _memory(
         """Its layers, each with an embedding, both norms' outputs, and K,V laid out anew."""
         if not held:
             return {}
-        layer = again if recomputed_layers(args, 1) else plain
+        stored = _stored_for_recompute if recomputed_layers(args, 1) else _stored_whole
+        layer = rows * stored(args, shape.of_mtp, "cross_decoder", split)
         own_kv = e * read_kv if args.context_parallel_size > 1 or _lays_out(args) else 0.0
-        each = layer["cross_decoder"] + 3 * e * rows * shape.hidden_size / split + own_kv
+        each = layer + 3 * e * rows * shape.hidden_size / split + own_kv
         return {"mtp": shape.mtp_num_layers * each}
 
-    def of_chunk(chunk: Parts, read: range, arriving: range, of_memory: tuple[bool, bool]) -> dict[str, float]:
+    def recomputed_of(kind: str, chunk: Parts, source: int | None) -> int:
+        return recomputed_layers(args, chunk.get(kind, 0), source if kind == "self_decoder" else None)
+
+    def of_chunk(
+        chunk: Parts, read: range, arriving: range, of_memory: tuple[bool, bool], source: int | None
+    ) -> dict[str, float]:
         """Stored for one micro-batch."""
         arrived = shape.shared_kv_sets - read.start if read else len(arriving)
         layers = {}
         for kind in kinds:
             count = chunk.get(kind, 0)
-            recomputed = recomputed_layers(args, count)
+            recomputed = recomputed_of(kind, chunk, source)
             layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
-            if kind == "self_decoder" and of_memory[0] and recomputed:  # its source is not
-                layers[kind] += plain[kind] - again[kind]
         if any(of_memory):
             layers["memory of units"] = e * memory * (tokens if chunk.get("self_decoder") else rows)
         return layers | {
@@ -243,27 +249,27 @@ def _memory(
             **({"teacher's hidden states": teacher.stored(chunk, tokens, rows, split)} if teacher else {}),
         }
 
-    def held_on(kind: str, chunk: Parts) -> float:
+    def held_on(kind: str, chunk: Parts, source: int | None = None) -> float:
         """By Megatron, which keeps the weights of a layer's experts, and with them recompute's copy of its input, and
         that copy's gradient, until it comes to the layer again: as much as all inputs of these layers."""
-        layers = recomputed_layers(args, chunk.get(kind, 0)) * shape.experts_share(kind)
+        layers = recomputed_of(kind, chunk, source) * shape.experts_share(kind)
         return layers * positions[kind] * e * shape.hidden_size / split
 
     each = [of_chunk(chunk, *of_kv) for chunk, of_kv in zip(chunks, sets)]
 
-    def added(chunk: Parts, sizes: Mapping[str, float]) -> float:
+    def added(chunk: Parts, sizes: Mapping[str, float], source: int | None) -> float:
         """Beside what is stored, while the backward pass of one micro-batch goes through a chunk."""
         loss = _loss(args, shape, rows) if chunk.get("output_layer") else 0.0
         peak = loss
         for kind in kinds:
             count = chunk.get(kind, 0)
-            recomputed = recomputed_layers(args, count)
+            recomputed = recomputed_of(kind, chunk, source)
             # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
             free = gradient = 0.0
             if kind == "self_decoder":
                 free = sizes.get("cross_decoder", 0.0) - 2 * held_on("cross_decoder", chunk)
             elif kind == "cross_decoder":
-                gradient = 4 * (read_kv + memory * rows)
+                gradient = 4 * (read_kv + memory * rows * ("memory of units" in sizes))
             if count > recomputed:
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=False)
                 peak = max(peak, loss + layer + gradient - free)
@@ -271,14 +277,17 @@ def _memory(
                 # Large, but what the loss needed is free again, and what layers behind it stored.
                 layer = positions[kind] * _layer_in_backward(args, shape, kind, split, recompute=True)
                 behind = (count - recomputed) * plain[kind]
-                peak = max(peak, layer + held_on(kind, chunk) + gradient - free - behind - sizes["head"])
+                peak = max(peak, layer + held_on(kind, chunk, source) + gradient - free - behind - sizes["head"])
         if teacher:
             # Before the student's layers; in attention transfer beside each of them.
             behind = 0.0 if args.attention_transfer else sum(sizes.values())
             peak = max(peak, teacher.layer_in_forward(tokens, split) - behind)
         return peak
 
-    stored, extra = [sum(sizes.values()) for sizes in each], [added(*one) for one in zip(chunks, each)]
+    stored, extra = (
+        [sum(sizes.values()) for sizes in each],
+        [added(*one) for one in zip(chunks, each, (shared[-1] for shared in sets))],
+    )
     begun, active = max(moments, key=lambda moment: sum(map(mul, moment[0], stored)) + extra[moment[1]])
     parts = _states(args, shape, chunks)
     if teacher:

@@ -1,7 +1,7 @@
 """FLOPs of what backward computes again: once more the products of forward.
 
 full recompute        layers whole (--recompute-method block: the first N of each half of a stage), but for the
-                      attention that --keep-cross-attention keeps
+                      attention that --keep-cross-attention keeps, and without the source of the units' memory
 selective             the modules that are named: the FFN, or what mixes tokens
 --mlp-chunks-for-training   the FFN, part by part
 --loss-chunk-size     the logits of all chunks but the last
@@ -14,8 +14,11 @@ from yoco_megatron.costs.shape import ModelShape
 from yoco_megatron.costs.stage_time import LAYERS, Parts, loss_chunks, recomputed_layers
 
 
-def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts) -> dict[str, dict[str, float]]:
-    """{part of a stage: {"linear": FLOPs, "mixing": FLOPs}} of all layers of its kind, per token of a sequence."""
+def recomputed_flops_per_token(
+    args: Namespace, shape: ModelShape, stage: Parts, source: int | None = None
+) -> dict[str, dict[str, float]]:
+    """{part of a stage: {"linear": FLOPs, "mixing": FLOPs}} of all layers of its kind, per token of a sequence;
+    `source`: of `memory_sources`."""
     found = {}
     of_layers = layer_flops_per_token(shape)
     for kind in LAYERS:
@@ -26,7 +29,7 @@ def recomputed_flops_per_token(args: Namespace, shape: ModelShape, stage: Parts)
         ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * (1 - shape.experts_share(kind)) * share
         again = {"linear": 0.0, "mixing": 0.0}
         if args.recompute_granularity == "full":
-            layers = recomputed_layers(args, count)
+            layers = recomputed_layers(args, count, source if kind == "self_decoder" else None)
             again["linear"] += layers * linear
             again["mixing"] += layers * mixing * (not (kind == "cross_decoder" and args.keep_cross_attention))
         elif args.recompute_granularity == "selective":

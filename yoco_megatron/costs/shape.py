@@ -123,7 +123,7 @@ class ModelShape:
 
     @cached_property
     def layers_differ(self) -> bool:
-        """Whether those of one half do, in their mixers or experts."""
+        """Whether those of one half do: mixers, memory units, experts."""
         sorts, own = _sorts_of_layers(self), self.num_self_decoder_layers
         return len(set(sorts[:own])) > 1 or len(set(sorts[own:])) > 1
 
@@ -142,10 +142,17 @@ class ModelShape:
     @property
     def attention_share(self) -> float:
         """Of the cross-decoder's layers, those that attend to the shared K,V."""
-        if self.means_over is None:
+        cross = [index for index in self.means_over or () if index >= self.num_self_decoder_layers]
+        if not cross:
             return attention_layers(self) / max(1, self.num_cross_decoder_layers)
-        cross = [index for index in self.means_over if index >= self.num_self_decoder_layers]
-        return sum(not is_memory_unit(self, index) for index in cross) / max(1, len(cross))
+        return sum(not is_memory_unit(self, index) for index in cross) / len(cross)
+
+    @cached_property
+    def of_mtp(self) -> "ModelShape":
+        """The shape of which one cross-decoder layer costs what one of multi-token prediction does: all attend."""
+        if self.cross_decoder_pattern is None and self.means_over is None:
+            return self
+        return replace(self, cross_decoder_pattern=None, means_over=None)
 
     @property
     def kv_width(self) -> int:

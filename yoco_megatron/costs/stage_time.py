@@ -91,12 +91,15 @@ def part_seconds(
         return mixer.mixing_flops(shape) / (rate if mixer_backend == "torch" else rates.mixing.get(mixer.name, rate))
 
     projections = 4 * shape.mtp_num_layers * shape.hidden_size**2 * shape.query_share / rates.linear
-    cross = layer_seconds("cross_decoder", layers["cross_decoder"]["mixing"] / rates.attention)
+    of_mtp = cross = layer_seconds("cross_decoder", layers["cross_decoder"]["mixing"] / rates.attention)
+    if shape.mtp_num_layers and shape.of_mtp is not shape:
+        again = (recompute_layers, recomputed_logits, store_cross_attention)
+        of_mtp = part_seconds(shape.of_mtp, *again, mixer_backend, rates)["cross_decoder"]
     return ends | {
         "self_decoder": layer_seconds("self_decoder", shape.mean(own_mixing)),
         "shared_kv": layers["shared_kv"]["linear"] / rates.linear,
         "cross_decoder": cross,
-        **({"mtp": shape.mtp_num_layers * cross + projections} if shape.mtp_num_layers else {}),
+        **({"mtp": shape.mtp_num_layers * of_mtp + projections} if shape.mtp_num_layers else {}),
     }
 
 
@@ -119,12 +122,17 @@ def loss_chunks(args: Namespace, shape: ModelShape) -> int:
     return math.ceil(rows / args.loss_chunk_size)
 
 
-def recomputed_layers(args: Namespace, held: int) -> int:
+def recomputed_layers(args: Namespace, held: int, source: int | None = None) -> int:
     """Of so many layers of one kind on a stage, those that full recompute takes: with --recompute-method block the
-    first N."""
+    first N.
+
+    Args:
+        source: the place of the memory's among them, which is left out; see `memory_sources`.
+    """
     if args.recompute_granularity != "full":
         return 0
-    return min(held, args.recompute_num_layers or 1) if args.recompute_method == "block" else held
+    taken = min(held, args.recompute_num_layers or 1) if args.recompute_method == "block" else held
+    return taken - (source is not None and source < taken)
 
 
 def stage_seconds(parts: Parts, seconds: Seconds) -> float:
@@ -154,6 +162,12 @@ def memory_of_stages(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[b
     """(whether the memory of gated memory units is made in a stage, whether it enters it from the one before)."""
     crossed = memory_cuts(shape)
     return [(first < crossed.start <= last, first in crossed) for first, last in pairwise(_cuts(stages))]
+
+
+def memory_sources(stages: Sequence[Parts], shape: ModelShape) -> list[int | None]:
+    """Of each stage the place, among its layers, of the one that makes the memory of units, if it is there."""
+    source = memory_cuts(shape).start - 1
+    return [source - first if first <= source < last else None for first, last in pairwise(_cuts(stages))]
 
 
 def _layers_of_sets(shape: ModelShape) -> list[range]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from yoco_megatron.config.memory_units import attention_layers
 from yoco_megatron.costs.card import Card
 from yoco_megatron.costs.flops import train_flops
 from yoco_megatron.costs.memory import data_parallel_size, num_microbatches
@@ -30,6 +31,7 @@ from yoco_megatron.costs.stage_time import (
     kv_sets_read,
     loss_chunks,
     memory_of_stages,
+    memory_sources,
     of_rank,
     part_seconds_of_run,
     recomputed_layers,
@@ -101,10 +103,12 @@ def step_time(
     read = kv_sets_read(stages, shape)
     teacher = teacher_shape(args, shape)
     distinct: dict[Any, dict[str, float]] = {}  # of some twenty stages a handful
-    keys = [(each.means_over, *stage.items(), len(sets)) for each, stage, sets in zip(shapes, stages, read)]
-    for key, each, stage, sets in zip(keys, shapes, stages, read):
+    sources = memory_sources(stages, shape)
+    of_stages = list(zip(shapes, stages, read, sources))
+    keys = [(each.means_over, *stage.items(), len(sets), source) for each, stage, sets, source in of_stages]
+    for key, (each, stage, sets, source) in zip(keys, of_stages):
         if key not in distinct:
-            distinct[key] = _stage(args, each, card, stage, len(sets), layers[each.means_over])
+            distinct[key] = _stage(args, each, card, stage, len(sets), layers[each.means_over], source)
             if teacher:
                 distinct[key]["teacher"] = _teacher_seconds(args, shape, teacher, card, stage)
     per_stage = tuple(distinct[key] for key in keys)
@@ -195,7 +199,8 @@ def _layers(args: Namespace, shape: ModelShape, card: Card, recompute: bool) -> 
                 launches += shape.experts_share(kind) * _launches_of_experts(args, shape)
             parts["host"] = launches * card.launch(args) * (RECOMPUTE_FACTOR if recompute else 1)
         elif kind == "mtp":  # layers of the cross-decoder, of which it has the products already
-            of_layer = found["cross_decoder"]
+            of_mtp = shape.of_mtp
+            of_layer = (found if of_mtp is shape else _layers(args, of_mtp, card, recompute))["cross_decoder"]
             parts |= {part: shape.mtp_num_layers * of_layer[part] for part in ("host", "tensor", "context")}
         elif args.attention_transfer:
             parts["compute"] = 0.0
@@ -252,13 +257,14 @@ def _teacher_seconds(args: Namespace, shape: ModelShape, teacher: ModelShape, ca
 
 
 def _stage(
-    args: Namespace, shape: ModelShape, card: Card, stage: Parts, kv_sets: int, layers: Layers
+    args: Namespace, shape: ModelShape, card: Card, stage: Parts, kv_sets: int, layers: Layers, source: int | None
 ) -> dict[str, float]:
-    """Seconds of a micro-batch by part; the stage reads so many sets of K,V."""
+    """Seconds of a micro-batch by part; the stage reads so many sets of K,V; `source`: of `memory_sources`."""
     total = dict.fromkeys(("compute", "host", "tensor", "context", *(("experts",) if shape.num_experts else ())), 0.0)
     ends = 0.0
     for kind, count in stage.items():
-        again = recomputed_layers(args, count) if kind in (*LAYERS, "mtp") else 0
+        of_memory = source if kind == "self_decoder" else None
+        again = recomputed_layers(args, count, of_memory) if kind in (*LAYERS, "mtp") else 0
         for recompute, number in ((False, count - again), (True, again)):
             if number:
                 for part, seconds in layers[recompute][kind].items():
@@ -294,4 +300,5 @@ def _received_by_layer(args: Namespace, shape: ModelShape, kind: str, recompute:
         return EXPOSED_RING * kv * (passes + 2)
     if travelling(args, shape) == "keys":
         return 0.0
-    return cross_attention_bytes_of_run(args, shape)["queries"] / shape.num_cross_decoder_layers
+    each = cross_attention_bytes_of_run(args, shape)["queries"] / attention_layers(shape)
+    return each * shape.attention_share

@@ -1,7 +1,7 @@
 """Whether the ranks of a world fit together, and each of them the formulas of `costs`."""
 
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, zip_longest
@@ -12,7 +12,7 @@ from yoco_megatron.costs.flops import forward_flops_per_token, layer_flops_per_t
 from yoco_megatron.costs.memory import rank_memories
 from yoco_megatron.costs.recompute import recomputed_flops_per_token
 from yoco_megatron.costs.shape import ModelShape
-from yoco_megatron.costs.stage_time import Parts, shapes_of_ranks
+from yoco_megatron.costs.stage_time import Parts, memory_sources, shapes_of_ranks
 from yoco_megatron.dry_run.fake_rank import RankRecord, Shard
 from yoco_megatron.dry_run.ledger import Call
 from yoco_megatron.dry_run.mesh import Mesh, Place
@@ -60,12 +60,14 @@ def off_the_formulas(
     """Bytes between steps and FLOPs, off by more than TOLERANCE of them and PADDING bytes. Activations are not: their
     formula is an estimate, which the report has beside the peak."""
     memories, shapes = rank_memories(args, shape, stages), shapes_of_ranks(stages, shape, mesh.sizes.pp)
+    sources = memory_sources(stages, shape)
     for record in records:
         pp = mesh.place(record.rank).pp
         found: dict[str, tuple[float, float]] = {
             f"bytes of {name}": (size, memories[pp].parts[name]) for name, size in record.state_bytes.items()
         }
-        for kind, expected in step_flops(mesh, args, shapes[pp], stages[pp :: mesh.sizes.pp]).items():
+        held, of_memory = stages[pp :: mesh.sizes.pp], sources[pp :: mesh.sizes.pp]
+        for kind, expected in step_flops(mesh, args, shapes[pp], held, of_memory).items():
             found[f"FLOPs of {kind}"] = record.flops.get(kind, 0), expected
         for what, (counted, expected) in found.items():
             slack = TOLERANCE * expected + PADDING * what.startswith("bytes")
@@ -73,11 +75,14 @@ def off_the_formulas(
                 yield f"rank {record.rank} has {counted:,.0f} {what}, the formulas say {expected:,.0f}"
 
 
-def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts]) -> dict[str, float]:
-    """Of a rank that holds `chunks`, in a step: forward, what backward computes again, and twice forward.
+def step_flops(
+    mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[Parts], sources: Sequence[int | None]
+) -> dict[str, float]:
+    """Of a rank that holds `chunks` (`memory_sources` of each), in a step: forward, what backward computes again, and
+    twice forward.
 
     {"products": with weights; "attention": none where the number of its queries differs from rank to rank or follows
-    from the documents}. `shape`: with means over the rank's layers.
+    from the documents, or layers unlike each other are recomputed}. `shape`: with means over the rank's layers.
     """
     layers = layer_flops_per_token(shape)
     layers["output_layer"] = {"linear": forward_flops_per_token(shape)["output_layer"], "mixing": 0.0}
@@ -85,8 +90,8 @@ def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[
         mixing = shape.mean(lambda mixer: mixer.mixing_flops(shape) if mixer.is_softmax_attention else 0.0)
         layers["self_decoder"]["mixing"] = mixing
     linear = mixing = 0.0
-    for chunk in chunks:
-        again = recomputed_flops_per_token(args, shape, chunk)
+    for chunk, source in zip(chunks, sources):
+        again = recomputed_flops_per_token(args, shape, chunk, source)
         for part, count in chunk.items():
             of_part, of_part_again = layers.get(part, {}), again.get(part, {})
             linear += 3 * count * of_part.get("linear", 0.0) + of_part_again.get("linear", 0.0)
@@ -95,7 +100,9 @@ def step_flops(mesh: Mesh, args: Namespace, shape: ModelShape, chunks: Sequence[
     sequences = args.global_batch_size / mesh.sizes.dp
     tokens = sequences * args.seq_length / (mesh.sizes.cp * mesh.sizes.tp)
     found = {"products": linear * tokens}
-    if not args.dataloader_inter_document_masking and mesh.sizes.cp == 1:
+    # Formulas have the mean layer, of which full recompute takes some.
+    some_of_each = args.recompute_granularity == "full" and len(shape.mixers) > 1
+    if not args.dataloader_inter_document_masking and mesh.sizes.cp == 1 and not some_of_each:
         found["attention"] = mixing * tokens
     return found
 
@@ -140,9 +147,10 @@ def _of_all(first: RankRecord, lasts: Sequence[tuple[RankRecord, int]], of_exper
         end = sorted_shards(last)
         others += [shard for shard in end if shard.key not in keys]
         ends = {shard.key for shard in end}  # of all other tensors the first rank writes the whole
-        here = [shard for shard in begin if shard.key in ends]
-        there = [shard for shard in end if shard.key in keys]
-        ways = {one: tuple(map(sub, other.offset, one.offset)) for one, other in zip(here, there)}
+        here, there = (Counter(shard.key for shard in side) for side in (begin, end))
+        paired = {key for key in keys & ends if here[key] == there[key]}  # of others some are missing, and stay alone
+        pairs = zip(*([shard for shard in side if shard.key in paired] for side in (begin, end)), strict=True)
+        ways = {one: tuple(map(sub, other.offset, one.offset)) for one, other in pairs}
         found += [
             (shard, tuple(start + way * rank // (count - 1) for start, way in zip(offset, ways[shard])))
             for shard, offset in found

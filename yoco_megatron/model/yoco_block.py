@@ -3,7 +3,7 @@
 The block returns hidden states and the shared K,V that a later stage reads. Of several sets of K,V
 (--shared-kv-sets) each has a group of cross-decoder layers, which run one after the other; each is projected where the
 self-decoder reaches its source (--shared-kv-sources). A layer of the self-decoder leaves the memory of gated memory
-units (--cross-decoder-pattern) behind as it runs, and therefore is never run again, whatever is recomputed.
+units (--cross-decoder-pattern) behind as it runs, and therefore neither it as a whole nor its mixer is ever run again.
 
 Megatron's `TransformerLayer`, and its full recompute, hand two arguments to the attention untouched that YOCO does not
 need otherwise. They carry what is ours, so that YOCO needs no layer class of its own:

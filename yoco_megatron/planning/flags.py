@@ -104,6 +104,7 @@ MEGATRONS: dict[str, tuple[Kind, Any]] = {
     "attention-dropout": (float, 0.0),
     "hidden-dropout": (float, 0.0),
     "dataloader-inter-document-masking": (bool, False),
+    "timing-log-level": (int, 0),
     "cuda-graph-impl": (("none", "local", "transformer_engine", "full_iteration"), "none"),
     "fp16-lm-cross-entropy": (bool, False),
     "cross-entropy-loss-fusion": (bool, False),
