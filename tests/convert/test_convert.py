@@ -396,8 +396,9 @@ def test_fla_and_back(trained, tmp_path):
     written["self_decoder_attn"]["expand_v"] = 2.0
     with pytest.raises(ValueError, match=r"self_decoder_attn\.expand_v 2\.0 has no counterpart"):
         config_fields.from_fla(written)
+    mamba = dict(self_decoder="mamba2", mamba_num_heads=8, mamba_head_dim=64, mamba_state_dim=16, mamba_num_groups=8)
     for other, what in (
-        ({"self_decoder": "mamba2", "mamba_num_heads": 2}, "self-decoder of the kind mamba2"),
+        (mamba, "self-decoder of the kind mamba2"),
         ({"self_decoder": "sliding_window"}, "window layer with the paper's frequencies"),
         ({"num_hidden_layers": 4, "shared_kv_sets": 2}, "second set of shared K,V"),
         ({"qk_norm": True}, "norm of the shared K"),
