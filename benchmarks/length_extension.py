@@ -15,18 +15,12 @@ Window sizes are compared after the first stage alone, which they share with the
 import argparse
 import itertools
 import json
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import site_text
 from retrieval_text import documents
-from runs import ROOT, last_error
-from slices import Job, add_arguments, gpus_of, run_slice
+from slices import Job, add_arguments, evaluate_slice, gpus_of, run_slice
 
 from yoco_megatron.convert import tokenizer_files
 from yoco_megatron.evaluation.suite import make_task
@@ -155,37 +149,19 @@ def shortened(task: dict[str, Any], lengths: list[int], most: int, tokenizer: Pa
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate the models whose last stage is done, one on each GPU, for a slice of time."""
+    """Evaluate the models whose last stage is done for a slice of time."""
     suite = write_suite(options)
     last = len(options.stages) - 1
     ready = [job for model in options.models if (job := job_of(model, last, options)).done()]
-    end = time.monotonic() + options.seconds
-
-    def one(numbered: tuple[int, Job]) -> bool:
-        number, job = numbered
-        command = [
-            sys.executable,
-            "tools/evaluate.py",
-            "--load",
-            str(job.folder / "checkpoints"),
-            "--suite",
-            str(suite),
+    more = ["--overwrite"] if options.overwrite else []
+    evaluations = {
+        job.name: [
+            *("--load", str(job.folder / "checkpoints"), "--suite", str(suite)),
+            *("--output", str(job.folder / "evaluation"), *more),
         ]
-        command += ["--output", str(job.folder / "evaluation"), *(["--overwrite"] if options.overwrite else [])]
-        gpu = {"CUDA_VISIBLE_DEVICES": str(number % options.gpus)} if options.gpus else {}
-        left = max(1.0, end - time.monotonic())
-        try:
-            run = subprocess.run(
-                command, cwd=ROOT, env=os.environ | gpu, capture_output=True, text=True, timeout=left, check=False
-            )
-        except subprocess.TimeoutExpired:
-            print(f"{job.name}: not done; what is done is kept: repeat this command", flush=True)
-            return False
-        print(f"{job.name}\n{run.stdout if run.returncode == 0 else last_error(run.stderr)}", flush=True)
-        return run.returncode == 0
-
-    with ThreadPoolExecutor(max(1, options.gpus)) as pool:
-        done = list(pool.map(one, enumerate(ready)))
+        for job in ready
+    }
+    done = evaluate_slice(evaluations, gpus_of(options), options.seconds)
     if not all(done) or len(ready) < len(options.models):
         raise SystemExit(f"{sum(done)} of {len(options.models)} models are evaluated: repeat this command")
     print("all done", flush=True)

@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 from runs import ROOT, last_error
 
@@ -107,6 +109,40 @@ def run_slice(jobs: Callable[[], list[Job]], gpus: list[str | None], seconds: fl
     return all(job.done() for job in jobs())
 
 
+def evaluate_slice(evaluations: dict[str, list[str]], gpus: list[str | None], seconds: float) -> list[bool]:
+    """Run tools/evaluate.py with each of these lists of flags, by name; returns which are done. Another call goes on.
+
+    Args:
+        gpus: the GPU of each at a time.
+    """
+    end = time.monotonic() + seconds
+    free: Queue[str | None] = Queue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def one(name: str) -> bool:
+        gpu = free.get()
+        try:
+            left = max(1.0, end - time.monotonic())
+            command = [sys.executable, "tools/evaluate.py", *evaluations[name]]
+            run = subprocess.run(command, cwd=ROOT, env=_on(gpu), capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: not done; what is done is kept: repeat this command", flush=True)
+            return False
+        finally:
+            free.put(gpu)
+        print(f"{name}\n{run.stdout if run.returncode == 0 else last_error(run.stderr)}", flush=True)
+        return run.returncode == 0
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(one, evaluations))
+
+
+def _on(gpu: str | None) -> dict[str, str]:
+    """The environment of a process on a GPU."""
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
+
+
 def _run(job: Job, gpu: str | None, end: float) -> bool:
     """Train until the job is done or the slice over; returns False for a run that fails, which is told."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -118,10 +154,9 @@ def _run(job: Job, gpu: str | None, end: float) -> bool:
     command += ["pretrain_yoco.py", *job.flags, "--run-folder", str(job.folder), "--keep-checkpoints", "1"]
     command += [word for flag, name in folders.items() for word in (flag, str(job.folder / name))]
     command += ["--data-cache-path", str(job.folder / "cache"), "--train-iters", str(job.steps)]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
     with (job.folder / LOG).open("ab") as log:
         at = log.tell()
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        run = subprocess.Popen(command, cwd=ROOT, env=_on(gpu), stdout=log, stderr=log)
         try:
             code = run.wait(timeout=max(1.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:

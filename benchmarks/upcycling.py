@@ -33,16 +33,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import site_text
 from record import record
-from runs import ROOT, device_name, last_error
-from slices import Job, add_arguments, gpus_of, run_slice
+from runs import ROOT, device_name
+from slices import Job, add_arguments, evaluate_slice, gpus_of, run_slice
 
 from yoco_megatron.evaluation import pictures
 from yoco_megatron.evaluation.run_curves import VALIDATION, read_run
@@ -226,36 +224,15 @@ def checkpoints(options: argparse.Namespace) -> dict[str, Path]:
 
 def evaluate(options: argparse.Namespace) -> None:
     """All that is there, as many at once as there are runs, for a slice of time."""
-    suites, end = [write_suite(options, is_start) for is_start in (False, True)], time.monotonic() + options.seconds
-    ready = {name: path for name, path in checkpoints(options).items() if path.exists()}
-
-    free: Queue[str | None] = Queue()
-    for gpu in gpus_of(options):
-        free.put(gpu)
-
-    def one(named: tuple[str, Path]) -> bool:
-        gpu = free.get()
-        try:
-            return on(gpu, *named)
-        finally:
-            free.put(gpu)
-
-    def on(gpu: str | None, name: str, checkpoint: Path) -> bool:
-        suite = suites[name.endswith(START)]
-        command = [sys.executable, "tools/evaluate.py", "--load", str(checkpoint), "--suite", str(suite)]
-        command += ["--tokenizer", str(options.folder / "teacher"), "--output", str(output_of(checkpoint))]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})
-        left = max(1.0, end - time.monotonic())
-        try:
-            run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: not done; what is done is kept", flush=True)
-            return False
-        print(f"{name}\n{run.stdout if run.returncode == 0 else last_error(run.stderr)}", flush=True)
-        return run.returncode == 0
-
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        done = list(pool.map(one, ready.items()))
+    suites = [write_suite(options, is_start) for is_start in (False, True)]
+    evaluations = {}
+    for name, checkpoint in checkpoints(options).items():
+        if checkpoint.exists():
+            evaluations[name] = [
+                *("--load", str(checkpoint), "--suite", str(suites[name.endswith(START)])),
+                *("--tokenizer", str(options.folder / "teacher"), "--output", str(output_of(checkpoint))),
+            ]
+    done = evaluate_slice(evaluations, gpus_of(options), options.seconds)
     if not all(done):
         raise SystemExit(f"{sum(done)} of {len(done)} are evaluated: repeat this command")
     print("all done", flush=True)
