@@ -1,5 +1,7 @@
 """Memory of the fullest GPU, estimated from flags."""
 
+from argparse import Namespace
+
 import pytest
 from support.cli import parsed
 
@@ -64,8 +66,12 @@ def test_the_source_of_a_memory_is_not_recomputed():
     assert stage_time.memory_sources(stages, shape) == [0, None]
     full = ["--recompute-granularity", "full", "--recompute-num-layers", "2", "--recompute-method"]
     block, uniform = (parsed(1, *full, method) for method in ("block", "uniform"))
-    assert [stage_time.recomputed_layers(block, 5, source) for source in (None, 0, 1, 2)] == [2, 1, 1, 2]
-    assert [stage_time.recomputed_layers(uniform, 5, source) for source in (None, 0, 4)] == [5, 4, 4]
+
+    def recomputed(args: Namespace, *sources: int | None) -> list[int]:
+        return [stage_time.recomputed_layers(args, "self_decoder", 5, source) for source in sources]
+
+    assert recomputed(block, None, 0, 1, 2) == [2, 1, 1, 2]
+    assert recomputed(uniform, None, 0, 4) == [5, 4, 4]
 
 
 def test_states_of_experts():

@@ -220,14 +220,11 @@ def _memory(
         """Its layers, each with an embedding, both norms' outputs, and K,V laid out anew."""
         if not held:
             return {}
-        stored = _stored_for_recompute if recomputed_layers(args, 1) else _stored_whole
+        stored = _stored_for_recompute if recomputed_layers(args, "mtp", 1) else _stored_whole
         layer = rows * stored(args, shape.of_mtp, "cross_decoder", split)
         own_kv = e * read_kv if args.context_parallel_size > 1 or _lays_out(args) else 0.0
         each = layer + 3 * e * rows * shape.hidden_size / split + own_kv
         return {"mtp": shape.mtp_num_layers * each}
-
-    def recomputed_of(kind: str, chunk: Parts, source: int | None) -> int:
-        return recomputed_layers(args, chunk.get(kind, 0), source if kind == "self_decoder" else None)
 
     def of_chunk(
         chunk: Parts, read: range, arriving: range, of_memory: tuple[bool, bool], source: int | None
@@ -237,7 +234,7 @@ def _memory(
         layers = {}
         for kind in kinds:
             count = chunk.get(kind, 0)
-            recomputed = recomputed_of(kind, chunk, source)
+            recomputed = recomputed_layers(args, kind, count, source)
             layers[kind] = recomputed * again[kind] + (count - recomputed) * plain[kind]
         if any(of_memory):
             layers["memory of units"] = e * memory * (tokens if chunk.get("self_decoder") else rows)
@@ -252,7 +249,7 @@ def _memory(
     def held_on(kind: str, chunk: Parts, source: int | None = None) -> float:
         """By Megatron, which keeps the weights of a layer's experts, and with them recompute's copy of its input, and
         that copy's gradient, until it comes to the layer again: as much as all inputs of these layers."""
-        layers = recomputed_of(kind, chunk, source) * shape.experts_share(kind)
+        layers = recomputed_layers(args, kind, chunk.get(kind, 0), source) * shape.experts_share(kind)
         return layers * positions[kind] * e * shape.hidden_size / split
 
     each = [of_chunk(chunk, *of_kv) for chunk, of_kv in zip(chunks, sets)]
@@ -263,7 +260,7 @@ def _memory(
         peak = loss
         for kind in kinds:
             count = chunk.get(kind, 0)
-            recomputed = recomputed_of(kind, chunk, source)
+            recomputed = recomputed_layers(args, kind, count, source)
             # Free by then: what the cross-decoder stored, when the self-decoder's backward begins.
             free = gradient = 0.0
             if kind == "self_decoder":

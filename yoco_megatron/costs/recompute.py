@@ -29,7 +29,7 @@ def recomputed_flops_per_token(
         ffn = 2 * 3 * shape.hidden_size * shape.ffn_hidden_size * (1 - shape.experts_share(kind)) * share
         again = {"linear": 0.0, "mixing": 0.0}
         if args.recompute_granularity == "full":
-            layers = recomputed_layers(args, count, source if kind == "self_decoder" else None)
+            layers = recomputed_layers(args, kind, count, source)
             again["linear"] += layers * linear
             again["mixing"] += layers * mixing * (not (kind == "cross_decoder" and args.keep_cross_attention))
         elif args.recompute_granularity == "selective":

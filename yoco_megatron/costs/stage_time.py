@@ -122,17 +122,17 @@ def loss_chunks(args: Namespace, shape: ModelShape) -> int:
     return math.ceil(rows / args.loss_chunk_size)
 
 
-def recomputed_layers(args: Namespace, held: int, source: int | None = None) -> int:
-    """Of so many layers of one kind on a stage, those that full recompute takes: with --recompute-method block the
+def recomputed_layers(args: Namespace, kind: str, held: int, source: int | None = None) -> int:
+    """Of so many layers of a kind on a stage, those that full recompute takes: with --recompute-method block the
     first N.
 
     Args:
-        source: the place of the memory's among them, which is left out; see `memory_sources`.
+        source: of `memory_sources`: the place of a layer of the self-decoder that is left out.
     """
     if args.recompute_granularity != "full":
         return 0
     taken = min(held, args.recompute_num_layers or 1) if args.recompute_method == "block" else held
-    return taken - (source is not None and source < taken)
+    return taken - (kind == "self_decoder" and source is not None and source < taken)
 
 
 def stage_seconds(parts: Parts, seconds: Seconds) -> float:
@@ -161,7 +161,8 @@ def kv_sets_arriving(stages: Sequence[Parts], shape: ModelShape) -> list[range]:
 def memory_of_stages(stages: Sequence[Parts], shape: ModelShape) -> list[tuple[bool, bool]]:
     """(whether the memory of gated memory units is made in a stage, whether it enters it from the one before)."""
     crossed = memory_cuts(shape)
-    return [(first < crossed.start <= last, first in crossed) for first, last in pairwise(_cuts(stages))]
+    sources = memory_sources(stages, shape)
+    return [(source is not None, first in crossed) for source, first in zip(sources, _cuts(stages))]
 
 
 def memory_sources(stages: Sequence[Parts], shape: ModelShape) -> list[int | None]:

@@ -263,8 +263,7 @@ def _stage(
     total = dict.fromkeys(("compute", "host", "tensor", "context", *(("experts",) if shape.num_experts else ())), 0.0)
     ends = 0.0
     for kind, count in stage.items():
-        of_memory = source if kind == "self_decoder" else None
-        again = recomputed_layers(args, count, of_memory) if kind in (*LAYERS, "mtp") else 0
+        again = recomputed_layers(args, kind, count, source) if kind in (*LAYERS, "mtp") else 0
         for recompute, number in ((False, count - again), (True, again)):
             if number:
                 for part, seconds in layers[recompute][kind].items():
